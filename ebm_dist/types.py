@@ -1,0 +1,108 @@
+"""The nouns that cross a boundary: events, batches, leases, chains on their way, negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EnergyFn = Callable[[Tensor], Tensor]
+"""Maps x (B, *event) to energies (B,) in float32; lower is likelier."""
+
+EventKind = Literal["image", "real", "binary", "categorical"]
+
+
+@dataclass(frozen=True, slots=True)
+class EventSpec:
+    """What one configuration x looks like.
+
+    image: float32 in [-1, 1], shape (C, H, W); real: unbounded float32; binary: {0, 1}
+    floats; categorical: one-hot float32 in the last axis.
+    """
+
+    shape: tuple[int, ...]
+    kind: EventKind
+    num_classes: int | None = None
+    """Number of labels, None for unlabelled data."""
+
+    @property
+    def discrete(self) -> bool:
+        return self.kind in ("binary", "categorical")
+
+    def noise(self, num: int, generator: torch.Generator, *, std: float = 1.0) -> Tensor:
+        """`num` events (num, *shape) from the reference law that chains start from.
+
+        image: uniform on [-1, 1]; real: N(0, std^2); binary: fair coins; categorical:
+        uniform over the classes.
+        """
+        size = (num, *self.shape)
+        if self.kind == "image":
+            return torch.empty(size).uniform_(-1.0, 1.0, generator=generator)
+        if self.kind == "real":
+            return torch.empty(size).normal_(0.0, std, generator=generator)
+        if self.kind == "binary":
+            return torch.randint(0, 2, size, generator=generator).float()
+        index = torch.randint(0, self.shape[-1], size[:-1], generator=generator)
+        return torch.nn.functional.one_hot(index, self.shape[-1]).float()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Data for one update of one learner rank."""
+
+    x: Tensor  # (B, *event), float32
+    label: Tensor | None = None  # (B,), int64
+
+
+@dataclass(frozen=True, slots=True)
+class Negatives:
+    """Committed chains handed to the learner."""
+
+    x: Tensor  # (M, *event), float32, carries no gradient
+    energy: Tensor  # (M,), under the weights that moved the chain
+    version: Tensor  # (M,), int64, the step of those weights
+    log_weight: Tensor  # (M,), Jarzynski log-weight; zeros when not in use
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to move some chains of one shard, until `deadline`.
+
+    Arrays are numpy so that a lease crosses Ray's object store without a copy.
+    """
+
+    lease_id: int
+    shard: int
+    shard_epoch: int
+    slots: np.ndarray  # (M,), int64
+    generations: np.ndarray  # (M,), int64
+    seed: int
+    """Seeds the noise of the round: the chains do not depend on who moves them."""
+    deadline: float
+    """Wall-clock seconds on the shard's own clock."""
+    position: np.ndarray  # (M, *event), float32
+    log_weight: np.ndarray  # (M,), float32
+    version: np.ndarray  # (M,), int64
+    """Version of the weights that moved each chain last; -1 for a new chain."""
+
+
+@dataclass(frozen=True, slots=True)
+class MovedChains:
+    """What a worker returns for a lease; the shard commits it or refuses it."""
+
+    lease_id: int
+    shard: int
+    shard_epoch: int
+    slots: np.ndarray  # (M,), int64
+    generations: np.ndarray  # (M,), int64
+    position: np.ndarray  # (M, *event), float32
+    energy: np.ndarray  # (M,), float32
+    log_weight: np.ndarray  # (M,), float32
+    version: int
+    num_steps: int
+    stats: dict[str, float] = field(default_factory=dict)
+    """Sampler and chain diagnostics of the round, named as in `metrics/names.py`."""

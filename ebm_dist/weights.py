@@ -1,0 +1,87 @@
+"""The weights of an energy as one flat float32 array, the form in which they travel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class FlatLayout:
+    """Where each parameter and floating buffer of a module lies in the flat array.
+
+    One array, because a state dict of many tensors costs Ray an order of magnitude more
+    to send than the same bytes in one piece.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> FlatLayout:
+        """The layout of `module`: parameters, then persistent floating buffers.
+
+        Buffers travel too: spectral norm keeps its power-iteration vectors there, and a
+        worker without them would sample another energy.
+        """
+        tensors = flat_tensors(module)
+        return cls(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()))
+
+    @property
+    def size(self) -> int:
+        return sum(int(np.prod(shape)) for shape in self.shapes)
+
+    def pack(self, module: nn.Module) -> Tensor:
+        """A new flat (size,) float32 tensor on the CPU with the weights of `module`."""
+        tensors = flat_tensors(module)
+        flat = torch.empty(self.size, dtype=torch.float32)
+        with torch.no_grad():
+            for name, view in self.views(flat).items():
+                view.copy_(tensors[name])
+        return flat
+
+    def load_(self, module: nn.Module, flat: Tensor | np.ndarray) -> None:
+        """Copy `flat` (size,) into the parameters and buffers of `module`."""
+        flat = torch.as_tensor(flat)
+        if flat.numel() != self.size:
+            raise ValueError(
+                f"flat weights have {flat.numel()} numbers, the energy has {self.size}; "
+                "both must come from the same `energy` section"
+            )
+        tensors = flat_tensors(module)
+        with torch.no_grad():
+            for name, view in self.views(flat).items():
+                tensors[name].copy_(view)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Name -> view into `flat`, shaped like the weight."""
+        out, offset = {}, 0
+        for name, shape in zip(self.names, self.shapes):
+            count = int(np.prod(shape))
+            out[name] = flat[offset : offset + count].view(shape)
+            offset += count
+        return out
+
+
+def flat_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent floating buffers of `module`, by state-dict name.
+
+    Raises:
+        ValueError: a persistent buffer is not floating point and so cannot travel.
+    """
+    parameters = dict(module.named_parameters())
+    tensors: dict[str, Tensor] = dict(parameters)
+    persistent = module.state_dict(keep_vars=True)
+    for name, tensor in persistent.items():
+        if name in parameters:
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"energy buffer {name!r} is {tensor.dtype}; only floating buffers travel with the "
+                "weights: register it with persistent=False or as float32"
+            )
+        tensors[name] = tensor
+    return tensors
