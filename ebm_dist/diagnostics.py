@@ -1,0 +1,342 @@
+"""Chain health: autocorrelation, effective sample size, split R-hat, stagnation, basins.
+
+Pure functions of traces. A trace is (R, B, *event): R records in time first, B chains second;
+(R, B) is a trace of scalars, such as energies. Records need not be single steps: a trace over
+the rounds of a run shows stagnation that a trace within one round is too short to show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ebm_dist.types import EnergyFn
+
+
+def autocorrelation(trace: Tensor, max_lag: int | None = None) -> Tensor:
+    """Autocorrelation (max_lag + 1,) at lags 0, 1, ..., in [-1, 1]; entry 0 is 1.
+
+    Variances are pooled over chains and coordinates: the mean is that of all chains, so chains
+    stuck in different modes read 1, where each chain's own mean would read noise. Of a constant
+    trace every entry is 1, the value of a chain that never moves.
+
+    Args:
+        trace: (R, B, *event) or (R, B).
+        max_lag: the largest lag, below R; by default R - 1.
+    """
+    values = _flat(trace, "autocorrelation")
+    num_records = values.shape[0]
+    max_lag = num_records - 1 if max_lag is None else max_lag
+    if not 0 <= max_lag < num_records:
+        raise ValueError(f"autocorrelation: max_lag must be in 0..{num_records - 1}, got {max_lag}")
+    covariance = _autocovariance(values - values.mean(dim=(0, 1), keepdim=True))
+    pooled = covariance.mean(dim=1).sum(dim=-1)[: max_lag + 1]
+    if pooled[0] <= 0:
+        return torch.ones_like(pooled).float()
+    # _autocovariance divides by R at each lag, which shrinks long lags towards zero; with many
+    # chains the unbiased count is the better estimate.
+    count = num_records - torch.arange(max_lag + 1, dtype=pooled.dtype)
+    return (pooled / pooled[0] * num_records / count).float()
+
+
+def autocorrelation_time(trace: Tensor) -> Tensor:
+    """Integrated autocorrelation time in records, shape (*event); at least about 1.
+
+    R * B / ESS with the ESS of `effective_sample_size`.
+    """
+    return trace.shape[0] * trace.shape[1] / effective_sample_size(trace)
+
+
+def effective_sample_size(trace: Tensor) -> Tensor:
+    """Effective number of independent draws among the R * B of the trace, per coordinate.
+
+    Vehtari et al. (2021), arXiv:1903.08008, eqs. 10 to 13: the autocorrelation is measured
+    against the variance between and within chains, and summed over Geyer's initial monotone
+    positive sequence. Chains that disagree about the mean therefore lower it. A trace that
+    never moves counts as one draw per chain at most, and as one if all chains coincide.
+
+    Args:
+        trace: (R, B, *event) or (R, B), R >= 4.
+
+    Returns:
+        (*event), a scalar tensor for a trace of scalars.
+    """
+    values = _flat(trace, "effective_sample_size", at_least=4)
+    num_records, num_chains, _ = values.shape
+    means = values.mean(dim=0, keepdim=True)
+    covariance = _autocovariance(values - means).mean(dim=1)  # (R, D), over R - lag or R alike
+    within = covariance[0] * num_records / (num_records - 1)
+    variance = covariance[0].clone()
+    if num_chains > 1:
+        variance = variance + means[0].var(dim=0)
+    constant = variance <= 0
+    stuck = (within <= 0) & ~constant
+    scale = torch.where(constant, torch.ones_like(variance), variance)
+    rho = 1 - (within - covariance) / scale  # (R, D)
+    rho[0] = 1.0
+    # Geyer: sums of neighbouring pairs of a reversible chain are positive and decreasing.
+    num_pairs = num_records // 2
+    pairs = rho[0 : 2 * num_pairs : 2] + rho[1 : 2 * num_pairs : 2]
+    positive = (pairs > 0).to(pairs.dtype).cumprod(dim=0)
+    pairs = (pairs * positive).cummin(dim=0).values * positive
+    time = -1 + 2 * pairs.sum(dim=0)
+    total = num_records * num_chains
+    # An antithetic chain can beat independent draws; the bound is Stan's.
+    time = time.clamp_min(1 / math.log10(max(total, 11)))
+    ess = total / time
+    ess = torch.where(stuck, torch.full_like(ess, float(num_chains)), ess)
+    ess = torch.where(constant, torch.ones_like(ess), ess)
+    return ess.float().reshape(trace.shape[2:])
+
+
+def split_rhat(trace: Tensor, *, rank_normalize: bool = False) -> Tensor:
+    """Potential scale reduction of split chains, per coordinate; 1 where chains agree.
+
+    Each chain is cut in half, so one drifting chain disagrees with itself. Gelman et al. (2013);
+    with `rank_normalize`, ranks in place of values (arXiv:1903.08008, eq. 14), which is right
+    for heavy tails. Infinite where chains are constant and differ; 1 where all are one constant.
+
+    Args:
+        trace: (R, B, *event) or (R, B), R >= 4.
+
+    Returns:
+        (*event), a scalar tensor for a trace of scalars. Above about 1.01 to 1.05 the chains
+        have not mixed.
+    """
+    values = _flat(trace, "split_rhat", at_least=4)
+    half = values.shape[0] // 2
+    values = torch.cat([values[:half], values[-half:]], dim=1)  # (half, 2B, D)
+    if rank_normalize:
+        values = _normal_scores(values)
+    within = values.var(dim=0).mean(dim=0)
+    between = values.mean(dim=0).var(dim=0)
+    variance = within * (half - 1) / half + between
+    rhat = (variance / within).sqrt()
+    rhat = torch.where((within <= 0) & (between <= 0), torch.ones_like(rhat), rhat)
+    return rhat.float().reshape(trace.shape[2:])
+
+
+def self_transition_probability(trace: Tensor, *, per_chain: bool = False) -> Tensor:
+    """Share of moves that leave the chain exactly where it was, in [0, 1].
+
+    One minus the acceptance rate where the kernel has an accept step and the trace records
+    every step; 0 for an unadjusted chain, of which displacement says more.
+
+    Args:
+        trace: (R, B, *event) or (R, B), R >= 2, one record a step.
+        per_chain: (B,) instead of the mean over chains, a scalar tensor.
+    """
+    values = _flat(trace, "self_transition_probability", at_least=2)
+    same = (values[1:] == values[:-1]).all(dim=-1).float()  # (R - 1, B)
+    return same.mean(dim=0) if per_chain else same.mean()
+
+
+def energy_gap(
+    energy_pos: Tensor, energy_neg: Tensor, log_weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """mean E(data) - mean E(negatives) and its standard error, in units of energy.
+
+    Near zero for a good model, and also for chains that never left the data: read it beside
+    displacement. Strongly negative: the sampler has not found the model's own low energies;
+    positive and growing: negatives sit in minima that data does not.
+
+    Args:
+        energy_pos: (B,) energies of data.
+        energy_neg: (M,) energies of negatives.
+        log_weight: (M,) log-weights of the negatives; the mean is then self-normalised.
+    """
+    energy_pos, energy_neg = energy_pos.detach().double(), energy_neg.detach().double()
+    weight = torch.full_like(energy_neg, 1 / energy_neg.numel())
+    if log_weight is not None:
+        weight = log_weight.detach().double().softmax(dim=0)
+    mean_neg = (weight * energy_neg).sum()
+    gap = energy_pos.mean() - mean_neg
+    variance_pos = energy_pos.var(correction=0) / max(energy_pos.numel() - 1, 1)
+    variance_neg = (weight**2 * (energy_neg - mean_neg) ** 2).sum()
+    return gap.float(), (variance_pos + variance_neg).sqrt().float()
+
+
+@dataclass(frozen=True, slots=True)
+class Stagnation:
+    """What `stagnation` found; `alarm` is None while the chains are healthy."""
+
+    stuck: Tensor
+    """(B,) bool: chains to re-seed."""
+    fraction: float
+    """Share of chains that are stuck."""
+    self_transition: float
+    autocorrelation: float
+    """At the longest lag asked for: 1 means no chain forgot where it was."""
+    rhat: float
+    """Largest over coordinates."""
+    alarm: str | None
+    """One line: where, what is wrong, what to change."""
+
+
+def stagnation(
+    trace: Tensor,
+    *,
+    where: str = "chains",
+    max_self_transition: float = 0.95,
+    max_autocorrelation: float = 0.9,
+    max_fraction: float = 0.25,
+    lag: int | None = None,
+) -> Stagnation:
+    """Find chains that no longer represent the model, and say what to change.
+
+    A chain is stuck if it rejects more than `max_self_transition` of its moves, or if over the
+    trace it explores less than `1 - max_autocorrelation` of the spread that all chains have
+    together: the sign of a chain confined to one mode. The alarm sounds when more than
+    `max_fraction` of the chains are stuck.
+
+    Args:
+        trace: (R, B, *event) or (R, B), R >= 4. Take it over enough rounds for a healthy chain
+            to cross between modes: within one short round every image chain looks confined.
+        where: what the alarm names, e.g. "shard 3".
+        lag: of the reported autocorrelation; by default a quarter of the trace.
+    """
+    values = _flat(trace, "stagnation", at_least=4)
+    num_records, num_chains, _ = values.shape
+    rejects = self_transition_probability(trace, per_chain=True)
+    within = values.var(dim=0).sum(dim=-1)  # (B,)
+    # With one chain there is no second opinion about the spread: only rejection is judged.
+    pooled = values.flatten(0, 1).var(dim=0).sum() if num_chains > 1 else within.max()
+    # The within-chain variance of a healthy chain of short trace is itself small by chance;
+    # the limit is far enough below 1 for R >= 20 or so.
+    confined = within < (1 - max_autocorrelation) * pooled
+    rejecting = rejects > max_self_transition
+    frozen = within <= 0
+    stuck = confined | rejecting | frozen
+    fraction = float(stuck.float().mean())
+    lag = max(1, num_records // 4) if lag is None else lag
+    rho = float(autocorrelation(trace, lag)[-1])
+    rhat = float(split_rhat(trace).max())
+    alarm = None
+    if fraction > max_fraction:
+        count = f"{int(stuck.sum())} of {num_chains} chains"
+        if float((rejecting | frozen).float().mean()) >= 0.5 * fraction:
+            alarm = (
+                f"{where}: {count} are stuck, they stay where they are in "
+                f"{100 * float(rejects.mean()):.0f}% of their moves. Lower sampler.step_size "
+                f"(or proposal_std), or re-seed them with buffer.reinit_prob."
+            )
+        else:
+            alarm = (
+                f"{where}: {count} are confined to one mode (autocorrelation {rho:.2f} at lag "
+                f"{lag}, split R-hat {rhat:.2f}). Raise sampler.num_steps, sampler.temperature "
+                f"or buffer.reinit_prob, or use sampler.name: parallel_tempering."
+            )
+    return Stagnation(stuck, fraction, float(rejects.mean()), rho, rhat, alarm)
+
+
+def basin_occupancy(x: Tensor, minima: Tensor, log_weight: Tensor | None = None) -> Tensor:
+    """Share (M,) of the samples `x` (N, *event) that lie nearest to each of `minima` (M, *event).
+
+    `log_weight` (N,) makes it the share under another law, e.g. the negative energy times
+    (1/T' - 1/T) for samples drawn at T.
+    """
+    if x.shape[1:] != minima.shape[1:]:
+        raise ValueError(
+            f"basin_occupancy: samples have event shape {tuple(x.shape[1:])}, minima "
+            f"{tuple(minima.shape[1:])}; they must be equal"
+        )
+    nearest = torch.cdist(x.flatten(1).double(), minima.flatten(1).double()).argmin(dim=1)
+    weight = torch.full((x.shape[0],), 1 / x.shape[0], dtype=torch.float64)
+    if log_weight is not None:
+        weight = log_weight.double().softmax(dim=0)
+    return torch.zeros(minima.shape[0], dtype=torch.float64).index_add_(0, nearest, weight).float()
+
+
+def basin_masses(energy: EnergyFn, minima: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Probability (len(temperatures), M) of the basin of each minimum, by its depth and width.
+
+        mass_m(T)  proportional to  exp(-E(x_m) / T) * det(H_m)^(-1/2)
+
+    Laplace's method: exact for separated quadratic wells, and as T -> 0 otherwise. Wells of one
+    depth keep their masses at every T (temperature *rescales*); wells of different depth do not
+    (it *distorts*): see `temperature_effect`.
+
+    Args:
+        energy: (B, *event) -> (B,), twice differentiable at the minima.
+        minima: (M, *event) local minima.
+        temperatures: each above 0.
+
+    Raises:
+        ValueError: where the Hessian is not positive definite, so that the point is no minimum.
+    """
+    if min(temperatures) <= 0:
+        raise ValueError(f"basin_masses: temperatures must be above 0, got {list(temperatures)}")
+    points = minima.detach().double()
+    event = points.shape[1:]
+    dtype = minima.dtype if minima.dtype.is_floating_point else torch.float32
+
+    def scalar(flat: Tensor) -> Tensor:
+        return energy(flat.reshape(1, *event).to(dtype)).sum()
+
+    depths, half_log_dets = [], []
+    for index, point in enumerate(points.flatten(1)):
+        hessian = torch.autograd.functional.hessian(scalar, point)
+        assert isinstance(hessian, Tensor)
+        curvature = torch.linalg.eigvalsh((hessian + hessian.T).double() / 2)
+        if not bool((curvature > 0).all()):
+            raise ValueError(
+                f"basin_masses: minima[{index}] has curvature {float(curvature.min()):.3g}; a "
+                f"minimum needs all above 0. Descend the energy to a minimum first."
+            )
+        half_log_dets.append(0.5 * curvature.log().sum())
+        with torch.no_grad():
+            depths.append(scalar(point).double())
+    depth, volume = torch.stack(depths), torch.stack(half_log_dets)
+    inverse = 1 / torch.tensor(list(temperatures), dtype=torch.float64)
+    return (-inverse[:, None] * depth - volume).softmax(dim=-1).float()
+
+
+def temperature_effect(masses: Tensor, tolerance: float = 0.01) -> str:
+    """`"rescale"` if the masses (num_temperatures, M) are the same at every T, else `"distort"`."""
+    spread = masses.max(dim=0).values - masses.min(dim=0).values
+    return "rescale" if float(spread.max()) <= tolerance else "distort"
+
+
+def _flat(trace: Tensor, caller: str, at_least: int = 1) -> Tensor:
+    """The trace as (R, B, D) float64."""
+    if trace.ndim < 2:
+        raise ValueError(
+            f"{caller}: trace must be (R, B) or (R, B, *event), time first, got "
+            f"{tuple(trace.shape)}; for one chain use trace[:, None]"
+        )
+    if trace.shape[0] < at_least or trace.shape[1] < 1:
+        raise ValueError(
+            f"{caller}: trace needs at least {at_least} records of at least 1 chain, got "
+            f"{tuple(trace.shape)}; record more often"
+        )
+    # Squares of energies near 1e4 leave no digits in float32 for the variance.
+    values = trace.detach().cpu().double().reshape(trace.shape[0], trace.shape[1], -1)
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{caller}: trace holds values that are not finite; the chains diverged")
+    return values
+
+
+def _autocovariance(centred: Tensor) -> Tensor:
+    """(R, B, D) -> (R, B, D): sum over t of x_t x_{t + lag}, divided by R; by FFT."""
+    num_records = centred.shape[0]
+    spectrum = torch.fft.rfft(centred, n=2 * num_records, dim=0)
+    product = torch.fft.irfft(spectrum * spectrum.conj(), n=2 * num_records, dim=0)
+    return product[:num_records] / num_records
+
+
+def _normal_scores(values: Tensor) -> Tensor:
+    """Each coordinate's values replaced by the normal quantiles of their ranks over all chains."""
+    flat = values.flatten(0, 1)  # (N, D)
+    num = flat.shape[0]
+    # Ties share their mean rank: a constant trace must stay constant.
+    ordered = flat.sort(dim=0).values.T.contiguous()
+    query = flat.T.contiguous()
+    low = torch.searchsorted(ordered, query)
+    high = torch.searchsorted(ordered, query, right=True)
+    rank = (low + high + 1).double() / 2
+    uniform = (rank - 0.375) / (num + 0.25)
+    return torch.special.ndtri(uniform).T.reshape(values.shape)

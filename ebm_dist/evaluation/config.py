@@ -1,0 +1,71 @@
+"""What a run measures of its own model while it trains, and how often."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from ebm_dist.section import Section
+
+
+class EvaluationConfig(Section):
+    """Measurements on the EMA weights and on the chains, off the training step."""
+
+    every: PositiveInt | None = 500
+    """Updates between evaluations; null turns all of them off."""
+
+    num_samples: PositiveInt = 500
+    """Chains taken from the buffer for each measurement of sample quality."""
+
+    num_grid: PositiveInt = 64
+    """Chains in the sample grid written to `samples/` and logged as an image."""
+
+    num_test: PositiveInt = 1000
+    """Held-out events whose energy is logged, and that fidelity compares with."""
+
+    fidelity: Literal["auto"] | bool = "auto"
+    """Feature-space Frechet distance to held-out data, from a small classifier trained once at
+    the start. `auto`: on for labelled images."""
+
+    fidelity_train: PositiveInt = 10_000
+    """Labelled images that the classifier of `fidelity` is trained on, at most."""
+
+    fidelity_epochs: NonNegativeInt | None = None
+    """Passes over them; null chooses by their number so that it takes about a minute at most."""
+
+    likelihood: Literal["auto"] | bool = "auto"
+    """Log `likelihood/log_z` and `likelihood/log_prob`. `auto`: where log Z is exact (binary
+    events of at most 20 bits, an RBM whose smaller side has at most 20 units, real events of at
+    most 2 dimensions); true: also elsewhere, by annealed importance sampling."""
+
+    num_ais_chains: PositiveInt = 128
+    """Chains of annealed importance sampling, in each direction."""
+
+    num_ais_temperatures: PositiveInt = 200
+    """Steps of its path from the base law to the model."""
+
+    trace_chains: PositiveInt = 32
+    """Chains of one shard that are followed over rounds for autocorrelation, ESS, split R-hat and
+    the stagnation alarm."""
+
+    trace_records: PositiveInt = 64
+    """Rounds that the followed trace holds; the oldest leaves first."""
+
+    stagnation_fraction: PositiveFloat = 0.25
+    """Share of stuck chains above which the stagnation alarm sounds."""
+
+    reseed_stuck: bool = False
+    """Give stuck chains a fresh start when the alarm sounds."""
+
+    audit_every: PositiveInt | None = None
+    """Updates between long-run audits; null turns the auditor off."""
+
+    audit_steps: PositiveInt = 2000
+    """Steps of each audited chain; ten or more times `sampler.num_steps`."""
+
+    audit_chains: PositiveInt = 64
+    """Chains that the auditor runs."""
+
+    audit_feedback: bool = False
+    """Feed the chains that fell into spurious minima back to the learner as negatives."""
