@@ -1,0 +1,49 @@
+"""Images side by side in one array: numpy alone, so that the hub needs no plotting."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def tile(images: np.ndarray, *, num_columns: int | None = None, gap: int = 1) -> np.ndarray:
+    """One picture (H', W', 3) uint8 from `images` (N, C, H, W) in [-1, 1], row by row.
+
+    One channel is drawn grey, three as RGB; of any other number the mean over channels.
+    Values outside [-1, 1] are clipped and those that are not finite drawn magenta, so that a
+    broken chain is seen.
+
+    Raises:
+        ValueError: `images` is not (N, C, H, W) with at least one image.
+    """
+    images = np.asarray(images, dtype=np.float32)
+    if images.ndim != 4 or min(images.shape) < 1:
+        raise ValueError(f"images must have shape (N, C, H, W) with N >= 1, got {images.shape}")
+    num, channels, height, width = images.shape
+    if channels not in (1, 3):
+        images = images.mean(axis=1, keepdims=True)
+    broken = ~np.isfinite(images).all(axis=1)  # (N, H, W)
+    scaled = np.rint((np.clip(np.nan_to_num(images), -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+    pixels = np.broadcast_to(scaled.transpose(0, 2, 3, 1), (num, height, width, 3)).copy()
+    pixels[broken] = (255, 0, 255)
+
+    columns = min(num, num_columns or math.ceil(math.sqrt(num)))
+    rows = math.ceil(num / columns)
+    picture = np.full(
+        (rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, dtype=np.uint8
+    )
+    for index in range(num):
+        top = gap + (index // columns) * (height + gap)
+        left = gap + (index % columns) * (width + gap)
+        picture[top : top + height, left : left + width] = pixels[index]
+    return picture
+
+
+def enlarge(picture: np.ndarray, *, at_least: int = 480) -> np.ndarray:
+    """`picture` (H, W, 3) with every pixel repeated until its longer side is `at_least` wide.
+
+    Whole factors only: 8x8 digits stay sharp squares in a browser that would blur them.
+    """
+    factor = max(1, math.ceil(at_least / max(picture.shape[:2])))
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)

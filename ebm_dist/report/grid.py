@@ -1,0 +1,203 @@
+"""Samples of any kind of event as one PNG: `save_grid`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebm_dist.metrics.tile import enlarge, tile
+from ebm_dist.types import EnergyFn, EventSpec
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_POINTS = 20_000
+"""More dots than this only blacken a scatter plot."""
+
+
+def save_grid(
+    x: Tensor,
+    path: str | os.PathLike[str],
+    spec: EventSpec,
+    *,
+    title: str | None = None,
+    num_columns: int | None = None,
+    energy: EnergyFn | None = None,
+) -> Path:
+    """Draw samples `x` (N, *event) into the PNG file `path` and return it.
+
+    image: a grid; real (2,): a scatter, over the contours of `energy` if given; real (1,) or
+    (): a histogram; other real events, binary and categorical ones: heat maps, one-hot
+    classes by their index. The same input gives the same bytes.
+
+    Args:
+        num_columns: images or maps in a row; a square grid when left out.
+        energy: drawn for two-dimensional events only.
+
+    Raises:
+        ValueError: `x` does not fit `spec`, or holds no sample.
+    """
+    if tuple(x.shape[1:]) != tuple(spec.shape) or x.shape[0] < 1:
+        raise ValueError(
+            f"x must have shape (N, {', '.join(map(str, spec.shape))}) with N >= 1, "
+            f"got {tuple(x.shape)}"
+        )
+    path = Path(path)
+    values = x.detach().float().cpu()
+    if spec.kind == "image":
+        pixels = enlarge(tile(values.numpy(), num_columns=num_columns))
+        _write_pixels(pixels, path, title)
+    elif spec.kind == "real" and values[0].numel() <= 2:
+        flat = values.reshape(len(values), -1)
+        draw = _histogram if flat.shape[1] == 1 else _scatter
+        _write_figure(lambda axes: draw(axes, flat, energy, spec), path, title, size=(5.0, 5.0))
+    else:
+        _save_maps(values, path, spec, title, num_columns)
+    return path
+
+
+def _write_pixels(pixels: np.ndarray, path: Path, title: str | None) -> None:
+    from PIL import Image, ImageDraw
+
+    picture = Image.fromarray(pixels)
+    if title:
+        strip = 18
+        framed = Image.new("RGB", (picture.width, picture.height + strip), "white")
+        framed.paste(picture, (0, strip))
+        ImageDraw.Draw(framed).text((4, 3), title, fill="black")
+        picture = framed
+    _replace(path, lambda part: picture.save(part, format="PNG"))
+
+
+def _write_figure(
+    draw: Callable[[Axes], Any], path: Path, title: str | None, *, size: tuple[float, float]
+) -> None:
+    figure = new_figure(size)
+    axes = figure.add_subplot()
+    draw(axes)
+    if title:
+        axes.set_title(title, fontsize=10)
+    save_figure(figure, path)
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """A figure of `size` inches on the Agg canvas, whatever the display or the user's rc."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)  # not pyplot: it keeps global state, and a GUI loop on a desktop
+    return figure
+
+
+def save_figure(figure: Figure, path: Path, *, dpi: int = 100) -> None:
+    """Write `figure` to `path` as PNG, without the version stamp that changes its bytes."""
+    _replace(
+        path,
+        lambda part: figure.savefig(part, format="png", dpi=dpi, metadata={"Software": None}),
+    )
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    # A reader (W&B, a browser) must never meet half a picture.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _histogram(axes: Axes, flat: Tensor, energy: EnergyFn | None, spec: EventSpec) -> None:
+    values = flat[:, 0][flat[:, 0].isfinite()].numpy()
+    axes.hist(values, bins=64, density=True, color="tab:blue")
+    axes.set_xlabel("x")
+    axes.set_ylabel("density")
+    if energy is None or not len(values):
+        return
+    low, high = float(values.min()), float(values.max())
+    # Half a range more on each side: the basins that no sample has found are of interest.
+    margin = 0.5 * max(high - low, 1e-3)
+    line = torch.linspace(low - margin, high + margin, 512)
+    with torch.no_grad():
+        heights = energy(line.reshape(-1, *spec.shape)).float().cpu()
+    other = axes.twinx()
+    other.plot(line.numpy(), heights.numpy(), color="tab:orange")
+    other.set_ylabel("energy", color="tab:orange")
+
+
+def _scatter(axes: Axes, flat: Tensor, energy: EnergyFn | None, spec: EventSpec) -> None:
+    points = flat[flat.isfinite().all(dim=1)][:MAX_POINTS]
+    if len(points) and energy is not None:
+        low, high = points.amin(dim=0), points.amax(dim=0)
+        margin = 0.15 * (high - low).clamp_min(1e-3)
+        low, high = low - margin, high + margin
+        lines = [torch.linspace(float(low[i]), float(high[i]), 120) for i in range(2)]
+        mesh = torch.cartesian_prod(*lines)
+        with torch.no_grad():
+            heights = energy(mesh.reshape(-1, *spec.shape)).float().cpu()
+        heights = heights.reshape(120, 120).T.numpy()
+        # The far walls of an energy would take all the colours; the law lives below the median.
+        levels = np.linspace(np.nanmin(heights), np.nanquantile(heights, 0.7), 16)
+        if np.all(np.diff(levels) > 0):
+            axes.contourf(
+                lines[0].numpy(), lines[1].numpy(), heights, levels, cmap="viridis_r", extend="max"
+            )
+    # Dots shrink as they multiply, so that 64 samples are seen and 20,000 show a density.
+    size = float(np.clip(4000.0 / max(len(points), 1), 0.5, 16.0))
+    colour = "tab:red" if energy is not None else "tab:blue"
+    axes.scatter(points[:, 0], points[:, 1], s=size, alpha=0.6, color=colour, linewidths=0)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_xlabel("x0")
+    axes.set_ylabel("x1")
+
+
+def _save_maps(
+    values: Tensor, path: Path, spec: EventSpec, title: str | None, num_columns: int | None
+) -> None:
+    """Heat maps: a two-dimensional event is a panel each, a vector is one row of one panel."""
+    classes = None
+    if spec.kind == "categorical":
+        classes = spec.shape[-1]
+        values = values.argmax(dim=-1).float()
+    elif spec.kind == "binary":
+        classes = 2
+    colours, low, high = _colours(values, classes)
+    if values.ndim <= 2:
+        panel = values.reshape(len(values), -1)[:256].numpy()
+
+        def draw(axes: Axes) -> None:
+            axes.imshow(
+                panel, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
+            )
+            axes.set_xlabel("site")
+            axes.set_ylabel("sample")
+
+        _write_figure(draw, path, title, size=(6.0, 5.0))
+        return
+    from matplotlib import colormaps
+
+    # Leading axes of an event (channels, layers) become rows of its panel.
+    panels = values[:64].reshape(len(values[:64]), -1, values.shape[-1])
+    scaled = ((panels - low) / max(high - low, 1e-12)).clamp(0, 1)
+    rgb = colormaps[colours](scaled.numpy())[..., :3]  # (N, H, W, 3)
+    images = np.moveaxis(rgb, -1, 1) * 2.0 - 1.0
+    _write_pixels(enlarge(tile(images, num_columns=num_columns)), path, title)
+
+
+def _colours(values: Tensor, classes: int | None) -> tuple[str, float, float]:
+    if classes == 2:
+        return "gray", 0.0, 1.0
+    if classes is not None:
+        return ("tab20" if classes <= 20 else "viridis"), 0.0, float(classes - 1)
+    finite = values[values.isfinite()]
+    bound = float(finite.abs().max()) if finite.numel() else 1.0
+    return "coolwarm", -max(bound, 1e-12), max(bound, 1e-12)
