@@ -1,0 +1,306 @@
+"""The command line: each command calls something in the package and turns failure into one line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ebm_dist.errors import RunFailed, UserError
+
+# Everything else is imported inside the command that needs it: `--help` answers within a
+# second, and sampling an export works where Ray and DeepSpeed are not installed.
+
+app = typer.Typer(
+    name="ebm-dist",
+    help="Train, sample, evaluate and export energy-based models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Prepare data as shards.", no_args_is_help=True)
+dashboard_app = typer.Typer(help="The W&B workspace, written as code.", no_args_is_help=True)
+config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(dashboard_app, name="dashboard")
+app.add_typer(config_app, name="config")
+
+CommandLineError = typer.BadParameter.__mro__[2]
+"""ClickException: typer carries its own copy of click, under a path that varies by version."""
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Keys to set over the file, e.g. learner.lr=1e-4.")
+]
+ConfigFile = Annotated[Path, typer.Argument(help="The YAML config.", show_default=False)]
+ExportDir = Annotated[
+    Path, typer.Argument(help="An export, or a run directory that holds one.", show_default=False)
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on `argv` (sys.argv when None) and return its exit code.
+
+    0 done, 2 the user's input is wrong, 1 the run failed. `EBM_DIST_DEBUG=1` lets
+    exceptions through with their traceback.
+    """
+    try:
+        code = app(args=None if argv is None else list(argv), standalone_mode=False)
+    except Exception as error:
+        if os.environ.get("EBM_DIST_DEBUG") == "1":
+            raise
+        return _explain(error)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    return code if isinstance(code, int) else 0
+
+
+def _explain(error: Exception) -> int:
+    if isinstance(error, typer.Abort):
+        return _say("interrupted", 130)
+    if isinstance(error, CommandLineError):
+        # A group without a command has shown its help, and has no message.
+        message = error.format_message().replace("Value error, ", "")  # type: ignore[attr-defined]
+        return _say(f"{message} (see ebm-dist --help)", 2) if message else 2
+    if isinstance(error, RunFailed):
+        return _say(str(error), 1)
+    if isinstance(error, UserError):
+        return _say(str(error), 2)
+    if isinstance(
+        error, FileNotFoundError | PermissionError | NotADirectoryError | FileExistsError
+    ):
+        return _say(f"{error.filename}: {(error.strerror or 'cannot be used').lower()}", 2)
+    if isinstance(error, IsADirectoryError):
+        return _say(f"{error.filename}: is a directory, expected a file", 2)
+    if isinstance(error, ModuleNotFoundError) and error.name in ("ray", "deepspeed", "wandb"):
+        return _say(f"{error.name} is not installed: pip install 'ebm_dist[train]'", 2)
+    if type(error) is ValueError:
+        return _say(str(error), 2)
+    with tempfile.NamedTemporaryFile("w", prefix="ebm-dist-", suffix=".log", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    what = " ".join(str(error).split())[:300]
+    return _say(f"{type(error).__name__}: {what}; the traceback is in {file.name}", 1)
+
+
+def _say(message: str, code: int) -> int:
+    for line in message.splitlines() or [""]:
+        print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _failures_say_how_to_resume(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except RunFailed as error:
+        log = run_dir / "run.log"
+        command = shlex.join(
+            ["ebm-dist", "train", str(run_dir / "config.yaml"), "--run-dir", str(run_dir)]
+        )
+        raise RunFailed(
+            f"{' '.join(str(error).split())}; log: {log}; resume: {command} --resume must"
+        ) from error
+
+
+@app.command(
+    epilog="Example: ebm-dist train configs/digits.yaml learner.lr=2e-4 --run-dir runs/digits"
+)
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run is kept; run.dir/run.name when left out.")
+    ] = None,
+    resume: Annotated[
+        Literal["auto", "never", "must"],
+        typer.Option(help="Go on from the newest checkpoint: if there is one, never, or only so."),
+    ] = "auto",
+) -> None:
+    """Train the energy that CONFIG describes."""
+    from ebm_dist.config import load
+
+    loaded = load(config, overrides or [])
+    from ebm_dist.run import train as run
+
+    directory = run_dir or Path(loaded.run.dir) / loaded.run.name
+    with _failures_say_how_to_resume(directory):
+        run(loaded, run_dir=directory, resume=resume)
+
+
+@app.command(epilog="Example: ebm-dist sample runs/digits/export --num 64 --steps 1000")
+def sample(
+    checkpoint: ExportDir,
+    num: Annotated[int, typer.Option(min=1, help="Chains to draw.")] = 64,
+    steps: Annotated[int, typer.Option(min=0, help="Sampler steps of each chain.")] = 1000,
+    out: Annotated[
+        Path, typer.Option(help="A picture (.png) or arrays x and energy (.npz).")
+    ] = Path("samples.png"),
+    start: Annotated[
+        Literal["noise", "chains"],
+        typer.Option(help="Begin at noise, or go on from the run's last chains."),
+    ] = "noise",
+    seed: Annotated[int, typer.Option(min=0, help="Seeds the starts and the noise.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Draw samples from an exported model by the sampler that it was trained with."""
+    from ebm_dist.draw import check_suffix, draw, save_samples
+    from ebm_dist.export import open_export
+
+    check_suffix(out)
+    export = open_export(checkpoint)
+    with _progress("sampling", num * steps) as advance:
+        x, energy = draw(
+            export,
+            num,
+            steps,
+            seed=seed,
+            start=start,
+            device=_device(device),
+            on_step=lambda done, mean: advance(done, f"mean energy {mean:.3f}"),
+        )
+    save_samples(out, x, energy, export)
+    print(f"{num} samples after {steps} steps from {start}: {out}")
+
+
+@app.command(epilog="Example: ebm-dist evaluate runs/digits/export --suite ood --out ood.json")
+def evaluate(
+    checkpoint: ExportDir,
+    suite: Annotated[
+        Literal["density", "ood", "robustness", "fidelity", "landscape"],
+        typer.Option(help="What to measure.", show_default=False),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Write the result here as JSON.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Measure an exported model on one suite of tests."""
+    raise NotImplementedError
+
+
+@app.command(epilog="Example: ebm-dist export runs/digits digits-model")
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    out_dir: Annotated[Path, typer.Argument(help="The export to write.", show_default=False)],
+) -> None:
+    """Write a run's newest checkpoint as safetensors, config, model card and sample grid."""
+    from ebm_dist.export import export_run
+
+    print(export_run(run_dir, out_dir))
+
+
+@data_app.command(
+    "prepare", epilog="Example: ebm-dist data prepare fashion-mnist data/fashion_mnist"
+)
+def data_prepare(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="digits, fashion-mnist, cifar10, imagefolder or toy:NAME.", show_default=False
+        ),
+    ],
+    out_dir: Annotated[Path, typer.Argument(help="The directory to write.", show_default=False)],
+    source: Annotated[Path | None, typer.Option(help="Where the originals are.")] = None,
+) -> None:
+    """Write webdataset shards from a data set's originals."""
+    from ebm_dist.data import prepare
+
+    prepare(name, out_dir, source=source)
+
+
+@app.command(epilog="Example: ebm-dist report runs/digits --out digits.html")
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write one HTML page about a run: curves, chains, samples, config."""
+    raise NotImplementedError
+
+
+@app.command(epilog="Example: ebm-dist doctor")
+def doctor(
+    directory: Annotated[Path, typer.Option(help="Where runs will be written.")] = Path("."),
+) -> None:
+    """Check what this machine has of what a run needs; each line is ok or says what to do."""
+    from ebm_dist.doctor import examine
+
+    healthy = True
+    for finding in examine(directory):
+        healthy &= finding.ok
+        print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.what}: {finding.text}", flush=True)
+        if finding.todo:
+            print(f"     -> {finding.todo}", flush=True)
+    raise typer.Exit(0 if healthy else 1)
+
+
+@config_app.command("show", epilog="Example: ebm-dist config show configs/digits.yaml run.steps=10")
+def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print CONFIG complete, with every default written out."""
+    from ebm_dist.config import dump, load
+
+    print(dump(load(config, overrides or [])), end="")
+
+
+@config_app.command("schema", epilog="Example: ebm-dist config schema > ebm_dist.schema.json")
+def config_schema() -> None:
+    """Print the JSON schema of a config, for editors."""
+    import json
+
+    from ebm_dist.config import schema
+
+    print(json.dumps(schema(), indent=2))
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """`advance(done, text)`: a bar on a terminal, else a line every ten seconds, on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), TextColumn("{task.fields[text]}"))
+    said = time.monotonic()
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(title, total=total, text="")
+
+        def advance(done: int, text: str) -> None:
+            nonlocal said
+            bar.update(task, completed=done, text=text)
+            if not console.is_terminal and time.monotonic() - said >= 10:
+                said = time.monotonic()
+                print(f"{title}: {done / total:.0%}, {text}", file=sys.stderr, flush=True)
+
+        yield advance
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
+    except RuntimeError:
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device: {name} is not here, torch sees {torch.cuda.device_count()} GPUs; use cpu"
+        )
+    return name

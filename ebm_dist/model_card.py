@@ -1,0 +1,209 @@
+"""The model card of an export: data, recipe, temperature, measured quality, lineage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import ebm_dist
+
+QUALITY = ("likelihood/", "fidelity/", "ood/", "robustness/", "audit/", "classifier/")
+"""Metrics that measure the model; the rest measure the run."""
+CHAIN_HEALTH = (
+    "energy/positive",
+    "energy/negative",
+    "energy/gap",
+    "sampler/acceptance",
+    "chain/autocorrelation",
+    "chain/ess",
+    "chain/rhat",
+    "chain/self_transition",
+)
+PACKAGES = ("torch", "ray", "deepspeed", "numpy", "safetensors")
+
+
+def temperature_of(sampler: Mapping[str, Any]) -> tuple[float, str]:
+    """The temperature T that a sampler's section targets, and where it comes from.
+
+    Langevin with `noise_std` sigma has T = sigma^2 / (2 step_size): practice decouples the
+    two, and the model is exp(-E/T) at this T, which an unstated one leaves unknown.
+    """
+    std, step = sampler.get("noise_std"), sampler.get("step_size")
+    if std is not None and step is not None:
+        return std**2 / (
+            2 * step
+        ), f"implied: noise_std² / (2 step_size) = {std:g}² / (2 · {step:g})"
+    if sampler.get("temperature") is not None:
+        return float(sampler["temperature"]), "stated: sampler.temperature"
+    if sampler.get("temperatures"):
+        return float(min(sampler["temperatures"])), "the coldest of sampler.temperatures"
+    return 1.0, "the default"
+
+
+def last_metrics(path: Path) -> dict[str, tuple[float, int]]:
+    """Name -> (last value, its step) in a metrics.jsonl; lines cut short are passed over."""
+    last: dict[str, tuple[float, int]] = {}
+    if not path.is_file():
+        return last
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                continue
+            for name, value in row.items():
+                if "/" in name and isinstance(value, int | float):
+                    last[name] = (float(value), row["step"])
+    return last
+
+
+def lineage(config_hash: str, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Where an export comes from: config, code and package versions, step."""
+    packages = {"ebm_dist": ebm_dist.__version__}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        **meta,
+        "config_sha256": config_hash,
+        "git_commit": git_commit(Path(ebm_dist.__file__).parent),
+        "packages": packages,
+        "exported_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def git_commit(directory: Path) -> str | None:
+    """The commit of the checkout at `directory`, `+dirty` if edited; None outside of one."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(directory), *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def render(
+    *,
+    name: str,
+    about: Mapping[str, Any],
+    energy: Mapping[str, Any],
+    sampler: Mapping[str, Any],
+    event: Mapping[str, Any],
+    num_parameters: int,
+    metrics: Mapping[str, tuple[float, int]],
+    has_grid: bool,
+) -> str:
+    """README.md of an export; `about` holds data, objective, temperature and lineage."""
+    lines = about["lineage"]
+    grid = ["![The run's last chains](samples.png)", ""] if has_grid else []
+    quality = [key for key in metrics if key.startswith(QUALITY)]
+    health = [key for key in CHAIN_HEALTH if key in metrics]
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            f"An energy-based model, p(x) = exp(-E(x)/T)/Z, trained with ebm_dist "
+            f"{lines['packages']['ebm_dist']}. E is a `{energy['name']}` of {num_parameters:,} "
+            f"parameters over {event['kind']} events of shape {tuple(event['shape'])}; lower is "
+            "likelier. The weights are the moving average (EMA) of training where one was kept.",
+            "",
+            *grid,
+            "## Use",
+            "",
+            "```python",
+            "import ebm_dist",
+            "",
+            'energy = ebm_dist.load_energy("PATH")  # (B, *event) -> (B,), eval mode, no pickle',
+            "```",
+            "",
+            "```",
+            "ebm-dist sample PATH --num 64 --steps 1000 --out samples.png",
+            "```",
+            "",
+            f"Events: {_events(event)}.",
+            "",
+            "## Temperature",
+            "",
+            f"T = {about['temperature']:.6g} ({about['temperature_source']}). Energies are in "
+            "units in which the sampler below targets exp(-E/T).",
+            "",
+            "## Data",
+            "",
+            *_table(about["data"]),
+            "",
+            "## Recipe",
+            "",
+            *(
+                f"- **{key}**: {_inline(section)}"
+                for key, section in _recipe(about, energy, sampler)
+            ),
+            "",
+            "## Measured quality",
+            "",
+            *(_metric_table(quality, metrics) or ["Nothing was measured during the run."]),
+            "",
+            "Chains at the end of the run:",
+            "",
+            *(_metric_table(health, metrics) or ["Nothing was logged."]),
+            "",
+            "## Lineage",
+            "",
+            *_table({k: v for k, v in lines.items() if k != "packages"}),
+            "",
+            "Packages: " + ", ".join(f"{k} {v}" for k, v in lines["packages"].items()) + ".",
+            "",
+        ]
+    )
+
+
+def _events(event: Mapping[str, Any]) -> str:
+    return {
+        "image": "images (C, H, W), float32 scaled to [-1, 1]",
+        "real": "unbounded float32 vectors",
+        "binary": "{0, 1} floats",
+        "categorical": "one-hot float32 in the last axis",
+    }[event["kind"]]
+
+
+def _recipe(
+    about: Mapping[str, Any], energy: Mapping[str, Any], sampler: Mapping[str, Any]
+) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    yield "energy", energy
+    yield "sampler", sampler
+    yield from about.get("recipe", {}).items()
+
+
+def _inline(section: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {_cell(value)}" for key, value in section.items())
+
+
+def _table(rows: Mapping[str, Any]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items())]
+
+
+def _metric_table(names: list[str], metrics: Mapping[str, tuple[float, int]]) -> list[str]:
+    if not names:
+        return []
+    rows = [f"| `{n}` | {metrics[n][0]:.6g} | {metrics[n][1]} |" for n in sorted(names)]
+    return ["| metric | last value | at update |", "|---|---|---|", *rows]
+
+
+def _cell(value: Any) -> str:
+    """Table text; long constants are cut and the table's own sign is escaped."""
+    text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    text = text.replace("|", "\\|").replace("\n", " ")
+    return text if len(text) <= 120 else text[:117] + "..."
