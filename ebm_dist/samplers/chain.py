@@ -1,0 +1,168 @@
+"""Run n steps of any kernel: the loop that a training run spends most of its time in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ebm_dist.samplers.kernel import (
+    InPlaceKernel,
+    Kernel,
+    KernelState,
+    as_float,
+    noise_buffer,
+    require_finite,
+    start,
+)
+from ebm_dist.types import EnergyFn
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Where the chains went."""
+
+    position: Tensor  # (B, *event), after the last step
+    energy: Tensor  # (B,), E(position)
+    trace: Tensor | None  # (R, B, *event), every record_every-th position; time first
+    info: dict[str, Tensor]  # each field of the kernel's info, (B,), mean over the steps
+    energies: Tensor  # (num_steps, B), the energy after each step
+    state: KernelState
+    """The kernel's last state, for a kernel that should go on as if it had not stopped."""
+
+
+def run_chain(
+    kernel: Kernel[Any],
+    x: Tensor,
+    energy: EnergyFn,
+    num_steps: int,
+    generator: torch.Generator,
+    record_every: int = 0,
+    *,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    channels_last: bool = False,
+) -> Chain:
+    """Move the chains `x` (B, *event) `num_steps` times.
+
+    The same numbers, bit for bit, as `kernel.init` followed by `num_steps` calls of
+    `kernel.step`; faster, since nothing is copied and an energy that is an `nn.Module`
+    keeps no graph for its parameters meanwhile. `x` and every parameter's `.grad` stay as
+    they were. The device is waited for twice: when the first and the last energies are
+    checked.
+
+    Args:
+        generator: on the device of `x`; advanced by the noise that was drawn.
+        record_every: keep each such position in `Chain.trace`; 0 keeps none.
+        precision: bf16 evaluates the energy under autocast. Positions, energies and noise
+            stay float32, but gradients move by about 1%, so the law of the chains does too.
+        channels_last: hold images (B, C, H, W) channels-last, which changes the rounding of
+            convolutions and nothing else. The energy must not call `.view` on them.
+
+    Raises:
+        ValueError: an argument is not what the kernel can move; the message says which.
+        NonFiniteEnergy: chains start or end where the energy is not finite.
+    """
+    _check_arguments(x, num_steps, generator, record_every, precision)
+    if precision == "bf16":
+        energy = _Autocast(energy)
+    # The one copy of the round: the kernel may then work in place. In float32 at least,
+    # as `start` would make it, so that there is no second copy.
+    position = start(x, energy).clone(memory_format=torch.contiguous_format)
+    if channels_last and position.ndim == 4:
+        position = position.contiguous(memory_format=torch.channels_last)
+    num_records = num_steps // record_every if record_every else 0
+    trace = position.new_empty((num_records, *position.shape)) if record_every else None
+    in_place = isinstance(kernel, InPlaceKernel)
+    noise = noise_buffer(position)
+    totals: dict[str, Tensor] = {}
+    with frozen(energy):
+        state = kernel.init(position, energy)
+        energies = state.energy.new_empty((num_steps, position.shape[0]))
+        for k in range(num_steps):
+            if in_place:
+                state, info = kernel.step_(state, energy, generator, noise)
+            else:
+                state, info = kernel.step(state, energy, generator)
+            energies[k] = state.energy
+            if not totals:
+                totals = {f.name: torch.zeros_like(getattr(info, f.name)) for f in fields(info)}
+            for name, total in totals.items():
+                total.add_(getattr(info, name))
+            if trace is not None and (k + 1) % record_every == 0:
+                trace[(k + 1) // record_every - 1] = state.position
+    require_finite(state.energy, f"after {num_steps} steps")
+    return Chain(
+        position=state.position.contiguous(),
+        energy=state.energy,
+        trace=trace,
+        info={name: total.div_(num_steps) for name, total in totals.items()},
+        energies=energies,
+        state=state,
+    )
+
+
+@contextmanager
+def frozen(energy: EnergyFn) -> Iterator[None]:
+    """Within, the parameters of a module energy need no gradient; after it, as before.
+
+    A graph for the parameters would be built at every step and never used.
+    """
+    parameters = [p for p in _parameters(energy) if p.requires_grad]
+    try:
+        for p in parameters:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+def _parameters(energy: EnergyFn) -> Iterator[nn.Parameter]:
+    if isinstance(energy, _Autocast):
+        return _parameters(energy.energy)
+    # A bound method of a module, too: `model.energy`.
+    owner = energy if isinstance(energy, nn.Module) else getattr(energy, "__self__", None)
+    return owner.parameters() if isinstance(owner, nn.Module) else iter(())
+
+
+class _Autocast:
+    """An energy evaluated in bf16 where torch deems it safe; float32 in and out."""
+
+    def __init__(self, energy: EnergyFn) -> None:
+        self.energy = energy
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            out = self.energy(x)
+        return as_float(out)
+
+    def __getattr__(self, name: str) -> Any:
+        # Kernels ask an energy for its event and its conditionals.
+        return getattr(self.energy, name)
+
+
+def _check_arguments(
+    x: Tensor, num_steps: int, generator: torch.Generator, record_every: int, precision: str
+) -> None:
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps: expected a whole number of at least 1, got {num_steps!r}")
+    if isinstance(record_every, bool) or not isinstance(record_every, int) or record_every < 0:
+        raise ValueError(
+            f"record_every: expected a whole number, 0 for no trace, got {record_every!r}"
+        )
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision: expected 'fp32' or 'bf16', got {precision!r}")
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"generator: expected a torch.Generator, got {type(generator).__name__}; pass "
+            "torch.Generator(device).manual_seed(seed)"
+        )
+    if isinstance(x, Tensor) and generator.device.type != x.device.type:
+        raise ValueError(
+            f"generator: on {generator.device}, but x is on {x.device}; make it with "
+            f"torch.Generator({str(x.device)!r})"
+        )

@@ -1,0 +1,309 @@
+"""What every Markov kernel shares: family, protocol, evaluation of energies, checks of input."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from ebm_dist.errors import NonFinite
+from ebm_dist.section import Family, Section
+from ebm_dist.types import EnergyFn, EventSpec
+
+
+class KernelState(Protocol):
+    """What the next step needs. A state belongs to the weights inside the energy that made
+    it: call `init` again after every weight update."""
+
+    @property
+    def position(self) -> Tensor:
+        """(B, *event), float32, or float64 where x was."""
+        ...
+
+    @property
+    def energy(self) -> Tensor:
+        """(B,), E(position), not divided by the temperature."""
+        ...
+
+
+S = TypeVar("S", bound=KernelState)
+
+
+@runtime_checkable
+class Kernel(Protocol[S]):
+    """A Markov kernel whose law is exp(-E(x)/temperature), or close to it.
+
+    Every chain of the batch moves by itself: chain i depends on no other chain.
+    """
+
+    @property
+    def temperature(self) -> float: ...
+
+    def init(self, x: Tensor, energy: EnergyFn) -> S:
+        """Start chains at `x` (B, *event).
+
+        Raises:
+            ValueError: x or the energy is not what the kernel can move.
+            NonFiniteEnergy: an energy is NaN or infinite at x.
+        """
+        ...
+
+    def step(self, state: S, energy: EnergyFn, generator: torch.Generator) -> tuple[S, Any]:
+        """Move every chain once; the given state stays valid.
+
+        Returns:
+            The new state, and a frozen dataclass of (B,) tensors about the step.
+        """
+        ...
+
+
+@runtime_checkable
+class InPlaceKernel(Protocol[S]):
+    """A kernel that can also overwrite its state, which saves `run_chain` the copies."""
+
+    def step_(
+        self, state: S, energy: EnergyFn, generator: torch.Generator, noise: Tensor
+    ) -> tuple[S, Any]:
+        """As `step`, bit for bit, but `state` and `noise` (B, *event) are used up."""
+        ...
+
+
+class KernelSection(Section):
+    """The config of one kernel: `build` makes it."""
+
+    discrete: ClassVar[bool] = False
+    """Moves binary and categorical events, rather than real ones and images."""
+
+    example: ClassVar[dict[str, Any]] = {}
+    """Small parameters that work on a target of unit scale; the protocol tests use them."""
+
+    num_steps: PositiveInt = 60
+    """Steps that a chain makes in one round, between two looks at the weights."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 evaluates the energy under autocast; positions stay float32 either way."""
+
+    channels_last: bool = False
+    """Hold image chains in channels-last layout, which convolutions run faster in."""
+
+    def build(self) -> Kernel[Any]:
+        """The kernel with these parameters."""
+        raise NotImplementedError
+
+    def bind(self, spec: EventSpec) -> Self:
+        """This section, once the data's events are known.
+
+        Raises:
+            ValueError: the kernel cannot move such events.
+        """
+        name = type(self).model_fields["name"].default
+        if spec.discrete and not self.discrete:
+            raise ValueError(
+                f"sampler.name: {name} moves real events and images, the data is {spec.kind}; "
+                "use gibbs, gibbs_with_gradients or discrete_langevin"
+            )
+        if self.discrete and not spec.discrete:
+            raise ValueError(
+                f"sampler.name: {name} moves binary and categorical events, the data is "
+                f"{spec.kind}; use langevin, mala, hmc or sghmc"
+            )
+        return self
+
+
+FAMILY: Family[Kernel[Any]] = Family("sampler")
+
+
+class NonFiniteEnergy(NonFinite, ValueError):
+    """Chains stand where the energy is NaN or infinite."""
+
+
+def start(x: Tensor, energy: EnergyFn) -> Tensor:
+    """`x` (B, *event) as positions that chains can start from, detached, not copied.
+
+    Half-precision positions become float32: bf16 numbers near 1 are 2**-7 apart, so most
+    Langevin moves would round to no move at all.
+
+    Raises:
+        ValueError: x is no floating-point tensor with a batch dimension, or is not the
+            shape of event that the energy names.
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x: expected a tensor (B, *event), got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise ValueError(
+            f"x: expected floating-point positions, got {x.dtype}; pass x.float() (binary events "
+            "are {0, 1} floats, categorical ones one-hot floats in the last axis)"
+        )
+    if x.ndim < 2 or x.shape[0] == 0:
+        raise ValueError(
+            f"x: expected (B, *event) with at least one chain and one event dimension, got "
+            f"{tuple(x.shape)}; one chain is x[None], one number a chain is x[:, None]"
+        )
+    event = getattr(energy, "event", None)
+    shape = event.shape if isinstance(event, EventSpec) else getattr(energy, "event_shape", None)
+    if shape is not None and tuple(x.shape[1:]) != tuple(shape):
+        raise ValueError(
+            f"x: chains have event shape {tuple(x.shape[1:])}, the energy takes {tuple(shape)}; "
+            "reshape x, or build the energy for these events"
+        )
+    x = x.detach()
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# What torch says when an event does not fit a layer: matmul, broadcasting, view, conv.
+_SHAPE_FAULT = re.compile(r"shape|size|dimension|channels|numel", re.IGNORECASE)
+
+
+def first_energy(energy: EnergyFn, position: Tensor) -> Tensor:
+    """`energy(position)`, checked as only the first evaluation of a round needs to be.
+
+    Raises:
+        ValueError: the energy cannot take such events, or does not return (B,) floats.
+        NonFiniteEnergy: an energy is NaN or infinite.
+    """
+    try:
+        value = energy(position)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not _SHAPE_FAULT.search(str(error)):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"x: the energy cannot take events of shape {tuple(position.shape[1:])}: {reason}; "
+            "reshape x to the events that the energy was built for"
+        ) from error
+    batch = position.shape[0]
+    if not isinstance(value, Tensor) or tuple(value.shape) != (batch,):
+        came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"energy: expected one number a chain, shape ({batch},), got {came}; "
+            "end it with .squeeze(-1), or sum over the event dimensions alone"
+        )
+    if not value.is_floating_point():
+        raise ValueError(f"energy: expected floats, got {value.dtype}; return energy.float()")
+    require_finite(value, "at the start of the chains (x)")
+    return value
+
+
+def require_finite(energy: Tensor, where: str) -> None:
+    """Raise unless every energy (B,) is finite. Waits for the device: once a round."""
+    finite = torch.isfinite(energy)
+    if bool(finite.all()):
+        return
+    bad = (~finite).nonzero().flatten()
+    chains = ", ".join(str(i) for i in bad[:5].tolist()) + (", ..." if len(bad) > 5 else "")
+    raise NonFiniteEnergy(
+        f"energy: {len(bad)} of {energy.numel()} chains have a non-finite energy {where} (chains "
+        f"{chains}); lower sampler.step_size, clamp or clip the moves, or restart those chains"
+    )
+
+
+def value(energy: EnergyFn, position: Tensor, *, first: bool = False) -> Tensor:
+    """Energies (B,) without a gradient."""
+    with torch.no_grad():
+        out = first_energy(energy, position) if first else energy(position)
+        return as_float(out)
+
+
+def value_and_grad(
+    energy: EnergyFn, position: Tensor, *, first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Energies (B,) and their gradients (B, *event) in the position.
+
+    Parameters' `.grad` stays untouched: only the gradient in the position is asked for.
+
+    Raises:
+        ValueError: with `first`, where the energy has no gradient in the position.
+    """
+    # An alias, not a copy: the caller may move `position` in place once the graph is gone.
+    x = position.detach().requires_grad_(True)
+    with torch.enable_grad():
+        out = first_energy(energy, x) if first else energy(x)
+        if first and not out.requires_grad:
+            raise ValueError(
+                "energy: has no gradient in x (detached, under no_grad, or constant), which this "
+                "sampler needs; remove the detach, or use random_walk or gibbs"
+            )
+        # Chains do not interact, so the gradient of the sum holds each chain's own
+        # gradient. Batch statistics inside the energy would break this.
+        (grad,) = torch.autograd.grad(out.sum(), x)
+    return as_float(out.detach()), grad
+
+
+def as_float(energy: Tensor) -> Tensor:
+    """Energies in float32 at least: bf16 energies near 100 are 0.5 apart."""
+    return energy if energy.dtype in (torch.float32, torch.float64) else energy.float()
+
+
+def noise_buffer(like: Tensor) -> Tensor:
+    """Unfilled memory of the shape of `like`, row-major whatever the layout of `like`.
+
+    The chains of a channels-last run then get the numbers they would get without it, and
+    torch fills contiguous memory several times faster.
+    """
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+def normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """N(0, 1) of the shape of `like`."""
+    return noise_buffer(like).normal_(generator=generator)
+
+
+def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    """U[0, 1) of the shape of `like`."""
+    return noise_buffer(like).uniform_(generator=generator)
+
+
+def per_chain(mask: Tensor, like: Tensor) -> Tensor:
+    """(B,) shaped so that it broadcasts against `like` (B, *event)."""
+    return mask.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def sum_event(x: Tensor) -> Tensor:
+    """(B, *event) -> (B,): the sum over each chain's own numbers."""
+    return x.flatten(1).sum(1)
+
+
+def norm_event(x: Tensor) -> Tensor:
+    """(B, *event) -> (B,): the Euclidean norm of each chain's own numbers."""
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)))
+
+
+def accept(log_ratio: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The Metropolis-Hastings decision of each chain.
+
+    A proposal whose energy is NaN or +inf is refused, so a wall of infinite energy is a
+    legal way to bound the events.
+
+    Args:
+        log_ratio: (B,), log of pi(x') q(x|x') / (pi(x) q(x'|x)).
+
+    Returns:
+        accepted (B,) bool, and the probability of it (B,) in [0, 1].
+    """
+    log_ratio = torch.nan_to_num(log_ratio, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    probability = log_ratio.clamp(max=0.0).exp()
+    # The draw does not depend on the other chains' decisions: one number a chain, always.
+    return uniform(probability, generator) < probability, probability
+
+
+def select(accepted: Tensor, new: S, old: S) -> S:
+    """For each chain the new state where it was accepted, else the old one."""
+    return blend(accepted, new, old, names=[f.name for f in fields(new)])  # type: ignore[arg-type]
+
+
+def blend(mask: Tensor, new: S, old: S, names: Sequence[str]) -> S:
+    """`old` with the tensor fields `names` taken from `new` where `mask` (B,)."""
+    assert is_dataclass(new)
+    chosen = {f.name: getattr(old, f.name) for f in fields(new)}
+    for name in names:
+        a, b = getattr(new, name), getattr(old, name)
+        if isinstance(a, Tensor):
+            chosen[name] = torch.where(per_chain(mask, a), a, b)
+    return type(old)(**chosen)
