@@ -4,11 +4,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ebm_dist.energies.associative import (
+    Hopfield,
+    ModernHopfield,
+    hopfield,
+    modern_hopfield,
+    store,
+)
+from ebm_dist.energies.boltzmann import Rbm, rbm
+from ebm_dist.energies.composition import Conditional, Mixture, Sum, Tempered
 from ebm_dist.energies.family import FAMILY, AnalyticEnergy, BoundSection, Energy, EnergySection
+from ebm_dist.energies.finite import FiniteEnergy
 from ebm_dist.energies.gaussian import Quadratic, quadratic
+from ebm_dist.energies.lattice import LatticePhi4, lattice_phi4
+from ebm_dist.energies.mixture import GaussianMixture, gaussian_mixture
 from ebm_dist.energies.mlp import MlpSection
-from ebm_dist.energies.network import NetworkEnergy
+from ebm_dist.energies.network import NetworkEnergy, NetworkSection
+from ebm_dist.energies.planar import (
+    Checkerboard,
+    DoubleWell,
+    Ring,
+    checkerboard,
+    double_well,
+    ring,
+)
 from ebm_dist.energies.resnet import ResNetSection
+from ebm_dist.energies.spin import Ising, Potts, ising, potts
+from ebm_dist.energies.transformer_lm import LanguageModel, TransformerLmSection
+from ebm_dist.energies.vit import VitSection
+from ebm_dist.energies.wide_resnet import WideResNetSection
 
 make = FAMILY.make
 
@@ -21,13 +45,44 @@ __all__ = [
     "FAMILY",
     "AnalyticEnergy",
     "BoundSection",
+    "Checkerboard",
+    "Conditional",
+    "DoubleWell",
     "Energy",
     "EnergyConfig",
     "EnergySection",
+    "FiniteEnergy",
+    "GaussianMixture",
+    "Hopfield",
+    "Ising",
+    "LanguageModel",
+    "LatticePhi4",
+    "Mixture",
     "MlpSection",
+    "ModernHopfield",
     "NetworkEnergy",
+    "NetworkSection",
+    "Potts",
     "Quadratic",
+    "Rbm",
     "ResNetSection",
+    "Ring",
+    "Sum",
+    "Tempered",
+    "TransformerLmSection",
+    "VitSection",
+    "WideResNetSection",
+    "checkerboard",
+    "double_well",
+    "gaussian_mixture",
+    "hopfield",
+    "ising",
+    "lattice_phi4",
     "make",
+    "modern_hopfield",
+    "potts",
     "quadratic",
+    "rbm",
+    "ring",
+    "store",
 ]

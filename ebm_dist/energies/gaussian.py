@@ -66,8 +66,8 @@ class Quadratic(AnalyticEnergy):
         if event_shape is not None:
             self.event = EventSpec(event_shape, "real")
         self.offset = offset
-        self.precision = _constant_or_parameter(self, "precision", p, learnable)
-        self.mean = _constant_or_parameter(self, "mean", centre, learnable_mean)
+        self.precision = constant_or_parameter(self, "precision", p, learnable)
+        self.mean = constant_or_parameter(self, "mean", centre, learnable_mean)
 
     def energy(self, x: Tensor) -> Tensor:
         y = x.flatten(1) - self.mean.to(x.dtype)
@@ -109,7 +109,7 @@ def _eigenvalues(p: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(0.5 * (p + p.T)) if p.ndim == 2 else p.reshape(-1)
 
 
-def _constant_or_parameter(module: nn.Module, name: str, value: Tensor, learnable: bool) -> Tensor:
+def constant_or_parameter(module: nn.Module, name: str, value: Tensor, learnable: bool) -> Tensor:
     """Hold `value` as a parameter, or as a constant that the config can always rebuild."""
     if learnable:
         module.register_parameter(name, nn.Parameter(value))

@@ -40,6 +40,16 @@ def normed(layer: nn.Module, spectral_norm: bool) -> nn.Module:
     return parametrizations.spectral_norm(layer) if spectral_norm else layer
 
 
+def image_channels(name: str, shape: tuple[int, ...]) -> int:
+    """Channels of an image event (C, H, W); ValueError for any other event."""
+    if len(shape) != 3:
+        raise ValueError(
+            f"energy.name: {name} takes images (C, H, W), the events have shape {shape}; "
+            "use energy.name=mlp, or image data"
+        )
+    return shape[0]
+
+
 class Head(nn.Linear):
     """The last linear layer, always in float32 or wider.
 

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from ebm_dist.energies.family import FAMILY, Activation, Energy
-from ebm_dist.energies.layers import activation, normed
+from ebm_dist.energies.layers import activation, image_channels, normed
 from ebm_dist.energies.network import NetworkSection
 
 
@@ -79,7 +79,9 @@ class ResNetBody(nn.Module):
                 # ceil_mode: at odd sizes the last row would otherwise get no gradient.
                 x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
             x = stage(x)
-        x = self.act(x).flatten(2).float() if x.dtype != torch.float64 else self.act(x).flatten(2)
+        x = self.act(x).flatten(2)
+        # A sum over positions in bf16 would lose what the single positions add.
+        x = x if x.dtype == torch.float64 else x.float()
         return x.sum(2) if self.pool == "sum" else x.mean(2)
 
 
@@ -118,10 +120,5 @@ class ResNetSection(NetworkSection):
     """How positions are joined. A sum lets each of them add its own energy."""
 
     def module(self) -> Energy:
-        if len(self.shape) != 3:
-            raise ValueError(
-                f"energy.name: resnet takes images (C, H, W), the events have shape {self.shape}; "
-                "use energy.name=mlp, or image data"
-            )
-        body = ResNetBody(self, self.shape[0])
+        body = ResNetBody(self, image_channels("resnet", self.shape))
         return self.wrap(body, body.num_features)

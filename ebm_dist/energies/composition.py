@@ -1,0 +1,349 @@
+"""Energies made of energies: sum, mixture, tempered, conditional."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    SerializeAsAny,
+    WithJsonSchema,
+    model_validator,
+)
+from torch import Tensor, nn
+
+from ebm_dist.energies.family import FAMILY, AnalyticEnergy, Energy, EnergySection
+from ebm_dist.types import EnergyFn, EventSpec
+
+
+class _Function(nn.Module):
+    """Any callable (B, *event) -> (B,) as a module, so that a composition can hold it."""
+
+    def __init__(self, fn: EnergyFn) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x)
+
+
+def _modules(members: Sequence[EnergyFn]) -> list[nn.Module]:
+    if not members:
+        raise ValueError("energy.members: empty, give at least one energy")
+    return [m if isinstance(m, nn.Module) else _Function(m) for m in members]
+
+
+def _common(members: Sequence[nn.Module], attribute: str) -> Any:
+    """What all members that know their `attribute` agree on; None if none knows."""
+    values = {v for m in members if (v := getattr(m, attribute, None)) is not None}
+    if len(values) > 1 and attribute == "event_shape":
+        raise ValueError(
+            f"energy.members: event shapes differ: {', '.join(map(str, sorted(values)))}"
+        )
+    return values.pop() if len(values) == 1 else None
+
+
+def _log_z(member: nn.Module, temperature: float) -> float:
+    if not isinstance(member, AnalyticEnergy):
+        raise ValueError(
+            f"{type(member).__name__}: its log Z is not known exactly; "
+            "estimate it with ebm_dist.evaluation.log_partition (AIS)"
+        )
+    return member.log_z(temperature)
+
+
+class _Composite(AnalyticEnergy):
+    """Holds its members; each of them decides its own precision under autocast."""
+
+    def __init__(self, members: Sequence[EnergyFn]) -> None:
+        modules = _modules(members)
+        super().__init__(_common(modules, "event_shape"))
+        self.event = _common(modules, "event")
+        self.members = nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Energy.forward(self, x)
+
+
+class Sum(_Composite):
+    """E(x) = sum_i weight_i E_i(x): a product of experts."""
+
+    def __init__(self, members: Sequence[EnergyFn], weights: Sequence[float] | None = None) -> None:
+        super().__init__(members)
+        self.weights = _weights(weights, len(members), 1.0)
+
+    def energy(self, x: Tensor) -> Tensor:
+        parts = [w * member(x) for w, member in zip(self.weights, self.members)]
+        return torch.stack(parts).sum(0)
+
+
+class Mixture(_Composite):
+    """E(x) = -log sum_i weight_i exp(-E_i(x)), or the minimum of E_i - log weight_i.
+
+    Args:
+        weights: positive; equal and summing to 1 when left out.
+        hard: take the minimum. The law then is piecewise one member's, and the mass of
+            separated wells at temperature T is that of each member at T.
+        normalised: divide each exp(-E_i) by its own Z first, so that the weights are the
+            members' masses; needs members with a known log Z.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[EnergyFn],
+        weights: Sequence[float] | None = None,
+        *,
+        hard: bool = False,
+        normalised: bool = False,
+    ) -> None:
+        super().__init__(members)
+        self.weights = _weights(weights, len(members), 1 / len(members))
+        if min(self.weights) <= 0:
+            raise ValueError("energy.weights: every weight of a mixture must be positive")
+        self.hard = hard
+        shift = [math.log(w) for w in self.weights]
+        if normalised:
+            shift = [s - _log_z(m, 1.0) for s, m in zip(shift, self.members)]
+        self.shift = shift
+
+    def energy(self, x: Tensor) -> Tensor:
+        parts = torch.stack([m(x) - s for s, m in zip(self.shift, self.members)])
+        return parts.amin(0) if self.hard else -(-parts).logsumexp(0)
+
+    def log_z(self, temperature: float = 1.0) -> float:
+        """log sum_i weight_i Z_i, for the smooth mixture at temperature 1."""
+        if self.hard or temperature != 1.0:
+            return super().log_z(temperature)
+        parts = [s + _log_z(m, 1.0) for s, m in zip(self.shift, self.members)]
+        return torch.tensor(parts, dtype=torch.float64).logsumexp(0).item()
+
+    def sample(self, num: int, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+        """Exact for the smooth mixture at temperature 1, of members with exact samplers."""
+        if self.hard or temperature != 1.0:
+            return super().sample(num, generator, temperature)
+        mass = torch.tensor([s + _log_z(m, 1.0) for s, m in zip(self.shift, self.members)])
+        which = torch.multinomial(
+            mass.softmax(0).to(generator.device), num, replacement=True, generator=generator
+        )
+        draws = [m.sample(num, generator) for m in self.members if isinstance(m, AnalyticEnergy)]
+        return torch.stack(draws)[which, torch.arange(num, device=which.device)]
+
+
+class Tempered(_Composite):
+    """E(x) / temperature: at T = 1 the law that the member has at `temperature`."""
+
+    def __init__(self, member: EnergyFn, temperature: float) -> None:
+        super().__init__([member])
+        self.temperature = temperature
+
+    def energy(self, x: Tensor) -> Tensor:
+        return self.members[0](x) / self.temperature
+
+    def log_z(self, temperature: float = 1.0) -> float:
+        return _log_z(self.members[0], temperature * self.temperature)
+
+    def sample(self, num: int, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+        member = self.members[0]
+        if not isinstance(member, AnalyticEnergy):
+            return super().sample(num, generator, temperature)
+        return member.sample(num, generator, temperature * self.temperature)
+
+
+class Conditional(_Composite):
+    """A classifier as an energy: f_y(x) are its logits (Grathwohl et al. 2020, eq. 4-6).
+
+        E(x)    = -logsumexp_y f_y(x)                        label None
+        E(x, y) = E(x) - guidance * log softmax(f(x))_y      which is -f_y(x) at guidance 1
+
+    Args:
+        classifier: maps (B, *event) to logits (B, num_classes), or has such a `logits`.
+        label: the class to condition on.
+        guidance: how much p(y|x) counts; above 1 it sharpens towards the class.
+    """
+
+    def __init__(
+        self, classifier: nn.Module, label: int | None = None, guidance: float = 1.0
+    ) -> None:
+        super().__init__([classifier])
+        self.label = label
+        self.guidance = guidance
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes), float32."""
+        classifier = self.members[0]
+        logits = getattr(classifier, "logits", classifier)(x)
+        if logits.ndim != 2:
+            raise ValueError(
+                f"energy.member: gives logits of shape {tuple(logits.shape)}, expected "
+                "(B, num_classes); give it num_classes"
+            )
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def energy(self, x: Tensor) -> Tensor:
+        logits = self.logits(x)
+        if self.label is None:
+            return -logits.logsumexp(1)
+        labels = torch.full((len(x),), self.label, device=x.device)
+        return self._given(logits, labels)
+
+    def class_energy(self, x: Tensor, label: Tensor) -> Tensor:
+        """E(x, y), (B,), of events (B, *event) with their own labels (B,) int64."""
+        return self._given(self.logits(x), label)
+
+    def _given(self, logits: Tensor, label: Tensor) -> Tensor:
+        if self.label is not None and not 0 <= self.label < logits.shape[1]:
+            raise ValueError(
+                f"energy.label: {self.label}, but the member has {logits.shape[1]} classes"
+            )
+        log_prob = logits.log_softmax(1).gather(1, label[:, None]).squeeze(1)
+        return -logits.logsumexp(1) - self.guidance * log_prob
+
+
+def _weights(weights: Sequence[float] | None, num: int, default: float) -> list[float]:
+    if weights is None:
+        return [default] * num
+    if len(weights) != num:
+        raise ValueError(f"energy.weights: {len(weights)} of them, but {num} members")
+    return [float(w) for w in weights]
+
+
+def _as_section(value: Any) -> Any:
+    if isinstance(value, EnergySection):
+        return value
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        return FAMILY.section(**value)
+    raise ValueError("expected an energy section, {name: ..., ...}")
+
+
+Member = Annotated[
+    SerializeAsAny[EnergySection],
+    BeforeValidator(_as_section),
+    # The union of all energies would contain itself here; editors see the one key that is
+    # always there, and the validator checks the rest.
+    WithJsonSchema(
+        {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+    ),
+]
+
+
+class _MembersSection(EnergySection):
+    members: tuple[Member, ...] = Field(min_length=1)
+    """Energy sections, `{name: ..., ...}` each."""
+
+    def bind(self, spec: EventSpec) -> Self:
+        bound = tuple(member.bind(spec) for member in self.members)
+        return self.model_copy(update={"members": bound})
+
+    def built(self) -> list[Energy]:
+        """The members, each with weights of its own: two equal sections are two networks."""
+        return [_build(member) for member in self.members]
+
+
+def _build(member: EnergySection) -> Energy:
+    # From the generator that `build` seeded, so equal members do not start out equal.
+    return member.build(int(torch.randint(2**62, ()).item()))
+
+
+@FAMILY.register
+class SumSection(_MembersSection):
+    """The weighted sum of energies: a product of experts."""
+
+    name: Literal["sum"] = "sum"
+    example: ClassVar[dict[str, Any]] = {
+        "members": [{"name": "ring"}, {"name": "mlp", "event_shape": (2,), "widths": (8,)}]
+    }
+
+    weights: tuple[float, ...] | None = None
+    """One for each member; 1 when left out."""
+
+    def module(self) -> Energy:
+        return Sum(self.built(), self.weights)
+
+
+@FAMILY.register
+class MixtureSection(_MembersSection):
+    """A mixture of the members' laws."""
+
+    name: Literal["mixture"] = "mixture"
+    example: ClassVar[dict[str, Any]] = {
+        "members": [
+            {"name": "ring"},
+            {"name": "quadratic", "precision": (1.0, 4.0)},
+        ]
+    }
+
+    weights: tuple[PositiveFloat, ...] | None = None
+    """One for each member; equal when left out."""
+
+    hard: bool = False
+    """Take the lowest member's energy instead of the smooth minimum."""
+
+    normalised: bool = False
+    """Weights are the members' masses; needs members with a known log Z."""
+
+    def module(self) -> Energy:
+        return Mixture(self.built(), self.weights, hard=self.hard, normalised=self.normalised)
+
+
+class _MemberSection(EnergySection):
+    member: Member
+    """An energy section, `{name: ..., ...}`."""
+
+    def bind(self, spec: EventSpec) -> Self:
+        return self.model_copy(update={"member": self.member.bind(spec)})
+
+
+@FAMILY.register
+class TemperedSection(_MemberSection):
+    """An energy divided by a temperature."""
+
+    name: Literal["tempered"] = "tempered"
+    example: ClassVar[dict[str, Any]] = {"member": {"name": "ring"}, "temperature": 2.0}
+
+    temperature: PositiveFloat
+    """Above 1 flattens the law, below 1 sharpens it."""
+
+    def module(self) -> Energy:
+        return Tempered(_build(self.member), self.temperature)
+
+
+@FAMILY.register
+class ConditionalSection(_MemberSection):
+    """The energy of a network with classes, given one of them."""
+
+    name: Literal["conditional"] = "conditional"
+    example: ClassVar[dict[str, Any]] = {
+        "member": {"name": "mlp", "event_shape": (2,), "widths": (8,), "num_classes": 3},
+        "label": 1,
+    }
+
+    label: NonNegativeInt | None = None
+    """The class to condition on; all of them together when left out."""
+
+    guidance: float = 1.0
+    """How much p(y|x) counts; above 1 sharpens towards the class."""
+
+    @model_validator(mode="after")
+    def _member_has_classes(self) -> Self:
+        num = getattr(self.member, "num_classes", None)
+        if num is None:
+            raise ValueError("member: has no num_classes; give it a number, or 'data'")
+        if isinstance(num, int) and self.label is not None and self.label >= num:
+            raise ValueError(f"label: {self.label}, but the member has {num} classes")
+        return self
+
+    def bind(self, spec: EventSpec) -> Self:
+        bound = super().bind(spec)
+        num = getattr(bound.member, "num_classes", None)
+        if isinstance(num, int) and self.label is not None and self.label >= num:
+            raise ValueError(f"energy.label: {self.label}, but the data has {num} classes")
+        return bound
+
+    def module(self) -> Energy:
+        return Conditional(_build(self.member), self.label, self.guidance)
