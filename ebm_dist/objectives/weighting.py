@@ -1,0 +1,73 @@
+"""Self-normalised importance weights of the negatives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Gather = Callable[[Tensor], Tensor]
+
+
+def normalised_weights(log_weight: Tensor, gather: Gather | None = None) -> Tensor:
+    """Weights (M,) with which this rank's sum is its share of the global weighted mean.
+
+    One rank: softmax, so they sum to 1. R ranks: R * exp(A_i) / (sum of exp A over all
+    ranks), so that the mean over ranks of the weighted sums is the global weighted mean;
+    weights that each rank normalises for itself would make the gradient depend on how the
+    chains were dealt out.
+    """
+    if gather is None:
+        return torch.softmax(log_weight, 0)
+    parts = gather(log_weight.logsumexp(0).reshape(1))
+    return parts.shape[0] * torch.exp(log_weight - parts.logsumexp(0))
+
+
+def ess_ratio(log_weight: Tensor, gather: Gather | None = None) -> Tensor:
+    """Effective sample size over sample size, (sum w)^2 / (M sum w^2): in [1/M, 1], 0-d.
+
+    With `gather` over the chains of all ranks. Kong (1992).
+    """
+    first, second = log_weight.logsumexp(0), (2 * log_weight).logsumexp(0)
+    count = log_weight.shape[0]
+    if gather is not None:
+        parts = gather(torch.stack([first, second]))
+        first, second = parts[:, 0].logsumexp(0), parts[:, 1].logsumexp(0)
+        count *= parts.shape[0]
+    return torch.exp(2 * first - second) / count
+
+
+def staleness_log_weight(
+    energy_now: Tensor,
+    energy_recorded: Tensor,
+    temperature: float = 1.0,
+    truncation: float | None = None,
+    gather: Gather | None = None,
+) -> Tensor:
+    """Log-weights (M,) of chains that follow older weights, detached.
+
+        log w = -(E_now - E_recorded) / T,   cut at log(truncation * mean w)
+
+    Truncated importance sampling (Ionides 2008): the cut bounds the variance, and its bias
+    vanishes with M. They are defined up to a constant; use `normalised_weights`.
+
+    Args:
+        energy_now: (M,) under today's weights.
+        energy_recorded: (M,) under the weights that moved the chains.
+        temperature: of the sampler, T.
+        truncation: largest weight in units of the mean one; None is sqrt(M), Ionides' choice;
+            inf cuts nothing.
+        gather: makes mean and M those of all ranks.
+    """
+    log_weight = (energy_recorded - energy_now).detach() / temperature
+    count = log_weight.shape[0]
+    total = log_weight.logsumexp(0)
+    if gather is not None:
+        parts = gather(total.reshape(1))
+        total, count = parts.logsumexp(0), count * parts.shape[0]
+    limit = math.sqrt(count) if truncation is None else truncation
+    if math.isinf(limit):
+        return log_weight
+    return torch.minimum(log_weight, total - math.log(count) + math.log(limit))
