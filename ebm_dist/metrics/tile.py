@@ -6,6 +6,9 @@ import math
 
 import numpy as np
 
+BETWEEN = (170, 180, 200)
+"""Colour of the gaps: neither black nor white, so that binary images keep their edges."""
+
 
 def tile(images: np.ndarray, *, num_columns: int | None = None, gap: int = 1) -> np.ndarray:
     """One picture (H', W', 3) uint8 from `images` (N, C, H, W) in [-1, 1], row by row.
@@ -31,7 +34,7 @@ def tile(images: np.ndarray, *, num_columns: int | None = None, gap: int = 1) ->
     columns = min(num, num_columns or math.ceil(math.sqrt(num)))
     rows = math.ceil(num / columns)
     picture = np.full(
-        (rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, dtype=np.uint8
+        (rows * (height + gap) + gap, columns * (width + gap) + gap, 3), BETWEEN, dtype=np.uint8
     )
     for index in range(num):
         top = gap + (index // columns) * (height + gap)

@@ -1,0 +1,223 @@
+"""Every metric a run may log: its name, what it means and its unit.
+
+The names are the same in `metrics.jsonl`, on W&B and on the dashboard. A name that is not
+here is a typing error until somebody adds it: `check` says so in tests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ebm_dist.section import nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What a number says.
+
+    `unit` is "1" for ratios and pure numbers. `promised` names are part of the public
+    surface; the others may change.
+    """
+
+    meaning: str
+    unit: str = "1"
+    promised: bool = False
+
+
+def _promised(meaning: str, unit: str = "1") -> Metric:
+    return Metric(meaning, unit, promised=True)
+
+
+METRICS: dict[str, Metric] = {
+    # Energies. Unit "energy" is that of E(x), which a model is free to scale.
+    "energy/positive": _promised("mean energy of data under the learner's weights", "energy"),
+    "energy/negative": _promised("mean energy of negatives under the learner's weights", "energy"),
+    "energy/gap": _promised(
+        "mean energy of data minus that of negatives; near 0 for a good model and also for "
+        "chains that never left the data",
+        "energy",
+    ),
+    "energy/positive_std": Metric("standard deviation of the energies of data", "energy"),
+    "energy/negative_std": Metric("standard deviation of the energies of negatives", "energy"),
+    "energy/noise": Metric("mean energy of events from the reference noise", "energy"),
+    "energy/test": Metric("mean energy of held-out data", "energy"),
+    "energy/magnitude": Metric("mean squared energy, of data and negatives", "energy^2"),
+    "energy/grad_norm": Metric("mean norm of dE/dx where the gradient penalty looks", "energy/x"),
+    # Losses.
+    "loss/total": _promised("what the learner minimises"),
+    "loss/contrastive": Metric("the likelihood term: energy of data minus that of negatives"),
+    "loss/energy_l2": Metric("penalty on the size of energies, weighted"),
+    "loss/gradient_penalty": Metric("penalty on the norm of dE/dx, weighted"),
+    "loss/kl": Metric("the KL term of improved contrastive divergence, weighted"),
+    "loss/entropy": Metric("the entropy part of that term, weighted"),
+    "loss/spectral": Metric("penalty on spectral norms of the weights, weighted"),
+    "loss/classification": Metric("cross-entropy of the class logits", "nat"),
+    "loss/critic": Metric("Donsker-Varadhan bound that the critic maximises", "nat"),
+    "loss/score_matching": Metric("score matching objective"),
+    "loss/flow": Metric("flow part of energy matching"),
+    "loss/noise_contrastive": Metric("logistic loss of data against noise", "nat"),
+    "objective/accuracy": Metric("share of labels or of data-against-noise calls that are right"),
+    # Sampler.
+    "sampler/temperature": _promised(
+        "temperature T of exp(-E/T) that the chains move at; noise_std^2 / (2 step_size) where "
+        "the noise was given",
+        "energy",
+    ),
+    "sampler/acceptance": _promised("share of proposed moves that were accepted"),
+    "sampler/grad_norm": _promised("mean norm of dE/dx along the chains", "energy/x"),
+    "sampler/displacement": Metric("mean distance that a chain moves in a round", "x"),
+    "sampler/step_size": Metric("step size in use, after adaptation", "x^2/energy"),
+    "sampler/noise_std": Metric("standard deviation of the noise of one step", "x"),
+    "sampler/swap_rate": Metric("share of swaps between temperatures that were accepted"),
+    "sampler/swap_rate/{pair}": Metric("the same for neighbouring temperatures number {pair}"),
+    "sampler/clipped": Metric("share of gradient entries that were clipped"),
+    "sampler/clamped": Metric("share of coordinates held at the border of the data's range"),
+    "sampler/energy_start": Metric("mean energy of chains at the start of a round", "energy"),
+    "sampler/energy_end": Metric("mean energy of chains at the end of a round", "energy"),
+    "sampler/energy_error": Metric("mean |dH| along a Hamiltonian path", "energy"),
+    "sampler/divergent": Metric("share of chains whose energy was not finite"),
+    "sampler/num_flips": Metric("sites that change in a step of a discrete sampler", "sites"),
+    "sampler/kinetic": Metric("mean kinetic energy of the chains", "energy"),
+    # Chains.
+    "chain/autocorrelation": _promised(
+        "integrated autocorrelation time of the energy along a round", "steps"
+    ),
+    "chain/ess": _promised("effective sample size of a round's energies, over all chains", "draws"),
+    "chain/rhat": _promised("split R-hat of energies over chains; above 1.1 they disagree"),
+    "chain/self_transition": _promised("probability that a step leaves the chain where it was"),
+    "chain/age_mean": _promised("rounds a chain has lived since it was initialised", "rounds"),
+    "chain/age_max": Metric("rounds that the oldest chain has lived", "rounds"),
+    "chain/stagnant": Metric("share of chains that the stagnation test calls stuck"),
+    "chain/alarms": Metric("stagnation alarms so far", "count"),
+    "chain/reseeded": Metric("stuck chains that were started anew so far", "chains"),
+    "chain/displacement": Metric("mean distance of chains from where they began to live", "x"),
+    # Buffer. free + leased + ready == capacity.
+    "buffer/free": _promised("chains that may be leased", "chains"),
+    "buffer/leased": _promised("chains that a worker holds", "chains"),
+    "buffer/ready": _promised("committed chains that wait for the learner", "chains"),
+    "buffer/capacity": _promised("slots of all shards", "chains"),
+    "buffer/late_checkins": _promised("check-ins refused so far: lease void", "count"),
+    "buffer/expired_leases": _promised("leases whose deadline passed so far", "count"),
+    "buffer/reinitialised": Metric("chains started anew by reinit_prob so far", "chains"),
+    "buffer/num_shards": Metric("shards that answer", "shards"),
+    "buffer/commits": Metric("check-ins committed so far", "count"),
+    "buffer/duplicates": Metric("check-ins of a lease already committed, so far", "count"),
+    "buffer/log_weight_std": Metric("spread of the chains' Jarzynski log-weights", "nat"),
+    # Flow between workers and learner.
+    "flow/lag_mean": _promised("mean versions between negatives and learner", "updates"),
+    "flow/lag_max": _promised("greatest lag of a consumed negative", "updates"),
+    "flow/repaired": _promised("stale chains given more steps so far", "chains"),
+    "flow/dropped": _promised("stale chains dropped so far", "chains"),
+    "flow/reweighted": Metric("stale chains consumed with an importance weight so far", "chains"),
+    "flow/ess_ratio": _promised("effective share of the negatives after their weights, in (0, 1]"),
+    "flow/mcmc_steps_per_update": _promised("chain steps taken for one learner update", "steps"),
+    "flow/credits": Metric("rounds that workers may still begin", "rounds"),
+    "flow/ready_batches": Metric("updates' worth of negatives that wait", "updates"),
+    "weights/version": _promised("step of the newest published weights", "updates"),
+    "weights/publish_s": Metric("time to pack and publish weights", "s"),
+    # Speed.
+    "throughput/updates_per_s": _promised("learner updates", "1/s"),
+    "throughput/mcmc_steps_per_s": _promised("chain steps (chains x steps) of all workers", "1/s"),
+    "throughput/samples_per_s": Metric("data consumed", "1/s"),
+    "wait/learner": _promised("share of time that the learner waits for negatives"),
+    "wait/worker": _promised("share of time that workers wait for leases or credits"),
+    "wait/data": Metric("share of time that the learner waits for data"),
+    "time/update_s": Metric("one learner update", "s"),
+    "time/round_s": Metric("one worker round", "s"),
+    "time/checkpoint_s": Metric("one checkpoint", "s"),
+    "time/elapsed_s": Metric("time since this attempt began", "s"),
+    # Likelihood.
+    "likelihood/log_z": _promised("estimated log partition function", "nat"),
+    "likelihood/log_z_std_error": Metric("standard error of that estimate", "nat"),
+    "likelihood/log_z_exact": Metric("log partition function by enumeration", "nat"),
+    "likelihood/log_prob": _promised("mean log-likelihood of data under that estimate", "nat"),
+    "likelihood/log_prob_exact": Metric("mean log-likelihood of data, exact", "nat"),
+    "likelihood/log_prob_test": Metric("mean log-likelihood of held-out data", "nat"),
+    "likelihood/ess_ratio": Metric("effective share of the chains after Jarzynski weights"),
+    "likelihood/resampled": Metric("times the chains were resampled so far", "count"),
+    # Learner.
+    "learner/param_grad_norm": _promised("norm of the loss gradient in the weights, unclipped"),
+    "learner/param_norm": Metric("norm of the weights"),
+    "learner/lr": Metric("learning rate in use"),
+    "learner/clipped": Metric("1 where the update's gradient was clipped, else 0"),
+    "learner/epoch": Metric("passes over the data", "passes"),
+    "learner/skipped": Metric("updates skipped because something was not finite, so far", "count"),
+    "learner/loss_scale": Metric("loss scale of mixed precision"),
+    # Sample quality during the run.
+    "fidelity/distance": Metric(
+        "Frechet distance of features between samples and held-out data; features of a small "
+        "classifier trained on the same data"
+    ),
+    "fidelity/noise": Metric("the same distance for the chains' initial noise"),
+    "fidelity/gaussian": Metric("the same distance for draws of one Gaussian fitted to data"),
+    "fidelity/train": Metric("the same distance for training data: what perfect samples reach"),
+    "fidelity/accuracy": Metric("test accuracy of the classifier that gives the features"),
+    # Auditor: very long chains off the training path.
+    "audit/energy": Metric("mean energy at the end of the long chains", "energy"),
+    "audit/energy_gap": Metric("mean energy of data minus that of the long chains", "energy"),
+    "audit/spurious": Metric("share of long chains in a minimum deeper than data and far from it"),
+    "audit/law_distance": Metric("distance between long-run and short-run law of the energy"),
+    "audit/steps": Metric("steps that the long chains have taken", "steps"),
+    "audit/fed_back": Metric("spurious minima handed back as negatives so far", "chains"),
+    # Faults.
+    "fault/restarts": _promised("actors restarted so far", "count"),
+    "fault/lost_workers": Metric("workers lost so far", "count"),
+    "fault/lost_shards": Metric("shards lost and restored so far", "count"),
+    "fault/learner_rebuilds": Metric("times the learner group was rebuilt", "count"),
+    "workers/alive": Metric("workers that answer", "workers"),
+    "workers/rounds": Metric("rounds committed so far", "rounds"),
+    # The hub itself.
+    "hub/dropped": Metric("metric rows dropped so far because the queue was full", "rows"),
+}
+
+HISTOGRAMS: dict[str, Metric] = {
+    "histogram/energy_positive": Metric("energies of data", "energy"),
+    "histogram/energy_negative": Metric("energies of negatives", "energy"),
+    "histogram/grad_norm": Metric("norms of dE/dx over chains", "energy/x"),
+    "histogram/age": Metric("age of chains", "rounds"),
+    "histogram/lag": Metric("lag of consumed negatives", "updates"),
+    "histogram/log_weight": Metric("Jarzynski log-weights of chains", "nat"),
+}
+"""Names for `MetricHub.histogram`."""
+
+IMAGES: dict[str, Metric] = {
+    "samples": Metric("samples drawn from noise with the averaged weights"),
+    "samples/chains": Metric("chains of the buffer as they stand"),
+    "samples/data": Metric("data, as the learner sees it"),
+    "samples/audit": Metric("ends of the auditor's long chains"),
+}
+"""Names for `MetricHub.images`."""
+
+FRAME = ("step", "epoch")
+"""What every row holds besides metrics: the learner's update and the attempt's epoch."""
+
+
+def describe(name: str) -> Metric | None:
+    """What `name` means, or None where nobody has named it; `{...}` parts stand for a number."""
+    if name in METRICS:
+        return METRICS[name]
+    for pattern, metric in _PATTERNS:
+        if pattern.fullmatch(name):
+            return metric
+    return None
+
+
+_PATTERNS = [
+    (re.compile(re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(name))), metric)
+    for name, metric in METRICS.items()
+    if "{" in name
+]
+
+
+def unknown(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are not metrics, sorted; `step` and `epoch` are known."""
+    return sorted(name for name in names if name not in FRAME and describe(name) is None)
+
+
+def check(values: Mapping[str, object] | Iterable[str]) -> None:
+    """Raise ValueError where a name in `values` is not a metric's. For tests."""
+    faults = [f"{name!r}{nearest(name, METRICS)}" for name in unknown(values)]
+    if faults:
+        raise ValueError(f"not in metrics/names.py: {', '.join(faults)}")
