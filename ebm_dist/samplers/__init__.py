@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ebm_dist.samplers.annealed_langevin import AnnealedLangevin, AnnealedLangevinSection
 from ebm_dist.samplers.chain import Chain, frozen, run_chain
+from ebm_dist.samplers.hmc import Hmc, HmcSection
 from ebm_dist.samplers.kernel import (
     FAMILY,
     InPlaceKernel,
@@ -14,6 +16,10 @@ from ebm_dist.samplers.kernel import (
     NonFiniteEnergy,
 )
 from ebm_dist.samplers.langevin import Langevin, LangevinSection
+from ebm_dist.samplers.mala import Mala, MalaSection
+from ebm_dist.samplers.parallel_tempering import ParallelTempering, ParallelTemperingSection
+from ebm_dist.samplers.random_walk import RandomWalk, RandomWalkSection
+from ebm_dist.samplers.sghmc import Sghmc, SghmcSection
 
 make = FAMILY.make
 
@@ -24,15 +30,27 @@ else:
 
 __all__ = [
     "FAMILY",
+    "AnnealedLangevin",
+    "AnnealedLangevinSection",
     "Chain",
+    "Hmc",
+    "HmcSection",
     "InPlaceKernel",
     "Kernel",
     "KernelSection",
     "KernelState",
     "Langevin",
     "LangevinSection",
+    "Mala",
+    "MalaSection",
     "NonFiniteEnergy",
+    "ParallelTempering",
+    "ParallelTemperingSection",
+    "RandomWalk",
+    "RandomWalkSection",
     "SamplerConfig",
+    "Sghmc",
+    "SghmcSection",
     "frozen",
     "make",
     "run_chain",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
@@ -275,35 +274,11 @@ def norm_event(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)))
 
 
-def accept(log_ratio: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The Metropolis-Hastings decision of each chain.
-
-    A proposal whose energy is NaN or +inf is refused, so a wall of infinite energy is a
-    legal way to bound the events.
-
-    Args:
-        log_ratio: (B,), log of pi(x') q(x|x') / (pi(x) q(x'|x)).
-
-    Returns:
-        accepted (B,) bool, and the probability of it (B,) in [0, 1].
-    """
-    log_ratio = torch.nan_to_num(log_ratio, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    probability = log_ratio.clamp(max=0.0).exp()
-    # The draw does not depend on the other chains' decisions: one number a chain, always.
-    return uniform(probability, generator) < probability, probability
-
-
 def select(accepted: Tensor, new: S, old: S) -> S:
-    """For each chain the new state where it was accepted, else the old one."""
-    return blend(accepted, new, old, names=[f.name for f in fields(new)])  # type: ignore[arg-type]
-
-
-def blend(mask: Tensor, new: S, old: S, names: Sequence[str]) -> S:
-    """`old` with the tensor fields `names` taken from `new` where `mask` (B,)."""
+    """`old` with every tensor field taken from `new` where the chain was accepted (B,)."""
     assert is_dataclass(new)
-    chosen = {f.name: getattr(old, f.name) for f in fields(new)}
-    for name in names:
+    chosen = {}
+    for name in (f.name for f in fields(new)):
         a, b = getattr(new, name), getattr(old, name)
-        if isinstance(a, Tensor):
-            chosen[name] = torch.where(per_chain(mask, a), a, b)
+        chosen[name] = torch.where(per_chain(accepted, a), a, b)
     return type(old)(**chosen)
