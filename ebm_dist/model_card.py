@@ -27,22 +27,20 @@ CHAIN_HEALTH = (
 PACKAGES = ("torch", "ray", "deepspeed", "numpy", "safetensors")
 
 
-def temperature_of(sampler: Mapping[str, Any]) -> tuple[float, str]:
-    """The temperature T that a sampler's section targets, and where it comes from.
+def temperature_source(sampler: Mapping[str, Any]) -> str:
+    """Where the temperature T of a sampler's section comes from.
 
     Langevin with `noise_std` sigma has T = sigma^2 / (2 step_size): practice decouples the
     two, and the model is exp(-E/T) at this T, which an unstated one leaves unknown.
     """
     std, step = sampler.get("noise_std"), sampler.get("step_size")
     if std is not None and step is not None:
-        return std**2 / (
-            2 * step
-        ), f"implied: noise_std² / (2 step_size) = {std:g}² / (2 · {step:g})"
+        return f"implied: noise_std² / (2 step_size) = {std:g}² / (2 · {step:g})"
     if sampler.get("temperature") is not None:
-        return float(sampler["temperature"]), "stated: sampler.temperature"
+        return "stated: sampler.temperature"
     if sampler.get("temperatures"):
-        return float(min(sampler["temperatures"])), "the coldest of sampler.temperatures"
-    return 1.0, "the default"
+        return "the coldest of sampler.temperatures"
+    return "the sampler's own"
 
 
 def last_metrics(path: Path) -> dict[str, tuple[float, int]]:
