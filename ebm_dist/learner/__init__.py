@@ -1,0 +1,13 @@
+"""The learner: batch + negatives -> objective -> one DeepSpeed step -> weights to publish.
+
+`Engine` is imported from `ebm_dist.learner.engine`, not from here, so that reading a config
+does not load DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from ebm_dist.learner.config import LearnerConfig, learning_rate
+from ebm_dist.learner.ema import Ema
+from ebm_dist.learner.step import LearningStep
+
+__all__ = ["Ema", "LearnerConfig", "LearningStep", "learning_rate"]

@@ -1,0 +1,51 @@
+"""An exponential moving average of the flat weights: what is exported and evaluated."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Ema:
+    """Averages flat weights (N,) float32 on the CPU.
+
+    The average is kept flat, apart from the module, so that it has one form for every ZeRO
+    stage and world size.
+    """
+
+    def __init__(self, decay: float, flat: np.ndarray | Tensor) -> None:
+        self.decay = decay
+        self.flat = torch.as_tensor(flat, dtype=torch.float32).clone()
+        self.num_updates = 0
+
+    def update(self, flat: np.ndarray | Tensor, *, num_updates: int = 1) -> None:
+        """Move the average towards `flat` (N,), the weights after `num_updates` more updates.
+
+        Early on the decay is held below (1 + n) / (10 + n): an average with the full decay
+        would be mostly random initial weights for 1 / (1 - decay) updates.
+        """
+        flat = torch.as_tensor(flat)
+        if flat.shape != self.flat.shape:
+            raise ValueError(
+                f"the average holds {self.flat.numel()} weights, got {flat.numel()}; "
+                "both must come from the same energy"
+            )
+        self.num_updates += num_updates
+        early = (1 + self.num_updates) / (10 + self.num_updates)
+        decay = min(self.decay, early) ** num_updates
+        self.flat.lerp_(flat, 1.0 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {"flat": self.flat.clone(), "num_updates": torch.tensor(self.num_updates)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state`; raises ValueError if it is of another energy."""
+        if state["flat"].shape != self.flat.shape:
+            raise ValueError(
+                f"the checkpoint averages {state['flat'].numel()} weights, the energy has "
+                f"{self.flat.numel()}; both must come from the same `energy` section"
+            )
+        self.flat.copy_(state["flat"])
+        self.num_updates = int(state["num_updates"])

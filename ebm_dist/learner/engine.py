@@ -1,0 +1,435 @@
+"""One learner rank: the DeepSpeed boundary.
+
+Everything DeepSpeed does by itself that would get in a run's way is turned off here: its output,
+its build of a shared-memory collective at start, its clipping, its checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ebm_dist.errors import NonFinite, RunFailed
+from ebm_dist.learner.config import LearnerConfig
+from ebm_dist.learner.options import deepspeed_options
+from ebm_dist.learner.partition import partition_of
+from ebm_dist.learner.step import LearningStep
+from ebm_dist.seeds import derive_seed
+from ebm_dist.types import Batch, Negatives
+from ebm_dist.weights import FlatLayout, flat_tensors
+
+
+class Engine:
+    """Takes optimiser steps on its slice of the batch; collective with the other ranks.
+
+    `update`, `flat_weights`, `state`, `load_state` and `close` are called by every rank alike. The
+    modules belong to the engine from here on: under ZeRO-3 their weights are empty between calls.
+    """
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        energy: nn.Module,
+        objective: nn.Module,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        master_addr: str = "127.0.0.1",
+        master_port: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """
+        Args:
+            energy, objective: the same on every rank; rank 0's weights are used.
+            master_addr, master_port: where rank 0 listens; not read at world size 1.
+            device: this rank's device. The process must not have used DeepSpeed on another kind.
+
+        Raises:
+            ValueError: the energy and objective have nothing to train.
+            RunFailed: the ranks did not find each other within `timeout_s`.
+        """
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)
+        self.step = 0
+        self._closed = False
+        if not any(p.requires_grad for p in [*energy.parameters(), *objective.parameters()]):
+            raise ValueError(
+                f"energy {type(energy).__name__} has no parameters to train; choose a network, "
+                "such as energy.name: mlp"
+            )
+        # Before DeepSpeed has it: ZeRO-3 leaves parameters of shape (0,).
+        self.layout = FlatLayout.of(energy)
+        self._module = LearningStep(
+            energy,
+            objective,
+            autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+            keep_gathered=config.zero_stage == 3,
+        )
+        self._parameters = dict(self._module.named_parameters())
+        persistent = self._module.state_dict(keep_vars=True).keys()
+        self._buffer_names = [n for n, _ in self._module.named_buffers() if n in persistent]
+        self._shapes = {n: tuple(p.shape) for n, p in self._parameters.items()}
+
+        self._environment = dict(os.environ)
+        self._deepspeed = _quiet_deepspeed(self.device)
+        try:
+            self._join(master_addr, master_port)
+            self._engine = self._wrap()
+        except BaseException:
+            self.close()
+            raise
+        self._partition = partition_of(
+            self._engine.optimizer, zero_stage=config.zero_stage, rank=rank
+        )
+
+    def update(
+        self, batch: Batch, negatives: Negatives | None, *, seed: int, lr: float
+    ) -> dict[str, float]:
+        """One optimiser step on this rank's slices; returns metrics averaged over ranks.
+
+        Args:
+            batch: x (B, *event) of this rank; B the same on every rank and divisible by
+                `accumulation`.
+            negatives: x (M, *event) of this rank, likewise, or None.
+            seed: of the objective's noise; another one on every rank.
+            lr: the learning rate of this step.
+
+        Raises:
+            NonFinite: on every rank, when the loss or the gradient of any rank is not finite.
+                Weights and optimiser state are as they were before the call.
+        """
+        micro = self._split(batch, negatives)
+        begin = getattr(self._module.objective, "begin_update", None)
+        if begin is not None:
+            begin(self.step)
+        totals: dict[str, Tensor] = {}
+        for index, (part, part_negatives) in enumerate(micro):
+            self._engine.set_gradient_accumulation_boundary(index == len(micro) - 1)
+            part_seed = seed if len(micro) == 1 else derive_seed(seed, "micro", index)
+            loss, metrics = self._engine(part, part_negatives, part_seed)
+            self._engine.backward(loss)
+            for name, value in metrics.items():
+                totals[name] = totals[name] + value if name in totals else value
+        gradients = self._partition.gradients()
+        values = self._agree(totals, gradients, num_micro=len(micro))
+        norm = values["learner/param_grad_norm"]
+        if not (math.isfinite(values["loss/total"]) and math.isfinite(norm)):
+            self._partition.discard()
+            raise NonFinite(
+                f"update {self.step}: the loss is {values['loss/total']:g} and the norm of its "
+                f"gradient {norm:g} over {self.world_size} rank(s); the weights are as before. "
+                "Lower learner.lr or sampler.step_size, or set learner.grad_clip, "
+                "objective.energy_l2 or energy.spectral_norm"
+            )
+        clip = self.config.grad_clip
+        if clip is not None and norm > clip:
+            torch._foreach_mul_(gradients, clip / (norm + 1e-6))
+        self._partition.set_lr(lr)
+        # The optimiser keeps its own references where it flattens; these would double the memory.
+        del gradients
+        self._engine.step()
+        self.step += 1
+        return {**values, "learner/lr": lr}
+
+    @torch.no_grad()
+    def flat_weights(self) -> np.ndarray | None:
+        """The energy's weights (N,) float32 in `layout` order, a copy; None off rank 0."""
+        energy = self._module.energy
+        with self._gathered(list(energy.parameters())):
+            if self.rank != 0:
+                return None
+            tensors = flat_tensors(energy)
+            flat = [tensors[name].detach().reshape(-1).float() for name in self.layout.names]
+            return torch.cat(flat).cpu().numpy()
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Tensor] | None:
+        """What a run continues from, as whole CPU tensors; None off rank 0.
+
+        `param/NAME`, `buffer/NAME`, `optim/KEY/NAME` and the 0-d `optim/step` and `step`. It does
+        not depend on the number of ranks or the ZeRO stage.
+        """
+        out: dict[str, Tensor] = {}
+        keep = self.rank == 0
+        with self._gathered(list(self._parameters.values())):
+            if keep:
+                for name, parameter in self._parameters.items():
+                    out[f"param/{name}"] = _copy(parameter)
+                for name in self._buffer_names:
+                    out[f"buffer/{name}"] = _copy(self._module.get_buffer(name))
+        for key in self._partition.moment_names():
+            for name, parameter in self._parameters.items():
+                if parameter.requires_grad:
+                    whole = self._partition.moment(parameter, key)
+                    if keep:
+                        out[f"optim/{key}/{name}"] = _copy(whole)
+        if not keep:
+            return None
+        out["optim/step"] = torch.tensor(self._partition.step_count())
+        out["step"] = torch.tensor(self.step)
+        return out
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state`, given whole to every rank, of any world size or stage.
+
+        Raises:
+            ValueError: it is of another energy, objective or optimiser.
+        """
+        self._check(state)
+        parameters = list(self._parameters.values())
+        with self._gathered(parameters, modified=True):
+            for name, parameter in self._parameters.items():
+                # Under ZeRO-3 rank 0's numbers are sent round; elsewhere every rank writes.
+                if self.config.zero_stage != 3 or self.rank == 0:
+                    parameter.copy_(state[f"param/{name}"])
+        for name in self._buffer_names:
+            self._module.get_buffer(name).copy_(state[f"buffer/{name}"])
+        self._partition.refresh()
+        for key in self._partition.moment_names():
+            for name, parameter in self._parameters.items():
+                if parameter.requires_grad:
+                    value = state[f"optim/{key}/{name}"].to(self.device, torch.float32)
+                    self._partition.set_moment(parameter, key, value)
+        self._partition.set_step_count(int(state["optim/step"]))
+        self.step = int(state["step"])
+
+    def close(self) -> None:
+        """Leave the group, so that another engine can be made in this process."""
+        if self._closed:
+            return
+        self._closed = True
+        if hasattr(self, "_engine"):
+            self._engine.destroy()
+            del self._engine
+        comm = self._deepspeed.comm
+        if dist.is_initialized():
+            if comm.is_initialized():
+                comm.destroy_process_group()
+            else:
+                dist.destroy_process_group()
+        # DeepSpeed would hold the dead group and refuse to make another.
+        comm.comm.cdb = None
+        for name in _RANK_VARIABLES:
+            if name in self._environment:
+                os.environ[name] = self._environment[name]
+            else:
+                os.environ.pop(name, None)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _join(self, master_addr: str, master_port: int) -> None:
+        """Make the process group, with a timeout: a lost rank must be an error, not a hang."""
+        if dist.is_initialized():
+            raise RunFailed(
+                "this process is in a torch.distributed group already; close the other engine "
+                "first, or run the learner in a process of its own"
+            )
+        os.environ.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world_size),
+            LOCAL_RANK=str(self.device.index or 0),
+            MASTER_ADDR=master_addr,
+            MASTER_PORT=str(master_port),
+        )
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=self.config.timeout_s)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        # A single rank needs nobody's port.
+        where: dict[str, Any] = (
+            {"store": dist.HashStore()}
+            if self.world_size == 1
+            else {"init_method": f"tcp://{master_addr}:{master_port}"}
+        )
+        try:
+            dist.init_process_group(
+                backend, rank=self.rank, world_size=self.world_size, timeout=timeout, **where
+            )
+        except (RuntimeError, ValueError) as error:
+            raise RunFailed(
+                f"learner rank {self.rank} of {self.world_size} could not join "
+                f"{master_addr}:{master_port} within {self.config.timeout_s:g} s: {error}; check "
+                "that the port is free, that every rank runs, and GLOO_SOCKET_IFNAME"
+            ) from error
+        self._deepspeed.init_distributed(
+            dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
+        )
+
+    def _wrap(self) -> Any:
+        self._module.to(self.device)
+        trainable = [p for p in self._module.parameters() if p.requires_grad]
+        options = deepspeed_options(
+            self.config,
+            world_size=self.world_size,
+            num_parameters=sum(p.numel() for p in trainable),
+        )
+        engine, *_ = self._deepspeed.initialize(
+            model=self._module,
+            optimizer=_optimizer(self.config, trainable),
+            model_parameters=trainable,
+            config=options,
+            dist_init_required=False,
+        )
+        return engine
+
+    def _split(
+        self, batch: Batch, negatives: Negatives | None
+    ) -> list[tuple[Batch, Negatives | None]]:
+        """Move to the device and cut into `accumulation` equal micro-batches."""
+        count = self.config.accumulation
+        batch = _to(batch, self.device)
+        negatives = None if negatives is None else _to(negatives, self.device)
+        if count == 1:
+            return [(batch, negatives)]
+        batches = _cut(batch, count, "data.batch_size")
+        cut = [None] * count if negatives is None else _cut(negatives, count, "the negatives")
+        return list(zip(batches, cut))
+
+    def _agree(
+        self, totals: dict[str, Tensor], gradients: list[Tensor], *, num_micro: int
+    ) -> dict[str, float]:
+        """Means over ranks and micro-batches, and the global norm of the gradient.
+
+        One reduction and one transfer serve metrics, clipping and the finite check: NaN and
+        infinity survive a sum.
+        """
+        if gradients:
+            squared = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        else:
+            squared = torch.zeros((), dtype=torch.float64, device=self.device)
+        packed = torch.stack([squared, *(v.double() for v in totals.values())])
+        if self.world_size > 1:
+            dist.all_reduce(packed)
+        first, *rest = packed.tolist()
+        if not self._partition.sharded:
+            first /= self.world_size
+        scale = 1.0 / (self.world_size * num_micro)
+        means = {name: value * scale for name, value in zip(totals, rest)}
+        norm = math.sqrt(first) if first >= 0 else math.nan
+        return {**means, "learner/param_grad_norm": norm}
+
+    @contextmanager
+    def _gathered(
+        self, parameters: list[nn.Parameter], *, modified: bool = False
+    ) -> Iterator[None]:
+        """Within it every parameter is whole, and may be written if `modified`."""
+        context: Any = nullcontext()
+        if self.config.zero_stage == 3:
+            context = self._deepspeed.zero.GatheredParameters(
+                parameters, modifier_rank=0 if modified else None
+            )
+        with context:
+            yield
+
+    def _check(self, state: dict[str, Tensor]) -> None:
+        wanted: dict[str, tuple[int, ...]] = {"step": (), "optim/step": ()}
+        for name in self._buffer_names:
+            wanted[f"buffer/{name}"] = tuple(self._module.get_buffer(name).shape)
+        for name, parameter in self._parameters.items():
+            wanted[f"param/{name}"] = self._shapes[name]
+            if parameter.requires_grad:
+                for key in self._partition.moment_names():
+                    wanted[f"optim/{key}/{name}"] = self._shapes[name]
+        faults = [f"{name} is missing" for name in sorted(wanted.keys() - state.keys())]
+        faults += [f"{name} is unknown" for name in sorted(state.keys() - wanted.keys())]
+        faults += [
+            f"{name} has shape {tuple(state[name].shape)}, expected {shape}"
+            for name, shape in wanted.items()
+            if name in state and tuple(state[name].shape) != shape
+        ]
+        if faults:
+            more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+            raise ValueError(
+                f"checkpoint does not fit the learner: {faults[0]}{more}; it must come from the "
+                "same energy, objective and learner.optimizer"
+            )
+
+
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _quiet_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed without its banner, and without its compiled collective on CPU."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed's calls of torch's older names are not the user's to change.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, message="`?torch.distributed.* is deprecated"
+    )
+    logger = logging.getLogger("DeepSpeed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        import deepspeed.ops
+    logger.setLevel(logging.ERROR)
+    # Built by a compiler at first use, for 30 to 60 s; gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _optimizer(config: LearnerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    # Fused: one pass over the weights in place of ten.
+    common: dict[str, Any] = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=config.momentum, **common)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, betas=config.betas, eps=config.eps, **common)
+
+
+def _to(item: Any, device: torch.device) -> Any:
+    """A copy of a dataclass of tensors on `device`."""
+    moved = {
+        name: value.to(device, non_blocking=True)
+        for name in item.__dataclass_fields__
+        if (value := getattr(item, name)) is not None
+    }
+    return replace(item, **moved)
+
+
+def _cut(item: Any, count: int, what: str) -> list[Any]:
+    """A dataclass of tensors cut into `count` equal parts along the first dim."""
+    num = item.x.shape[0]
+    if num % count:
+        raise ValueError(
+            f"learner.accumulation: {count} does not divide the {num} events of a rank "
+            f"({what}); change either"
+        )
+    size = num // count
+    return [
+        replace(
+            item,
+            **{
+                name: value[i * size : (i + 1) * size]
+                for name in item.__dataclass_fields__
+                if (value := getattr(item, name)) is not None
+            },
+        )
+        for i in range(count)
+    ]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()

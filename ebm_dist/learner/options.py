@@ -1,0 +1,170 @@
+"""The DeepSpeed dictionary: what the config decides, and what `learner.deepspeed` may add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ebm_dist.section import nearest
+
+if TYPE_CHECKING:
+    from ebm_dist.learner.config import LearnerConfig
+
+_PRECISION = "learner.precision decides it"
+_OPTIMIZER = "learner.optimizer, lr, betas and weight_decay decide it"
+_BATCH = "data.batch_size, learner.num_ranks and learner.accumulation decide it"
+_MONITOR = "the metric hub is the only writer; set tracking instead"
+_MANIFEST = "the run keeps its own checkpoints; set checkpoint instead"
+
+DECIDED: Mapping[str, str] = {
+    "train_batch_size": _BATCH,
+    "train_micro_batch_size_per_gpu": _BATCH,
+    "gradient_accumulation_steps": _BATCH,
+    "managed_gradient_accumulation": _BATCH,
+    "optimizer": _OPTIMIZER,
+    "scheduler": "learner.schedule and learner.warmup_steps decide it",
+    "gradient_clipping": "learner.grad_clip decides it",
+    "zero_allow_untested_optimizer": _OPTIMIZER,
+    "zero_force_ds_cpu_optimizer": _OPTIMIZER,
+    "fp16": _PRECISION,
+    "bf16": _PRECISION,
+    "amp": _PRECISION,
+    "data_types": _PRECISION,
+    "torch_autocast": _PRECISION,
+    "check_overflow": "a loss that is not finite always stops the update",
+    "gradient_allreduce_op": "ranks hold equal slices, so gradients are averaged",
+    "steps_per_print": "the terminal shows the run's own progress",
+    "checkpoint": _MANIFEST,
+    "elasticity": "learner.num_ranks decides it",
+    "tensorboard": _MONITOR,
+    "wandb": _MONITOR,
+    "csv_monitor": _MONITOR,
+    "comet": _MONITOR,
+    "zero_optimization.stage": "learner.zero_stage decides it",
+    "zero_optimization.memory_efficient_linear": (
+        "it is false always: DeepSpeed's own linear layer has no second derivative"
+    ),
+    "zero_optimization.compute_grad_norm": "learner.grad_clip decides it",
+    "zero_optimization.offload_optimizer": (
+        "unsupported: the gradient is checked and clipped where the weights are"
+    ),
+    "zero_optimization.offload_param": (
+        "unsupported: the gradient is checked and clipped where the weights are"
+    ),
+    "zero_optimization.elastic_checkpoint": _MANIFEST,
+    "zero_optimization.load_from_fp32_weights": _MANIFEST,
+}
+"""Options that `learner.deepspeed` may not set, and what decides them."""
+
+PASSED_THROUGH = frozenset(
+    {
+        "activation_checkpointing",
+        "comms_logger",
+        "communication_data_type",
+        "disable_allgather",
+        "dump_state",
+        "flops_profiler",
+        "gradient_predivide_factor",
+        "memory_breakdown",
+        "prescale_gradients",
+        "wall_clock_breakdown",
+        "zero_optimization",
+    }
+)
+
+ZERO_PASSED_THROUGH = frozenset(
+    {
+        "allgather_bucket_size",
+        "allgather_partitions",
+        "contiguous_gradients",
+        "overlap_comm",
+        "reduce_bucket_size",
+        "reduce_scatter",
+        "round_robin_gradients",
+        "use_multi_rank_bucket_allreduce",
+    }
+)
+
+ZERO_STAGE_3 = frozenset(
+    {
+        "stage3_allgather_sequential",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_model_persistence_threshold",
+        "stage3_module_granularity_threshold",
+        "stage3_param_persistence_threshold",
+        "stage3_prefetch_bucket_size",
+        "stage3_use_all_reduce_for_fetch_params",
+        "sub_group_size",
+    }
+)
+"""Known to DeepSpeed at stage 3 alone; elsewhere it would ignore them without a word."""
+
+
+def check_options(options: Mapping[str, Any], *, zero_stage: int | None = None) -> None:
+    """Refuse options that the config decides, that are unknown, or that the stage ignores.
+
+    DeepSpeed itself ignores a key it does not know, so a misspelt one would do nothing.
+
+    Raises:
+        ValueError: one line that names the key under `learner.deepspeed`.
+    """
+    for key, value in options.items():
+        _refuse_decided(key)
+        if key not in PASSED_THROUGH:
+            raise ValueError(f"{key}: unknown DeepSpeed option{nearest(key, PASSED_THROUGH)}")
+        if key == "zero_optimization":
+            _check_zero(value, zero_stage)
+
+
+def _check_zero(options: Any, zero_stage: int | None) -> None:
+    if not isinstance(options, Mapping):
+        raise ValueError(f"zero_optimization: expected a mapping, got {options!r}")
+    for key in options:
+        path = f"zero_optimization.{key}"
+        _refuse_decided(path)
+        if key not in ZERO_PASSED_THROUGH | ZERO_STAGE_3:
+            close = nearest(str(key), ZERO_PASSED_THROUGH | ZERO_STAGE_3)
+            raise ValueError(f"{path}: unknown DeepSpeed option{close}")
+        if key in ZERO_STAGE_3 and zero_stage is not None and zero_stage != 3:
+            raise ValueError(
+                f"{path}: only learner.zero_stage 3 reads it, got stage {zero_stage}; "
+                "drop the key or change the stage"
+            )
+
+
+def _refuse_decided(path: str) -> None:
+    if path in DECIDED:
+        raise ValueError(f"{path}: not free to set, {DECIDED[path]}")
+
+
+def deepspeed_options(
+    config: LearnerConfig, *, world_size: int, num_parameters: int
+) -> dict[str, Any]:
+    """The dictionary that `deepspeed.initialize` gets.
+
+    The batch sizes in it are counts of micro-batches, not of events: DeepSpeed needs them to
+    agree with each other and uses them for nothing else here.
+    """
+    # Buckets are allocated whole. DeepSpeed's 5e8 numbers would be 2 GB for a net of 1e5.
+    # A multiple, as its alignment wants.
+    bucket = min(-(-(num_parameters + 2 * world_size) // 1024) * 1024, 500_000_000)
+    zero: dict[str, Any] = {
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        **config.deepspeed.get("zero_optimization", {}),
+        "stage": config.zero_stage,
+        # Its autograd.Function cannot be differentiated twice; gradient penalties need that.
+        "memory_efficient_linear": False,
+    }
+    return {
+        **{k: v for k, v in config.deepspeed.items() if k != "zero_optimization"},
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.accumulation,
+        "train_batch_size": world_size * config.accumulation,
+        # The engine clips by the norm that it has already computed for its finite check.
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},
+        "zero_optimization": zero,
+    }

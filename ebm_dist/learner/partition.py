@@ -1,0 +1,194 @@
+"""Where DeepSpeed keeps gradients and optimiser state at each ZeRO stage.
+
+The one place that knows the insides of DeepSpeed's optimisers. Weights are float32 at every
+stage, so a module's parameters and the optimiser's master copies hold the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Partition:
+    """Stage 0: every rank holds everything, and the optimiser is torch's own."""
+
+    sharded = False
+    """Whether `gradients` are this rank's part alone."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        for master in self.masters():
+            _start_state(self.inner, master)
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The torch optimiser that moves the master weights."""
+        return self._optimizer
+
+    def masters(self) -> list[Tensor]:
+        """The tensors that `inner` keeps its state for."""
+        return [p for group in self.inner.param_groups for p in group["params"]]
+
+    def gradients(self) -> list[Tensor]:
+        """The averaged gradient after the last backward of an update, to be changed in place."""
+        return [p.grad for p in self.masters() if p.grad is not None]
+
+    def discard(self) -> None:
+        """Forget the gradient, as if the backward had not run."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """The optimiser's `key` of `parameter`, whole. Collective where it is sharded."""
+        return self.inner.state[parameter][key]
+
+    def set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """Overwrite this rank's part of `key` of `parameter` from the whole `value`."""
+        self.inner.state[parameter][key].copy_(value)
+
+    def refresh(self) -> None:
+        """Take over weights that were written into the module's parameters."""
+
+    def moment_names(self) -> tuple[str, ...]:
+        """Names of the optimiser's tensors for each weight, e.g. exp_avg; () for plain SGD."""
+        for master in self.masters():
+            state = self.inner.state[master]
+            return tuple(k for k, v in state.items() if k != "step" and torch.is_tensor(v))
+        return ()
+
+    def step_count(self) -> int:
+        """Updates that the optimiser has counted; 0 where it does not count."""
+        counts = {int(s["step"]) for m in self.masters() if "step" in (s := self.inner.state[m])}
+        assert len(counts) <= 1, f"weights disagree on the number of updates: {counts}"
+        return counts.pop() if counts else 0
+
+    def set_step_count(self, count: int) -> None:
+        """Make every weight's count of updates `count`."""
+        for master in self.masters():
+            state = self.inner.state[master]
+            if "step" in state:
+                state["step"].fill_(count)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next update."""
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+
+
+class FlatPartition(Partition):
+    """Stages 1 and 2: each rank holds a slice of one flat tensor of all weights."""
+
+    sharded = True
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        # DeepSpeed finds the state by parameter only after a first step; ours exists already.
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        return self._optimizer.optimizer
+
+    def masters(self) -> list[Tensor]:
+        return list(self._optimizer.single_partition_of_fp32_groups)
+
+    def gradients(self) -> list[Tensor]:
+        return _flat(self._optimizer.averaged_gradients.values())
+
+    def discard(self) -> None:
+        optimizer = self._optimizer
+        optimizer.zero_grad(set_to_none=True)
+        for group in list(optimizer.averaged_gradients):
+            optimizer.averaged_gradients[group] = None
+            optimizer.all_grad_tensors[group] = None
+        optimizer.micro_step_id = -1
+
+    def moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        return parameter.get_full_hp_param(optim_state_key=key)  # type: ignore[attr-defined]
+
+    def set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        parameter.set_full_hp_param(value, optim_state_key=key)  # type: ignore[attr-defined]
+
+    def refresh(self) -> None:
+        self._optimizer.refresh_fp32_params()
+
+
+class GatheredPartition(Partition):
+    """Stage 3: each rank holds a padded slice of every weight."""
+
+    sharded = True
+
+    def __init__(self, optimizer: Any, *, rank: int) -> None:
+        self._rank = rank
+        super().__init__(optimizer)
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        return self._optimizer.optimizer
+
+    def masters(self) -> list[Tensor]:
+        return list(self._optimizer.fp32_partitioned_groups_flat)
+
+    def gradients(self) -> list[Tensor]:
+        return _flat(self._optimizer.averaged_gradients.values())
+
+    def discard(self) -> None:
+        optimizer = self._optimizer
+        # What `step` does before it looks at a gradient: without it the next backward would add
+        # to the gradient that is to be forgotten.
+        optimizer._pre_step()
+        optimizer._partition_all_parameters()
+        optimizer.zero_grad(set_to_none=True)
+        for group in list(optimizer.averaged_gradients):
+            optimizer.averaged_gradients[group] = None
+
+    def moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        return self._optimizer.get_full_hp_param(parameter, key)
+
+    def set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        # DeepSpeed's own setter of whole values does not pad the last rank's slice.
+        flat = value.new_zeros(size * (self._rank + 1))
+        end = min(flat.numel(), value.numel())
+        flat[:end] = value.flatten()[:end]
+        local = flat[size * self._rank :]
+        self._optimizer.set_local_hp_param(local, parameter, key)
+
+    def refresh(self) -> None:
+        self._optimizer.refresh_fp32_params()
+
+
+def partition_of(optimizer: Any, *, zero_stage: int, rank: int) -> Partition:
+    """The partition of a DeepSpeed engine's `optimizer`."""
+    if zero_stage == 0:
+        return Partition(optimizer)
+    if zero_stage == 3:
+        return GatheredPartition(optimizer, rank=rank)
+    return FlatPartition(optimizer)
+
+
+def _flat(groups: Iterable[Iterable[Tensor] | None]) -> list[Tensor]:
+    return [grad for group in groups if group is not None for grad in group]
+
+
+def _start_state(inner: torch.optim.Optimizer, master: Tensor) -> None:
+    """The state that torch would make at the first step, made now.
+
+    So a checkpoint before the first update has the form of every other, and one can be loaded
+    into an optimiser that has not stepped.
+    """
+    state = inner.state[master]
+    if isinstance(inner, torch.optim.SGD):
+        # Torch starts from the first gradient, which is what a zero buffer becomes.
+        if inner.defaults["momentum"]:
+            state["momentum_buffer"] = torch.zeros_like(master)
+        return
+    on_device = inner.defaults["fused"] or inner.defaults["capturable"]
+    state["step"] = torch.zeros(
+        (), dtype=torch.float32, device=master.device if on_device else "cpu"
+    )
+    state["exp_avg"] = torch.zeros_like(master)
+    state["exp_avg_sq"] = torch.zeros_like(master)
