@@ -1,0 +1,120 @@
+"""Whether W&B can be reached with a key, without importing it and without reading the key out."""
+
+from __future__ import annotations
+
+import configparser
+import importlib.util
+import os
+import re
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from ebm_dist.errors import UserError
+from ebm_dist.metrics.config import TrackingConfig
+
+Mode = Literal["online", "offline", "off"]
+
+# The hosted service's names; a key for either serves the client.
+_HOSTED = ("api.wandb.ai", "api.forge.coreweave.com")
+_HIDDEN = "***"
+_SECRET_KEY = re.compile(r"(api_?key|passw|secret|token$|credential|auth)", re.IGNORECASE)
+_SECRET_TEXT = re.compile(
+    r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password in an address
+    r"|\blocal-[0-9a-f]{40}\b|\bwandb_v1_\w+|\b[0-9a-f]{40}\b",  # shapes of W&B keys
+)
+
+
+def resolve_mode(config: TrackingConfig) -> tuple[Mode, str]:
+    """The mode that `config` means here, and one line that says so.
+
+    `auto` follows WANDB_MODE where it is set, then goes online where a key is configured.
+
+    Raises:
+        UserError: `online` was asked for and no key is configured.
+    """
+    asked, why = config.wandb, "tracking.wandb"
+    if asked == "off":
+        return "off", "W&B: off"
+    if importlib.util.find_spec("wandb") is None:
+        return "off", "W&B: not installed; metrics go to metrics.jsonl (pip install wandb)"
+    if asked == "auto":
+        said = _setting("mode", "WANDB_MODE").lower()
+        if said in ("disabled", "dryrun", "offline", "online", "run"):
+            asked = {"disabled": "off", "dryrun": "offline", "run": "online"}.get(said, said)
+            why = f"WANDB_MODE={said}"
+    key = find_key()
+    if asked == "off":
+        return "off", f"W&B: off ({why})"
+    if asked == "online" and key is None:
+        raise UserError(
+            f"{why}: online needs an API key and none is configured; run `wandb login`, set "
+            "WANDB_API_KEY, or set tracking.wandb to offline"
+        )
+    if asked == "offline":
+        return "offline", f"W&B: offline ({why})"
+    if key is None:
+        return "offline", "W&B: offline (no API key)"
+    return "online", f"W&B: online (key from {key})"
+
+
+def find_key() -> str | None:
+    """Where a W&B key is configured ("WANDB_API_KEY", a file), or None; never the key."""
+    if os.environ.get("WANDB_API_KEY"):
+        return "WANDB_API_KEY"
+    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return "WANDB_IDENTITY_TOKEN_FILE"
+    base = _setting("base_url", "WANDB_BASE_URL")
+    # W&B looks its key up under host:port, other programs under the host.
+    address = urlsplit(base)
+    hosts = [address.netloc, address.hostname or ""] if base else list(_HOSTED)
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    try:
+        entries = netrc(path)
+        if any(host and entries.authenticators(host) for host in hosts):
+            return str(path)
+    except (OSError, NetrcParseError, UnicodeDecodeError):
+        pass
+    if _setting("api_key", "WANDB_API_KEY"):
+        return "wandb settings"
+    return None
+
+
+def _setting(key: str, variable: str) -> str:
+    """A W&B setting: the environment first, then the local and the user's settings file."""
+    if os.environ.get(variable):
+        return os.environ[variable]
+    home = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    for path in (Path("wandb/settings"), home / "settings"):
+        parser = configparser.ConfigParser(interpolation=None)
+        try:
+            parser.read(path)
+            return parser["default"][key]
+        except (KeyError, OSError, configparser.Error, UnicodeDecodeError):
+            continue
+    return ""
+
+
+def scrub(text: str) -> str:
+    """`text` with keys and passwords hidden; for messages that others wrote."""
+    key = os.environ.get("WANDB_API_KEY")
+    if key and len(key) >= 8:
+        text = text.replace(key, _HIDDEN)
+    return _SECRET_TEXT.sub(_HIDDEN, text)
+
+
+def scrub_config(value: Any) -> Any:
+    """A copy of a run's config fit to be shown to others: secrets hidden, plain types only."""
+    if isinstance(value, dict):
+        return {
+            str(key): _HIDDEN
+            if _SECRET_KEY.search(str(key)) and isinstance(item, str) and item
+            else scrub_config(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [scrub_config(item) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return scrub(str(value))

@@ -1,0 +1,330 @@
+"""What the driver's terminal shows: a live view while training, one screen at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shlex
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_EVERY = 10.0
+"""Seconds between two lines where the output is not a terminal."""
+
+RATE_WINDOW = 60.0
+"""Seconds of updates that the time left is reckoned from: a run speeds up and slows down."""
+
+NUM_EVENTS = 4
+QUIET_AFTER = 20.0
+"""Seconds without an update before the view says so."""
+
+
+class Progress:
+    """A live view of a run, as a context manager.
+
+    On a terminal a panel that redraws itself: update, time left, energy gap, MCMC steps/s,
+    lag, what waits, and the last events. Elsewhere (a pipe, a batch system's log) one plain
+    line about every ten seconds. No method raises, and the terminal is given back whatever
+    ends the block.
+
+    Args:
+        total: the update at which the run ends.
+        title: the run's name.
+        console: where to draw; stdout when left out.
+    """
+
+    def __init__(self, total: int, title: str, console: Console | None = None) -> None:
+        self.total = max(int(total), 1)
+        self.title = title
+        self._console = console if console is not None else Console()
+        self._lock = threading.Lock()
+        self._live: Live | None = None
+        self._began = time.monotonic()
+        self._step: int | None = None
+        self._seen: deque[tuple[float, int]] = deque()
+        self._metrics: dict[str, float] = {}
+        self._waits = ""
+        self._events: deque[str] = deque(maxlen=NUM_EVENTS)
+        self._printed = -math.inf
+
+    def __enter__(self) -> Progress:
+        self._began = time.monotonic()
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            live = Live(console=self._console, get_renderable=self.render, refresh_per_second=4)
+            try:
+                live.start()
+                self._live = live
+            except Exception:  # a view that cannot be drawn must not stop a run
+                self._live = None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        live, self._live = self._live, None
+        if live is None:
+            if self._step is not None and error is None:
+                self._print(self.line())
+            return
+        try:
+            live.stop()
+        except Exception:
+            self._console.show_cursor(True)
+
+    def update(
+        self, step: int, metrics: Mapping[str, float] | None = None, waits: str = ""
+    ) -> None:
+        """Show learner update `step`, the newest `metrics` and what `waits` (free text)."""
+        try:
+            now = time.monotonic()
+            with self._lock:
+                self._step = int(step)
+                self._metrics.update(metrics or {})
+                self._waits = waits
+                # After a roll-back the old pairs would give a negative rate.
+                if self._seen and self._seen[-1][1] > self._step:
+                    self._seen.clear()
+                self._seen.append((now, self._step))
+                while len(self._seen) > 2 and now - self._seen[0][0] > RATE_WINDOW:
+                    self._seen.popleft()
+            if self._live is None and now - self._printed >= PLAIN_EVERY:
+                self._printed = now
+                self._print(self.line())
+        except Exception:
+            return
+
+    def say(self, line: str) -> None:
+        """Show an event: the last few in the view, each as a line of its own elsewhere."""
+        text = " ".join(str(line).split())
+        if self._live is not None:
+            with self._lock:
+                self._events.append(f"{time.strftime('%H:%M:%S')}  {text}")
+        else:
+            self._print(text)
+
+    def seconds_left(self) -> float | None:
+        """Seconds to the end at the rate of the last minute; None before a rate is known."""
+        with self._lock:
+            if self._step is None:
+                return None
+            if self._step >= self.total:
+                return 0.0
+            if len(self._seen) < 2:
+                return None
+            (start, first), (end, last) = self._seen[0], self._seen[-1]
+            if last <= first or end <= start:
+                return None
+            # Counted down between updates too, so that a slow run's clock does not stand still.
+            left = (self.total - last) * (end - start) / (last - first)
+            return max(0.0, left - (time.monotonic() - end))
+
+    def line(self) -> str:
+        """The view in one plain line."""
+        step = self._step or 0
+        parts = [f"{self.title}: update {step:,}/{self.total:,} ({step / self.total:.0%})"]
+        parts += [f"{label} {text}" for label, text in self._facts()]
+        waits = self._waiting()
+        if waits:
+            parts.append(f"waits: {waits}")
+        parts.append(f"elapsed {clock(time.monotonic() - self._began)}")
+        parts.append(f"left {clock(self.seconds_left())}")
+        return ", ".join(parts)
+
+    def render(self) -> RenderableType:
+        """The view as something rich can draw."""
+        step = self._step or 0
+        head = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True, justify="right")
+        head.add_row(
+            f"update [bold]{step:,}[/] of {self.total:,}",
+            ProgressBar(total=self.total, completed=min(step, self.total)),
+            f"time left [bold]{clock(self.seconds_left())}[/]",
+        )
+        facts = Text()
+        for label, value in self._facts():
+            facts.append(f"{label} ", style="dim")
+            facts.append(f"{value}   ", style="bold")
+        rows: list[RenderableType] = [head, facts]
+        waits = self._waiting()
+        if waits:
+            rows.append(Text.assemble(("waits ", "dim"), (waits, "yellow")))
+        rows += [
+            Text(event, style="dim", no_wrap=True, overflow="ellipsis")
+            for event in list(self._events)
+        ]
+        elapsed = clock(time.monotonic() - self._began)
+        return Panel(
+            Group(*rows),
+            title=Text(self.title),
+            title_align="left",
+            subtitle=f"elapsed {elapsed}",
+            subtitle_align="right",
+            border_style="cyan",
+        )
+
+    def _facts(self) -> list[tuple[str, str]]:
+        with self._lock:
+            metrics = dict(self._metrics)
+        facts = []
+        if "energy/gap" in metrics:
+            facts.append(("energy gap", number(metrics["energy/gap"])))
+        if "throughput/mcmc_steps_per_s" in metrics:
+            facts.append(("MCMC steps/s", number(metrics["throughput/mcmc_steps_per_s"])))
+        if "throughput/updates_per_s" in metrics:
+            facts.append(("updates/s", number(metrics["throughput/updates_per_s"])))
+        if "flow/lag_mean" in metrics:
+            text = number(metrics["flow/lag_mean"])
+            if "flow/lag_max" in metrics:
+                text += f" (max {number(metrics['flow/lag_max'])})"
+            facts.append(("lag", text))
+        for name, label in (
+            ("fidelity/distance", "Fréchet"),
+            ("likelihood/log_prob", "log p"),
+            ("loss/total", "loss"),
+        ):
+            if name in metrics:
+                facts.append((label, number(metrics[name])))
+        return facts
+
+    def _waiting(self) -> str:
+        with self._lock:
+            waits, metrics = self._waits, dict(self._metrics)
+            quiet = time.monotonic() - (self._seen[-1][0] if self._seen else self._began)
+        shares = [
+            f"{who} {metrics[name]:.0%} of the time"
+            for name, who in (("wait/learner", "learner"), ("wait/worker", "workers"))
+            if math.isfinite(metrics.get(name, math.nan))
+        ]
+        parts = [part for part in (waits, ", ".join(shares)) if part]
+        if quiet > QUIET_AFTER and (self._step or 0) < self.total:
+            parts.append(f"no update for {clock(quiet)}")
+        return "; ".join(parts)
+
+    def _print(self, text: str) -> None:
+        try:
+            # Never wrapped or coloured: these lines are read with grep.
+            self._console.print(
+                Text(text), soft_wrap=True, highlight=False, markup=False, no_wrap=True
+            )
+        except Exception:
+            return
+
+
+def number(value: float) -> str:
+    """`value` in at most a handful of characters."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == int(value) and abs(value) < 1e6:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def clock(seconds: float | None) -> str:
+    """`seconds` as 1:05 or 2:03:04; `--:--` where not known."""
+    if seconds is None or not math.isfinite(seconds):
+        return "--:--"
+    whole = int(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def final_screen(
+    *,
+    run_dir: str | Path,
+    steps: int,
+    wall_time: float,
+    samples: str | Path | None = None,
+    metrics: str | Path | None = None,
+    wandb: Mapping[str, object] | None = None,
+    export: str | Path | None = None,
+    quality: Mapping[str, float] | None = None,
+    interrupted: bool = False,
+    next_commands: Sequence[str] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print where everything is that the run left, and what can be done next.
+
+    Args:
+        steps: the last learner update.
+        wall_time: seconds of this attempt.
+        samples: the newest sample grid.
+        metrics: `run_dir/metrics.jsonl` when left out.
+        wandb: what `MetricHub.info()` gave.
+        export: the export's directory.
+        quality: a few last metrics worth a line.
+        interrupted: the run stopped before its end; the resume command comes first.
+        next_commands: replaces the commands suggested.
+    """
+    console = console if console is not None else Console()
+    run_dir = Path(run_dir)
+    rows = Table.grid(padding=(0, 2, 0, 0))
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(overflow="fold")
+    rows.add_row("run", shown(run_dir))
+    rows.add_row("samples", shown(samples) if samples else "none drawn")
+    rows.add_row("metrics", shown(metrics or run_dir / "metrics.jsonl"))
+    rows.add_row("W&B", Text(_wandb_line(wandb)))
+    rows.add_row("export", shown(export) if export else "none yet")
+    if quality:
+        rows.add_row("", Text("   ".join(f"{k} {number(v)}" for k, v in quality.items())))
+    if next_commands is None:
+        next_commands = suggested_commands(run_dir, export, interrupted=interrupted)
+    for index, command in enumerate(next_commands):
+        rows.add_row("next" if index == 0 else "", Text(command, style="green"))
+    state = "interrupted" if interrupted else "done"
+    console.print(
+        Panel(
+            rows,
+            title=f"{state} at update {steps:,} after {clock(wall_time)}",
+            title_align="left",
+            border_style="yellow" if interrupted else "green",
+        )
+    )
+
+
+def suggested_commands(
+    run_dir: Path, export: str | Path | None, *, interrupted: bool = False
+) -> list[str]:
+    """Commands that follow a run, ready to paste."""
+    run = shlex.quote(shown(run_dir).plain)
+    config = shlex.quote(shown(run_dir / "config.yaml").plain)
+    resume = f"ebm-dist train {config} --run-dir {run} --resume must"
+    if not interrupted:
+        resume += " run.steps=N   # N updates in all: train on"
+    if export:
+        model = shlex.quote(shown(export).plain)
+        sample = f"ebm-dist sample {model} --num 64 --steps 500 --out more.png"
+    else:
+        sample = f"ebm-dist export {run} {shlex.quote(shown(run_dir / 'export').plain)}"
+    commands = [sample, f"ebm-dist report {run}", resume]
+    return [commands[-1], *commands[:-1]] if interrupted else commands
+
+
+def shown(path: str | Path) -> Text:
+    """`path` as a user would type it: relative where it lies below the working directory."""
+    path = Path(path)
+    with contextlib.suppress(ValueError, OSError):
+        path = path.resolve().relative_to(Path.cwd().resolve())
+    return Text(str(path))
+
+
+def _wandb_line(info: Mapping[str, object] | None) -> str:
+    if not info:
+        return "off"
+    return str(info.get("url") or info.get("note") or info.get("mode") or "off")
