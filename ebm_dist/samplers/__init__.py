@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ebm_dist.samplers.adapt import adapt_step_size
 from ebm_dist.samplers.annealed_langevin import AnnealedLangevin, AnnealedLangevinSection
 from ebm_dist.samplers.chain import Chain, frozen, run_chain
+from ebm_dist.samplers.discrete_langevin import DiscreteLangevin, DiscreteLangevinSection
+from ebm_dist.samplers.gibbs import Gibbs, GibbsSection, LatentConditionals, LinearBlocks
+from ebm_dist.samplers.gibbs_with_gradients import GibbsWithGradients, GibbsWithGradientsSection
 from ebm_dist.samplers.hmc import Hmc, HmcSection
 from ebm_dist.samplers.kernel import (
     FAMILY,
@@ -33,6 +37,12 @@ __all__ = [
     "AnnealedLangevin",
     "AnnealedLangevinSection",
     "Chain",
+    "DiscreteLangevin",
+    "DiscreteLangevinSection",
+    "Gibbs",
+    "GibbsSection",
+    "GibbsWithGradients",
+    "GibbsWithGradientsSection",
     "Hmc",
     "HmcSection",
     "InPlaceKernel",
@@ -41,6 +51,8 @@ __all__ = [
     "KernelState",
     "Langevin",
     "LangevinSection",
+    "LatentConditionals",
+    "LinearBlocks",
     "Mala",
     "MalaSection",
     "NonFiniteEnergy",
@@ -51,6 +63,7 @@ __all__ = [
     "SamplerConfig",
     "Sghmc",
     "SghmcSection",
+    "adapt_step_size",
     "frozen",
     "make",
     "run_chain",

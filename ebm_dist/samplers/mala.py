@@ -36,12 +36,13 @@ def log_proposal_ratio(
 ) -> Tensor:
     """log q(x | x') - log q(x' | x), (B,), for x' = x - h g + sqrt(2 T h) xi.
 
-    The forward move is exactly `noise` standard deviations, |xi|^2 / 2; the move back needs
-    xi' with x = x' - h g' + sqrt(2 T h) xi', that is xi' = h (g + g') / sqrt(2 T h) - xi.
+    The forward move is xi standard deviations; the move back needs xi' with
+    x = x' - h g' + sqrt(2 T h) xi', that is xi' = c - xi, c = h (g + g') / sqrt(2 T h). So
+    (|xi|^2 - |xi'|^2) / 2 = c . (xi - c/2), without the difference of two large sums.
     """
     noise_std = (2 * temperature * step_size) ** 0.5
-    back = (grad + grad_new).mul_(step_size / noise_std).sub_(noise)
-    return 0.5 * (sum_event(noise.square()) - sum_event(back.square()))
+    c = (grad + grad_new).mul_(step_size / noise_std)
+    return sum_event(c * noise.sub(c, alpha=0.5))
 
 
 @dataclass(frozen=True, slots=True)
