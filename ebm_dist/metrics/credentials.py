@@ -18,12 +18,17 @@ Mode = Literal["online", "offline", "off"]
 
 # The hosted service's names; a key for either serves the client.
 _HOSTED = ("api.wandb.ai", "api.forge.coreweave.com")
+_WANDB_MODES: dict[str, Mode] = {
+    "disabled": "off",
+    "dryrun": "offline",
+    "offline": "offline",
+    "online": "online",
+    "run": "online",
+}
 _HIDDEN = "***"
-_SECRET_KEY = re.compile(r"(api_?key|passw|secret|token$|credential|auth)", re.IGNORECASE)
-_SECRET_TEXT = re.compile(
-    r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password in an address
-    r"|\blocal-[0-9a-f]{40}\b|\bwandb_v1_\w+|\b[0-9a-f]{40}\b",  # shapes of W&B keys
-)
+_SECRET_KEY = re.compile(r"(api_?key|passw|secret|token$|credential)", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")  # user:password@host
+_LIKE_A_KEY = re.compile(r"\blocal-\w{40,}\b|\bwandb_v1_\w+|\b[0-9a-f]{40}\b")
 
 
 def resolve_mode(config: TrackingConfig) -> tuple[Mode, str]:
@@ -41,8 +46,8 @@ def resolve_mode(config: TrackingConfig) -> tuple[Mode, str]:
         return "off", "W&B: not installed; metrics go to metrics.jsonl (pip install wandb)"
     if asked == "auto":
         said = _setting("mode", "WANDB_MODE").lower()
-        if said in ("disabled", "dryrun", "offline", "online", "run"):
-            asked = {"disabled": "off", "dryrun": "offline", "run": "online"}.get(said, said)
+        if said in _WANDB_MODES:
+            asked = _WANDB_MODES[said]
             why = f"WANDB_MODE={said}"
     key = find_key()
     if asked == "off":
@@ -98,10 +103,14 @@ def _setting(key: str, variable: str) -> str:
 
 def scrub(text: str) -> str:
     """`text` with keys and passwords hidden; for messages that others wrote."""
+    return _LIKE_A_KEY.sub(_HIDDEN, _scrub_known(text))
+
+
+def _scrub_known(text: str) -> str:
     key = os.environ.get("WANDB_API_KEY")
     if key and len(key) >= 8:
         text = text.replace(key, _HIDDEN)
-    return _SECRET_TEXT.sub(_HIDDEN, text)
+    return _IN_ADDRESS.sub(_HIDDEN, text)
 
 
 def scrub_config(value: Any) -> Any:
@@ -117,4 +126,5 @@ def scrub_config(value: Any) -> Any:
         return [scrub_config(item) for item in value]
     if value is None or isinstance(value, bool | int | float):
         return value
-    return scrub(str(value))
+    # Not by the look of a key here: a commit's hash has that look too.
+    return _scrub_known(str(value))

@@ -327,4 +327,5 @@ def shown(path: str | Path) -> Text:
 def _wandb_line(info: Mapping[str, object] | None) -> str:
     if not info:
         return "off"
-    return str(info.get("url") or info.get("note") or info.get("mode") or "off")
+    line = str(info.get("url") or info.get("note") or info.get("mode") or "off")
+    return line.replace(f"{Path.cwd()}/", "")

@@ -1,0 +1,350 @@
+"""The metric hub: the one writer of a run's metrics, whoever measured them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import queue
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ebm_dist.errors import UserError
+from ebm_dist.metrics.config import TrackingConfig
+from ebm_dist.metrics.credentials import resolve_mode, scrub
+from ebm_dist.metrics.jsonl import METRICS_FILE, JsonlSink, read_rows
+from ebm_dist.metrics.names import FRAME
+from ebm_dist.metrics.sink import WandbSink, new_run_id
+from ebm_dist.metrics.tile import enlarge, tile
+
+MAX_WAITING = 10_000
+"""Items that may wait for the disk; beyond it rows are dropped and counted."""
+
+NUM_BINS = 64
+HISTOGRAMS_FILE = "histograms.jsonl"
+SUMMARY_FILE = "summary.json"
+
+_log = logging.getLogger(__name__)
+
+
+class MetricHub:
+    """Writes `metrics.jsonl`, `histograms.jsonl`, `samples/*.png` and the W&B run.
+
+    A plain class: an actor hosts it, or a process uses it directly. After the constructor
+    no method raises, and none but `flush` and `close` waits: items go through a bounded
+    queue to a thread that writes files, and from there through a spool file to another that
+    speaks to W&B. Trouble is said once, in `notices`.
+
+    **Resume.** With `resume_step` s, rows beyond s are moved to `metrics.superseded.jsonl`:
+    `metrics.jsonl` always holds one history. `rewind` does the same in a live run that goes
+    back to a checkpoint. A row of a newer epoch than any before does it by itself. On W&B, where
+    nothing can be taken back, the newer rows carry the greater `epoch`.
+
+    Args:
+        run_config: shown on W&B, with secrets hidden.
+        resume_id: the W&B run to continue, from `info()["id"]` of the earlier attempt.
+        resume_step: the learner update of the checkpoint that the run goes on from.
+
+    Raises:
+        UserError: the run directory cannot be written, or `online` has no key.
+    """
+
+    def __init__(
+        self,
+        config: TrackingConfig,
+        run_dir: str | os.PathLike[str],
+        run_config: Mapping[str, Any],
+        run_name: str,
+        resume_id: str | None = None,
+        *,
+        resume_step: int | None = None,
+    ) -> None:
+        self._run_dir = Path(run_dir).absolute()
+        mode, self._note = resolve_mode(config)
+        self._notices: list[str] = []
+        self._told: set[str] = set()
+        self._num_dropped = 0
+        self._summary: dict[str, Any] = {}
+        try:
+            self._jsonl = JsonlSink(self._run_dir / METRICS_FILE)
+            self._histograms = JsonlSink(self._run_dir / HISTOGRAMS_FILE)
+            if resume_step is not None:
+                self._jsonl.rewind(resume_step)
+            self._epoch, self._last_step = _newest(self._run_dir / METRICS_FILE)
+            self._wandb = None
+            if mode != "off":
+                self._wandb = WandbSink(
+                    config,
+                    mode,
+                    run_dir=self._run_dir,
+                    run_config=run_config,
+                    run_name=run_name,
+                    run_id=resume_id or new_run_id(),
+                    resume_step=resume_step,
+                    notice=self._notice,
+                )
+        except OSError as error:
+            raise UserError(
+                f"run.dir: cannot write metrics below {self._run_dir} ({error.strerror or error}); "
+                "name a directory that is writable and has room"
+            ) from None
+        self._waiting: queue.Queue[tuple[str, Any]] = queue.Queue(MAX_WAITING)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="metric-hub", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
+        """Log scalars of learner update `step`; what is no number is left out."""
+        try:
+            plain = {str(name): _scalar(value) for name, value in values.items()}
+            for name in [name for name, value in plain.items() if value is None]:
+                del plain[name]
+                self._tell(f"scalar {name}", f"metric {name} is not a number; it is left out")
+            if plain:
+                row = {"step": int(step), "epoch": int(epoch)}
+                self._put("row", {**row, "values": plain})
+        except Exception as error:
+            self._trouble("log", error)
+
+    def images(self, name: str, step: int, images: np.ndarray | str | os.PathLike[str]) -> None:
+        """Log pictures: (N, C, H, W) in [-1, 1], written as one grid, or a PNG file's path."""
+        try:
+            if isinstance(images, str | os.PathLike):
+                value: Any = Path(images)
+            else:
+                value = np.array(images, dtype=np.float32)  # a copy: the caller may go on in it
+            self._put("image", {"step": int(step), "name": str(name), "value": value})
+        except Exception as error:
+            self._trouble("images", error)
+
+    def histogram(self, name: str, step: int, values: np.ndarray) -> None:
+        """Log the histogram of `values` (any shape); those that are not finite are left out."""
+        try:
+            flat = np.asarray(values, dtype=np.float64).ravel()
+            flat = flat[np.isfinite(flat)]
+            if not flat.size:
+                return
+            counts, edges = np.histogram(flat, bins=NUM_BINS)
+            row = {"step": int(step), "name": str(name)}
+            self._put("histogram", {**row, "counts": counts.tolist(), "edges": edges.tolist()})
+        except Exception as error:
+            self._trouble("histogram", error)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Set final figures of the run: `summary.json`, and W&B's summary."""
+        try:
+            plain: dict[str, Any] = {}
+            for name, value in values.items():
+                number = _scalar(value)
+                plain[str(name)] = str(value) if number is None else number
+            self._put("summary", plain)
+        except Exception as error:
+            self._trouble("summary", error)
+
+    def rewind(self, step: int) -> None:
+        """Supersede rows beyond `step`: the run goes back to its checkpoint there."""
+        self._put("rewind", int(step))
+
+    def info(self) -> dict[str, Any]:
+        """Where metrics go; nothing here waits for W&B.
+
+        Returns:
+            id: W&B run id or None; mode: online, offline or off; dir: the run's W&B directory
+            or None; url: of the run's page, None until it is known; note: one line for people;
+            metrics: the path of metrics.jsonl; notices: trouble so far, a line each.
+        """
+        wandb = self._wandb
+        note = self._note
+        if wandb is not None:
+            if wandb.mode == "offline":
+                reason = note if note.startswith("W&B: offline") else "W&B: offline"
+                note = f"{reason}; sync later with `{wandb.sync_command}`"
+            elif wandb.url:
+                note = f"W&B: {wandb.url}"
+        return {
+            "id": wandb.run_id if wandb else None,
+            "mode": wandb.mode if wandb else "off",
+            "dir": str(wandb.dir) if wandb else None,
+            "url": wandb.url if wandb else None,
+            "note": note,
+            "metrics": str(self._run_dir / METRICS_FILE),
+            "notices": list(self._notices),
+        }
+
+    def notices(self) -> list[str]:
+        """Lines about trouble since the start, oldest first; each kind is said once."""
+        return list(self._notices)
+
+    def flush(self, timeout: float = 10.0) -> bool:
+        """Wait until all that was logged is in the files; False where that took too long.
+
+        W&B may still have to be sent its part, which is on the disk too by then.
+        """
+        if self._closed.is_set():
+            return True
+        written = threading.Event()
+        try:
+            self._waiting.put(("flush", written), timeout=timeout)
+        except queue.Full:
+            return False
+        return written.wait(timeout)
+
+    def close(self) -> None:
+        """Write what waits, end the W&B run, close the files. Later calls do nothing."""
+        if self._closed.is_set():
+            return
+        self.flush()
+        self._closed.set()
+        try:
+            self._waiting.put(("stop", None), timeout=5.0)
+            self._thread.join(10.0)
+            if self._wandb is not None:
+                self._wandb.close()
+            self._jsonl.close()
+            self._histograms.close()
+        except Exception as error:
+            self._trouble("close", error)
+
+    def __enter__(self) -> MetricHub:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Below: the writer thread.
+
+    def _put(self, kind: str, item: Any) -> None:
+        if self._closed.is_set():
+            return
+        try:
+            self._waiting.put_nowait((kind, item))
+        except queue.Full:
+            # The newest is dropped, not the oldest: waiting here would make training wait
+            # for a disk.
+            self._num_dropped += 1
+            self._tell("full", "metrics come faster than the disk takes them; some are dropped")
+
+    def _work(self) -> None:
+        while True:
+            kind, item = self._waiting.get()
+            if kind == "stop":
+                return
+            try:
+                self._write(kind, item)
+            except Exception as error:
+                self._trouble(kind, error)
+
+    def _write(self, kind: str, item: Any) -> None:
+        if kind == "row":
+            self._write_row(item)
+        elif kind == "image":
+            path = self._picture(item["name"], item["step"], item["value"])
+            self._pass_on({**item, "kind": "image", "value": None, "path": str(path)})
+        elif kind == "histogram":
+            self._pass_on({**item, "kind": "histogram"})
+            self._histograms.append([item])
+        elif kind == "summary":
+            self._summary.update(item)
+            self._pass_on({"kind": "summary", "values": item})
+            part = self._run_dir / f".{SUMMARY_FILE}.part"
+            finite = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in self._summary.items()
+            }
+            part.write_text(json.dumps(finite, indent=2, sort_keys=True) + "\n")
+            part.replace(self._run_dir / SUMMARY_FILE)
+        elif kind == "rewind":
+            self._rewind(item)
+        elif kind == "flush":
+            try:
+                self._jsonl.sync()
+            finally:
+                item.set()
+
+    def _write_row(self, item: dict[str, Any]) -> None:
+        step, epoch, values = item["step"], item["epoch"], item["values"]
+        if self._num_dropped:
+            values["hub/dropped"] = float(self._num_dropped)
+        if epoch > self._epoch:
+            # A new attempt. It repeats what lies beyond its first step.
+            if self._last_step > step:
+                self._rewind(step)
+            self._epoch = epoch
+        self._last_step = max(self._last_step, step)
+        # W&B first: a full disk below `run_dir` need not end the curves on its page.
+        self._pass_on({**item, "kind": "row", "values": values})
+        self._jsonl.append([{"step": step, "epoch": epoch, **values}])
+
+    def _rewind(self, step: int) -> None:
+        self._jsonl.rewind(step)
+        self._last_step = min(self._last_step, step)
+
+    def _pass_on(self, item: dict[str, Any]) -> None:
+        if self._wandb is None:
+            return
+        if "values" in item:
+            # JSON lines know no NaN; the spool's null is turned back into one on the way out.
+            item["values"] = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in item["values"].items()
+            }
+        try:
+            self._wandb.put(item)
+        except OSError as error:
+            self._trouble("spool", error)
+
+    def _picture(self, name: str, step: int, value: Any) -> Path:
+        if isinstance(value, Path):
+            path = value if value.is_absolute() else Path.cwd() / value
+            if not path.is_file():
+                raise FileNotFoundError(f"picture {path} does not exist")
+            return path
+        from PIL import Image
+
+        path = self._run_dir / "samples" / f"{name.replace('/', '-')}-{step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        Image.fromarray(enlarge(tile(value))).save(part, format="PNG")
+        part.replace(path)
+        return path
+
+    def _trouble(self, kind: str, error: Exception) -> None:
+        text = scrub(f"{error or type(error).__name__}").splitlines()[0][:200]
+        self._tell(kind, f"metrics: {kind} failed ({text}); the run goes on")
+
+    def _tell(self, kind: str, line: str) -> None:
+        if kind not in self._told and len(self._told) < 100:
+            self._told.add(kind)
+            self._notice(line)
+
+    def _notice(self, line: str) -> None:
+        _log.info("%s", line)
+        self._notices.append(line)
+
+
+def _scalar(value: Any) -> float | int | None:
+    """`value` as a plain number, or None: numpy and one-element tensors are accepted."""
+    if isinstance(value, bool | np.bool_):
+        return int(value)
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, str):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _newest(path: Path) -> tuple[int, int]:
+    """The greatest epoch and step in the file, (-1, -1) where it holds none."""
+    epoch = step = -1
+    for row in read_rows(path):
+        if all(isinstance(row.get(name), int) for name in FRAME):
+            epoch, step = max(epoch, row["epoch"]), max(step, row["step"])
+    return epoch, step

@@ -1,0 +1,142 @@
+"""A file of JSON lines that survives the death of its writer at any byte."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+SUPERSEDED_FILE = "metrics.superseded.jsonl"
+"""Rows of an attempt that died after its last checkpoint; no curve uses them."""
+
+
+def encode(row: Mapping[str, Any]) -> bytes:
+    """`row` as one line of strict JSON: what is not finite becomes null, which JSON has."""
+    plain = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+    return json.dumps(plain, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def decode(line: bytes | str) -> dict[str, Any] | None:
+    """The row of one line, or None where it is torn, empty or no object."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+class JsonlSink:
+    """Appends rows to `path`, a whole line in one write.
+
+    Opening repairs the file: a last line that a crash cut short is removed, one that lacks
+    only its newline gets it. A write that fails leaves no half line, and the next one is
+    tried as if it had not been.
+
+    Raises:
+        OSError: the file cannot be opened or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        repair(path)
+        self._open()
+
+    def _open(self) -> None:
+        # Unbuffered: what `append` returned from is the kernel's, and outlives a SIGKILL.
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write `rows` at the end."""
+        data = b"".join(encode(row) for row in rows)
+        if not data:
+            return
+        try:
+            written = self._file.write(data)
+            if written != len(data):  # a full disk takes what fits
+                raise OSError(f"{self.path}: wrote {written} of {len(data)} bytes; disk full?")
+        except OSError:
+            os.ftruncate(self._file.fileno(), self._size)
+            raise
+        self._size += len(data)
+
+    def rewind(self, step: int) -> int:
+        """Move rows beyond `step` to `metrics.superseded.jsonl`; return how many.
+
+        A resumed run repeats those updates, and a curve must not hold both attempts. The file
+        is replaced in one rename: a crash leaves the old one or the new one.
+        """
+        kept, gone = [], []
+        for row in read_rows(self.path):
+            (kept if row.get("step", 0) <= step else gone).append(row)
+        if not gone:
+            return 0
+        with open(self.path.with_name(SUPERSEDED_FILE), "ab") as file:
+            file.write(b"".join(map(encode, gone)))
+        replace_rows(self.path, kept)
+        self._file.close()
+        self._open()
+        return len(gone)
+
+    def sync(self) -> None:
+        """Return when the rows are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def repair(path: Path) -> None:
+    """Give `path` a last line that is whole; do nothing where there is no file."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with open(path, "rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        start, tail = end, b""
+        while start > 0 and b"\n" not in tail:
+            start = max(0, start - 65536)
+            file.seek(start)
+            tail = file.read(end - start)
+        last = tail.rfind(b"\n") + 1
+        fragment = tail[last:]
+        if not fragment:
+            return
+        if decode(fragment) is not None:
+            file.seek(end)
+            file.write(b"\n")
+        else:
+            file.truncate(start + last)
+
+
+def replace_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Make `rows` the whole content of `path`, in one rename."""
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "wb") as file:
+        file.write(b"".join(map(encode, rows)))
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The rows of `path` in order; lines that are torn or no object are passed over.
+
+    Yields nothing where the file is missing or empty.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return
+    with file:
+        for line in file:
+            row = decode(line)
+            if row is not None:
+                yield row
