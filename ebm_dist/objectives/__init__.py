@@ -4,8 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ebm_dist.objectives.contrastive import Contrastive, ContrastiveSection, staleness_log_weight
+from ebm_dist.objectives.contrastive import Contrastive, ContrastiveSection
+from ebm_dist.objectives.denoising import Denoising, DenoisingSection
+from ebm_dist.objectives.discrete import (
+    PseudoLikelihood,
+    PseudoLikelihoodSection,
+    RatioMatching,
+    RatioMatchingSection,
+)
+from ebm_dist.objectives.energy_discrepancy import EnergyDiscrepancy, EnergyDiscrepancySection
+from ebm_dist.objectives.energy_matching import EnergyMatching, EnergyMatchingSection
+from ebm_dist.objectives.joint import Joint, JointSection
+from ebm_dist.objectives.noise_contrastive import NoiseContrastive, NoiseContrastiveSection
 from ebm_dist.objectives.objective import FAMILY, Objective, ObjectiveSection
+from ebm_dist.objectives.recovery_likelihood import RecoveryLikelihood, RecoveryLikelihoodSection
+from ebm_dist.objectives.reverse_kl import ReverseKl, ReverseKlSection
+from ebm_dist.objectives.score_matching import ScoreMatching, ScoreMatchingSection
+from ebm_dist.objectives.sliced_score_matching import (
+    SlicedScoreMatching,
+    SlicedScoreMatchingSection,
+)
+from ebm_dist.objectives.weighting import ess_ratio, normalised_weights, staleness_log_weight
 
 make = FAMILY.make
 
@@ -18,9 +37,33 @@ __all__ = [
     "FAMILY",
     "Contrastive",
     "ContrastiveSection",
+    "Denoising",
+    "DenoisingSection",
+    "EnergyDiscrepancy",
+    "EnergyDiscrepancySection",
+    "EnergyMatching",
+    "EnergyMatchingSection",
+    "Joint",
+    "JointSection",
+    "NoiseContrastive",
+    "NoiseContrastiveSection",
     "Objective",
     "ObjectiveConfig",
     "ObjectiveSection",
+    "PseudoLikelihood",
+    "PseudoLikelihoodSection",
+    "RatioMatching",
+    "RatioMatchingSection",
+    "RecoveryLikelihood",
+    "RecoveryLikelihoodSection",
+    "ReverseKl",
+    "ReverseKlSection",
+    "ScoreMatching",
+    "ScoreMatchingSection",
+    "SlicedScoreMatching",
+    "SlicedScoreMatchingSection",
+    "ess_ratio",
     "make",
+    "normalised_weights",
     "staleness_log_weight",
 ]

@@ -5,6 +5,7 @@ Chains from data make it CD-k, persistent ones PCD, from noise short-run: the bu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,10 +33,13 @@ from ebm_dist.objectives.penalties import (
     gradient_norm,
     penalty_points,
 )
-from ebm_dist.objectives.weighting import ess_ratio, normalised_weights, staleness_log_weight
+from ebm_dist.objectives.weighting import staleness_log_weight
 from ebm_dist.types import Batch, EnergyFn, Negatives
 
 __all__ = ["Contrastive", "ContrastiveFields", "ContrastiveSection", "staleness_log_weight"]
+
+
+Evaluate = Callable[[nn.Module | EnergyFn, Tensor], Tensor]
 
 
 class ContrastiveFields(ObjectiveSection):
@@ -117,7 +121,7 @@ class Contrastive(Objective):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Metrics]:
         assert negatives is not None
-        return self.contrast(energy, batch.x, negatives, generator)[:2]
+        return self.contrast(energy, batch.x, negatives, generator)
 
     def contrast(
         self,
@@ -125,9 +129,9 @@ class Contrastive(Objective):
         data: Tensor,
         negatives: Negatives,
         generator: torch.Generator | None,
-        evaluate: Any = energies_of,
-    ) -> tuple[Tensor, Metrics, Tensor]:
-        """Loss, metrics, and the energies (B + M + N,) of data, negatives and penalty points.
+        evaluate: Evaluate = energies_of,
+    ) -> tuple[Tensor, Metrics]:
+        """Loss and metrics for data (B, *event) against negatives (M, *event).
 
         `evaluate(energy, x)` runs once on all of them together: three passes through a small
         network cost nearly three times one, and spectral norm would see three batches.
@@ -150,19 +154,12 @@ class Contrastive(Objective):
             values = evaluate(energy, x)
             energy_pos, energy_neg = values[:num_pos], values[num_pos : num_pos + num_neg]
 
-            log_weight = negatives.log_weight.to(energy_neg.dtype)
-            metrics: Metrics = {}
-            if self.reweight:
-                log_weight = log_weight + staleness_log_weight(
-                    energy_neg,
-                    negatives.energy,
-                    config.temperature,
-                    config.truncation,
-                    self.gather_ranks,
-                )
-                metrics["flow/ess_ratio"] = ess_ratio(log_weight, self.gather_ranks)
-            weight = normalised_weights(log_weight, self.gather_ranks)
-
+            weight, metrics = self.negative_weight(
+                negatives,
+                energy_neg,
+                temperature=config.temperature,
+                truncation=config.truncation,
+            )
             mean_neg = (weight * energy_neg).sum()
             gap = energy_pos.mean() - mean_neg
             loss = gap
@@ -184,7 +181,7 @@ class Contrastive(Objective):
                 temperature=config.temperature,
                 repel_weight=config.repel_weight,
                 generator=generator,
-                weight=weight.detach(),
+                weight=weight,
             )
             loss = loss + config.kl_weight * term
             metrics["loss/kl"] = term.detach()
@@ -196,4 +193,4 @@ class Contrastive(Objective):
             "energy/gap": gap.detach(),
             "loss/total": loss.detach(),
         }
-        return loss, metrics, values
+        return loss, metrics

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self, get_args
 import torch
 from torch import Tensor, nn
 
+from ebm_dist.objectives.weighting import ess_ratio, normalised_weights, staleness_log_weight
 from ebm_dist.section import Family, Section
 from ebm_dist.types import Batch, EnergyFn, EventKind, EventSpec, Negatives
 
@@ -92,6 +93,28 @@ class Objective(nn.Module):
             )
         read = None if negatives is None else as_negatives(negatives, batch)
         return self.loss(energy, batch, read, generator)
+
+    def negative_weight(
+        self,
+        negatives: Negatives,
+        energy_now: Tensor,
+        *,
+        temperature: float,
+        truncation: float | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        """Normalised weights (M,) of the negatives, detached, and how many samples they are worth.
+
+        Proportional to exp(negatives.log_weight), times the staleness weight of each where
+        `reweight` is set.
+        """
+        log_weight = negatives.log_weight.to(energy_now.dtype)
+        metrics: Metrics = {}
+        if self.reweight:
+            log_weight = log_weight + staleness_log_weight(
+                energy_now, negatives.energy, temperature, truncation, self.gather_ranks
+            )
+            metrics["flow/ess_ratio"] = ess_ratio(log_weight, self.gather_ranks)
+        return normalised_weights(log_weight, self.gather_ranks), metrics
 
     def loss(
         self,
