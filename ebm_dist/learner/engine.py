@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ebm_dist.errors import NonFinite, RunFailed
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.learner.options import deepspeed_options
-from ebm_dist.learner.partition import partition_of
+from ebm_dist.learner.partition import keep_shapes, partition_of
 from ebm_dist.learner.step import LearningStep
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import Batch, Negatives
@@ -289,6 +289,8 @@ class Engine:
             config=options,
             dist_init_required=False,
         )
+        if self.config.zero_stage == 3:
+            keep_shapes(trainable)
         return engine
 
     def _split(

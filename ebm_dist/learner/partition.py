@@ -6,7 +6,7 @@ stage, so a module's parameters and the optimiser's master copies hold the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -159,6 +159,32 @@ class GatheredPartition(Partition):
 
     def refresh(self) -> None:
         self._optimizer.refresh_fp32_params()
+
+
+def keep_shapes(parameters: Iterable[nn.Parameter]) -> None:
+    """Give a parameter that ZeRO-3 has emptied its shape back while its gradient is stored.
+
+    An inner `autograd.grad` uses up the module hooks by which ZeRO-3 gathers weights for the outer
+    backward, so a weight can be empty when its gradient arrives. Torch then compares the layout
+    of the gradient with that of a (0,) tensor: an error, or a read past the end of its strides.
+    The stand-in has the shape and no memory.
+    """
+
+    def fill(parameter: nn.Parameter) -> Callable[[Tensor], None]:
+        def before(grad: Tensor) -> None:
+            shape = parameter.ds_shape  # type: ignore[attr-defined]
+            if parameter.shape != shape:
+                parameter.data = parameter.data.new_empty(1).expand(shape)
+
+        return before
+
+    def empty(parameter: Tensor) -> None:
+        if parameter.numel() > 1 and not any(parameter.stride()):
+            parameter.data = parameter.data.new_empty(0)
+
+    for parameter in parameters:
+        parameter.register_hook(fill(parameter))
+        parameter.register_post_accumulate_grad_hook(empty)
 
 
 def partition_of(optimizer: Any, *, zero_stage: int, rank: int) -> Partition:
