@@ -1,0 +1,144 @@
+"""Frechet distance against closed forms, and the classifier behind it."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+
+from ebm_dist.evaluation.fidelity import Fidelity, Moments, frechet_distance
+from ebm_dist.types import Batch, EventSpec
+
+SPEC = EventSpec((1, 8, 8), "image", 10)
+
+
+def digits():
+    data = load_digits()
+    x = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
+    label = torch.tensor(data.target)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, label = x[order], label[order]
+    return Batch(x[:1300], label[:1300]), Batch(x[1300:], label[1300:])
+
+
+@pytest.fixture(scope="module")
+def fidelity():
+    train, test = digits()
+    return Fidelity.fit(train, test, SPEC, 0, num_epochs=20, num_reference=400)
+
+
+def test_distance_of_two_diagonal_gaussians_is_the_closed_form():
+    first = Moments(
+        torch.tensor([0.0, 1.0]).double(), torch.diag(torch.tensor([1.0, 4.0])).double()
+    )
+    second = Moments(
+        torch.tensor([3.0, 1.0]).double(), torch.diag(torch.tensor([9.0, 4.0])).double()
+    )
+    assert frechet_distance(first, second) == pytest.approx(9 + (3 - 1) ** 2, abs=1e-9)
+
+
+def test_distance_of_commuting_rotated_covariances():
+    angle = 0.7
+    turn = torch.tensor(
+        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    ).double()
+    zero = torch.zeros(2).double()
+    first = Moments(zero, turn @ torch.diag(torch.tensor([1.0, 25.0])).double() @ turn.T)
+    second = Moments(zero, turn @ torch.diag(torch.tensor([4.0, 9.0])).double() @ turn.T)
+    assert frechet_distance(first, second) == pytest.approx(1 + 4, abs=1e-6)
+
+
+def test_distance_agrees_with_the_general_matrix_root():
+    from scipy.linalg import sqrtm
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.empty(300, 6, dtype=torch.float64).normal_(generator=generator) for _ in range(2))
+    b = b @ torch.empty(6, 6, dtype=torch.float64).normal_(generator=generator) + 0.3
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    root = torch.tensor(sqrtm((cov_a @ cov_b).numpy()).real)
+    expected = (a.mean(0) - b.mean(0)).square().sum()
+    expected = expected + (cov_a + cov_b - 2 * root).trace()
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-8)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-8)
+
+
+def test_fewer_samples_than_features_give_a_finite_distance():
+    generator = torch.Generator().manual_seed(0)
+    few = torch.empty(5, 40).normal_(generator=generator)
+    many = torch.empty(400, 40).normal_(generator=generator)
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-4)
+    assert math.isfinite(frechet_distance(few, many))
+
+
+def test_features_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        frechet_distance(torch.full((4, 2), math.nan), torch.zeros(4, 2))
+
+
+def test_classifier_reads_digits(fidelity):
+    assert fidelity.accuracy > 0.95
+
+
+def test_references_are_ordered_real_gaussian_noise(fidelity):
+    reference = fidelity.reference()
+    assert 3 * reference["train"] < reference["gaussian"]
+    assert 3 * reference["gaussian"] < reference["noise"]
+
+
+def test_real_images_are_near_and_blurred_ones_farther(fidelity):
+    _, test = digits()
+    generator = torch.Generator().manual_seed(1)
+    noisy = test.x + 0.5 * torch.empty_like(test.x).normal_(generator=generator)
+    assert fidelity.distance(test.x) == pytest.approx(0, abs=1e-4)
+    assert fidelity.distance(noisy) > fidelity.reference()["train"]
+
+
+def test_a_collapsed_model_shows_in_the_class_shares(fidelity):
+    train, _ = digits()
+    assert train.label is not None
+    shares = fidelity.class_shares(train.x[train.label == 3])
+    assert shares.argmax() == 3
+    assert shares.sum() == pytest.approx(1)
+
+
+def test_same_seed_gives_the_same_features_and_leaves_the_global_generator():
+    train, test = digits()
+    small = Batch(train.x[:200], train.label[:200] if train.label is not None else None)
+    before = torch.random.get_rng_state()
+    fits = [Fidelity.fit(small, test, SPEC, seed, num_epochs=1) for seed in (0, 0, 1)]
+    assert torch.equal(before, torch.random.get_rng_state())
+    distances = [fit.distance(train.x[200:400]) for fit in fits]
+    assert distances[0] == distances[1] != distances[2]
+
+
+def test_saved_fidelity_measures_the_same(fidelity, tmp_path):
+    fidelity.save(tmp_path / "fidelity.safetensors")
+    loaded = Fidelity.load(tmp_path / "fidelity.safetensors")
+    _, test = digits()
+    assert loaded.distance(test.x[:100]) == fidelity.distance(test.x[:100])
+    assert loaded.reference() == fidelity.reference()
+    assert loaded.accuracy == fidelity.accuracy
+
+
+def test_foreign_files_are_refused_in_one_line(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="expected format"):
+        Fidelity.load(tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 5)
+    with pytest.raises(ValueError, match="not safetensors"):
+        Fidelity.load(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spec", "label", "message"),
+    [
+        (EventSpec((2,), "real"), torch.zeros(4).long(), "needs images"),
+        (SPEC, None, "needs labels"),
+        (EventSpec((1, 9, 9), "image"), torch.zeros(4).long(), "expected at least 2 images"),
+    ],
+)
+def test_data_without_images_or_labels_is_refused(spec, label, message):
+    batch = Batch(torch.zeros(4, 1, 8, 8), label)
+    with pytest.raises(ValueError, match=message):
+        Fidelity.fit(batch, batch, spec, 0)
