@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, Any, Generic, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -41,7 +41,9 @@ class Family(Generic[T]):
         """Class decorator: add `section` under the default of its `name` field."""
         name = section.model_fields["name"].default
         if not isinstance(name, str) or name in self.members:
-            raise ValueError(f"{self.kind}: {section.__name__} needs a name of its own, got {name!r}")
+            raise ValueError(
+                f"{self.kind}: {section.__name__} needs a name of its own, got {name!r}"
+            )
         self.members[name] = section
         return section
 
@@ -62,8 +64,8 @@ class Family(Generic[T]):
 
     def make(self, name: str, **params: Any) -> T:
         """Build `name` from its parameters; raises ValueError in one line."""
-        build: Callable[[], T] = getattr(self.section(name, **params), "build")
-        return build()
+        section: Any = self.section(name, **params)
+        return section.build()
 
     def union(self) -> Any:
         """The type of a config field that holds any member, discriminated by `name`."""

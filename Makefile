@@ -1,0 +1,43 @@
+# Everything starts here: `make train` and `make test` work on a machine with Python 3.11 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: train test test-slow lint format types gallery clean help
+
+help: ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+# torch comes first and alone: its CPU build has its own version, which the rest must not replace.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+train: $(STAMP) ## train configs/digits.yaml on a local Ray, with a live view, and export it
+	$(BIN)/ebm-dist train configs/digits.yaml
+
+test: $(STAMP) lint types ## lint, types and the tests that take no longer than a coffee
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+
+test-slow: $(STAMP) ## the tests that take minutes each
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP) ## style and format
+	$(BIN)/ruff check ebm_dist tests benchmarks
+	$(BIN)/ruff format --check ebm_dist tests benchmarks
+
+format: $(STAMP) ## rewrite to the format
+	$(BIN)/ruff check --fix ebm_dist tests benchmarks
+	$(BIN)/ruff format ebm_dist tests benchmarks
+
+types: $(STAMP) ## static types
+	$(BIN)/basedpyright ebm_dist
+
+gallery: $(STAMP) ## the pictures of the documentation
+	$(BIN)/python -m ebm_dist.report.gallery docs/gallery
+
+clean: ## the environment and what tools left behind
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info

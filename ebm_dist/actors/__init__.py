@@ -1,0 +1,1 @@
+"""The parts of a running graph and the boundary to Ray."""

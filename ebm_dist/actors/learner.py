@@ -1,0 +1,141 @@
+"""A learner rank: its own data, its slice of the negatives, one DeepSpeed step, the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ebm_dist.data import DataConfig, DataStream
+from ebm_dist.energies import EnergySection
+from ebm_dist.learner import Ema, LearnerConfig
+from ebm_dist.objectives import ObjectiveSection
+from ebm_dist.seeds import derive_seed
+from ebm_dist.types import Negatives
+
+
+class LearnerRank:
+    """One of `config.num_ranks` processes that hold the model together.
+
+    `update`, `state` and `load` are collective: the controller calls them on every rank, or
+    the others wait for the missing one until `learner.timeout_s`.
+    """
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        data: DataConfig,
+        energy: EnergySection,
+        objective: ObjectiveSection,
+        *,
+        rank: int,
+        seed: int,
+        device: str,
+        reweight: bool = False,
+    ) -> None:
+        self._config = config
+        self._rank = rank
+        self._seed = seed
+        self._batch_size = data.batch_size // config.num_ranks
+        self._device = device
+        self._data = DataStream(data, rank=rank, world_size=config.num_ranks, seed=seed)
+        self._energy = energy.build(seed=derive_seed(seed, "energy"))
+        self._objective = objective.build(seed=derive_seed(seed, "objective"))
+        self._objective.reweight = reweight and self._objective.needs_negatives
+        self._ema: Ema | None = None
+
+    def start(self, rendezvous: tuple[str, int]) -> None:
+        """Meet the other ranks at (host, port) and build the engine. Collective."""
+        # Importing DeepSpeed takes seconds; nothing but a learner pays them.
+        from ebm_dist.learner.engine import Engine
+
+        self._engine = Engine(
+            self._config,
+            self._energy,
+            self._objective,
+            rank=self._rank,
+            world_size=self._config.num_ranks,
+            master_addr=rendezvous[0],
+            master_port=rendezvous[1],
+            device=self._device,
+        )
+
+    def update(
+        self, step: int, lr: float, parts: list[tuple[int, int]], *negatives: dict[str, np.ndarray]
+    ) -> tuple[dict[str, float], np.ndarray | None, np.ndarray | None]:
+        """One update with the next batch of data.
+
+        Args:
+            step: counts updates; seeds the noise of the objective.
+            parts: (start, stop) of each entry of `negatives` that this rank consumes.
+            negatives: leases as the shards handed them over, keys as in `types.Negatives`.
+
+        Returns:
+            Metrics averaged over ranks, and on rank 0 the flat weights and their average.
+
+        Raises:
+            NonFinite: on every rank alike, with the parameters as they were.
+        """
+        batch = self._data.next_batch(self._batch_size)
+        self._objective.begin_update(step)
+        metrics = self._engine.update(
+            batch,
+            _join(parts, negatives) if negatives else None,
+            seed=derive_seed(self._seed, "update", self._rank, step),
+            lr=lr,
+        )
+        flat = self._engine.flat_weights()
+        if flat is None:
+            return metrics, None, None
+        if self._ema is None:
+            self._ema = Ema(self._config.ema_decay, flat)
+        self._ema.update(flat)
+        return metrics, flat, self._ema.flat.numpy()
+
+    def weights(self) -> np.ndarray | None:
+        """The flat weights as they are; None on ranks other than 0. Collective."""
+        flat = self._engine.flat_weights()
+        if flat is not None and self._ema is None:
+            self._ema = Ema(self._config.ema_decay, flat)
+        return flat
+
+    def state(self) -> dict[str, Any]:
+        """Whole tensors (rank 0), the average (rank 0), and this rank's data cursor. Collective."""
+        return {
+            "learner": self._engine.state(),
+            "ema": self._ema.state() if self._ema is not None else None,
+            "data": self._data.state(),
+        }
+
+    def load(
+        self,
+        learner: dict[str, torch.Tensor],
+        ema: dict[str, torch.Tensor] | None,
+        data: dict[str, Any] | None,
+    ) -> None:
+        """Continue from a checkpoint, of any world size and ZeRO stage. Collective."""
+        self._engine.load_state(learner)
+        flat = self._engine.flat_weights()
+        if flat is not None:
+            self._ema = Ema(self._config.ema_decay, flat)
+            if ema is not None:
+                self._ema.load_state(ema)
+        if data is not None:
+            self._data.load_state(data)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _join(parts: list[tuple[int, int]], leases: tuple[dict[str, np.ndarray], ...]) -> Negatives:
+    def field(name: str) -> torch.Tensor:
+        pieces = [lease[name][start:stop] for (start, stop), lease in zip(parts, leases)]
+        return torch.from_numpy(np.concatenate(pieces))
+
+    return Negatives(
+        x=field("x"),
+        energy=field("energy"),
+        version=field("version"),
+        log_weight=field("log_weight"),
+    )

@@ -1,0 +1,130 @@
+"""The MCMC worker: stateless, so that any of them can redo the round of any other."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from einops import rearrange
+from pydantic import PositiveInt
+
+from ebm_dist.diagnostics import autocorrelation_time, effective_sample_size, split_rhat
+from ebm_dist.energies import EnergySection
+from ebm_dist.errors import NonFinite
+from ebm_dist.samplers import Chain, KernelSection, run_chain
+from ebm_dist.section import Section
+from ebm_dist.types import EventSpec, Lease, MovedChains
+from ebm_dist.weights import FlatLayout
+
+
+class WorkersConfig(Section):
+    """The pool that moves the chains."""
+
+    num_workers: PositiveInt = 1
+    """Worker actors."""
+
+    num_chains: PositiveInt = 64
+    """Chains a worker moves in one round; data.batch_size is a multiple of it."""
+
+    num_threads: PositiveInt | None = None
+    """Torch threads of a worker; the cores shared out when left out. Pin it alike on every
+    machine where deterministic runs are to agree bit for bit."""
+
+
+class Worker:
+    """Take a lease, run K steps under the weights given, return the chains."""
+
+    def __init__(
+        self,
+        energy: EnergySection,
+        sampler: KernelSection,
+        spec: EventSpec,
+        *,
+        device: str = "cpu",
+    ) -> None:
+        self._device = torch.device(device)
+        self._spec = spec
+        self._energy = energy.build().to(self._device).eval().requires_grad_(False)
+        self._layout = FlatLayout.of(self._energy)
+        self._sampler = sampler
+        self._kernel = sampler.build()
+        self._version: int | None = None
+
+    def run_round(
+        self, lease: Lease | None, weights: np.ndarray, version: int, num_steps: int
+    ) -> MovedChains | None:
+        """Move the chains of `lease` by `num_steps` steps under `weights` of `version`.
+
+        Raises:
+            NonFinite: an energy or a position left the finite numbers.
+        """
+        if lease is None:  # the shard had too few free chains
+            return None
+        self._use(weights, version)
+        chain = self._run(lease.position, lease.seed, num_steps)
+        position = chain.position.cpu().numpy()
+        energy = chain.energy.float().cpu().numpy()
+        if not (np.isfinite(energy).all() and np.isfinite(position).all()):
+            raise NonFinite(
+                f"chains left the finite numbers under the weights of version {version}; lower "
+                "sampler.step_size, set sampler.clamp and sampler.grad_clip, or raise "
+                "objective.energy_l2"
+            )
+        return MovedChains(
+            lease_id=lease.lease_id,
+            shard=lease.shard,
+            shard_epoch=lease.shard_epoch,
+            slots=lease.slots,
+            generations=lease.generations,
+            position=position,
+            energy=energy,
+            log_weight=np.asarray(lease.log_weight),
+            version=version,
+            num_steps=num_steps,
+            stats=round_stats(chain, lease.position),
+        )
+
+    def sample(self, num: int, num_steps: int, weights: np.ndarray, seed: int) -> np.ndarray:
+        """`num` fresh chains from noise after `num_steps` steps, (num, *event)."""
+        self._use(weights, None)
+        generator = torch.Generator().manual_seed(seed)
+        start = self._spec.noise(num, generator).numpy()
+        return self._run(start, seed + 1, num_steps).position.cpu().numpy()
+
+    def _run(self, start: np.ndarray, seed: int, num_steps: int) -> Chain:
+        generator = torch.Generator(self._device).manual_seed(seed)
+        # A copy: the array of a Ray object is read-only, and shared with others.
+        x = torch.from_numpy(np.array(start, np.float32)).to(self._device)
+        return run_chain(
+            self._kernel,
+            x,
+            self._energy,
+            num_steps,
+            generator,
+            precision=self._sampler.precision,
+            channels_last=self._sampler.channels_last,
+        )
+
+    def _use(self, weights: np.ndarray, version: int | None) -> None:
+        if version is None or version != self._version:
+            self._layout.load_(self._energy, torch.from_numpy(np.array(weights)))
+            self._version = version
+
+
+def round_stats(chain: Chain, start: np.ndarray) -> dict[str, float]:
+    """Diagnostics of a round, by metric name; one transfer from the device."""
+    names, values = [], []
+    for key, per_chain in chain.info.items():
+        names.append(f"sampler/{key}")
+        values.append(per_chain.float().mean())
+    moved = rearrange(chain.position.cpu() - torch.from_numpy(np.array(start)), "b ... -> b (...)")
+    names.append("sampler/displacement")
+    values.append(moved.norm(dim=1).mean())
+    stats = dict(zip(names, torch.stack([value.cpu() for value in values]).tolist()))
+    trace = chain.energies.cpu()
+    if trace.shape[0] >= 4:
+        stats["chain/autocorrelation"] = float(autocorrelation_time(trace))
+        stats["chain/ess"] = float(effective_sample_size(trace))
+        stats["chain/rhat"] = float(split_rhat(trace))
+    if "acceptance" in chain.info:
+        stats["chain/self_transition"] = 1.0 - stats["sampler/acceptance"]
+    return stats

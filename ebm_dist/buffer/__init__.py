@@ -1,0 +1,1 @@
+"""Shards of persistent chains: slots, leases, and the rules for starting and ageing chains."""

@@ -1,0 +1,57 @@
+"""How chains start, how far they may lag behind the learner, and what happens past that."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from ebm_dist.section import Section
+
+
+class BufferConfig(Section):
+    """The persistent chains."""
+
+    capacity: PositiveInt = 10_000
+    """Chains over all shards."""
+
+    num_shards: PositiveInt = 1
+    """Shard actors; each holds capacity / num_shards chains."""
+
+    init: Literal["noise", "data"] = "noise"
+    """Where a chain starts: the reference noise of the event (uniform on [-1, 1] for images,
+    Gaussian for real vectors, fair coins for binary ones), or a data point. With
+    reinit_prob 1 `noise` is short-run sampling and `data` is contrastive divergence."""
+
+    reinit_prob: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
+    """Probability that a chain starts afresh when it is checked out; 0 never restarts (PCD)."""
+
+    init_std: PositiveFloat = 1.0
+    """Standard deviation of the starting noise of `real` events, in data units."""
+
+    data_noise_std: NonNegativeFloat = 0.0
+    """Gaussian noise added to a chain that starts from data, in data units."""
+
+    lease_timeout_s: PositiveFloat = 120.0
+    """Seconds after which a lease that was not checked in gives its chains back."""
+
+
+class FlowConfig(Section):
+    """The order in which sampling and learning take turns."""
+
+    mode: Literal["sync", "async"] = "async"
+    """sync: every update uses chains moved under its own weights, bit for bit the same however
+    many workers there are. async: workers run ahead, within max_lag."""
+
+    max_lag: PositiveInt = 8
+    """Largest version(learner) - version(negatives) at consumption, in updates."""
+
+    stale: Literal["repair", "reweight", "drop"] = "repair"
+    """What happens to negatives past max_lag: a few more steps under today's weights, truncated
+    self-normalised importance weights, or nothing but a count."""
+
+    repair_steps: PositiveInt | None = None
+    """MCMC steps of a repair; a quarter of sampler.num_steps when left out."""
+
+    stall_timeout_s: PositiveFloat = 300.0
+    """Seconds without progress after which the run stops and names what it waited for."""

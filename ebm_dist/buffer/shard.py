@@ -1,0 +1,376 @@
+"""A shard: persistent chains in slots, and the lease protocol that moves them.
+
+Every slot is free, leased or ready, and `free + leased + ready == capacity` always. A
+lease takes slots from free to leased; a checkin commits their new chains and makes them
+ready; taking them as negatives makes them free again. Lease ids come from the caller, and
+every operation can be repeated: a checkout under a known id returns the same lease, a second
+checkin of one changes nothing. The noise of a lease is seeded by its id alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.buffer.storage import FREE, LEASED, READY, SlotStorage
+from ebm_dist.seeds import derive_seed
+from ebm_dist.types import Batch, EventSpec, Lease, MovedChains
+
+_FILL_CHUNK = 4096
+
+
+class StartSource(Protocol):
+    """Where chains that start from data take them; `data.DataStream` is one."""
+
+    def next_batch(self, num: int) -> Batch: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(slots=True)
+class _Outstanding:
+    lease: Lease
+    fresh: np.ndarray  # (M,) bool: the chain started afresh with this lease
+    repair: bool
+
+
+class Shard:
+    """Chains of one shard. Plain Python: `actors/handles.py` puts it behind Ray."""
+
+    def __init__(
+        self,
+        config: BufferConfig,
+        spec: EventSpec,
+        *,
+        index: int,
+        capacity: int,
+        max_lease: int,
+        seed: int,
+        data: StartSource | None = None,
+        directory: str | None = None,
+        epoch: int = 0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if config.init == "data" and data is None:
+            raise ValueError("buffer.init is 'data', but the shard was given no data to start from")
+        self.index = index
+        self.epoch = epoch
+        self._config = config
+        self._spec = spec
+        self._seed = seed
+        self._data = data
+        self._clock = clock
+        self._leases: dict[int, _Outstanding] = {}
+        self._ready: dict[int, np.ndarray] = {}
+        self._done: dict[int, bool] = {}
+        self._counters = {"late_checkins": 0, "expired_leases": 0, "reinitialised": 0}
+        self._next_chain = 0
+        self._slots = SlotStorage(
+            capacity, max_lease, spec.shape, Path(directory) if directory else None
+        )
+        if self._slots.attached:
+            # The leases of the process before died with its memory: their slots still hold
+            # the chains as they were, and the new epoch refuses its late checkins.
+            self._slots.state[:] = FREE
+            self._next_chain = int(self._slots.chain_id.max()) // self._stride + 1
+        else:
+            self._fill()
+            self._slots.finish_init()
+
+    # Chain identities are unique over the run: shard `index` counts in its own residue class.
+    _stride = 1 << 20
+
+    @property
+    def capacity(self) -> int:
+        return self._slots.capacity
+
+    def _fill(self) -> None:
+        for start in range(0, self.capacity, _FILL_CHUNK):
+            slots = np.arange(start, min(start + _FILL_CHUNK, self.capacity))
+            self._slots.position[slots] = self._start(len(slots), "fill", start)
+            self._slots.chain_id[slots] = self._identities(len(slots))
+            self._slots.version[slots] = -1
+
+    def _start(self, num: int, *path: str | int) -> np.ndarray:
+        generator = torch.Generator().manual_seed(
+            derive_seed(self._seed, "shard", self.index, *path)
+        )
+        if self._config.init == "noise":
+            return self._spec.noise(num, generator, std=self._config.init_std).numpy()
+        assert self._data is not None
+        x = self._data.next_batch(num).x
+        if self._config.data_noise_std > 0 and not self._spec.discrete:
+            x = x + self._config.data_noise_std * torch.empty_like(x).normal_(generator=generator)
+        return x.numpy()
+
+    def _identities(self, num: int) -> np.ndarray:
+        ids = (self._next_chain + np.arange(num)) * self._stride + self.index
+        self._next_chain += num
+        return ids
+
+    # --- the protocol ---------------------------------------------------------------------
+
+    def checkout(self, lease_id: int, num: int) -> Lease | None:
+        """Lease `num` free chains drawn without replacement, or None if fewer are free.
+
+        Repeating a checkout of an outstanding `lease_id` gives the same lease again, so that
+        another worker can redo the round of a dead one.
+        """
+        self.expire()
+        if lease_id in self._leases:
+            return self._renew(self._leases[lease_id])
+        free = np.flatnonzero(self._slots.state == FREE)
+        if len(free) < num:
+            return None
+        rng = np.random.default_rng(derive_seed(self._seed, "shard", self.index, "pick", lease_id))
+        slots = free[rng.choice(len(free), size=num, replace=False, shuffle=False)]
+        fresh = rng.random(num) < self._config.reinit_prob
+        rows = self._slots.rows(slots)
+        position = self._slots.position[rows]  # fancy indexing copies
+        log_weight = self._slots.log_weight[rows]
+        version = self._slots.version[rows]
+        if fresh.any():
+            # Only the lease sees the fresh start: should it expire, the old chain is still there.
+            position[fresh] = self._start(int(fresh.sum()), "fresh", lease_id)
+            log_weight[fresh] = 0.0
+            version[fresh] = -1
+        return self._issue(lease_id, slots, position, log_weight, version, fresh, repair=False)
+
+    def checkout_ready(self, lease_id: int, ready_id: int) -> Lease | None:
+        """Lease the ready chains of `ready_id` again, to move them under newer weights."""
+        self.expire()
+        if lease_id in self._leases:
+            return self._renew(self._leases[lease_id])
+        slots = self._ready.pop(ready_id, None)
+        if slots is None:
+            return None
+        rows = self._slots.rows(slots)
+        return self._issue(
+            lease_id,
+            slots,
+            self._slots.position[rows],
+            self._slots.log_weight[rows],
+            self._slots.version[rows],
+            np.zeros(len(slots), bool),
+            repair=True,
+        )
+
+    def _issue(
+        self,
+        lease_id: int,
+        slots: np.ndarray,
+        position: np.ndarray,
+        log_weight: np.ndarray,
+        version: np.ndarray,
+        fresh: np.ndarray,
+        *,
+        repair: bool,
+    ) -> Lease:
+        self._slots.state[slots] = LEASED
+        lease = Lease(
+            lease_id=lease_id,
+            shard=self.index,
+            shard_epoch=self.epoch,
+            slots=slots,
+            generations=self._slots.generation[slots],
+            seed=derive_seed(self._seed, "lease", lease_id),
+            deadline=self._clock() + self._config.lease_timeout_s,
+            position=position,
+            log_weight=log_weight,
+            version=version,
+        )
+        self._leases[lease_id] = _Outstanding(lease, fresh, repair)
+        return lease
+
+    def _renew(self, outstanding: _Outstanding) -> Lease:
+        old = outstanding.lease
+        fields = {name: getattr(old, name) for name in Lease.__slots__}
+        fields["deadline"] = self._clock() + self._config.lease_timeout_s
+        outstanding.lease = Lease(**fields)
+        return outstanding.lease
+
+    def checkin(self, moved: MovedChains | None) -> dict[str, Any]:
+        """Commit the chains of a lease, unless the lease is void.
+
+        Returns:
+            `accepted`; `lease_id`, `version`, `num_steps` and `stats` of the round; and
+            `counts` of the shard after it. A void lease (expired, of another epoch, or of
+            chains moved since) changes nothing but a count.
+
+        Raises:
+            ValueError: chains of another event shape, or not finite.
+        """
+        self.expire()
+        if moved is None:
+            return {"accepted": False, "lease_id": None, "counts": self.counts()}
+        reply = {
+            "lease_id": moved.lease_id,
+            "version": moved.version,
+            "num_steps": moved.num_steps,
+            "num_chains": len(moved.slots),
+            "stats": moved.stats,
+        }
+        if moved.lease_id in self._done and moved.shard_epoch == self.epoch:
+            return {"accepted": self._done[moved.lease_id], **reply, "counts": self.counts()}
+        outstanding = self._leases.get(moved.lease_id)
+        if outstanding is None or not self._holds(moved):
+            self._counters["late_checkins"] += 1
+            return {"accepted": False, **reply, "counts": self.counts()}
+        if moved.position.shape[1:] != self._slots.position.shape[1:]:
+            raise ValueError(
+                f"chains have event shape {moved.position.shape[1:]}, the shard holds "
+                f"{self._slots.position.shape[1:]}; both come from data.source"
+            )
+        slots, fresh = outstanding.lease.slots, outstanding.fresh
+        rows = self._slots.rows(slots)
+        chain_id = self._slots.chain_id[rows]
+        chain_id[fresh] = self._identities(int(fresh.sum()))
+        self._slots.commit(
+            slots,
+            position=moved.position,
+            energy=moved.energy,
+            version=np.full(len(slots), moved.version, np.int64),
+            age=np.where(fresh, 0, self._slots.age[rows]) + 1,
+            log_weight=moved.log_weight,
+            chain_id=chain_id,
+        )
+        self._slots.generation[slots] += 1
+        self._slots.state[slots] = READY
+        self._ready[moved.lease_id] = slots
+        del self._leases[moved.lease_id]
+        self._remember(moved.lease_id)
+        self._counters["reinitialised"] += int(fresh.sum())
+        return {"accepted": True, **reply, "counts": self.counts()}
+
+    def _holds(self, moved: MovedChains) -> bool:
+        return moved.shard_epoch == self.epoch and bool(
+            (self._slots.generation[moved.slots] == moved.generations).all()
+        )
+
+    def _remember(self, lease_id: int) -> None:
+        self._done[lease_id] = True
+        while len(self._done) > 4096:
+            self._done.pop(next(iter(self._done)))
+
+    def take(self, lease_id: int) -> dict[str, np.ndarray] | None:
+        """The negatives of a committed lease; their slots become free. None if not ready."""
+        slots = self._ready.pop(lease_id, None)
+        if slots is None:
+            return None
+        rows = self._slots.rows(slots)
+        self._slots.state[slots] = FREE
+        return {
+            "x": self._slots.position[rows],
+            "energy": self._slots.energy[rows],
+            "version": self._slots.version[rows],
+            "log_weight": self._slots.log_weight[rows],
+        }
+
+    def release(self, lease_id: int) -> int:
+        """Free the ready chains of `lease_id` unused (a drop); returns how many."""
+        slots = self._ready.pop(lease_id, None)
+        if slots is None:
+            return 0
+        self._slots.state[slots] = FREE
+        return len(slots)
+
+    def expire(self) -> list[int]:
+        """Give the chains of overdue leases back as they were; returns the lease ids."""
+        now = self._clock()
+        overdue = [k for k, v in self._leases.items() if v.lease.deadline < now]
+        for lease_id in overdue:
+            self.cancel(lease_id)
+            self._counters["expired_leases"] += 1
+        return overdue
+
+    def cancel(self, lease_id: int) -> bool:
+        """Void a lease: its slots keep the chains they had before it."""
+        outstanding = self._leases.pop(lease_id, None)
+        if outstanding is None:
+            return False
+        # The generation moves so that a late checkin of this lease cannot be mistaken
+        # for a checkin of the next one on the same slots.
+        self._slots.generation[outstanding.lease.slots] += 1
+        self._slots.state[outstanding.lease.slots] = FREE
+        return True
+
+    # --- looking in -------------------------------------------------------------------------
+
+    def counts(self) -> dict[str, int | float]:
+        """free, leased, ready, capacity, counters, and the mean age of chains in rounds."""
+        states = np.bincount(self._slots.state, minlength=3)
+        return {
+            "free": int(states[FREE]),
+            "leased": int(states[LEASED]),
+            "ready": int(states[READY]),
+            "capacity": self.capacity,
+            "age_mean": float(self._slots.age[self._slots.row_of_slot].mean()),
+            **self._counters,
+        }
+
+    def peek(self, num: int, key: int) -> np.ndarray:
+        """Copies of `num` chains chosen by `key`, without leasing them; fewer if fewer exist."""
+        rng = np.random.default_rng(derive_seed(self._seed, "shard", self.index, "peek", key))
+        # Chains that were never moved are noise; they say nothing about the model.
+        moved = np.flatnonzero(self._slots.version[self._slots.row_of_slot] >= 0)
+        pool = moved if len(moved) >= num else np.arange(self.capacity)
+        slots = rng.choice(pool, size=min(num, len(pool)), replace=False)
+        return self._slots.position[self._slots.rows(slots)]
+
+    # --- checkpoint ---------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """Every slot at its last committed generation, as arrays by slot, and the cursor.
+
+        Leased chains are there as they were before the lease, ready ones as committed: a
+        restore frees them all, and no chain is lost or doubled.
+        """
+        rows = self._slots.row_of_slot
+        arrays = {name: getattr(self._slots, name)[rows] for name in SlotStorage.row_fields}
+        return {
+            "arrays": {**arrays, "generation": np.array(self._slots.generation)},
+            "meta": {
+                "index": self.index,
+                "capacity": self.capacity,
+                "next_chain": self._next_chain,
+                "data": self._data.state() if self._data is not None else None,
+            },
+        }
+
+    def restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+        """Take the chains of a snapshot into the first slots; every slot is free after it.
+
+        Slots beyond them keep the fresh chains they were filled with.
+
+        Raises:
+            ValueError: the snapshot holds more chains than slots, or another event shape.
+        """
+        num = len(arrays["generation"])
+        if num > self.capacity or arrays["position"].shape[1:] != self._spec.shape:
+            raise ValueError(
+                f"the snapshot's chains have shape {arrays['position'].shape}, this shard holds "
+                f"{(self.capacity, *self._spec.shape)}; keep data.source, and buffer.capacity at "
+                "least as it was"
+            )
+        self.epoch += 1
+        self._leases.clear()
+        self._ready.clear()
+        self._done.clear()
+        next_chain = int(meta["next_chain"])
+        rows = self._slots.row_of_slot
+        for name in SlotStorage.row_fields:
+            getattr(self._slots, name)[rows[:num]] = arrays[name]
+        self._next_chain = max(self._next_chain, next_chain)
+        # The fill numbered its chains from zero, as the fill of the run before it did.
+        self._slots.chain_id[rows[num:]] = self._identities(self.capacity - num)
+        self._slots.generation[:num] = arrays["generation"]
+        self._slots.state[:] = FREE
+        if self._data is not None and meta.get("data") is not None:
+            self._data.load_state(meta["data"])
