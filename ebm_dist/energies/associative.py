@@ -200,7 +200,7 @@ class HopfieldSection(EnergySection):
 
     name: Literal["hopfield"] = "hopfield"
     kinds: ClassVar[tuple[EventKind, ...]] = ("binary",)
-    example: ClassVar[dict[str, Any]] = {"num_patterns": 2, "num_units": 10}
+    example: ClassVar[dict[str, Any]] = {"num_patterns": 3, "num_units": 10}
 
     patterns: tuple[tuple[Literal[-1, 0, 1], ...], ...] | None = None
     """What to store, (num_patterns, num_units) in {0,1} or {-1,1}; random when left out."""

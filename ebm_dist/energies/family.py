@@ -156,7 +156,7 @@ class BoundSection(EnergySection):
 
     def bind(self, spec: EventSpec) -> Self:
         self._check_kind(spec)
-        shape = getattr(self, "event_shape")  # noqa: B009
+        shape = self.event_shape
         if shape is None:
             return self.model_copy(update={"event_shape": spec.shape})
         if shape != spec.shape:

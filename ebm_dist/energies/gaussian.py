@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from ebm_dist.energies.family import FAMILY, AnalyticEnergy, BoundSection, Energy
@@ -135,7 +134,7 @@ class QuadraticSection(BoundSection):
     offset: float = 0.0
     """Energy at the mean."""
 
-    learnable: bool = Field(default=False)
+    learnable: bool = False
     """Train the precision."""
 
     learnable_mean: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ebm_dist.energies.family import FAMILY, Activation, Energy
@@ -86,7 +86,7 @@ class WideResNetSection(NetworkSection):
     norm: Norm = "none"
     """Normalisation within one event."""
 
-    activation: Activation = Field(default="leaky_relu")
+    activation: Activation = "leaky_relu"
     """leaky_relu with slope .2 is JEM's."""
 
     spectral_norm: bool = False
