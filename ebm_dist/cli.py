@@ -154,7 +154,7 @@ def sample(
 ) -> None:
     """Draw samples from an exported model by the sampler that it was trained with."""
     from ebm_dist.draw import check_suffix, draw, save_samples
-    from ebm_dist.export import open_export
+    from ebm_dist.export_reader import open_export
 
     check_suffix(out)
     export = open_export(checkpoint)

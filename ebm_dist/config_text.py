@@ -168,7 +168,7 @@ def validate(model: type[BaseModel], data: dict[str, Any]) -> Any:
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        if not all(_is_whole_float(fault) for fault in error.errors(include_url=False)):
+        if not all(_is_forgiven(fault) for fault in error.errors(include_url=False)):
             raise UserError("\n".join(faults(error, model, data))) from None
     try:
         return model.model_validate_json(text)
@@ -176,8 +176,12 @@ def validate(model: type[BaseModel], data: dict[str, Any]) -> Any:
         raise UserError("\n".join(faults(error, model, data))) from None
 
 
-def _is_whole_float(fault: Any) -> bool:
+def _is_forgiven(fault: Any) -> bool:
+    """Strict rules refuse it, and the looser ones of the second pass read it rightly."""
     value = fault["input"]
+    if fault["type"] == "tuple_type":
+        # Behind a `before` validator pydantic no longer knows that the list came from JSON.
+        return isinstance(value, list)
     return fault["type"] == "int_type" and isinstance(value, float) and value.is_integer()
 
 
@@ -186,7 +190,7 @@ def faults(error: ValidationError, model: type[BaseModel], data: Any) -> list[st
     by_path: dict[tuple[str, ...], list[str]] = {}
     across: list[str] = []
     for fault in error.errors(include_url=False):
-        if _is_whole_float(fault):
+        if _is_forgiven(fault):
             continue
         path = _user_path(fault["loc"], data)
         if fault["type"] == "value_error" and not path:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ebm_dist.errors import NonFinite, UserError
-from ebm_dist.export import Export
+from ebm_dist.export_reader import Export
 from ebm_dist.seeds import derive_seed
 
 Start = Literal["noise", "chains"]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ebm_dist import config_text
 from ebm_dist.errors import UserError
@@ -39,6 +39,12 @@ class Tool(Section):
     threads: PositiveInt | Literal["auto"] = "auto"
     verbose: bool = False
     rate: float = 0.1
+    levels: tuple[float, ...] = (1.0,)
+
+    @field_validator("levels", mode="before")
+    @classmethod
+    def _read(cls, value):
+        return value
 
 
 class Root(Section):
@@ -222,7 +228,10 @@ def test_a_giant_value_is_shown_short():
 
 
 def test_a_whole_float_fills_an_integer_and_nothing_else_is_coerced():
-    root = config_text.validate(Root, {"tool": {"width": 1e3, "rate": 1, "shape": [2, 3]}})
+    root = config_text.validate(
+        Root, {"tool": {"width": 1e3, "rate": 1, "shape": [2, 3], "levels": [2.0]}}
+    )
+    assert root.tool.levels == (2.0,)
     assert root.tool.width == 1000
     assert type(root.tool.width) is int
     assert root.tool.shape == (2, 3)

@@ -16,7 +16,8 @@ import ebm_dist
 from ebm_dist import energies, samplers
 from ebm_dist.draw import draw
 from ebm_dist.errors import UserError
-from ebm_dist.export import file_hash, open_export, write_export
+from ebm_dist.export import open_export, write_export
+from ebm_dist.export_reader import file_hash
 from ebm_dist.types import EventSpec
 
 IMAGE = EventSpec((1, 8, 8), "image", 10)

@@ -1,0 +1,208 @@
+"""The run's config: one route in, complete on the way out, contradictions refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from ebm_dist import config, energies, objectives, samplers
+from ebm_dist.config import RunConfig, check_event, dump, load, schema
+from ebm_dist.errors import UserError
+from ebm_dist.types import EventSpec
+
+PROMISED = """
+run:        {name: digits, seed: 0, steps: 3000, dir: runs}
+runtime:    {backend: ray, address: local}
+data:       {source: digits, batch_size: 128}
+energy:     {name: resnet, width: 32}
+sampler:    {name: langevin, step_size: 1.0, noise_std: 0.005, num_steps: 40}
+objective:  {name: contrastive, energy_l2: 0.1, gradient_penalty: 0.0}
+buffer:     {capacity: 10000, num_shards: 2, init: noise, reinit_prob: 0.05}
+workers:    {num_workers: 2, num_chains: 128}
+learner:    {num_ranks: 1, lr: 1.0e-4, zero_stage: 1, precision: fp32, ema_decay: 0.999}
+flow:       {mode: async, max_lag: 8, stale: repair}
+checkpoint: {every: 500, keep: 3}
+tracking:   {wandb: auto, project: ebm_dist}
+"""
+IMAGE = EventSpec((1, 8, 8), "image", 10)
+GIBBS = {"name": "gibbs"}
+BINARY = EventSpec((16,), "binary")
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(PROMISED)
+    return file
+
+
+def refused(path, *overrides) -> str:
+    with pytest.raises(UserError) as caught:
+        load(path, overrides)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{path}: ")
+    return line.removeprefix(f"{path}: ")
+
+
+def test_the_promised_example_loads_with_the_values_it_states(path):
+    loaded = load(path)
+    assert loaded.run.steps == 3000
+    assert loaded.learner.lr == 1e-4
+    assert loaded.sampler.build().temperature == pytest.approx(0.005**2 / 2)
+    assert loaded.buffer.num_shards == 2
+    assert loaded.tracking.wandb == "auto"
+
+
+def test_three_sections_are_enough():
+    loaded = load({"energy": {"name": "mlp"}, "sampler": {"name": "mala", "step_size": 0.1}})
+    assert loaded.objective.build().needs_negatives
+    assert loaded.data.location == "digits"
+
+
+def test_a_config_is_frozen(path):
+    loaded = load(path)
+    with pytest.raises(ValueError, match="frozen"):
+        loaded.run.steps = 5
+
+
+def test_overrides_win_over_the_file_and_the_last_one_wins(path):
+    loaded = load(path, ["learner.lr=2e-3", "run.steps=10", "run.steps=20", "tracking.wandb=off"])
+    assert (loaded.learner.lr, loaded.run.steps, loaded.tracking.wandb) == (2e-3, 20, "off")
+
+
+@pytest.mark.parametrize("override", ["run.steps=1", "learner.precision=bf16", "flow.mode=sync"])
+def test_a_complete_dump_loads_back_equal(path, override):
+    loaded = load(path, [override])
+    text = dump(loaded)
+    path.write_text(text)
+    assert load(path) == loaded
+    assert dump(load(path)) == text
+
+
+FAMILIES = [
+    (key, name)
+    for key, family in (
+        ("energy", energies.FAMILY),
+        ("sampler", samplers.FAMILY),
+        ("objective", objectives.FAMILY),
+    )
+    for name in sorted(family.members)
+]
+
+
+@pytest.mark.parametrize(("key", "name"), FAMILIES, ids=lambda value: value)
+def test_every_member_of_every_family_survives_the_round_trip(tmp_path, key, name):
+    family = {
+        "energy": energies.FAMILY,
+        "sampler": samplers.FAMILY,
+        "objective": objectives.FAMILY,
+    }[key]
+    example = json.loads(json.dumps(family.members[name].example))  # type: ignore[attr-defined]
+    data = {
+        "energy": {"name": "mlp"},
+        "sampler": {"name": "mala", "step_size": 0.1},
+        key: {"name": name, **example},
+    }
+    loaded = load(data)
+    (tmp_path / "a.yaml").write_text(dump(loaded))
+    assert load(tmp_path / "a.yaml") == loaded
+
+
+def test_a_dump_holds_every_key_of_every_section(path):
+    loaded = load(path)
+    data = yaml.safe_load(dump(loaded))
+    for name in RunConfig.model_fields:
+        section = getattr(loaded, name)
+        assert set(data[name]) == set(type(section).model_fields), name
+
+
+def test_the_schema_knows_every_section_and_member():
+    text = json.dumps(schema())
+    properties = schema()["properties"]
+    assert set(properties) == set(RunConfig.model_fields)
+    for _, name in FAMILIES:
+        assert f'"const": "{name}"' in text, name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start", "says"),
+    [
+        (["learner.num_ranks=3"], "data.batch_size: ", "try 126 or 129"),
+        (["learner.accumulation=256"], "data.batch_size: ", "1 * 256"),
+        (["workers.num_chains=100"], "data.batch_size: ", "workers.num_chains to 4"),
+        (["workers.num_chains=256"], "data.batch_size: ", "workers.num_chains to 128"),
+        (["buffer.capacity=255"], "buffer.capacity: ", "256 or more"),
+        (["buffer.num_shards=100"], "buffer.capacity: ", "100 * 128"),
+        (
+            ["buffer.capacity=300", "workers.num_chains=32", "data.batch_size=512"],
+            "buffer.capacity: ",
+            "512 negatives at once",
+        ),
+        (["runtime.backend=inline", "learner.num_ranks=2"], "learner.num_ranks: ", "one process"),
+        (["flow.stale=reweight"], "objective.temperature: ", "1.25e-05"),
+        (
+            ["objective.kl_weight=1", "objective.kl_step_size=1"],
+            "objective.temperature: ",
+            "objective.kl_weight reads it",
+        ),
+    ],
+)
+def test_sections_that_contradict_each_other_are_refused_in_one_line(path, overrides, start, says):
+    line = refused(path, *overrides)
+    assert line.startswith(start)
+    assert says in line
+
+
+def test_what_a_refusal_advises_is_accepted(path):
+    assert load(path, ["learner.num_ranks=3", "data.batch_size=129", "workers.num_chains=43"])
+    assert load(path, ["workers.num_chains=100", "data.batch_size=200"])
+    assert load(path, ["buffer.capacity=256"])
+    assert load(path, ["flow.stale=reweight", "objective.temperature=1.25e-05"])
+
+
+@pytest.mark.parametrize(
+    ("change", "spec", "start"),
+    [
+        ({"energy": {"name": "resnet"}, "sampler": GIBBS}, BINARY, "energy.name: resnet"),
+        ({}, BINARY, "sampler.name: langevin"),
+        ({"sampler": GIBBS}, EventSpec((2,), "real"), "sampler.name: gibbs"),
+        ({"objective": {"name": "joint"}}, EventSpec((2,), "real"), "objective.name: joint"),
+        ({"objective": {"name": "joint"}}, IMAGE, "energy.num_classes: "),
+        ({"objective": {"name": "score_matching"}, "sampler": GIBBS}, BINARY,
+         "objective.name: score_matching"),
+        ({"energy": {"name": "quadratic", "precision": 1.0}}, EventSpec((2,), "real"),
+         "energy.name: quadratic has no parameters"),
+        ({"energy": {"name": "mlp", "event_shape": [3]}}, EventSpec((2,), "real"),
+         "energy.event_shape: "),
+    ],
+)  # fmt: skip
+def test_sections_that_cannot_work_with_the_data_are_refused(change, spec, start):
+    data = {
+        "energy": {"name": "mlp"},
+        "sampler": {"name": "langevin", "step_size": 0.1, "temperature": 1.0},
+    }
+    loaded = load({**data, **change})
+    with pytest.raises(UserError) as caught:
+        check_event(loaded, spec)
+    assert str(caught.value).startswith(start)
+    assert "\n" not in str(caught.value)
+
+
+def test_sections_that_fit_the_data_pass(path):
+    check_event(load(path), IMAGE)
+    joint = ["objective={name: joint}", "energy={name: mlp, num_classes: data}"]
+    check_event(load(path, joint), IMAGE)
+    discrete = ["energy={name: mlp}", "sampler={name: gibbs_with_gradients}"]
+    check_event(load(path, discrete), BINARY)
+
+
+def test_a_missing_file_names_the_one_beside_it(path):
+    with pytest.raises(UserError, match=r"did you mean .*run\.yaml"):
+        load(path.with_name("rum.yaml"))
+
+
+def test_a_file_that_cannot_be_a_config_is_refused_by_its_size(path, monkeypatch):
+    monkeypatch.setattr(config, "MAX_FILE_BYTES", 10)
+    assert "larger" in refused(path)
