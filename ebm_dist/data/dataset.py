@@ -1,0 +1,179 @@
+"""`data.source` -> what is there: shards by split and the layout of their samples."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ebm_dist.data.config import DataConfig
+from ebm_dist.data.decode import Layout, guess_layout
+from ebm_dist.data.manifest import FILE_NAME, SplitName, read_manifest
+from ebm_dist.data.originals import static_layout
+from ebm_dist.data.prepare import materialise
+from ebm_dist.data.shards import ShardFile, read_shard
+from ebm_dist.errors import UserError
+from ebm_dist.section import nearest
+
+_MAX_SHARDS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Shards by split. `test` is None where nothing was held out."""
+
+    layout: Layout
+    train: tuple[ShardFile, ...]
+    test: tuple[ShardFile, ...] | None
+    holdout: float = 0.0
+    """Part of plain training shards that is the test split; then `test` is `train`."""
+
+    def num_samples(self, split: SplitName) -> int | None:
+        """None where only reading the shards would tell."""
+        counts = [
+            shard.num_samples for shard in (self.train if split == "train" else self.test or ())
+        ]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    def belongs(self, sample: dict[str, Any], split: SplitName) -> bool:
+        """Whether a sample of plain shards is in `split`, by a hash of its key."""
+        if self.holdout == 0:
+            return True
+        held_out = zlib.crc32(sample["__key__"].encode()) < self.holdout * 2**32
+        return held_out == (split == "test")
+
+
+def stored_layout(config: DataConfig) -> Layout:
+    """The layout of the source's samples: cheap, and a built-in source is not written for it."""
+    layout = static_layout(config.location)
+    if layout is None:
+        return _find(config).layout
+    _refuse_plain_keys(config, f"{config.location}, which is built in,")
+    return layout
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """Find the shards; built-in sources write theirs into the cache at first use.
+
+    Raises:
+        UserError: for a source that is not there or not shards.
+    """
+    layout = static_layout(config.location)
+    if layout is None:
+        return _find(config)
+    _refuse_plain_keys(config, f"{config.location}, which is built in,")
+    if config.location == "cifar10":
+        raise UserError(
+            "data.source: cifar10 has no originals on this machine; run `ebm-dist data prepare "
+            "cifar10 OUT --source cifar-10-python.tar.gz` and set data.source to OUT"
+        )
+    directory = materialise(config.location, config.cache_dir, toy_samples=config.toy_samples)
+    return _of_manifest(directory, None)
+
+
+def _find(config: DataConfig) -> Dataset:
+    location = config.location
+    paths, directory = _expand(location)
+    if directory is not None:
+        _refuse_plain_keys(config, f"{location}, whose {FILE_NAME} says so,")
+        return _of_manifest(directory, paths)
+    train = tuple(ShardFile(path) for path in paths)
+    if not train[0].path.exists():
+        raise UserError(_not_there(location, train[0].path))
+    sample = next(iter(read_shard(train[0])))
+    layout = guess_layout(
+        sample, kind=config.kind, num_classes=config.num_classes, member=config.member
+    )
+    test = None
+    if config.test_source is not None:
+        test_paths, _ = _expand(config.test_source)
+        test = tuple(ShardFile(path) for path in test_paths)
+    elif config.holdout > 0:
+        test = train
+    return Dataset(layout, train, test, config.holdout)
+
+
+def _of_manifest(directory: Path, chosen: list[Path] | None) -> Dataset:
+    """`chosen`: shards named by a pattern inside a prepared directory, None for all of them."""
+    manifest = read_manifest(directory)
+    train, test = manifest.files("train", directory), manifest.files("test", directory)
+    if chosen is not None:
+        by_name = {shard.path.name: shard for shard in (*train, *test)}
+        unknown = [path for path in chosen if path.name not in by_name]
+        if unknown:
+            raise UserError(
+                f"{unknown[0]}: is not named in {directory / FILE_NAME}; set data.source to "
+                f"{directory}, or move other shards elsewhere"
+            )
+        train = [by_name[path.name] for path in chosen]
+        used = {shard.path.name for shard in train}
+        test = [shard for shard in test if shard.path.name not in used]
+    return Dataset(manifest.layout, tuple(train), tuple(test) or None)
+
+
+def _expand(location: str) -> tuple[list[Path], Path | None]:
+    """The shards that a directory, file or brace pattern names; the directory of their
+    dataset.json if there is one. For a prepared directory the list is None in effect: all."""
+    import braceexpand
+
+    if "://" in location or location.startswith("pipe:"):
+        raise UserError(
+            f"data.source: {location!r} is not a local path; copy the shards to a disk that every "
+            "node sees (commands and URLs are not run or fetched)"
+        )
+    path = Path(location).expanduser()
+    if path.is_dir():
+        if (path / FILE_NAME).is_file():
+            manifest = read_manifest(path)
+            return [shard.path for shard in manifest.files("train", path)], path
+        found = sorted(
+            item for item in path.iterdir() if item.name.endswith((".tar", ".tar.gz", ".tgz"))
+        )
+        if not found:
+            raise UserError(
+                f"data.source: {location} holds neither {FILE_NAME} nor .tar shards; run `ebm-dist "
+                "data prepare` or name the shards"
+            )
+        return found, None
+    try:
+        names = []
+        for name in braceexpand.braceexpand(str(path)):
+            names.append(name)
+            if len(names) > _MAX_SHARDS:
+                raise UserError(f"data.source: {location!r} names more than {_MAX_SHARDS} shards")
+    except (ValueError, MemoryError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"data.source: {location!r} is no brace pattern ({error})") from None
+    paths = [Path(name) for name in names]
+    parents = {item.parent for item in paths}
+    parent = paths[0].parent
+    if len(parents) == 1 and (parent / FILE_NAME).is_file():
+        return paths, parent
+    return paths, None
+
+
+def _not_there(location: str, first: Path) -> str:
+    known = ["digits", "fashion-mnist", "toy:NAME"]
+    close = nearest(location, known) if "/" not in location else ""
+    return (
+        f"data.source: {location!r} is neither built in ({', '.join(known)}) nor shards on this "
+        f"machine ({first} does not exist){close}; run `ebm-dist data prepare` or correct the path"
+    )
+
+
+def _refuse_plain_keys(config: DataConfig, what: str) -> None:
+    given = {
+        "test_source": config.test_source,
+        "holdout": config.holdout or None,
+        "kind": config.kind,
+        "num_classes": config.num_classes,
+        "member": config.member,
+    }
+    for key, value in given.items():
+        if value is not None:
+            raise UserError(
+                f"data.{key}: is {value!r}, but {what} knows it already; leave data.{key} out "
+                "(it is for plain shards)"
+            )

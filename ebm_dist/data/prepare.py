@@ -1,0 +1,204 @@
+"""Write a data set as webdataset shards, all of it or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ebm_dist.data.manifest import (
+    FILE_NAME,
+    EventEntry,
+    Manifest,
+    ShardEntry,
+    SplitName,
+    read_manifest,
+)
+from ebm_dist.data.originals import Original, Samples, load_original
+from ebm_dist.data.shards import sha256_of
+from ebm_dist.errors import RunFailed, UserError
+from ebm_dist.seeds import derive_seed
+
+
+def prepare(
+    name: str,
+    out_dir: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    *,
+    resize: int | None = None,
+    shard_size: int | None = None,
+    toy_samples: int = 8192,
+) -> Manifest:
+    """Write `name` as shards and dataset.json in `out_dir`, which appears when it is complete.
+
+    Args:
+        name: digits, fashion-mnist, cifar10, imagefolder or toy:NAME.
+        out_dir: the directory to make; must not exist, or be empty.
+        source: where the originals are, for the names that have any.
+        resize: side in pixels to which imagefolder cuts and scales its images.
+        shard_size: samples a shard.
+        toy_samples: training samples of a toy.
+
+    Raises:
+        UserError: for originals or a directory that will not do.
+    """
+    out = Path(out_dir)
+    _refuse_occupied(out)
+    if shard_size is not None and shard_size < 1:
+        raise UserError(f"shard_size: must be at least 1 sample, got {shard_size}")
+    original = load_original(
+        name, None if source is None else Path(source), resize=resize, toy_samples=toy_samples
+    )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror}); choose another directory"
+        ) from None
+    try:
+        manifest = _write(original, partial, shard_size or original.shard_size)
+        partial.chmod(0o755)
+        _install(partial, out)
+    except OSError as error:
+        raise RunFailed(
+            f"{out}: writing failed ({error.strerror}); nothing was left there"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def materialise(name: str, cache_dir: str | None, *, toy_samples: int) -> Path:
+    """The directory of a built-in source's shards, made at the first use.
+
+    Safe where many processes start at once: each writes its own copy and the first to finish wins.
+    """
+    key = name.replace(":", "-")
+    if name.startswith("toy:"):
+        key += f"-{toy_samples}"
+    out = _cache_root(cache_dir) / f"{key}-v1"
+    if not (out / FILE_NAME).is_file():
+        try:
+            prepare(name, out, toy_samples=toy_samples)
+        except (UserError, RunFailed):
+            # Another process may have finished between the check and the rename.
+            if not (out / FILE_NAME).is_file():
+                raise
+    return out
+
+
+def _cache_root(cache_dir: str | None) -> Path:
+    if cache_dir is not None:
+        return Path(cache_dir)
+    base = os.environ.get("XDG_CACHE_HOME")
+    root = (Path(base) if base else Path.home() / ".cache") / "ebm_dist" / "data"
+    with contextlib.suppress(OSError):
+        root.mkdir(parents=True, exist_ok=True)
+    if os.access(root, os.W_OK):
+        return root
+    # Containers often run without a home that can be written.
+    return Path(tempfile.gettempdir()) / f"ebm_dist-{os.getuid()}" / "data"
+
+
+def _refuse_occupied(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file; name a directory that does not exist yet")
+    if (out / FILE_NAME).is_file():
+        held = read_manifest(out)
+        raise UserError(
+            f"{out}: already holds {held.name} ({held.num_samples('train')} training samples); "
+            "use it as data.source, or remove it first"
+        )
+    if any(out.iterdir()):
+        raise UserError(f"{out}: is not empty and holds no {FILE_NAME}; name a new directory")
+
+
+def _write(original: Original, directory: Path, shard_size: int) -> Manifest:
+    splits: dict[SplitName, tuple[ShardEntry, ...]] = {}
+    for split, samples in original.splits.items():
+        splits[split] = tuple(_write_split(original, split, samples, directory, shard_size))
+    spec = original.layout.spec
+    manifest = Manifest(
+        name=original.name,
+        law=original.law,
+        event=EventEntry(shape=spec.shape, kind=spec.kind, num_classes=spec.num_classes),
+        levels=original.layout.levels,
+        classes=original.classes,
+        splits=splits,
+    )
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1)
+    _write_durably(directory / FILE_NAME, text.encode())
+    return manifest
+
+
+def _write_split(
+    original: Original, split: SplitName, samples: Samples, directory: Path, shard_size: int
+) -> list[ShardEntry]:
+    from webdataset.writer import TarWriter
+
+    # A shuffled order on disk, once: originals are sorted by class or by writer, and a shuffle
+    # buffer smaller than the data cannot undo that.
+    rng = np.random.default_rng(derive_seed(0, "data", "prepare", original.name, split))
+    order = rng.permutation(samples.num)
+    entries = []
+    for number, start in enumerate(range(0, samples.num, shard_size)):
+        path = directory / f"{split}-{number:06d}.tar"
+        chosen = order[start : start + shard_size]
+        with path.open("wb") as stream:
+            # mtime 0: the same originals give the same bytes, hence the same checksums.
+            with TarWriter(stream, encoder=False, mtime=0) as writer:
+                for index in chosen:
+                    x, label = samples.get(int(index))
+                    sample: dict[str, str | bytes] = {"__key__": f"{index:08d}", **encode(x)}
+                    if label is not None:
+                        sample["cls"] = str(label).encode()
+                    writer.write(sample)
+            stream.flush()
+            os.fsync(stream.fileno())
+        entries.append(
+            ShardEntry(
+                file=path.name,
+                num_samples=len(chosen),
+                num_bytes=path.stat().st_size,
+                sha256=sha256_of(path),
+            )
+        )
+    return entries
+
+
+def encode(x: np.ndarray) -> dict[str, bytes]:
+    """One member: PNG for uint8 images (C, H, W) with 1 or 3 channels, else npy."""
+    stream = io.BytesIO()
+    if x.dtype == np.uint8 and x.ndim == 3 and len(x) in (1, 3):
+        pixels = x[0] if len(x) == 1 else np.ascontiguousarray(x.transpose(1, 2, 0))
+        Image.fromarray(pixels).save(stream, format="PNG")
+        return {"png": stream.getvalue()}
+    np.save(stream, x, allow_pickle=False)
+    return {"npy": stream.getvalue()}
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _install(partial: Path, out: Path) -> None:
+    try:
+        # Atomic, and on POSIX it also replaces an empty directory.
+        os.rename(partial, out)
+    except OSError:
+        if (out / FILE_NAME).is_file():
+            raise UserError(f"{out}: another process wrote it meanwhile; use it as it is") from None
+        raise
