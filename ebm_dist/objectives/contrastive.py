@@ -32,6 +32,7 @@ from ebm_dist.objectives.penalties import (
     energy_l2,
     gradient_norm,
     penalty_points,
+    spectral_norms,
 )
 from ebm_dist.objectives.weighting import staleness_log_weight
 from ebm_dist.types import Batch, EnergyFn, Negatives
@@ -56,6 +57,10 @@ class ContrastiveFields(ObjectiveSection):
 
     gradient_penalty_std: PositiveFloat = 1.0
     """Standard deviation of the points of `gradient_penalty_at: gaussian`."""
+
+    spectral_penalty: NonNegativeFloat = 0.0
+    """Weight of the sum of the largest singular values of the energy's weight matrices (VAEBM:
+    0.2). Not for ZeRO stage 3, which takes the matrices apart."""
 
     temperature: PositiveFloat = 1.0
     """The sampler's T. Read by the weights of stale negatives and by the KL term."""
@@ -166,12 +171,14 @@ class Contrastive(Objective):
             if config.energy_l2 > 0:
                 magnitude = energy_l2(energy_pos, energy_neg)
                 loss = loss + config.energy_l2 * magnitude
-                metrics["loss/energy_l2"] = magnitude.detach()
+                metrics["loss/energy_l2"] = config.energy_l2 * magnitude.detach()
             if config.gradient_penalty > 0:
                 grad = input_grad(values[penalised], x)[penalised]
                 slope = gradient_norm(grad, weight if weighted else None)
-                loss = loss + 0.5 * config.gradient_penalty * slope
-                metrics["loss/gradient_penalty"] = slope.detach()
+                penalty = 0.5 * config.gradient_penalty * slope
+                loss = loss + penalty
+                metrics["loss/gradient_penalty"] = penalty.detach()
+                metrics["energy/grad_norm"] = grad.detach().flatten(1).norm(dim=1).mean()
         if config.kl_weight > 0:
             assert config.kl_step_size is not None
             term = kl_term(
@@ -184,7 +191,12 @@ class Contrastive(Objective):
                 weight=weight,
             )
             loss = loss + config.kl_weight * term
-            metrics["loss/kl"] = term.detach()
+            metrics["loss/kl"] = config.kl_weight * term.detach()
+        if config.spectral_penalty > 0:
+            spectral = config.spectral_penalty * spectral_norms(energy)
+            loss = loss + spectral
+            metrics["loss/spectral"] = spectral.detach()
+        metrics["loss/contrastive"] = gap.detach()
         # The gap is not a likelihood: near zero for a good model, and for chains that never
         # left the data.
         metrics |= {

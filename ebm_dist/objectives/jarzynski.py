@@ -8,12 +8,12 @@ mean of exp A estimates Z_k / Z_0, if the chains started from p_0 with A = 0. Ca
 The path may be cut in two kinds of step, in any order:
 
     the weights move, the chain stands     `weights_moved`: needs recorded and new energy only
-    the chain moves, the weights stand     `ula_moved`; no correction for an exact kernel
+    the chain moves, the weights stand     `run_weighted`; no correction for an exact kernel
 
 or both together (`ula_step`, the paper's form). A chain that skipped versions takes one step
 of the first kind from its own version to today's.
 
-Clipped gradients and clamped positions have other kernel densities than `ula_moved` knows,
+Clipped gradients and clamped positions have other kernel densities than `ula_step` knows,
 and a chain that is started anew has not come the path: `check_sampler` and `check_buffer`
 refuse them.
 """
@@ -21,6 +21,7 @@ refuse them.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +29,24 @@ from torch import Tensor
 from ebm_dist.errors import UserError
 from ebm_dist.objectives.objective import sum_event
 from ebm_dist.objectives.weighting import ess_ratio
-from ebm_dist.section import Section
-
-EXACT_KERNELS = frozenset(
-    {"mala", "hmc", "random_walk", "gibbs", "gibbs_with_gradients", "parallel_tempering"}
+from ebm_dist.samplers import (
+    DiscreteLangevin,
+    Gibbs,
+    GibbsWithGradients,
+    Hmc,
+    Kernel,
+    KernelSection,
+    Langevin,
+    LangevinSection,
+    Mala,
+    RandomWalk,
 )
-"""Samplers that leave exp(-E/T) as it is, so that a move changes no weight."""
+from ebm_dist.types import EnergyFn
+
+_EXACT_TYPES = (Mala, Hmc, RandomWalk, Gibbs, GibbsWithGradients, DiscreteLangevin)
+_EXACT_NAMES = ("mala", "hmc", "random_walk", "gibbs", "gibbs_with_gradients", "discrete_langevin")
+# They leave exp(-E/T) as it is, so a move changes no weight. Tempered chains do too, but a
+# slot of theirs holds a ladder of temperatures, and one energy is not its log-density.
 
 
 def ula_action(
@@ -71,6 +84,9 @@ def ula_step(
 
         A' = A + alpha_k(X, X') - alpha_{k+1}(X', X)
 
+    With k + 1 = k it corrects the discretisation alone; a kernel that keeps exp(-E/T) would
+    change nothing.
+
     Args:
         log_weight: (M,), A.
         position, energy, grad: X, E_k(X), dE_k/dx at X; the step must have used this gradient
@@ -83,35 +99,6 @@ def ula_step(
         new_energy, new_grad, -displacement, step_size=step_size, temperature=temperature
     )
     return log_weight + forward - backward
-
-
-def ula_moved(
-    log_weight: Tensor,
-    position: Tensor,
-    energy: Tensor,
-    grad: Tensor,
-    new_position: Tensor,
-    new_energy: Tensor,
-    new_grad: Tensor,
-    *,
-    step_size: float,
-    temperature: float = 1.0,
-) -> Tensor:
-    """Log-weights (M,) after one Langevin step whose weights stand: `ula_step` with k + 1 = k.
-
-    What it corrects is the discretisation: a kernel that keeps exp(-E/T) would change nothing.
-    """
-    return ula_step(
-        log_weight,
-        position,
-        energy,
-        grad,
-        new_position,
-        new_energy,
-        new_grad,
-        step_size=step_size,
-        temperature=temperature,
-    )
 
 
 def weights_moved(
@@ -127,6 +114,51 @@ def weights_moved(
         new_energy: (M,) of the same positions under the new weights.
     """
     return log_weight + (energy - new_energy) / temperature
+
+
+def run_weighted(
+    kernel: Kernel[Any],
+    x: Tensor,
+    log_weight: Tensor,
+    energy: EnergyFn,
+    num_steps: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Move weighted chains x (M, *event) `num_steps` times while the weights stand.
+
+    Returns:
+        Positions (M, *event), their energies (M,) and log-weights (M,). The positions are those
+        of `run_chain` with the same generator.
+
+    Raises:
+        ValueError: the kernel's moves have no density here (see `check_sampler`).
+    """
+    langevin = kernel if isinstance(kernel, Langevin) else None
+    if langevin is not None:
+        check_langevin(langevin)
+    elif type(kernel) not in _EXACT_TYPES:
+        raise ValueError(
+            f"kernel: {type(kernel).__name__} has no Jarzynski correction; use langevin, or a "
+            "kernel with an accept step"
+        )
+    state = kernel.init(x, energy)
+    log_weight = log_weight.to(state.energy.dtype)
+    for _ in range(num_steps):
+        new, _ = kernel.step(state, energy, generator)
+        if langevin is not None:
+            log_weight = ula_step(
+                log_weight,
+                state.position,
+                state.energy,
+                state.grad,
+                new.position,
+                new.energy,
+                new.grad,
+                step_size=langevin.step_size,
+                temperature=langevin.temperature,
+            )
+        state = new
+    return state.position, state.energy, log_weight
 
 
 def log_z_ratio(log_weight: Tensor) -> Tensor:
@@ -182,27 +214,41 @@ def resample(
     return index, log_z_ratio(log_weight).expand_as(log_weight).clone()
 
 
-def check_sampler(sampler: Section) -> None:
+def check_sampler(sampler: KernelSection) -> None:
     """Refuse samplers whose moves the correction has no density for.
 
     Raises:
         UserError: the key to change and why.
     """
-    name = getattr(sampler, "name", type(sampler).__name__)
-    if name in EXACT_KERNELS:
+    name = type(sampler).model_fields["name"].default
+    if name in _EXACT_NAMES:
         return
-    if name != "langevin":
+    if not isinstance(sampler, LangevinSection):
         raise UserError(
             f"sampler.name: {name} has no Jarzynski correction; use langevin (unclipped) or one of "
-            f"{', '.join(sorted(EXACT_KERNELS))}, or turn the correction off"
+            f"{', '.join(_EXACT_NAMES)}, or turn the correction off"
         )
+    check_langevin(sampler.build())
+
+
+def check_langevin(kernel: Langevin) -> None:
+    """Refuse Langevin moves that are clipped, clamped or without noise.
+
+    Raises:
+        UserError: the key to change and why.
+    """
     for key in ("grad_clip", "grad_norm_clip", "clamp"):
-        value = getattr(sampler, key, None)
+        value = getattr(kernel, key)
         if value is not None:
             raise UserError(
                 f"sampler.{key}: {value}, but the Jarzynski correction knows the density of an "
                 f"unclipped Langevin step only; remove sampler.{key}, or turn the correction off"
             )
+    if kernel.temperature == 0:
+        raise UserError(
+            "sampler.temperature: 0, but a move without noise has no density, which the Jarzynski "
+            "correction needs; raise it, or turn the correction off"
+        )
 
 
 def check_buffer(reinit_prob: float) -> None:

@@ -80,7 +80,7 @@ class Joint(Contrastive):
             + self.joint.contrastive_weight * contrastive
         )
         metrics["loss/classification"] = classification.detach()
-        metrics["classifier/accuracy"] = (logits.argmax(1) == batch.label).float().mean()
+        metrics["objective/accuracy"] = (logits.argmax(1) == batch.label).float().mean()
         metrics["loss/total"] = loss.detach()
         return loss, metrics
 

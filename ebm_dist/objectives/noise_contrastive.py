@@ -130,7 +130,7 @@ class NoiseContrastive(Objective):
             * self.config.temperature,
             "likelihood/log_z": self.log_z.detach().float().mean(),
             "likelihood/log_prob": log_p[: len(data)].detach().mean(),
-            "classifier/accuracy": 0.5
+            "objective/accuracy": 0.5
             * ((on_data > 0).float().mean() + (on_noise < 0).float().mean()),
             "loss/total": loss.detach(),
         }

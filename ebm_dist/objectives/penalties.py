@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebm_dist.objectives.objective import expand_like, given, normal_like, sum_event, uniform
+from ebm_dist.types import EnergyFn
 
 PenaltyPoints = Literal["data", "gaussian", "negatives", "interpolation"]
 
@@ -57,3 +58,44 @@ def penalty_points(
     num = min(data.shape[0], negatives.shape[0])
     mix = expand_like(uniform((num,), data, given(generator)), data)
     return (mix * data[:num] + (1 - mix) * negatives[:num]).detach()
+
+
+def spectral_norms(energy: nn.Module | EnergyFn, num_iterations: int = 8) -> Tensor:
+    """Sum of the largest singular values of all weight matrices, 0-d.
+
+    A parameter with two or more dims counts as the matrix (dim 0, all others), as in Vahdat &
+    Kautz (2020), arXiv:2007.03898. Power iteration from the matrix's own column of greatest
+    norm, so that no state is kept between updates; the value is a lower bound and its
+    gradient u v^T has unit norm.
+
+    Raises:
+        ValueError: the energy is no module, has no matrix, or its weights are partitioned.
+    """
+    if not isinstance(energy, nn.Module):
+        raise ValueError(
+            f"energy: {type(energy).__name__} is no nn.Module, so objective.spectral_penalty finds "
+            "no weights; set it to 0"
+        )
+    norms = []
+    for parameter in energy.parameters():
+        if hasattr(parameter, "ds_status"):
+            raise ValueError(
+                "objective.spectral_penalty: learner.zero_stage 3 takes weight matrices apart; use "
+                "zero_stage 0 to 2, or energy.spectral_norm: true in place of the penalty"
+            )
+        if parameter.ndim < 2 or not parameter.requires_grad:
+            continue
+        matrix = parameter.flatten(1).float()
+        with torch.no_grad():
+            v = matrix.T @ matrix[:, matrix.norm(dim=0).argmax()]
+            for _ in range(num_iterations):
+                u = nn.functional.normalize(matrix @ v, dim=0)
+                v = nn.functional.normalize(matrix.T @ u, dim=0)
+            u = nn.functional.normalize(matrix @ v, dim=0)
+        norms.append(u @ (matrix @ v))
+    if not norms:
+        raise ValueError(
+            "energy: no weight matrix to train, so objective.spectral_penalty has nothing to hold "
+            "down; set it to 0"
+        )
+    return torch.stack(norms).sum()

@@ -135,7 +135,7 @@ class ReverseKl(Objective):
         metrics |= {
             "energy/positive": values[: len(data)].detach().mean(),
             "energy/negative": (weight * energy_neg).detach().sum(),
-            "critic/spread": critic_neg.detach().std(correction=0),
+            "loss/critic": kl,
             "loss/total": loss.detach(),
         }
         metrics["energy/gap"] = metrics["energy/positive"] - metrics["energy/negative"]

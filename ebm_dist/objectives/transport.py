@@ -10,8 +10,8 @@ from torch import Tensor
 def assignment(cost: np.ndarray) -> np.ndarray:
     """Column (N,) of each row in the pairing of least total cost, for finite costs (N, N).
 
-    Shortest augmenting paths, O(N^3), vectorised over columns: about 20 ms at N = 128 on one core. Jonker
-    & Volgenant (1987).
+    Shortest augmenting paths, O(N^3), vectorised over columns: about 20 ms at N = 128 on one core.
+    Jonker & Volgenant (1987).
     """
     num = cost.shape[0]
     if cost.shape != (num, num):
