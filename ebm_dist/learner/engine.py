@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,7 @@ from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.learner.options import deepspeed_options
 from ebm_dist.learner.partition import keep_shapes, partition_of
 from ebm_dist.learner.step import LearningStep
+from ebm_dist.objectives.objective import Objective
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import Batch, Negatives
 from ebm_dist.weights import FlatLayout, flat_tensors
@@ -85,6 +87,7 @@ class Engine:
         self._shapes = {n: tuple(p.shape) for n, p in self._parameters.items()}
 
         self._environment = dict(os.environ)
+        self._excepthook = sys.excepthook
         self._deepspeed = _quiet_deepspeed(self.device)
         try:
             self._join(master_addr, master_port)
@@ -95,6 +98,9 @@ class Engine:
         self._partition = partition_of(
             self._engine.optimizer, zero_stage=config.zero_stage, rank=rank
         )
+        if world_size > 1 and isinstance(objective, Objective):
+            # Importance weights are normalised over the global batch, not over each slice.
+            objective.gather_ranks = self._gather_ranks
 
     def update(
         self, batch: Batch, negatives: Negatives | None, *, seed: int, lr: float
@@ -113,9 +119,8 @@ class Engine:
                 Weights and optimiser state are as they were before the call.
         """
         micro = self._split(batch, negatives)
-        begin = getattr(self._module.objective, "begin_update", None)
-        if begin is not None:
-            begin(self.step)
+        if isinstance(self._module.objective, Objective):
+            self._module.objective.begin_update(self.step)
         totals: dict[str, Tensor] = {}
         for index, (part, part_negatives) in enumerate(micro):
             self._engine.set_gradient_accumulation_boundary(index == len(micro) - 1)
@@ -224,6 +229,8 @@ class Engine:
                 dist.destroy_process_group()
         # DeepSpeed would hold the dead group and refuse to make another.
         comm.comm.cdb = None
+        # Torch's would begin every later traceback of this process with a rank.
+        sys.excepthook = self._excepthook
         for name in _RANK_VARIABLES:
             if name in self._environment:
                 os.environ[name] = self._environment[name]
@@ -328,6 +335,13 @@ class Engine:
         means = {name: value * scale for name, value in zip(totals, rest)}
         norm = math.sqrt(first) if first >= 0 else math.nan
         return {**means, "learner/param_grad_norm": norm}
+
+    @torch.no_grad()
+    def _gather_ranks(self, vector: Tensor) -> Tensor:
+        """(k,) of this rank -> (world_size, k), the vectors of all."""
+        out = [torch.empty_like(vector) for _ in range(self.world_size)]
+        dist.all_gather(out, vector.detach().contiguous())
+        return torch.stack(out)
 
     @contextmanager
     def _gathered(

@@ -165,6 +165,7 @@ def deepspeed_options(
         # The engine clips by the norm that it has already computed for its finite check.
         "gradient_clipping": 0.0,
         "steps_per_print": None,
+        "zero_allow_untested_optimizer": config.optimizer == "sgd",
         "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }

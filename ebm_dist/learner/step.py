@@ -66,8 +66,13 @@ class LearningStep(nn.Module):
                 f"{tuple(loss.shape)}; expected a scalar"
             )
         loss = loss.float()
-        metrics = {name: torch.as_tensor(value).detach() for name, value in metrics.items()}
-        return loss, {"loss/total": loss.detach(), **metrics}
+        return loss, {
+            **{
+                name: torch.as_tensor(value, device=device).detach()
+                for name, value in metrics.items()
+            },
+            "loss/total": loss.detach(),
+        }
 
 
 def _keep_storage(tensor: Tensor) -> Tensor:
