@@ -71,8 +71,9 @@ class ResNetBody(nn.Module):
         self.pool = section.pool
 
     def forward(self, x: Tensor) -> Tensor:
-        # Channels last is 1.4 times faster on a CPU and feeds tensor cores on a GPU. It is
-        # set on the activations: the weights are views of one flat array, in torch's order.
+        # Channels last costs 3 to 24% less CPU time for an input gradient (five shapes, one
+        # thread of an AVX-512 server), and is what a GPU's tensor cores take. It is set on
+        # the activations: the weights are views of one flat array, in torch's order.
         x = self.stem(x).contiguous(memory_format=torch.channels_last)
         for index, stage in enumerate(self.stages):
             if index and min(x.shape[2:]) > 1:
