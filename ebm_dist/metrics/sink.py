@@ -10,12 +10,13 @@ import shutil
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ebm_dist.metrics.config import TrackingConfig as TrackingConfig
-from ebm_dist.metrics.credentials import Mode, scrub, scrub_config
+from ebm_dist.metrics.credentials import scrub, scrub_config
 from ebm_dist.metrics.jsonl import JsonlSink as JsonlSink
 from ebm_dist.metrics.jsonl import decode, encode, read_rows, repair, replace_rows
 from ebm_dist.metrics.names import FRAME
@@ -100,7 +101,7 @@ class WandbSink:
     def __init__(
         self,
         config: TrackingConfig,
-        mode: Mode,
+        mode: Literal["online", "offline"],
         *,
         run_dir: Path,
         run_config: Mapping[str, Any],
@@ -109,7 +110,7 @@ class WandbSink:
         resume_step: int | None,
         notice: Callable[[str], None],
     ) -> None:
-        self.mode = mode
+        self.mode: Literal["online", "offline"] = mode
         self.run_id = run_id
         self.url: str | None = None
         self.dir = run_dir / "wandb"
@@ -120,6 +121,7 @@ class WandbSink:
         self._notice = notice
         self._told: set[str] = set()
         self._run: Any = None
+        self._recent: deque[Mapping[str, Any]] = deque(maxlen=2000)
         self._spool = Spool(self.dir / "spool.jsonl", resume_step=resume_step)
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -182,15 +184,20 @@ class WandbSink:
                 self._wake.clear()
         self._end()
 
-    def _connect(self, mode: Mode) -> bool:
+    def _connect(self, mode: Literal["online", "offline"]) -> bool:
         before = self._directories()
         try:
             self._run = self._init(mode)
         except Exception as error:
             self._run = None
+            # The service goes on holding the id of a run it could not start.
+            self._stop_service()
             for path in self._directories() - before:  # an attempt leaves an empty run behind
                 shutil.rmtree(path, ignore_errors=True)
-            wrong_key = type(error).__name__ in ("AuthenticationError", "UsageError")
+            wrong_key = type(error).__name__ in (
+                "AuthenticationError",
+                "UsageError",
+            ) or "returned error 401" in str(error)
             if mode == "online" and wrong_key:
                 # Asking again would not mend it.
                 self.mode = "offline"
@@ -206,12 +213,14 @@ class WandbSink:
             )
             return False
         if "away" in self._told or "lost" in self._told:
-            self._told -= {"away", "lost"}
             if mode == self.mode:
                 self._notice("W&B: connected; what was kept is being sent")
+                if "lost" in self._told:
+                    self._send_again()
+            self._told -= {"away", "lost"}
         return True
 
-    def _init(self, mode: Mode) -> Any:
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
@@ -236,7 +245,7 @@ class WandbSink:
             id=self.run_id,
             resume="allow",
             dir=str(self._run_dir),
-            mode="online" if mode == "online" else "offline",
+            mode=mode,
             config=self._run_config,
             settings=settings,
             # A run of the user's own in this process goes on undisturbed.
@@ -257,6 +266,7 @@ class WandbSink:
                 try:
                     if item is not None:
                         self._send(item)
+                        self._recent.append(item)
                 except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
                     # This item's own fault: it must not stand in the way of all others.
                     self._tell("item", f"W&B: an item was left out ({_first_line(error)})")
@@ -274,10 +284,24 @@ class WandbSink:
         run, self._run = self._run, None
         with contextlib.suppress(Exception):
             run.finish()
-        with contextlib.suppress(Exception):
-            import wandb
+        self._stop_service()  # it may be dead; the next attempt starts another
 
-            wandb.teardown()  # its service process may be dead; the next attempt starts another
+    def _send_again(self) -> None:
+        """Repeat what the service took and died with: rows beyond the server's last step."""
+        with contextlib.suppress(Exception):
+            known = self._run.summary.get("step")
+            for item in list(self._recent):
+                if known is None or item.get("step", 0) > known:
+                    self._send(item)
+
+    @staticmethod
+    def _stop_service() -> None:
+        import wandb
+
+        # The service is the process's: a run that the user opened in it must not end with ours.
+        if wandb.run is None:
+            with contextlib.suppress(Exception):
+                wandb.teardown()
 
     def _send(self, item: Mapping[str, Any]) -> None:
         import wandb
