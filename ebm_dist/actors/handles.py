@@ -104,7 +104,7 @@ def free_port(host: str) -> int:
 # --- in this process --------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class InlineResult:
     value: Any = None
     error: BaseException | None = None
@@ -242,8 +242,12 @@ class RayBackend:
         # bury the one line that matters.
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
         import ray
+        from ray import exceptions
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self._ray = ray
+        self._ray: Any = ray
+        self._errors = exceptions
+        self._beside = NodeAffinitySchedulingStrategy
         self._start_timeout_s = start_timeout_s
         address = os.environ.get("RAY_ADDRESS") or address
         self.local = address == "local"
@@ -317,7 +321,7 @@ class RayBackend:
         return handle
 
     def _here(self) -> Any:
-        return self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        return self._beside(
             node_id=self._ray.get_runtime_context().get_node_id(), soft=False
         )
 
@@ -330,9 +334,9 @@ class RayBackend:
                 handle.pid = self.get(handle.actor.ready.remote(), remaining)
             except TimeoutError:
                 raise RunFailed(
-                    f"{handle.name} did not start within {self._start_timeout_s:.0f} s; the "
-                    f"cluster has {self._ray.available_resources()} free. Lower workers.num_workers, or "
-                    "raise runtime.start_timeout_s"
+                    f"{handle.name} did not start in {self._start_timeout_s:.0f} s; the "
+                    f"cluster has {self._ray.available_resources()} free. Lower "
+                    "workers.num_workers, or raise runtime.start_timeout_s"
                 ) from None
 
     def rendezvous(self, handle: Handle) -> tuple[str, int]:
@@ -352,7 +356,7 @@ class RayBackend:
         return done
 
     def get(self, ref: Ref, timeout: float) -> Any:
-        errors = self._ray.exceptions
+        errors = self._errors
         try:
             return self._ray.get(ref, timeout=timeout)
         except errors.GetTimeoutError as error:
@@ -376,9 +380,9 @@ class RayBackend:
         assert isinstance(handle, RayHandle)
         try:
             self._ray.get(handle.actor.ready.remote(), timeout=timeout)
-        except self._ray.exceptions.GetTimeoutError:
+        except self._errors.GetTimeoutError:
             return True
-        except self._ray.exceptions.RayError:
+        except self._errors.RayError:
             return False
         return True
 
