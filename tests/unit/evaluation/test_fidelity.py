@@ -86,12 +86,14 @@ def test_references_are_ordered_real_gaussian_noise(fidelity):
     assert 3 * reference["gaussian"] < reference["noise"]
 
 
-def test_real_images_are_near_and_blurred_ones_farther(fidelity):
+def test_distance_grows_with_the_damage(fidelity):
     _, test = digits()
     generator = torch.Generator().manual_seed(1)
-    noisy = test.x + 0.5 * torch.empty_like(test.x).normal_(generator=generator)
-    assert fidelity.distance(test.x) == pytest.approx(0, abs=1e-4)
-    assert fidelity.distance(noisy) > fidelity.reference()["train"]
+    noise = torch.empty_like(test.x).normal_(generator=generator)
+    distances = [fidelity.distance(test.x + std * noise) for std in (0.0, 0.3, 0.6, 1.2)]
+    assert distances[0] == pytest.approx(0, abs=1e-4)
+    assert distances == sorted(distances)
+    assert distances[-1] > fidelity.reference()["train"]
 
 
 def test_a_collapsed_model_shows_in_the_class_shares(fidelity):
@@ -135,7 +137,7 @@ def test_foreign_files_are_refused_in_one_line(tmp_path):
     [
         (EventSpec((2,), "real"), torch.zeros(4).long(), "needs images"),
         (SPEC, None, "needs labels"),
-        (EventSpec((1, 9, 9), "image"), torch.zeros(4).long(), "expected at least 2 images"),
+        (EventSpec((1, 9, 9), "image"), torch.zeros(4).long(), "expected at least 4 images"),
     ],
 )
 def test_data_without_images_or_labels_is_refused(spec, label, message):

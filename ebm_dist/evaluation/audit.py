@@ -1,0 +1,284 @@
+"""The long-run audit: chains far longer than training's, and what they find that data does not.
+
+Training raises the energy only where its short chains go. A model can therefore have minima that
+short chains never reach, or a law that short chains have not yet come to; its samples look right
+and its density is wrong. The audit runs the chains on, says which of the two it is, and hands
+back the chains so that they can serve as negatives.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from ebm_dist.errors import NonFinite
+from ebm_dist.samplers.chain import run_chain
+from ebm_dist.samplers.kernel import Kernel
+from ebm_dist.types import EnergyFn
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What `long_run_audit` found. Chains are (B, *event), energies in the model's units."""
+
+    short: Tensor
+    """Chains after `short_steps`: what training sees."""
+    long: Tensor
+    """The same chains after `num_steps` in all."""
+    energy_data: float
+    """Mean energy of the data."""
+    energy_short: float
+    energy_long: float
+    variance_short: float
+    """Mean over coordinates of the variance over chains."""
+    variance_long: float
+    spurious: Tensor
+    """(B,) bool: long chains below the data's energies and far from the data."""
+    spurious_fraction: float
+    diverged: Tensor
+    """(B,) bool: chains whose energy or position is not finite; `long` holds their start."""
+    shift: float
+    """Largest Kolmogorov-Smirnov distance between the short and the long law, in [0, 1]."""
+    shifted_in: str
+    """The quantity in which it is: energy, radius, or projection."""
+    p_value: float
+    """Of that distance if the laws were one, corrected for the number of quantities."""
+    law_differs: bool
+    alarm: str | None
+    """One line that says what is wrong and what to change; None for a clean audit."""
+
+    @property
+    def negatives(self) -> Tensor:
+        """Chains (M, *event) to feed back: the spurious ones, or all where the law differs.
+
+        All of them where it differs: the long law is the nearer one to the model's own, and
+        likelihood training needs negatives of that.
+        """
+        keep = ~self.diverged if self.law_differs else self.spurious & ~self.diverged
+        return self.long[keep]
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers of the audit, by the names they are logged under."""
+        return {
+            "audit/spurious_fraction": self.spurious_fraction,
+            "audit/diverged_fraction": float(self.diverged.float().mean()),
+            "audit/law_shift": self.shift,
+            "audit/energy_short": self.energy_short,
+            "audit/energy_long": self.energy_long,
+            "audit/variance_short": self.variance_short,
+            "audit/variance_long": self.variance_long,
+        }
+
+
+def long_run_audit(
+    energy: EnergyFn,
+    kernel: Kernel[Any],
+    x: Tensor,
+    data: Tensor,
+    *,
+    short_steps: int,
+    num_steps: int,
+    generator: torch.Generator,
+    energy_quantile: float = 0.05,
+    distance_factor: float = 1.5,
+    significance: float = 1e-3,
+    min_shift: float = 0.05,
+    chunk: int = 500,
+) -> Audit:
+    """Run chains `num_steps` and compare them with the data and with themselves when young.
+
+    A chain is spurious if its energy is below the `energy_quantile` of the data's and its
+    nearest datum is farther than `distance_factor` times the 99% quantile of the distances
+    between data and their nearest other datum. The long law differs from the short one if a
+    two-sample Kolmogorov-Smirnov test of energy, radius or a fixed set of 16 random projections
+    says so at `significance` (Bonferroni) and by at least `min_shift`.
+
+    Args:
+        kernel: training's own, for an audit of what training does.
+        x: (B, *event) starts, drawn as training draws them; 50 or more for the test to see.
+        data: (N, *event) held-out or training events; a few hundred are enough.
+        short_steps: steps of training's chains.
+        num_steps: steps in all, ten or more times as many.
+        generator: noise of the chains and directions of the projections.
+
+    Raises:
+        ValueError: shapes differ, or the long run is not longer than the short one.
+    """
+    if tuple(x.shape[1:]) != tuple(data.shape[1:]):
+        raise ValueError(
+            f"long_run_audit: chains have event shape {tuple(x.shape[1:])}, data "
+            f"{tuple(data.shape[1:])}; they must be equal"
+        )
+    if not 0 < short_steps < num_steps:
+        raise ValueError(
+            f"long_run_audit: needs 0 < short_steps < num_steps, got {short_steps} and {num_steps}"
+        )
+    if x.shape[0] < 2 or data.shape[0] < 3:
+        raise ValueError(
+            f"long_run_audit: needs at least 2 chains and 3 data, got {x.shape[0]} and "
+            f"{data.shape[0]}"
+        )
+    short, diverged = _run(kernel, x, energy, short_steps, generator)
+    long = short
+    remaining = num_steps - short_steps
+    while remaining > 0:
+        # In pieces: a chain that diverges is noticed, and set aside, within one of them.
+        piece = min(chunk, remaining)
+        long, fell = _run(kernel, long, energy, piece, generator)
+        diverged = diverged | fell
+        remaining -= piece
+
+    with torch.no_grad():
+        e_data, e_short, e_long = (
+            torch.cat([energy(part).double().cpu() for part in value.split(500)])
+            for value in (data, short, long)
+        )
+    healthy = ~diverged.cpu()
+    spacing = _nearest(data, data, exclude_self=True).quantile(0.99)
+    far = _nearest(long, data) > distance_factor * spacing
+    spurious = (e_long < e_data.quantile(energy_quantile)) & far & healthy
+    fraction = float(spurious.double().mean())
+
+    shift, shifted_in, p_value = 0.0, "energy", 1.0
+    if int(healthy.sum()) >= 2:
+        shift, shifted_in, p_value = _compare(
+            short[diverged.logical_not()],
+            long[diverged.logical_not()],
+            e_short[healthy],
+            e_long[healthy],
+            data,
+            generator,
+        )
+    differs = p_value < significance and shift > min_shift
+    return Audit(
+        short=short,
+        long=long,
+        energy_data=float(e_data.mean()),
+        energy_short=float(e_short.mean()),
+        energy_long=float(e_long.mean()),
+        variance_short=_variance(short),
+        variance_long=_variance(long),
+        spurious=spurious,
+        spurious_fraction=fraction,
+        diverged=diverged.cpu(),
+        shift=shift,
+        shifted_in=shifted_in,
+        p_value=p_value,
+        law_differs=differs,
+        alarm=_alarm(int(spurious.sum()), int(diverged.sum()), len(x), differs, shift, shifted_in),
+    )
+
+
+def _run(
+    kernel: Kernel[Any],
+    x: Tensor,
+    energy: EnergyFn,
+    num_steps: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Chains after `num_steps`; those that left the finite numbers stay where they began."""
+    lost = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+    try:
+        return run_chain(kernel, x, energy, num_steps, generator).position, lost
+    except NonFinite:
+        pass
+    # Step by step, so that the others go on from where they were.
+    state = kernel.init(x, energy)
+    for _ in range(num_steps):
+        new, _ = kernel.step(state, energy, generator)
+        finite = torch.isfinite(new.energy) & torch.isfinite(new.position).flatten(1).all(dim=1)
+        lost = lost | ~finite
+        if bool(finite.all()):
+            state = new
+        else:
+            mask = finite.reshape(-1, *[1] * (x.ndim - 1))
+            # Back to its start, where the energy was finite: it is set aside already.
+            state = kernel.init(torch.where(mask, new.position, x), energy)
+    return state.position, lost
+
+
+def _compare(
+    short: Tensor,
+    long: Tensor,
+    e_short: Tensor,
+    e_long: Tensor,
+    data: Tensor,
+    generator: torch.Generator,
+    num_projections: int = 16,
+) -> tuple[float, str, float]:
+    """Largest KS distance over all quantities, which one, and its corrected p-value."""
+    a, b = short.flatten(1).double(), long.flatten(1).double()
+    centre = data.flatten(1).double().mean(dim=0).to(a.device)
+    num_dims = a.shape[1]
+    quantities = [
+        ("energy", e_short.numpy(), e_long.numpy()),
+        ("radius", _norm(a - centre), _norm(b - centre)),
+    ]
+    directions = (
+        torch.eye(num_dims, dtype=a.dtype, device=a.device)
+        if num_dims <= num_projections
+        else torch.empty(num_dims, num_projections, dtype=a.dtype, device=a.device).normal_(
+            generator=generator
+        )
+    )
+    for column in directions.T:
+        quantities.append(("projection", (a @ column).cpu().numpy(), (b @ column).cpu().numpy()))
+    found: list[tuple[float, float, str]] = []
+    for name, first, second in quantities:
+        test: Any = stats.ks_2samp(first, second, method="asymp")
+        found.append((float(test.pvalue), -float(test.statistic), name))
+    # By p-value: sizes are equal, so it orders as the distance does.
+    p_value, negative, name = min(found)
+    return -negative, name, min(1.0, p_value * len(found))
+
+
+def _nearest(x: Tensor, data: Tensor, *, exclude_self: bool = False) -> Tensor:
+    """Distance (B,) of each event to the nearest datum."""
+    flat = data.flatten(1).double()
+    parts = []
+    for start in range(0, x.shape[0], 250):
+        distance = torch.cdist(x[start : start + 250].flatten(1).double(), flat)
+        if exclude_self:
+            row = torch.arange(distance.shape[0], device=distance.device)
+            distance[row, row + start] = math.inf
+        parts.append(distance.min(dim=1).values.cpu())
+    return torch.cat(parts)
+
+
+def _norm(value: Tensor) -> np.ndarray:
+    return value.norm(dim=1).cpu().numpy()
+
+
+def _variance(x: Tensor) -> float:
+    return float(x.flatten(1).double().var(dim=0).mean())
+
+
+def _alarm(
+    num_spurious: int, num_diverged: int, num: int, differs: bool, shift: float, name: str
+) -> str | None:
+    """The gravest finding, in one line."""
+    if num_diverged:
+        return (
+            f"audit: {num_diverged} of {num} chains diverged on a long run. Lower "
+            f"sampler.step_size, clamp the chains, or raise objective.gradient_penalty."
+        )
+    if num_spurious:
+        return (
+            f"audit: {num_spurious} of {num} chains fell into spurious minima, below the data's "
+            f"energy and far from data. Set evaluation.audit_feedback: true, or raise "
+            f"sampler.num_steps or buffer.reinit_prob."
+        )
+    if differs:
+        return (
+            f"audit: long chains have another law than training's short ones (shift {shift:.2f} "
+            f"in {name}): the model is a short-run generator, its density is not to be trusted. "
+            f"Set evaluation.audit_feedback: true, raise sampler.num_steps, or use persistent "
+            f"chains."
+        )
+    return None

@@ -1,0 +1,115 @@
+"""Laws with a known Z that annealing starts from: Gaussian, coins, classes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ebm_dist.types import EventSpec
+
+
+class Base(Protocol):
+    """An energy with a known log Z and exact draws; `ebm_dist.energies` has more of them."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def log_z(self) -> float: ...
+
+    def sample(self, num: int, generator: torch.Generator) -> Tensor: ...
+
+
+class GaussianBase:
+    """E(x) = sum ((x - mean) / std)^2 / 2 with mean and std of shape (*event)."""
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        self.mean, self.std = mean.float(), std.float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 0.5 * ((x - self.mean.to(x)) / self.std.to(x)).square().flatten(1).sum(dim=1)
+
+    def log_z(self) -> float:
+        return float(self.std.double().log().sum()) + 0.5 * self.std.numel() * math.log(2 * math.pi)
+
+    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+        white = torch.empty(num, *self.mean.shape, device=self.mean.device)
+        return self.mean + self.std * white.normal_(generator=generator)
+
+    def to(self, device: Any) -> Self:
+        return type(self)(self.mean.to(device), self.std.to(device))
+
+
+class BernoulliBase:
+    """E(x) = -sum logit * x of independent coins; logits of shape (*event)."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits.float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return -(x * self.logits.to(x)).flatten(1).sum(dim=1)
+
+    def log_z(self) -> float:
+        return float(F.softplus(self.logits.double()).sum())
+
+    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+        uniform = torch.rand(num, *self.logits.shape, generator=generator, device=generator.device)
+        return (uniform < self.logits.sigmoid()).float()
+
+    def to(self, device: Any) -> Self:
+        return type(self)(self.logits.to(device))
+
+
+class CategoricalBase:
+    """E(x) = -sum logit * x of independent one-hot sites; logits (*sites, num_values)."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits.float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return -(x * self.logits.to(x)).flatten(1).sum(dim=1)
+
+    def log_z(self) -> float:
+        return float(self.logits.double().logsumexp(dim=-1).sum())
+
+    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+        size = (num, *self.logits.shape)
+        uniform = torch.rand(size, generator=generator, device=generator.device)
+        gumbel = -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
+        index = (self.logits + gumbel).argmax(dim=-1)
+        return F.one_hot(index, self.logits.shape[-1]).float()
+
+    def to(self, device: Any) -> Self:
+        return type(self)(self.logits.to(device))
+
+
+def base_law(
+    spec: EventSpec, data: Tensor | None = None, *, std: float = 1.0
+) -> GaussianBase | BernoulliBase | CategoricalBase:
+    """Independent coordinates: of standard scale, or with the moments of `data` (N, *event).
+
+    Args:
+        std: of the Gaussian for real events and images when there is no data.
+    """
+    if data is not None and (tuple(data.shape[1:]) != spec.shape or data.shape[0] < 2):
+        raise ValueError(
+            f"data: expected at least 2 events of shape {spec.shape}, got {tuple(data.shape)}"
+        )
+    if spec.kind == "binary":
+        if data is None:
+            return BernoulliBase(torch.zeros(spec.shape))
+        # One pseudo-count of each value: a pixel that was never set must not be impossible.
+        share = (data.double().sum(dim=0) + 1) / (data.shape[0] + 2)
+        return BernoulliBase(torch.logit(share))
+    if spec.kind == "categorical":
+        if data is None:
+            return CategoricalBase(torch.zeros(spec.shape))
+        count = data.double().sum(dim=0) + 1
+        return CategoricalBase((count / count.sum(dim=-1, keepdim=True)).log())
+    if data is None:
+        return GaussianBase(torch.zeros(spec.shape), torch.full(spec.shape, std))
+    spread = data.double().std(dim=0)
+    # Constant pixels: a width of nothing would keep every chain out of where the model is.
+    return GaussianBase(data.double().mean(dim=0), spread.clamp_min(0.05 * float(spread.max())))

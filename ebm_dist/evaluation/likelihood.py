@@ -1,0 +1,357 @@
+"""log Z by annealed importance sampling, from below and from above, with standard errors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebm_dist import samplers
+from ebm_dist.evaluation.bases import Base, base_law
+from ebm_dist.evaluation.exact import event_of, exact_log_partition, is_exact
+from ebm_dist.samplers.kernel import Kernel
+from ebm_dist.types import EnergyFn, EventSpec
+
+__all__ = [
+    "LogPartition",
+    "base_law",
+    "exact_log_partition",
+    "is_exact",
+    "log_likelihood",
+    "log_partition",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class LogPartition:
+    """Estimates of log Z in nats. In expectation forward <= log Z <= reverse."""
+
+    forward: float
+    forward_se: float
+    reverse: float
+    reverse_se: float
+    combined: float
+    """Both directions through Bennett's acceptance ratio: better than either."""
+    combined_se: float
+    forward_ess: float
+    """Effective share of the forward chains, in (0, 1]: near 1/num_chains, distrust everything."""
+    reverse_ess: float
+    acceptance: float
+    """Of the moves along the path."""
+    exact_start: bool
+    """Whether the reverse chains began at exact draws; else `reverse` is a bound only as far as
+    the chains that it began at have mixed."""
+
+
+def log_likelihood(
+    energy: EnergyFn, x: Tensor, log_z: float, *, temperature: float = 1.0
+) -> tuple[float, float]:
+    """Mean log p(x) over events (N, *event), in nats an event, and its standard error.
+
+    The error is that of the finite N; that of log_z comes on top.
+    """
+    with torch.no_grad():
+        value = torch.cat([energy(part).double().cpu() for part in x.split(500)])
+    log_p = -value / temperature - log_z
+    return float(log_p.mean()), float(log_p.std() / math.sqrt(max(len(log_p), 1)))
+
+
+def log_partition(
+    energy: EnergyFn,
+    spec: EventSpec | None = None,
+    *,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    num_chains: int = 256,
+    num_temperatures: int = 200,
+    num_steps: int | None = None,
+    base: Base | None = None,
+    kernel: Kernel[Any] | None = None,
+    samples: Tensor | None = None,
+) -> LogPartition:
+    """Annealed importance sampling of log Z = log sum exp(-E/T), forward and reverse.
+
+    Chains move along E_b(x) = (1 - b) E_0(x) + b E(x)/T from the base law at b = 0 to the model
+    at b = 1, and their weights average to Z/Z_0 (Neal 2001, arXiv:physics/9803008); from exact
+    draws of the model back to the base they average to Z_0/Z, which bounds log Z from above
+    (Grosse et al. 2015, arXiv:1511.02543). A short pilot places the b where the law changes
+    most and finds the step sizes; then both are fixed, so that no estimate depends on them.
+
+    Args:
+        spec: what one event is; by default the energy's `event`.
+        generator: on the device of the chains.
+        num_chains: in each direction.
+        num_temperatures: values of b after 0.
+        num_steps: kernel steps at each; by default 1 for real events, and enough to visit an
+            eighth of the sites for discrete ones.
+        base: a law with energies, `log_z()` and `sample(num, generator)`; by default N(0, I) for
+            real events and images, fair coins or uniform classes for discrete ones. `base_law`
+            fits one to data, which is much better for images.
+        kernel: must leave exp(-E_b) invariant at temperature 1; by default HMC or Gibbs with
+            gradients. Its step size is set by the pilot where it can be tuned.
+        samples: exact draws (N, *event) of the model at T to start the reverse chains from; by
+            default the energy's own `sample`, else the forward chains, resampled and run on.
+
+    Raises:
+        ValueError: an argument does not fit the events.
+    """
+    spec = event_of(energy, spec)
+    if temperature <= 0:
+        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+    if num_chains < 2 or num_temperatures < 1:
+        raise ValueError(
+            f"log_partition: needs num_chains >= 2 and num_temperatures >= 1, got {num_chains} "
+            f"and {num_temperatures}"
+        )
+    base = base_law(spec).to(generator.device) if base is None else base
+    if kernel is None:
+        kernel = (
+            samplers.make("gibbs_with_gradients")
+            if spec.discrete
+            else samplers.make("hmc", step_size=0.1, num_leapfrog_steps=5)
+        )
+    if kernel.temperature != 1.0:
+        raise ValueError(
+            f"kernel: its temperature is {kernel.temperature}, but the path carries the "
+            f"temperature; build the kernel with temperature 1 and pass temperature="
+        )
+    if num_steps is None:
+        num_steps = math.ceil(_num_sites(spec) / 8) if spec.discrete else 1
+    path = _Path(base, energy, temperature, spec)
+    with samplers.frozen(energy):
+        schedule = _pilot(path, kernel, num_temperatures, num_steps, generator)
+        x = base.sample(num_chains, generator).float()
+        log_w, x, acceptance = _anneal(path, schedule, x, num_steps, generator)
+        start, exact = _reverse_start(
+            path, schedule, log_w, x, num_chains, num_steps, generator, samples
+        )
+        log_v, _, _ = _anneal(path, schedule, start, num_steps, generator, reverse=True)
+    log_z0 = float(base.log_z())
+    up, up_se, up_ess = _log_mean(log_w)
+    down, down_se, down_ess = _log_mean(log_v)
+    ratio, ratio_se = _bennett(log_w, log_v)
+    return LogPartition(
+        forward=log_z0 + up,
+        forward_se=up_se,
+        reverse=log_z0 - down,
+        reverse_se=down_se,
+        combined=log_z0 + ratio,
+        combined_se=ratio_se,
+        forward_ess=up_ess,
+        reverse_ess=down_ess,
+        acceptance=acceptance,
+        exact_start=exact,
+    )
+
+
+class _Path:
+    """E_b(x) = (1 - b) E_0(x) + b E(x)/T, as an energy for the kernels."""
+
+    def __init__(
+        self, base: Base, energy: EnergyFn, temperature: float, spec: EventSpec, b: float = 0.0
+    ) -> None:
+        self.base, self.target, self.temperature, self.b = base, energy, temperature, b
+        self.event = spec
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # At the ends one of the two may be huge or infinite where the other is at home.
+        if self.b == 0:
+            return self.base(x)
+        if self.b == 1:
+            return self.target(x) / self.temperature
+        return (1 - self.b) * self.base(x) + self.b * self.target(x) / self.temperature
+
+    def at(self, b: float) -> _Path:
+        return _Path(self.base, self.target, self.temperature, self.event, b)
+
+    def slope(self, x: Tensor) -> Tensor:
+        """dE_b/db (B,), float64: what a chain's weight gains for each step in b."""
+        with torch.no_grad():
+            return self.target(x).double() / self.temperature - self.base(x).double()
+
+
+@dataclass(frozen=True, slots=True)
+class _Schedule:
+    b: list[float]  # from 0 to 1
+    kernels: list[Kernel[Any]]  # one for each b
+
+
+def _pilot(
+    path: _Path,
+    kernel: Kernel[Any],
+    num_temperatures: int,
+    num_steps: int,
+    generator: torch.Generator,
+    num_chains: int = 64,
+    max_stages: int = 400,
+) -> _Schedule:
+    """Steps of b that each halve the pilot's effective sample, and step sizes along them."""
+    name = getattr(kernel, "tunable", None)
+    target = getattr(kernel, "target_acceptance", None)
+    tuned = name is not None and target is not None
+    x = path.base.sample(num_chains, generator).float()
+    stages, steps = [0.0], []
+
+    def tune(x: Tensor, b: float, num: int) -> Tensor:
+        nonlocal kernel
+        energy = path.at(b)
+        state = kernel.init(x, energy)
+        for _ in range(num):
+            state, info = kernel.step(state, energy, generator)
+            if tuned:
+                assert target is not None
+                change = math.exp(1.5 * (float(info.acceptance.mean()) - target))
+                kernel = replace(kernel, **{name: getattr(kernel, name) * change})  # type: ignore[arg-type]
+        if tuned:
+            steps.append(math.log(getattr(kernel, name)))  # type: ignore[arg-type]
+        return state.position
+
+    x = tune(x, 0.0, 20)
+    while stages[-1] < 1 and len(stages) < max_stages:
+        slope = path.slope(x)
+        b = min(1.0, stages[-1] + _half_ess_step(slope, 1 - stages[-1]))
+        weight = (-(b - stages[-1]) * slope).softmax(dim=0)
+        x = x[_systematic(weight, num_chains, generator)]
+        stages.append(b)
+        x = tune(x, b, max(4, num_steps))
+    stages[-1] = 1.0
+    position = np.linspace(0, len(stages) - 1, num_temperatures + 1)
+    b = np.interp(position, np.arange(len(stages)), stages)
+    kernels: list[Kernel[Any]] = [kernel] * len(b)
+    if tuned:
+        size = np.exp(np.interp(position, np.arange(len(stages)), steps))
+        kernels = [replace(kernel, **{name: float(h)}) for h in size]  # type: ignore[type-var]
+    return _Schedule([float(value) for value in b], kernels)
+
+
+def _anneal(
+    path: _Path,
+    schedule: _Schedule,
+    x: Tensor,
+    num_steps: int,
+    generator: torch.Generator,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, float]:
+    """Log-weights (B,) of the way up, or down; where the chains end; mean acceptance."""
+    last = len(schedule.b) - 1
+    log_weight = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+    accepted: list[float] = []
+    order = range(last, 0, -1) if reverse else range(1, last + 1)
+    for k in order:
+        gain = (schedule.b[k] - schedule.b[k - 1]) * path.slope(x)
+        log_weight = log_weight + gain if reverse else log_weight - gain
+        # Upwards the chain then moves under the new b, downwards under the one it came to:
+        # the two are each other's reversal, which Bennett's ratio needs.
+        here = k - 1 if reverse else k
+        if here in (0, last):
+            continue
+        energy, kernel = path.at(schedule.b[here]), schedule.kernels[here]
+        state = kernel.init(x, energy)
+        for _ in range(num_steps):
+            state, info = kernel.step(state, energy, generator)
+            if hasattr(info, "acceptance"):
+                accepted.append(float(info.acceptance.mean()))
+        x = state.position
+    return log_weight, x, sum(accepted) / len(accepted) if accepted else 1.0
+
+
+def _reverse_start(
+    path: _Path,
+    schedule: _Schedule,
+    log_weight: Tensor,
+    x: Tensor,
+    num_chains: int,
+    num_steps: int,
+    generator: torch.Generator,
+    samples: Tensor | None,
+) -> tuple[Tensor, bool]:
+    if samples is not None:
+        if tuple(samples.shape[1:]) != path.event.shape or len(samples) < 2:
+            raise ValueError(
+                f"samples: expected (N, {', '.join(map(str, path.event.shape))}) with N >= 2, got "
+                f"{tuple(samples.shape)}"
+            )
+        return samples[:num_chains].float(), True
+    draw = getattr(path.target, "sample", None)
+    if callable(draw):
+        try:
+            exact = draw(num_chains, generator, path.temperature)
+            assert isinstance(exact, Tensor)
+            return exact.float(), True
+        except (ValueError, TypeError):
+            pass  # no exact draws for these parameters
+    x = x[_systematic(log_weight.softmax(dim=0), num_chains, generator)]
+    energy, kernel = path.at(1.0), schedule.kernels[-1]
+    state = kernel.init(x, energy)
+    for _ in range(50 * num_steps):
+        state, _ = kernel.step(state, energy, generator)
+    return state.position, False
+
+
+def _half_ess_step(slope: Tensor, rest: float) -> float:
+    """The step in b, at most `rest`, at which weights exp(-step * slope) halve the sample."""
+
+    def share(step: float) -> float:
+        weight = (-step * slope).softmax(dim=0)
+        return float(1 / weight.square().sum() / len(slope))
+
+    if share(rest) >= 0.5:
+        return rest
+    low, high = 0.0, rest
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if share(middle) >= 0.5 else (low, middle)
+    return max(low, 1e-12)
+
+
+def _systematic(weight: Tensor, num: int, generator: torch.Generator) -> Tensor:
+    """Indices (num,) drawn by systematic resampling: least noise for given weights."""
+    offset = torch.rand(1, generator=generator, device=generator.device).to(weight)
+    position = (torch.arange(num, device=weight.device).to(weight) + offset) / num
+    return torch.searchsorted(weight.cumsum(dim=0), position).clamp_max(len(weight) - 1)
+
+
+def _log_mean(log_weight: Tensor) -> tuple[float, float, float]:
+    """log of the mean weight, its standard error by the delta method, and the ESS share."""
+    num = len(log_weight)
+    value = float(log_weight.logsumexp(dim=0)) - math.log(num)
+    relative = (log_weight - value).exp()
+    error = float(relative.std()) / math.sqrt(num)
+    return value, error, float(relative.sum() ** 2 / relative.square().sum() / num)
+
+
+def _bennett(log_w: Tensor, log_v: Tensor) -> tuple[float, float]:
+    """log(Z/Z_0) from forward log-weights (N,) and reverse ones (M,), and its standard error.
+
+    Bennett (1976); for annealed weights Crooks (2000), Shirts et al. (2003): the root of
+    sum sigmoid(C - w) = sum sigmoid(-v - C') with log(N/M) in both.
+    """
+    shift = math.log(len(log_w) / len(log_v))
+    centre = 0.5 * (float(log_w.median()) - float(log_v.median()))
+    low, high = centre - 1e4, centre + 1e4
+
+    def excess(c: float) -> float:
+        up = torch.sigmoid(log_w - c + shift).sum()
+        down = torch.sigmoid(log_v + c - shift).sum()
+        return float(up - down)
+
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    ratio = 0.5 * (low + high)
+    up = torch.sigmoid(-(ratio - shift) + log_w)
+    down = torch.sigmoid(log_v + ratio - shift)
+
+    def part(value: Tensor) -> float:
+        mean = float(value.mean())
+        return float(value.var()) / (len(value) * mean**2) if mean > 0 else math.inf
+
+    return ratio, math.sqrt(part(up) + part(down))
+
+
+def _num_sites(spec: EventSpec) -> int:
+    return math.prod(spec.shape[:-1] if spec.kind == "categorical" else spec.shape)
