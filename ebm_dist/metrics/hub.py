@@ -65,7 +65,7 @@ class MetricHub:
         resume_step: int | None = None,
     ) -> None:
         self._run_dir = Path(run_dir).absolute()
-        mode, self._note = resolve_mode(config)
+        mode, self._line = resolve_mode(config)
         self._notices: list[str] = []
         self._told: set[str] = set()
         self._num_dropped = 0
@@ -155,23 +155,23 @@ class MetricHub:
 
         Returns:
             id: W&B run id or None; mode: online, offline or off; dir: the run's W&B directory
-            or None; url: of the run's page, None until it is known; note: one line for people;
+            or None; url: of the run's page, None until it is known; line: one line for people;
             metrics: the path of metrics.jsonl; notices: trouble so far, a line each.
         """
         wandb = self._wandb
-        note = self._note
+        line = self._line
         if wandb is not None:
             if wandb.mode == "offline":
-                reason = note if note.startswith("W&B: offline") else "W&B: offline"
-                note = f"{reason}; sync later with `{wandb.sync_command}`"
+                reason = line if line.startswith("W&B: offline") else "W&B: offline"
+                line = f"{reason}; sync later with `{wandb.sync_command}`"
             elif wandb.url:
-                note = f"W&B: {wandb.url}"
+                line = f"W&B: {wandb.url}"
         return {
             "id": wandb.run_id if wandb else None,
             "mode": wandb.mode if wandb else "off",
             "dir": str(wandb.dir) if wandb else None,
             "url": wandb.url if wandb else None,
-            "note": note,
+            "notice": line,
             "metrics": str(self._run_dir / METRICS_FILE),
             "notices": list(self._notices),
         }

@@ -6,7 +6,6 @@ here is a typing error until somebody adds it: `check` says so in tests.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -51,13 +50,10 @@ METRICS: dict[str, Metric] = {
     "loss/energy_l2": Metric("penalty on the size of energies, weighted"),
     "loss/gradient_penalty": Metric("penalty on the norm of dE/dx, weighted"),
     "loss/kl": Metric("the KL term of improved contrastive divergence, weighted"),
-    "loss/entropy": Metric("the entropy part of that term, weighted"),
     "loss/spectral": Metric("penalty on spectral norms of the weights, weighted"),
     "loss/classification": Metric("cross-entropy of the class logits", "nat"),
     "loss/critic": Metric("Donsker-Varadhan bound that the critic maximises", "nat"),
-    "loss/score_matching": Metric("score matching objective"),
     "loss/flow": Metric("flow part of energy matching"),
-    "loss/noise_contrastive": Metric("logistic loss of data against noise", "nat"),
     "objective/accuracy": Metric("share of labels or of data-against-noise calls that are right"),
     # Sampler.
     "sampler/temperature": _promised(
@@ -70,16 +66,12 @@ METRICS: dict[str, Metric] = {
     "sampler/displacement": Metric("mean distance that a chain moves in a round", "x"),
     "sampler/step_size": Metric("step size in use, after adaptation", "x^2/energy"),
     "sampler/noise_std": Metric("standard deviation of the noise of one step", "x"),
-    "sampler/swap_rate": Metric("share of swaps between temperatures that were accepted"),
-    "sampler/swap_rate/{pair}": Metric("the same for neighbouring temperatures number {pair}"),
-    "sampler/clipped": Metric("share of gradient entries that were clipped"),
-    "sampler/clamped": Metric("share of coordinates held at the border of the data's range"),
-    "sampler/energy_start": Metric("mean energy of chains at the start of a round", "energy"),
-    "sampler/energy_end": Metric("mean energy of chains at the end of a round", "energy"),
-    "sampler/energy_error": Metric("mean |dH| along a Hamiltonian path", "energy"),
-    "sampler/divergent": Metric("share of chains whose energy was not finite"),
-    "sampler/num_flips": Metric("sites that change in a step of a discrete sampler", "sites"),
-    "sampler/kinetic": Metric("mean kinetic energy of the chains", "energy"),
+    "sampler/accepted": Metric("share of proposed moves that were taken, as it fell out"),
+    "sampler/swap_acceptance": Metric("mean acceptance of swaps between temperatures"),
+    "sampler/swap_lowest": Metric("the lowest of them: the weakest rung of the ladder"),
+    "sampler/changed": Metric("share of sites that a sweep gave another value"),
+    "sampler/move_temperature": Metric("temperature of an annealed chain's last move", "energy"),
+    "sampler/kinetic": Metric("mean squared velocity of the chains; T at small steps", "energy"),
     # Chains.
     "chain/autocorrelation": _promised(
         "integrated autocorrelation time of the energy along a round", "steps"
@@ -113,8 +105,6 @@ METRICS: dict[str, Metric] = {
     "flow/reweighted": Metric("stale chains consumed with an importance weight so far", "chains"),
     "flow/ess_ratio": _promised("effective share of the negatives after their weights, in (0, 1]"),
     "flow/mcmc_steps_per_update": _promised("chain steps taken for one learner update", "steps"),
-    "flow/credits": Metric("rounds that workers may still begin", "rounds"),
-    "flow/ready_batches": Metric("updates' worth of negatives that wait", "updates"),
     "weights/version": _promised("step of the newest published weights", "updates"),
     "weights/publish_s": Metric("time to pack and publish weights", "s"),
     # Speed.
@@ -142,9 +132,6 @@ METRICS: dict[str, Metric] = {
     "learner/param_norm": Metric("norm of the weights"),
     "learner/lr": Metric("learning rate in use"),
     "learner/clipped": Metric("1 where the update's gradient was clipped, else 0"),
-    "learner/epoch": Metric("passes over the data", "passes"),
-    "learner/skipped": Metric("updates skipped because something was not finite, so far", "count"),
-    "learner/loss_scale": Metric("loss scale of mixed precision"),
     # Sample quality during the run.
     "fidelity/distance": Metric(
         "Frechet distance of features between samples and held-out data; features of a small "
@@ -155,11 +142,13 @@ METRICS: dict[str, Metric] = {
     "fidelity/train": Metric("the same distance for training data: what perfect samples reach"),
     "fidelity/accuracy": Metric("test accuracy of the classifier that gives the features"),
     # Auditor: very long chains off the training path.
-    "audit/energy": Metric("mean energy at the end of the long chains", "energy"),
-    "audit/energy_gap": Metric("mean energy of data minus that of the long chains", "energy"),
-    "audit/spurious": Metric("share of long chains in a minimum deeper than data and far from it"),
-    "audit/law_distance": Metric("distance between long-run and short-run law of the energy"),
-    "audit/steps": Metric("steps that the long chains have taken", "steps"),
+    "audit/spurious_fraction": Metric("share of long chains that end in a spurious minimum"),
+    "audit/diverged_fraction": Metric("share of long chains whose energy left all bounds"),
+    "audit/law_shift": Metric("distance between the laws of the energy, long run and short run"),
+    "audit/energy_short": Metric("mean energy of the chains that training uses", "energy"),
+    "audit/energy_long": Metric("mean energy at the end of the long chains", "energy"),
+    "audit/variance_short": Metric("variance over the chains that training uses", "x^2"),
+    "audit/variance_long": Metric("variance over the ends of the long chains", "x^2"),
     "audit/fed_back": Metric("spurious minima handed back as negatives so far", "chains"),
     # Faults.
     "fault/restarts": _promised("actors restarted so far", "count"),
@@ -195,20 +184,8 @@ FRAME = ("step", "epoch")
 
 
 def describe(name: str) -> Metric | None:
-    """What `name` means, or None where nobody has named it; `{...}` parts stand for a number."""
-    if name in METRICS:
-        return METRICS[name]
-    for pattern, metric in _PATTERNS:
-        if pattern.fullmatch(name):
-            return metric
-    return None
-
-
-_PATTERNS = [
-    (re.compile(re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(name))), metric)
-    for name, metric in METRICS.items()
-    if "{" in name
-]
+    """What `name` means, or None where nobody has named it."""
+    return METRICS.get(name)
 
 
 def unknown(names: Iterable[str]) -> list[str]:

@@ -211,7 +211,7 @@ class Progress:
             for name, who in (("wait/learner", "learner"), ("wait/worker", "workers"))
             if math.isfinite(metrics.get(name, math.nan))
         ]
-        parts = [part for part in (waits, ", ".join(shares)) if part]
+        parts = [waits] if waits else [", ".join(shares)] if shares else []
         if quiet > QUIET_AFTER and (self._step or 0) < self.total:
             parts.append(f"no update for {clock(quiet)}")
         return "; ".join(parts)
@@ -327,5 +327,5 @@ def shown(path: str | Path) -> Text:
 def _wandb_line(info: Mapping[str, object] | None) -> str:
     if not info:
         return "off"
-    line = str(info.get("url") or info.get("note") or info.get("mode") or "off")
+    line = str(info.get("url") or info.get("notice") or info.get("mode") or "off")
     return line.replace(f"{Path.cwd()}/", "")

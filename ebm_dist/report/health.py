@@ -1,0 +1,256 @@
+"""What is wrong with a run, read off its metrics, and what to change about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Series = Mapping[str, Sequence[tuple[int, float]]]
+"""Metric name to its (step, value) pairs in order of step; a value may be NaN."""
+
+TAIL = 0.2
+"""Share of a run, at its end, that the verdicts look at: its youth is not its state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One verdict. `advice` says what to change, in the config's own words; empty if ok."""
+
+    state: Literal["ok", "warn", "bad"]
+    what: str
+    advice: str = ""
+
+
+def examine(series: Series) -> list[Finding]:
+    """Findings about the end of a run, the worst first; what was not logged is not judged."""
+    tails = {name: _tail(pairs) for name, pairs in series.items()}
+    findings = [finding for rule in _RULES if (finding := rule(series, tails)) is not None]
+    return sorted(findings, key=lambda finding: ("bad", "warn", "ok").index(finding.state))
+
+
+def _tail(pairs: Sequence[tuple[int, float]]) -> float:
+    """Median of the last finite values; NaN where there is none."""
+    values = [value for _, value in pairs if math.isfinite(value)]
+    last = sorted(values[-max(1, math.ceil(len(values) * TAIL)) :])
+    return last[len(last) // 2] if last else math.nan
+
+
+_Rule = Callable[[Series, Mapping[str, float]], Finding | None]
+
+
+def _known(tails: Mapping[str, float], name: str) -> float | None:
+    value = tails.get(name, math.nan)
+    return value if math.isfinite(value) else None
+
+
+def _finite(series: Series, tails: Mapping[str, float]) -> Finding | None:
+    names = [name for name in ("loss/total", "energy/gap", "energy/positive") if series.get(name)]
+    if not names:
+        return None
+    broken = {
+        name: next((step for step, value in series[name] if not math.isfinite(value)), None)
+        for name in names
+    }
+    steps = [step for step in broken.values() if step is not None]
+    if not steps:
+        return Finding("ok", "losses and energies are finite")
+    return Finding(
+        "bad",
+        f"{', '.join(name for name in names if broken[name] is not None)} not finite from "
+        f"update {min(steps)} on",
+        "lower learner.lr or set learner.grad_clip; raise objective.energy_l2; go on from a "
+        "checkpoint before that update",
+    )
+
+
+def _bounded(series: Series, tails: Mapping[str, float]) -> Finding | None:
+    positive, negative = _known(tails, "energy/positive"), _known(tails, "energy/negative")
+    if positive is None or negative is None:
+        return None
+    size = max(abs(positive), abs(negative))
+    if size > 1e3:
+        return Finding(
+            "bad",
+            f"energies have grown to {size:.3g}",
+            "raise objective.energy_l2 or objective.gradient_penalty; the additive constant of "
+            "E drifts when nothing holds it",
+        )
+    return Finding("ok", f"energies are bounded (data {positive:.3g}, negatives {negative:.3g})")
+
+
+def _gap(series: Series, tails: Mapping[str, float]) -> Finding | None:
+    gap = _known(tails, "energy/gap")
+    noise, test = _known(tails, "energy/noise"), _known(tails, "energy/test")
+    if gap is None:
+        return None
+    # The gap is in units of energy, which a model scales at will: judge it against noise.
+    scale = abs(noise - test) if noise is not None and test is not None else None
+    if scale is not None and scale > 0 and gap < -0.5 * scale:
+        return Finding(
+            "bad",
+            f"energy gap {gap:.3g}: negatives are nearly as bad as noise; the sampler loses",
+            "raise sampler.num_steps or sampler.step_size, or lower learner.lr",
+        )
+    if scale is not None and gap > 0.5 * scale:
+        return Finding(
+            "warn",
+            f"energy gap {gap:.3g}: negatives lie deeper than data; chains may sit in "
+            "spurious minima",
+            "raise buffer.reinit_prob or sampler.noise_std; watch the sample grid",
+        )
+    return Finding("ok", f"energy gap {gap:.3g}")
+
+
+def _between(
+    name: str,
+    low: float,
+    high: float,
+    too_low: tuple[str, str],
+    too_high: tuple[str, str],
+    *,
+    state: Literal["warn", "bad"] = "warn",
+) -> _Rule:
+    def rule(series: Series, tails: Mapping[str, float]) -> Finding | None:
+        value = _known(tails, name)
+        if value is None:
+            return None
+        if value < low:
+            return Finding(state, f"{name} {value:.3g}: {too_low[0]}", too_low[1])
+        if value > high:
+            return Finding(state, f"{name} {value:.3g}: {too_high[0]}", too_high[1])
+        return Finding("ok", f"{name} {value:.3g}")
+
+    return rule
+
+
+def _lag(series: Series, tails: Mapping[str, float]) -> Finding | None:
+    dropped, repaired = _known(tails, "flow/dropped"), _known(tails, "flow/repaired")
+    lag = _known(tails, "flow/lag_max")
+    if lag is None:
+        return None
+    if dropped:
+        return Finding(
+            "warn",
+            f"{dropped:,.0f} chains were dropped as stale (greatest lag {lag:.3g})",
+            "raise flow.max_lag, or lower sampler.num_steps or workers.num_chains so that a "
+            "round ends sooner; flow.stale: repair keeps them",
+        )
+    kept = f", {repaired:,.0f} repaired" if repaired else ""
+    return Finding("ok", f"lag at most {lag:.3g} updates{kept}")
+
+
+def _leases(series: Series, tails: Mapping[str, float]) -> Finding | None:
+    names = ("free", "leased", "ready", "capacity")
+    parts = [_last(series, f"buffer/{name}") for name in names]
+    if any(part is None for part in parts):
+        return None
+    free, leased, ready, capacity = (part or 0.0 for part in parts)
+    if free + leased + ready != capacity:
+        return Finding(
+            "bad",
+            f"chains are not conserved: {free:,.0f} free + {leased:,.0f} leased + "
+            f"{ready:,.0f} ready is not {capacity:,.0f}",
+            "this is a defect of the shards: keep the run directory and report it",
+        )
+    expired = _known(tails, "buffer/expired_leases") or 0
+    late = _known(tails, "buffer/late_checkins") or 0
+    if expired or late:
+        return Finding(
+            "warn",
+            f"{expired:,.0f} leases expired, {late:,.0f} check-ins came too late",
+            "workers are lost or slow: see fault/restarts; a longer lease or smaller "
+            "workers.num_chains gives them time",
+        )
+    return Finding("ok", f"all {capacity:,.0f} chains are accounted for")
+
+
+def _last(series: Series, name: str) -> float | None:
+    pairs = series.get(name) or ()
+    return pairs[-1][1] if pairs and math.isfinite(pairs[-1][1]) else None
+
+
+def _restarts(series: Series, tails: Mapping[str, float]) -> Finding | None:
+    count = _last(series, "fault/restarts")
+    if count is None:
+        return None
+    if count:
+        return Finding("warn", f"{count:,.0f} actors were restarted", "see the run's log for why")
+    return Finding("ok", "no actor was restarted")
+
+
+def _fidelity(series: Series, tails: Mapping[str, float]) -> Finding | None:
+    distance, gaussian = _known(tails, "fidelity/distance"), _known(tails, "fidelity/gaussian")
+    if distance is None or gaussian is None:
+        return None
+    if distance >= gaussian:
+        return Finding(
+            "warn",
+            f"fidelity/distance {distance:.3g} is no better than one Gaussian ({gaussian:.3g})",
+            "train longer, or see the sampler's findings above: chains that do not reach data "
+            "teach nothing about it",
+        )
+    return Finding("ok", f"fidelity/distance {distance:.3g}, one Gaussian has {gaussian:.3g}")
+
+
+_RULES: tuple[_Rule, ...] = (
+    _finite,
+    _bounded,
+    _gap,
+    _between(
+        "sampler/acceptance",
+        0.2,
+        1.01,
+        ("most moves are refused", "lower sampler.step_size"),
+        ("above one", "this is a defect of the kernel: report it"),
+    ),
+    _between(
+        "chain/self_transition",
+        -0.01,
+        0.8,
+        ("below zero", "this is a defect of the diagnostics: report it"),
+        ("chains stand still", "lower sampler.step_size, or raise buffer.reinit_prob"),
+        state="bad",
+    ),
+    _between(
+        "chain/stagnant",
+        -0.01,
+        0.2,
+        ("below zero", "this is a defect of the diagnostics: report it"),
+        ("many chains are stuck", "raise sampler.temperature or buffer.reinit_prob"),
+        state="bad",
+    ),
+    _lag,
+    _between(
+        "flow/ess_ratio",
+        0.3,
+        1.01,
+        ("few negatives carry the weight", "lower flow.max_lag, or set flow.stale: repair"),
+        ("above one", "this is a defect of the weights: report it"),
+    ),
+    _between(
+        "wait/learner",
+        -0.01,
+        0.5,
+        ("below zero", "this is a defect of the clock: report it"),
+        (
+            "the learner mostly waits for negatives",
+            "add workers (workers.num_workers) or lower sampler.num_steps",
+        ),
+    ),
+    _leases,
+    _restarts,
+    _fidelity,
+    _between(
+        "audit/spurious_fraction",
+        -0.01,
+        0.05,
+        ("below zero", "this is a defect of the auditor: report it"),
+        (
+            "long chains end in spurious minima",
+            "raise sampler.num_steps or buffer.reinit_prob, and feed the audit's chains back",
+        ),
+        state="bad",
+    ),
+)
