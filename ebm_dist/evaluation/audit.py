@@ -31,6 +31,8 @@ class Audit:
     """Chains after `short_steps`: what training sees."""
     long: Tensor
     """The same chains after `num_steps` in all."""
+    num_steps: int
+    """Steps that the long chains have taken."""
     energy_data: float
     """Mean energy of the data."""
     energy_short: float
@@ -66,13 +68,11 @@ class Audit:
     def metrics(self) -> dict[str, float]:
         """The numbers of the audit, by the names they are logged under."""
         return {
-            "audit/spurious_fraction": self.spurious_fraction,
-            "audit/diverged_fraction": float(self.diverged.float().mean()),
-            "audit/law_shift": self.shift,
-            "audit/energy_short": self.energy_short,
-            "audit/energy_long": self.energy_long,
-            "audit/variance_short": self.variance_short,
-            "audit/variance_long": self.variance_long,
+            "audit/energy": self.energy_long,
+            "audit/energy_gap": self.energy_data - self.energy_long,
+            "audit/spurious": self.spurious_fraction,
+            "audit/law_distance": self.shift,
+            "audit/steps": float(self.num_steps),
         }
 
 
@@ -159,6 +159,7 @@ def long_run_audit(
     return Audit(
         short=short,
         long=long,
+        num_steps=num_steps,
         energy_data=float(e_data.mean()),
         energy_short=float(e_short.mean()),
         energy_long=float(e_long.mean()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from ebm_dist.section import Section
 
@@ -31,7 +31,7 @@ class EvaluationConfig(Section):
     fidelity_train: PositiveInt = 10_000
     """Labelled images that the classifier of `fidelity` is trained on, at most."""
 
-    fidelity_epochs: NonNegativeInt | None = None
+    fidelity_epochs: PositiveInt | None = None
     """Passes over them; null chooses by their number so that it takes about a minute at most."""
 
     likelihood: Literal["auto"] | bool = "auto"
