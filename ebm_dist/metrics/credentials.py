@@ -103,10 +103,11 @@ def _setting(key: str, variable: str) -> str:
 
 def scrub(text: str) -> str:
     """`text` with keys and passwords hidden; for messages that others wrote."""
-    return _LIKE_A_KEY.sub(_HIDDEN, _scrub_known(text))
+    return _LIKE_A_KEY.sub(_HIDDEN, scrub_known(text))
 
 
-def _scrub_known(text: str) -> str:
+def scrub_known(text: str) -> str:
+    """`text` with this environment's key, and passwords in addresses, hidden."""
     key = os.environ.get("WANDB_API_KEY")
     if key and len(key) >= 8:
         text = text.replace(key, _HIDDEN)
@@ -127,4 +128,4 @@ def scrub_config(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     # Not by the look of a key here: a commit's hash has that look too.
-    return _scrub_known(str(value))
+    return scrub_known(str(value))

@@ -31,6 +31,13 @@ def new_run_id() -> str:
     return uuid.uuid4().hex[:10]
 
 
+def default_entity() -> str | None:
+    """The team or user that the configured key logs to; asks the server."""
+    import wandb
+
+    return wandb.Api().default_entity
+
+
 class Spool:
     """Items on their way to W&B, in a file: a dead server or a dead hub loses none.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ebm_dist.metrics.names import FRAME, METRICS, describe
+from ebm_dist.metrics.names import FRAME, describe
 from ebm_dist.report.grid import new_figure
 
 Pairs = list[tuple[int, float]]
@@ -161,6 +161,3 @@ def thin(pairs: Sequence[tuple[int, float]], most: int = 1500) -> tuple[list[int
 def panel_names() -> set[str]:
     """Every metric that a panel shows."""
     return {name for panels in PANELS.values() for panel in panels for name in panel.names}
-
-
-assert panel_names() <= METRICS.keys(), panel_names() - METRICS.keys()
