@@ -70,7 +70,8 @@ def _explain(error: Exception) -> int:
         return _say("interrupted", 130)
     if isinstance(error, CommandLineError):
         # A group without a command has shown its help, and has no message.
-        message = error.format_message().replace("Value error, ", "")  # type: ignore[attr-defined]
+        text = error.format_message().replace("Value error, ", "")  # type: ignore[attr-defined]
+        message = " ".join(text.split())
         return _say(f"{message} (see ebm-dist --help)", 2) if message else 2
     if isinstance(error, RunFailed):
         return _say(str(error), 1)
@@ -184,7 +185,23 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Measure an exported model on one suite of tests."""
-    raise NotImplementedError
+    import json
+
+    from ebm_dist.export_reader import open_export
+    from ebm_dist.suites import evaluate as run_suite
+
+    def say(text: str) -> None:
+        print(f"{suite}: {text}", file=sys.stderr, flush=True)
+
+    export = open_export(checkpoint)
+    result = run_suite(export, suite, seed=seed, device=_device(device), say=say)
+    width = max(map(len, result["metrics"]), default=0)
+    for name, value in result["metrics"].items():
+        print(f"{name:<{width}}  {value:.6g}")
+    for note in result["notes"]:
+        print(f"note: {note}")
+    if out is not None:
+        _write_text(out, json.dumps(result, indent=2) + "\n")
 
 
 @app.command(epilog="Example: ebm-dist export runs/digits digits-model")
@@ -220,10 +237,37 @@ def data_prepare(
 @app.command(epilog="Example: ebm-dist report runs/digits --out digits.html")
 def report(
     run_dir: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write; RUN_DIR/report.html when left out.")
+    ] = None,
 ) -> None:
-    """Write one HTML page about a run: curves, chains, samples, config."""
-    raise NotImplementedError
+    """Write one HTML page about a run: chain health, curves, samples, config."""
+    from ebm_dist.report.html import write_report
+
+    print(write_report(run_dir, out))
+
+
+@dashboard_app.command("write", epilog="Example: ebm-dist dashboard write --out dashboard.json")
+def dashboard_write(
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("dashboard.json"),
+) -> None:
+    """Write the W&B workspace as JSON: its sections, panels and the metrics they draw."""
+    from ebm_dist.report import dashboard
+
+    print(dashboard.write(out))
+
+
+@dashboard_app.command("publish", epilog="Example: ebm-dist dashboard publish --project ebm_dist")
+def dashboard_publish(
+    project: Annotated[str, typer.Option(help="The W&B project.")] = "ebm_dist",
+    entity: Annotated[
+        str | None, typer.Option(help="The W&B team or user; the key's own when left out.")
+    ] = None,
+) -> None:
+    """Save the workspace in a W&B project."""
+    from ebm_dist.report import dashboard
+
+    print(dashboard.publish(project, entity))
 
 
 @app.command(epilog="Example: ebm-dist doctor")
@@ -258,6 +302,16 @@ def config_schema() -> None:
     from ebm_dist.config import schema
 
     print(json.dumps(schema(), indent=2))
+
+
+def _write_text(out: Path, text: str) -> None:
+    part = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(out)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -172,26 +171,16 @@ def check_wandb() -> Finding:
             "not installed: metrics go to metrics.jsonl only",
             "pip install 'ebm_dist[train]' to have W&B pages",
         )
-    if has_wandb_key():
-        return Finding("wandb", True, f"{version}, a key is configured: runs log online")
+    from ebm_dist.metrics.credentials import find_key
+
+    if where := find_key():
+        return Finding("wandb", True, f"{version}, a key is configured ({where}): runs log online")
     return Finding(
         "wandb",
         True,
         f"{version}, no key: runs log offline",
         "run `wandb login` or set WANDB_API_KEY to log online",
     )
-
-
-def has_wandb_key() -> bool:
-    """Whether a key is in the environment or in the netrc; the key itself is not read out."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    try:
-        return netrc(str(path)).authenticators(urlparse(base).hostname or "") is not None
-    except (OSError, NetrcParseError):
-        return False
 
 
 def check_data() -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -102,7 +103,8 @@ def save_samples(out: Path, x: Tensor, energy: Tensor, export: Export) -> None:
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def check_suffix(out: Path) -> None:

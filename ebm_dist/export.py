@@ -53,7 +53,6 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
     """
     # Here, not above: reading an export must not need what writing one does.
     from ebm_dist import checkpoint, config, model_card
-    from ebm_dist.data import describe
 
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
@@ -65,7 +64,7 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
             "and when it ends or is stopped"
         )
     run = config.load(run_dir / "config.yaml")
-    spec = describe(run.data)
+    spec = _recorded_spec(found, run)
     section = run.energy.bind(spec)
     energy = section.build().eval()
     try:
@@ -117,6 +116,16 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
         about=about,
         card=card,
     )
+
+
+def _recorded_spec(found: Any, run: Any) -> EventSpec:
+    """The events of the run: as recorded, since the data may have moved away since."""
+    event = found.meta.get("event")
+    if isinstance(event, dict):
+        return EventSpec(tuple(event["shape"]), event["kind"], event["num_classes"])
+    from ebm_dist.data import describe
+
+    return describe(run.data)
 
 
 def _last_chains(found: Any) -> Tensor | None:

@@ -1,0 +1,132 @@
+"""`ebm-dist evaluate`: each suite measures what its name says, on the model's own data."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from ebm_dist import energies, samplers
+from ebm_dist.cli import main
+from ebm_dist.data import DataConfig, describe, load_split
+from ebm_dist.export import write_export
+from ebm_dist.export_reader import load_energy
+from ebm_dist.suites import _shuffled
+from ebm_dist.types import EventSpec
+
+MOONS = {"source": "toy:two_moons", "toy_samples": 512}
+SAMPLER = {"name": "langevin", "step_size": 0.05, "temperature": 1.0, "num_steps": 10}
+
+
+@pytest.fixture
+def export(tmp_path):
+    def write(energy: dict, data: dict, spec: EventSpec | None = None):
+        config = DataConfig(**data, cache_dir=str(tmp_path / "cache"))
+        spec = spec or describe(config)
+        section = energies.FAMILY.section(**energy).bind(spec)
+        module = section.build(seed=1)
+        write_export(
+            tmp_path / "model",
+            energy=module,
+            section=section,
+            spec=spec,
+            sampler=samplers.FAMILY.section(**SAMPLER),
+            about={"data": config.model_dump(mode="json")},
+        )
+        return tmp_path / "model", config
+
+    return write
+
+
+def measured(tmp_path, path, suite) -> dict:
+    out = tmp_path / "out" / "result.json"
+    assert main(["evaluate", str(path), "--suite", suite, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["suite"] == suite
+    assert all(math.isfinite(value) for value in result["metrics"].values())
+    return result
+
+
+def test_density_of_a_gaussian_model_is_its_closed_form(tmp_path, export):
+    precision = 4.0
+    path, config = export({"name": "quadratic", "precision": precision, "learnable": True}, MOONS)
+    result = measured(tmp_path, path, "density")
+    log_z = math.log(2 * math.pi / precision)
+    assert result["metrics"]["likelihood/log_z"] == pytest.approx(log_z, abs=1e-5)
+    x = load_split(config, "test", 2000).x.double()
+    log_prob = (-0.5 * precision * x.square().sum(1) - log_z).mean().item()
+    assert result["metrics"]["likelihood/log_prob_test"] == pytest.approx(log_prob, abs=1e-5)
+
+
+def test_ood_tells_far_noise_from_data_by_the_energy(tmp_path, export):
+    # A steep bowl: the farther out the higher, and unit noise lies farther out than the moons.
+    path, config = export({"name": "quadratic", "precision": 4.0, "learnable": True}, MOONS)
+    metrics = measured(tmp_path, path, "ood")["metrics"]
+    energy = load_energy(path)
+    inside = energy(load_split(config, "test", 2000).x)
+    middle = metrics["ood/auroc/energy/interpolated"]
+    # The mean of two points is never farther out than both: a convex energy ranks it lower.
+    assert middle < 0.5 - 4 * metrics["ood/auroc_se/energy/interpolated"]
+    assert 0.0 <= metrics["ood/auroc/energy/noise"] <= 1.0
+    assert inside.min() >= 0
+
+
+def test_shuffling_keeps_marginals_and_breaks_the_rest():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.arange(40.0).reshape(10, 4)
+    mixed = _shuffled(real, "real", generator)
+    assert torch.equal(mixed.sort(0).values, real)
+    assert not torch.equal(mixed, real)
+    spec = EventSpec((5, 3), "categorical")
+    one_hot = spec.noise(200, generator)
+    mixed = _shuffled(one_hot, "categorical", generator)
+    assert torch.equal(mixed.sum(-1), torch.ones(200, 5))
+    assert torch.equal(mixed.sum(0), one_hot.sum(0))
+
+
+def test_robustness_starts_at_the_clean_accuracy_and_only_falls(tmp_path, export):
+    path, config = export({"name": "mlp", "widths": [16], "num_classes": "data"}, MOONS)
+    metrics = measured(tmp_path, path, "robustness")["metrics"]
+    test = load_split(config, "test", 2000)
+    energy = load_energy(path)
+    clean = (energy.logits(test.x).argmax(1) == test.label).double().mean().item()
+    assert metrics["robustness/accuracy"] == clean
+    curve = [clean, *(v for k, v in metrics.items() if k.startswith("robustness/linf"))]
+    assert len(curve) == 5
+    assert curve == sorted(curve, reverse=True)
+
+
+def test_fidelity_puts_an_untrained_model_near_its_noise(tmp_path, export, monkeypatch):
+    monkeypatch.setattr("ebm_dist.suites.DRAW_STEPS", 20)
+    path, _ = export({"name": "resnet", "width": 4, "stem_stride": 4}, {"source": "digits"})
+    metrics = measured(tmp_path, path, "fidelity")["metrics"]
+    assert metrics["fidelity/train"] < metrics["fidelity/gaussian"] < metrics["fidelity/noise"]
+    assert metrics["fidelity/distance"] > 10 * metrics["fidelity/train"]
+
+
+def test_landscape_of_a_bowl_far_from_the_data_raises_the_alarm(tmp_path, export):
+    mean = [20.0, 20.0]
+    steep = {"name": "quadratic", "precision": 4.0, "mean": mean, "learnable": True}
+    path, _ = export(steep, MOONS)
+    result = measured(tmp_path, path, "landscape")
+    assert "spurious" in " ".join(result["notes"])
+
+
+@pytest.mark.parametrize(("suite", "says"), [("robustness", "num_classes"), ("fidelity", "image")])
+def test_a_suite_that_does_not_apply_says_so_in_one_line(tmp_path, export, capsys, suite, says):
+    path, _ = export({"name": "mlp", "widths": [8]}, MOONS)
+    assert main(["evaluate", str(path), "--suite", suite]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: --suite {suite}: ")
+    assert says in line
+
+
+def test_data_that_has_moved_away_is_one_line(tmp_path, export, capsys):
+    path, _ = export({"name": "mlp", "widths": [8]}, MOONS)
+    config = json.loads((path / "config.json").read_text())
+    config["data"] = {"source": str(tmp_path / "gone")}
+    (path / "config.json").write_text(json.dumps(config))
+    assert main(["evaluate", str(path), "--suite", "ood"]) == 2
+    assert "the model's own data is needed" in capsys.readouterr().err
