@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -68,6 +69,7 @@ class Engine:
         self.device = torch.device(device)
         self.step = 0
         self._closed = False
+        self._joined = False
         if not any(p.requires_grad for p in [*energy.parameters(), *objective.parameters()]):
             raise ValueError(
                 f"energy {type(energy).__name__} has no parameters to train; choose a network, "
@@ -86,7 +88,7 @@ class Engine:
         self._buffer_names = [n for n, _ in self._module.named_buffers() if n in persistent]
         self._shapes = {n: tuple(p.shape) for n, p in self._parameters.items()}
 
-        self._environment = dict(os.environ)
+        self._environment = {name: os.environ.get(name) for name in _RANK_VARIABLES}
         self._excepthook = sys.excepthook
         self._deepspeed = _quiet_deepspeed(self.device)
         try:
@@ -218,24 +220,27 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        if hasattr(self, "_engine"):
-            self._engine.destroy()
-            del self._engine
+        if not self._joined:
+            return
         comm = self._deepspeed.comm
-        if dist.is_initialized():
+        try:
+            if hasattr(self, "_engine"):
+                self._engine.destroy()
+                del self._engine
+        finally:
             if comm.is_initialized():
                 comm.destroy_process_group()
             else:
                 dist.destroy_process_group()
-        # DeepSpeed would hold the dead group and refuse to make another.
-        comm.comm.cdb = None
-        # Torch's would begin every later traceback of this process with a rank.
-        sys.excepthook = self._excepthook
-        for name in _RANK_VARIABLES:
-            if name in self._environment:
-                os.environ[name] = self._environment[name]
-            else:
-                os.environ.pop(name, None)
+            # DeepSpeed would hold the dead group and refuse to make another.
+            comm.comm.cdb = None
+            # Torch's would begin every later traceback of this process with a rank.
+            sys.excepthook = self._excepthook
+            for name, value in self._environment.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
     def __enter__(self) -> Engine:
         return self
@@ -250,13 +255,6 @@ class Engine:
                 "this process is in a torch.distributed group already; close the other engine "
                 "first, or run the learner in a process of its own"
             )
-        os.environ.update(
-            RANK=str(self.rank),
-            WORLD_SIZE=str(self.world_size),
-            LOCAL_RANK=str(self.device.index or 0),
-            MASTER_ADDR=master_addr,
-            MASTER_PORT=str(master_port),
-        )
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=self.config.timeout_s)
         if self.device.type == "cuda":
@@ -277,6 +275,15 @@ class Engine:
                 f"{master_addr}:{master_port} within {self.config.timeout_s:g} s: {error}; check "
                 "that the port is free, that every rank runs, and GLOO_SOCKET_IFNAME"
             ) from error
+        self._joined = True
+        # DeepSpeed reads them wherever it is asked for a rank.
+        os.environ.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world_size),
+            LOCAL_RANK=str(self.device.index or 0),
+            MASTER_ADDR=master_addr,
+            MASTER_PORT=str(master_port),
+        )
         self._deepspeed.init_distributed(
             dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
         )
@@ -397,8 +404,10 @@ def _quiet_deepspeed(device: torch.device) -> Any:
         import deepspeed
         import deepspeed.ops
     logger.setLevel(logging.ERROR)
-    # Built by a compiler at first use, for 30 to 60 s; gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # A shared-memory collective would be compiled at first use, for 30 to 60 s; gloo does the same
+    # work. DeepSpeed reads this dict for it, and by itself runs a compiler to fill the dict.
+    known = vars(deepspeed.ops).setdefault("__compatible_ops__", defaultdict(bool))
+    known["deepspeed_shm_comm"] = False
     return deepspeed
 
 
