@@ -99,7 +99,8 @@ def _members(path: Path) -> Iterator[dict[str, Any]]:
     of a member nor a tar that was cut between two members."""
     _refuse_cut_tar(path)
     url = str(path)
-    with tarfile.open(url, mode="r|*", bufsize=2**20) as stream:
+    # Seeking, not streaming (`r|`): the latter copies the rest of its buffer at every read.
+    with path.open("rb", buffering=2**18) as file, tarfile.open(fileobj=file, mode="r:*") as stream:
         for info in stream:
             if not info.isreg() or re.match(r"__[^/]*__($|/)", info.name):
                 continue
