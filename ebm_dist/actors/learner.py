@@ -78,7 +78,6 @@ class LearnerRank:
             NonFinite: on every rank alike, with the parameters as they were.
         """
         batch = self._data.next_batch(self._batch_size)
-        self._objective.begin_update(step)
         metrics = self._engine.update(
             batch,
             _join(parts, negatives) if negatives else None,

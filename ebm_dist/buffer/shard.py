@@ -5,12 +5,15 @@ lease takes slots from free to leased; a checkin commits their new chains and ma
 ready; taking them as negatives makes them free again. Lease ids come from the caller, and
 every operation can be repeated: a checkout under a known id returns the same lease, a second
 checkin of one changes nothing. The noise of a lease is seeded by its id alone.
+
+Under a `directory` the chains outlive the process. A shard that finds them there takes them
+over, free and as last committed, under the next epoch: the leases of its predecessor are void.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,7 +41,7 @@ class StartSource(Protocol):
 class _Outstanding:
     lease: Lease
     fresh: np.ndarray  # (M,) bool: the chain started afresh with this lease
-    repair: bool
+    identities: np.ndarray  # (fresh.sum(),) of the chains that started afresh
 
 
 class Shard:
@@ -55,13 +58,11 @@ class Shard:
         seed: int,
         data: StartSource | None = None,
         directory: str | None = None,
-        epoch: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if config.init == "data" and data is None:
             raise ValueError("buffer.init is 'data', but the shard was given no data to start from")
         self.index = index
-        self.epoch = epoch
         self._config = config
         self._spec = spec
         self._seed = seed
@@ -69,7 +70,7 @@ class Shard:
         self._clock = clock
         self._leases: dict[int, _Outstanding] = {}
         self._ready: dict[int, np.ndarray] = {}
-        self._done: dict[int, bool] = {}
+        self._done: dict[int, dict[str, Any]] = {}
         self._counters = {"late_checkins": 0, "expired_leases": 0, "reinitialised": 0}
         self._next_chain = 0
         self._slots = SlotStorage(
@@ -90,6 +91,16 @@ class Shard:
     @property
     def capacity(self) -> int:
         return self._slots.capacity
+
+    @property
+    def epoch(self) -> int:
+        """Counts the lives of this shard; a lease of an earlier one is void."""
+        return int(self._slots.epoch[0])
+
+    @property
+    def attached(self) -> bool:
+        """Whether the chains are those that a process before this one left."""
+        return self._slots.attached
 
     def _fill(self) -> None:
         for start in range(0, self.capacity, _FILL_CHUNK):
@@ -121,11 +132,14 @@ class Shard:
         """Lease `num` free chains drawn without replacement, or None if fewer are free.
 
         Repeating a checkout of an outstanding `lease_id` gives the same lease again, so that
-        another worker can redo the round of a dead one.
+        another worker can redo the round of a dead one; one that was committed gives None,
+        and `checkin(None, lease_id)` then repeats the reply.
         """
         self.expire()
         if lease_id in self._leases:
             return self._renew(self._leases[lease_id])
+        if lease_id in self._done:
+            return None
         free = np.flatnonzero(self._slots.state == FREE)
         if len(free) < num:
             return None
@@ -141,7 +155,11 @@ class Shard:
             position[fresh] = self._start(int(fresh.sum()), "fresh", lease_id)
             log_weight[fresh] = 0.0
             version[fresh] = -1
-        return self._issue(lease_id, slots, position, log_weight, version, fresh, repair=False)
+        return self._issue(lease_id, slots, position, log_weight, version, fresh)
+
+    def checkout_many(self, lease_ids: Sequence[int], num: int) -> list[Lease | None]:
+        """Leases drawn one after the other, in this order whatever else is under way."""
+        return [self.checkout(lease_id, num) for lease_id in lease_ids]
 
     def checkout_ready(self, lease_id: int, ready_id: int) -> Lease | None:
         """Lease the ready chains of `ready_id` again, to move them under newer weights."""
@@ -159,7 +177,6 @@ class Shard:
             self._slots.log_weight[rows],
             self._slots.version[rows],
             np.zeros(len(slots), bool),
-            repair=True,
         )
 
     def _issue(
@@ -170,8 +187,6 @@ class Shard:
         log_weight: np.ndarray,
         version: np.ndarray,
         fresh: np.ndarray,
-        *,
-        repair: bool,
     ) -> Lease:
         self._slots.state[slots] = LEASED
         lease = Lease(
@@ -186,7 +201,8 @@ class Shard:
             log_weight=log_weight,
             version=version,
         )
-        self._leases[lease_id] = _Outstanding(lease, fresh, repair)
+        # Numbered now and not at the checkin: leases come back in any order.
+        self._leases[lease_id] = _Outstanding(lease, fresh, self._identities(int(fresh.sum())))
         return lease
 
     def _renew(self, outstanding: _Outstanding) -> Lease:
@@ -196,8 +212,13 @@ class Shard:
         outstanding.lease = Lease(**fields)
         return outstanding.lease
 
-    def checkin(self, moved: MovedChains | None) -> dict[str, Any]:
+    def checkin(self, moved: MovedChains | None, lease_id: int | None = None) -> dict[str, Any]:
         """Commit the chains of a lease, unless the lease is void.
+
+        Args:
+            moved: what the worker returned; None if it was given no lease.
+            lease_id: the lease that was asked for, to repeat its reply where it was committed
+                before and the first reply was lost.
 
         Returns:
             `accepted`; `lease_id`, `version`, `num_steps` and `stats` of the round; and
@@ -205,11 +226,13 @@ class Shard:
             chains moved since) changes nothing but a count.
 
         Raises:
-            ValueError: chains of another event shape, or not finite.
+            ValueError: chains of another event shape, or not as many as were leased.
         """
         self.expire()
         if moved is None:
-            return {"accepted": False, "lease_id": None, "counts": self.counts()}
+            known = self._done.get(-1 if lease_id is None else lease_id)
+            reply = known or {"accepted": False, "lease_id": None}
+            return {**reply, "counts": self.counts()}
         reply = {
             "lease_id": moved.lease_id,
             "version": moved.version,
@@ -218,20 +241,21 @@ class Shard:
             "stats": moved.stats,
         }
         if moved.lease_id in self._done and moved.shard_epoch == self.epoch:
-            return {"accepted": self._done[moved.lease_id], **reply, "counts": self.counts()}
+            return {**self._done[moved.lease_id], "counts": self.counts()}
         outstanding = self._leases.get(moved.lease_id)
-        if outstanding is None or not self._holds(moved):
+        if outstanding is None or not self._holds(outstanding.lease, moved):
             self._counters["late_checkins"] += 1
             return {"accepted": False, **reply, "counts": self.counts()}
-        if moved.position.shape[1:] != self._slots.position.shape[1:]:
+        expected = (len(moved.slots), *self._slots.position.shape[1:])
+        if moved.position.shape != expected:
             raise ValueError(
-                f"chains have event shape {moved.position.shape[1:]}, the shard holds "
-                f"{self._slots.position.shape[1:]}; both come from data.source"
+                f"lease {moved.lease_id} came back as chains of shape {moved.position.shape}, "
+                f"{expected} went out; the event shape comes from data.source"
             )
         slots, fresh = outstanding.lease.slots, outstanding.fresh
         rows = self._slots.rows(slots)
         chain_id = self._slots.chain_id[rows]
-        chain_id[fresh] = self._identities(int(fresh.sum()))
+        chain_id[fresh] = outstanding.identities
         self._slots.commit(
             slots,
             position=moved.position,
@@ -245,28 +269,35 @@ class Shard:
         self._slots.state[slots] = READY
         self._ready[moved.lease_id] = slots
         del self._leases[moved.lease_id]
-        self._remember(moved.lease_id)
+        self._remember(moved.lease_id, {"accepted": True, **reply})
         self._counters["reinitialised"] += int(fresh.sum())
         return {"accepted": True, **reply, "counts": self.counts()}
 
-    def _holds(self, moved: MovedChains) -> bool:
-        return moved.shard_epoch == self.epoch and bool(
-            (self._slots.generation[moved.slots] == moved.generations).all()
+    def _holds(self, lease: Lease, moved: MovedChains) -> bool:
+        return (
+            moved.shard_epoch == self.epoch
+            and np.array_equal(moved.slots, lease.slots)
+            and np.array_equal(moved.generations, self._slots.generation[moved.slots])
         )
 
-    def _remember(self, lease_id: int) -> None:
-        self._done[lease_id] = True
+    def _remember(self, lease_id: int, reply: dict[str, Any]) -> None:
+        self._done[lease_id] = reply
         while len(self._done) > 4096:
             self._done.pop(next(iter(self._done)))
 
-    def take(self, lease_id: int) -> dict[str, np.ndarray] | None:
-        """The negatives of a committed lease; their slots become free. None if not ready."""
+    def take(self, lease_id: int) -> tuple[bool, dict[str, np.ndarray] | None]:
+        """The negatives of a committed lease, whose slots become free.
+
+        Returns:
+            Whether the lease was ready, and if so its negatives. The first can be read where
+            the second goes to a learner unread.
+        """
         slots = self._ready.pop(lease_id, None)
         if slots is None:
-            return None
+            return False, None
         rows = self._slots.rows(slots)
         self._slots.state[slots] = FREE
-        return {
+        return True, {
             "x": self._slots.position[rows],
             "energy": self._slots.energy[rows],
             "version": self._slots.version[rows],
@@ -301,6 +332,10 @@ class Shard:
         self._slots.state[outstanding.lease.slots] = FREE
         return True
 
+    def status(self) -> dict[str, Any]:
+        """Whether the chains were taken over, the epoch, and the counts."""
+        return {"attached": self.attached, "epoch": self.epoch, "counts": self.counts()}
+
     # --- looking in -------------------------------------------------------------------------
 
     def counts(self) -> dict[str, int | float]:
@@ -316,11 +351,12 @@ class Shard:
         }
 
     def peek(self, num: int, key: int) -> np.ndarray:
-        """Copies of `num` chains chosen by `key`, without leasing them; fewer if fewer exist."""
+        """Copies of `num` chains of the older half, chosen by `key`; fewer if fewer exist."""
         rng = np.random.default_rng(derive_seed(self._seed, "shard", self.index, "peek", key))
-        # Chains that were never moved are noise; they say nothing about the model.
-        moved = np.flatnonzero(self._slots.version[self._slots.row_of_slot] >= 0)
-        pool = moved if len(moved) >= num else np.arange(self.capacity)
+        # A chain's first rounds are its burn-in: what it shows is still where it started.
+        age = self._slots.age[self._slots.row_of_slot]
+        older = np.flatnonzero((age > 0) & (age >= np.median(age)))
+        pool = older if len(older) >= num else np.argsort(-age, kind="stable")[:num]
         slots = rng.choice(pool, size=min(num, len(pool)), replace=False)
         return self._slots.position[self._slots.rows(slots)]
 
@@ -359,7 +395,9 @@ class Shard:
                 f"{(self.capacity, *self._spec.shape)}; keep data.source, and buffer.capacity at "
                 "least as it was"
             )
-        self.epoch += 1
+        # Killed half-way through, the mixture must not pass for a shard.
+        self._slots.begin_init()
+        self._slots.epoch[0] += 1
         self._leases.clear()
         self._ready.clear()
         self._done.clear()
@@ -374,3 +412,4 @@ class Shard:
         self._slots.state[:] = FREE
         if self._data is not None and meta.get("data") is not None:
             self._data.load_state(meta["data"])
+        self._slots.finish_init()
