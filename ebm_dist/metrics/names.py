@@ -142,13 +142,11 @@ METRICS: dict[str, Metric] = {
     "fidelity/train": Metric("the same distance for training data: what perfect samples reach"),
     "fidelity/accuracy": Metric("test accuracy of the classifier that gives the features"),
     # Auditor: very long chains off the training path.
-    "audit/spurious_fraction": Metric("share of long chains that end in a spurious minimum"),
-    "audit/diverged_fraction": Metric("share of long chains whose energy left all bounds"),
-    "audit/law_shift": Metric("distance between the laws of the energy, long run and short run"),
-    "audit/energy_short": Metric("mean energy of the chains that training uses", "energy"),
-    "audit/energy_long": Metric("mean energy at the end of the long chains", "energy"),
-    "audit/variance_short": Metric("variance over the chains that training uses", "x^2"),
-    "audit/variance_long": Metric("variance over the ends of the long chains", "x^2"),
+    "audit/energy": Metric("mean energy at the end of the long chains", "energy"),
+    "audit/energy_gap": Metric("mean energy of data minus that of the long chains", "energy"),
+    "audit/spurious": Metric("share of long chains in a minimum deeper than data and far from it"),
+    "audit/law_distance": Metric("distance between long-run and short-run law of the energy"),
+    "audit/steps": Metric("steps that the long chains have taken", "steps"),
     "audit/fed_back": Metric("spurious minima handed back as negatives so far", "chains"),
     # Faults.
     "fault/restarts": _promised("actors restarted so far", "count"),

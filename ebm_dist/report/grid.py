@@ -118,7 +118,8 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 def _histogram(axes: Axes, flat: Tensor, energy: EnergyFn | None, spec: EventSpec) -> None:
     values = flat[:, 0][flat[:, 0].isfinite()].numpy()
-    axes.hist(values, bins=64, density=True, color="tab:blue")
+    if len(values):
+        axes.hist(values, bins=64, density=True, color="tab:blue")
     axes.set_xlabel("x")
     axes.set_ylabel("density")
     if energy is None or not len(values):

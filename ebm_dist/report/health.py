@@ -243,7 +243,7 @@ _RULES: tuple[_Rule, ...] = (
     _restarts,
     _fidelity,
     _between(
-        "audit/spurious_fraction",
+        "audit/spurious",
         -0.01,
         0.05,
         ("below zero", "this is a defect of the auditor: report it"),

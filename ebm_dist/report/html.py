@@ -121,7 +121,7 @@ def _lead(run_dir: Path, series: Mapping[str, Pairs], num_torn: int) -> str:
         f"{len(series)} metrics up to update {max(steps):,}" if steps else "no metrics were found"
     ]
     if num_torn:
-        parts.append(f"{num_torn} torn lines of {METRICS_FILE} passed over")
+        parts.append(f"torn lines of {METRICS_FILE} passed over: {num_torn}")
     if (run_dir / SUPERSEDED_FILE).exists():
         parts.append(f"an earlier attempt's rows are in {SUPERSEDED_FILE}")
     parts.append(f"written {time.strftime('%Y-%m-%d %H:%M')} from {run_dir}")

@@ -79,7 +79,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("Log-likelihood, nats", ("likelihood/log_prob", "likelihood/log_prob_test")),
         Panel("log Z", ("likelihood/log_z", "likelihood/log_z_exact")),
-        Panel("Long chains", ("audit/spurious_fraction", "audit/diverged_fraction")),
+        Panel("Long chains", ("audit/spurious", "audit/law_distance")),
     ),
 }
 """What the report and the dashboard draw, section by section."""

@@ -1,0 +1,187 @@
+"""The live view shows what a person asks for, and never harms the run or the terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ebm_dist.metrics import progress
+from ebm_dist.metrics.progress import Progress, clock, final_screen, number
+
+METRICS = {
+    "energy/gap": -0.0123,
+    "throughput/mcmc_steps_per_s": 41_234.0,
+    "flow/lag_mean": 2.25,
+    "flow/lag_max": 5.0,
+    "wait/learner": 0.31,
+}
+
+
+class Clock:
+    """A monotonic clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def strftime(self, form: str) -> str:
+        return "12:00:00"
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock_ = Clock()
+    monkeypatch.setattr(progress, "time", clock_)
+    return clock_
+
+
+def terminal(width: int = 100) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, record=True)
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_view_shows_update_gap_rate_lag_waiting_and_time_left(moved: Clock) -> None:
+    console = terminal()
+    view = Progress(3000, "digits", console)
+    for step in range(1000, 1110, 10):
+        view.update(step, METRICS, "learner waits for negatives")
+        moved.now += 2.0
+    moved.now -= 2.0
+    console.print(view.render())
+    text = console.export_text()
+    for part in (
+        "update 1,100 of 3,000",
+        "time left 6:20",  # 1900 updates at 10 in 2 s
+        "energy gap -0.0123",
+        "MCMC steps/s 41,234",
+        "lag 2.25 (max 5)",
+        "waits learner waits for negatives",
+    ):
+        assert part in text, text
+
+
+def test_a_view_without_updates_says_so(moved: Clock) -> None:
+    view = Progress(100, "digits", terminal())
+    view.update(1, METRICS)
+    assert "no update" not in view.line()
+    moved.now += 45
+    assert "no update for 0:45" in view.line()
+
+
+def test_time_left_is_reckoned_from_the_last_minute(moved: Clock) -> None:
+    view = Progress(1000, "digits", terminal())
+    for step in range(10):  # a slow start: 30 s an update
+        view.update(step)
+        moved.now += 30
+    for step in range(10, 200):  # then 1 s an update
+        view.update(step)
+        moved.now += 1
+    left = view.seconds_left()
+    assert left is not None
+    assert abs(left - 800) < 5
+
+
+def test_a_run_that_goes_back_to_a_checkpoint_has_no_negative_time_left(moved: Clock) -> None:
+    view = Progress(1000, "digits", terminal())
+    for step in (100, 200, 50, 60):
+        moved.now += 1
+        view.update(step)
+    assert view.seconds_left() == pytest.approx(94.0)
+
+
+def test_without_a_terminal_there_is_a_plain_line_every_ten_seconds(moved: Clock) -> None:
+    console = Console(file=io.StringIO(), width=40)
+    with Progress(1000, "digits", console) as view:
+        for step in range(0, 250, 10):
+            view.update(step, METRICS, "learner computes")
+            moved.now += 1.0
+        view.say("checkpoint written")
+    lines = written(console).splitlines()
+    updates = [line for line in lines if line.startswith("digits: update ")]
+    assert len(updates) == 4  # at 0, 10 and 20 s, and the last one
+    assert "checkpoint written" in lines
+    assert "left 1:30" in updates[1]  # 900 updates at 10 a second
+    assert "\x1b" not in written(console)
+
+
+def test_an_exception_gives_the_terminal_back(moved: Clock) -> None:
+    console = terminal()
+
+    def train() -> None:
+        with Progress(10, "digits", console) as view:
+            view.update(1, METRICS)
+            assert "\x1b[?25l" in written(console)  # cursor hidden
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert written(console).rindex("\x1b[?25h") > written(console).rindex("\x1b[?25l")
+
+
+def test_bad_values_and_a_broken_console_do_not_raise(moved: Clock) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError("terminal gone")
+
+    for force in (True, False):
+        with Progress(10, "digits", Console(file=Broken(), force_terminal=force)) as view:
+            view.update(1, {"energy/gap": float("nan"), "flow/lag_mean": float("inf")})
+            view.update("no number", {})  # type: ignore[arg-type]
+            view.say("still there")
+
+
+def test_numbers_and_clocks_are_short() -> None:
+    assert [number(v) for v in (0.0, -0.012345, 41234.4, 3e9, 12.0)] == [
+        "0",
+        "-0.0123",
+        "41,234",
+        "3,000,000,000",
+        "12",
+    ]
+    assert [clock(v) for v in (None, 5, 65, 3723)] == ["--:--", "0:05", "1:05", "1:02:03"]
+
+
+def test_the_last_screen_says_where_everything_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    console = terminal(140)
+    run = tmp_path / "runs" / "my digits"
+    final_screen(
+        run_dir=run,
+        steps=3000,
+        wall_time=251.0,
+        samples=run / "samples" / "step_00003000.png",
+        wandb={"mode": "offline", "notice": f"W&B: offline; `wandb sync {run}/wandb/x`"},
+        export=run / "export",
+        console=console,
+    )
+    text = re.sub(r"\s*│\s*|[╭╮╰╯─]", " ", console.export_text())
+    for part in (
+        "done at update 3,000 after 4:11",
+        "runs/my digits/samples/step_00003000.png",
+        "runs/my digits/metrics.jsonl",
+        "wandb sync runs/my digits/wandb/x",
+        "ebm-dist sample 'runs/my digits/export'",
+        "ebm-dist report 'runs/my digits'",
+        "ebm-dist train 'runs/my digits/config.yaml' --run-dir 'runs/my digits' --resume must",
+    ):
+        assert part in text, text
+
+
+def test_an_interrupted_run_is_told_first_how_to_go_on() -> None:
+    commands = progress.suggested_commands(Path("runs/digits"), None, interrupted=True)
+    assert (
+        commands[0] == "ebm-dist train runs/digits/config.yaml --run-dir runs/digits --resume must"
+    )
+    assert commands[1].startswith("ebm-dist export runs/digits ")
