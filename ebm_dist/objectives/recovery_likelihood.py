@@ -47,8 +47,8 @@ class RecoveryLikelihoodSection(ObjectiveSection):
     """Langevin steps, inside the loss, from the noisy event."""
 
     step_size: PositiveFloat = Field(default=0.1, lt=2.0)
-    """h in units of the level's noise variance. p(x|x~) has precision near 1/noise variance, so
-    one value serves every level."""
+    """h in units of 1/precision of p(x|x~), so that one value serves every level: the noise
+    variance s^2, or s^2 (1 - s^2) under `level`, whose data have about unit variance."""
 
     adjusted: bool = False
     """Metropolis accept step, which removes the bias of the step size."""
@@ -159,6 +159,8 @@ class RecoveryLikelihood(Objective):
         """Chains from p(x | noisy), started there: positions (B, *event), mean acceptance 0-d."""
         variance = std.square()
         step = self.config.step_size * variance
+        if self.config.conditioning == "level":
+            step = step * (1 - variance)
         wide_step, wide_variance = expand_like(step, noisy), expand_like(variance, noisy)
 
         def potential(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,8 @@ class Critic(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = next(self.parameters()).dtype
-        return rearrange(self.layers(x.flatten(1).to(dtype)), "b 1 -> b").float()
+        out = rearrange(self.layers(x.flatten(1).to(dtype)), "b 1 -> b")
+        return out if dtype == torch.float64 else out.float()
 
 
 class ReverseKl(Objective):

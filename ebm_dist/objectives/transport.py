@@ -19,9 +19,18 @@ def assignment(cost: np.ndarray) -> np.ndarray:
     if not np.isfinite(cost).all():
         raise ValueError("cost: not finite, so no pairing is the best one")
     # Column `num` is a stand-in from which each new row starts its path.
-    row_price, column_price = np.zeros(num), np.zeros(num + 1)
+    column_price = np.append(cost.min(axis=0), 0.0)
+    reduced = cost - column_price[:num]
+    row_price = reduced.min(axis=1)
     row_of = np.full(num + 1, -1)
-    for row in range(num):
+    # Rows whose cheapest column is free have it; paths are for the others.
+    left = []
+    for row, column in enumerate(reduced.argmin(axis=1)):
+        if row_of[column] < 0:
+            row_of[column] = row
+        else:
+            left.append(row)
+    for row in left:
         row_of[num] = row
         column = num
         slack = np.full(num, np.inf)
@@ -56,6 +65,10 @@ def pair(source: Tensor, target: Tensor) -> Tensor:
     Minibatch optimal transport, Tong et al. (2024), arXiv:2302.00482. Waits for the device:
     the assignment runs on the CPU.
     """
+    if source[0].numel() == 1:
+        # On the line the sorted pair up.
+        rank = target.flatten().argsort().argsort()
+        return source[source.flatten().argsort()[rank]]
     with torch.no_grad():
         cost = torch.cdist(target.flatten(1).double(), source.flatten(1).double()).square()
         order = assignment(cost.cpu().numpy())

@@ -21,8 +21,10 @@ def normalised_weights(log_weight: Tensor, gather: Gather | None = None) -> Tens
     """
     if gather is None:
         return torch.softmax(log_weight, 0)
-    parts = gather(log_weight.logsumexp(0).reshape(1))
-    return parts.shape[0] * torch.exp(log_weight - parts.logsumexp(0))
+    # In double: float32 log-weights of -1000 are 6e-5 apart, and these are differences.
+    wide = log_weight.double()
+    parts = gather(wide.logsumexp(0).reshape(1))
+    return (parts.shape[0] * torch.exp(wide - parts.logsumexp(0))).to(log_weight.dtype)
 
 
 def ess_ratio(log_weight: Tensor, gather: Gather | None = None) -> Tensor:
@@ -30,13 +32,14 @@ def ess_ratio(log_weight: Tensor, gather: Gather | None = None) -> Tensor:
 
     With `gather` over the chains of all ranks. Kong (1992).
     """
-    first, second = log_weight.logsumexp(0), (2 * log_weight).logsumexp(0)
+    wide = log_weight.double()
+    first, second = wide.logsumexp(0), (2 * wide).logsumexp(0)
     count = log_weight.shape[0]
     if gather is not None:
         parts = gather(torch.stack([first, second]))
         first, second = parts[:, 0].logsumexp(0), parts[:, 1].logsumexp(0)
         count *= parts.shape[0]
-    return torch.exp(2 * first - second) / count
+    return (torch.exp(2 * first - second) / count).to(log_weight.dtype)
 
 
 def staleness_log_weight(
