@@ -57,7 +57,8 @@ class LearnerConfig(Section):
     """Largest global norm of the parameters' gradient; None does not clip."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed shards: 0 nothing, 1 optimiser state, 2 also gradients, 3 also weights."""
+    """What DeepSpeed shards: 0 nothing, 1 optimiser state, 2 also gradients, 3 also weights. A
+    single rank has nobody to shard with and runs as 0."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes the networks in bfloat16; weights, gradients and optimiser stay float32."""

@@ -68,6 +68,8 @@ class Engine:
         self.world_size = world_size
         self.device = torch.device(device)
         self.step = 0
+        # One rank has nothing to shard: the stages would copy and reduce for no saving.
+        self.zero_stage = config.zero_stage if world_size > 1 else 0
         self._closed = False
         self._joined = False
         if not any(p.requires_grad for p in [*energy.parameters(), *objective.parameters()]):
@@ -81,7 +83,7 @@ class Engine:
             energy,
             objective,
             autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
-            keep_gathered=config.zero_stage == 3,
+            keep_gathered=self.zero_stage == 3,
         )
         self._parameters = dict(self._module.named_parameters())
         persistent = self._module.state_dict(keep_vars=True).keys()
@@ -98,7 +100,7 @@ class Engine:
             self.close()
             raise
         self._partition = partition_of(
-            self._engine.optimizer, zero_stage=config.zero_stage, rank=rank
+            self._engine.optimizer, zero_stage=self.zero_stage, rank=rank
         )
         if world_size > 1 and isinstance(objective, Objective):
             # Importance weights are normalised over the global batch, not over each slice.
@@ -202,7 +204,7 @@ class Engine:
         with self._gathered(parameters, modified=True):
             for name, parameter in self._parameters.items():
                 # Under ZeRO-3 rank 0's numbers are sent round; elsewhere every rank writes.
-                if self.config.zero_stage != 3 or self.rank == 0:
+                if self.zero_stage != 3 or self.rank == 0:
                     parameter.copy_(state[f"param/{name}"])
         for name in self._buffer_names:
             self._module.get_buffer(name).copy_(state[f"buffer/{name}"])
@@ -293,6 +295,7 @@ class Engine:
         trainable = [p for p in self._module.parameters() if p.requires_grad]
         options = deepspeed_options(
             self.config,
+            zero_stage=self.zero_stage,
             world_size=self.world_size,
             num_parameters=sum(p.numel() for p in trainable),
         )
@@ -303,7 +306,10 @@ class Engine:
             config=options,
             dist_init_required=False,
         )
-        if self.config.zero_stage == 3:
+        if self.world_size == 1:
+            # It would flatten the gradient and reduce it with nobody, a wait for another thread.
+            engine.enable_backward_allreduce = False
+        if self.zero_stage == 3:
             keep_shapes(trainable)
         return engine
 
@@ -356,7 +362,7 @@ class Engine:
     ) -> Iterator[None]:
         """Within it every parameter is whole, and may be written if `modified`."""
         context: Any = nullcontext()
-        if self.config.zero_stage == 3:
+        if self.zero_stage == 3:
             context = self._deepspeed.zero.GatheredParameters(
                 parameters, modifier_rank=0 if modified else None
             )
@@ -406,7 +412,7 @@ def _quiet_deepspeed(device: torch.device) -> Any:
     logger.setLevel(logging.ERROR)
     # A shared-memory collective would be compiled at first use, for 30 to 60 s; gloo does the same
     # work. DeepSpeed reads this dict for it, and by itself runs a compiler to fill the dict.
-    known = vars(deepspeed.ops).setdefault("__compatible_ops__", defaultdict(bool))
+    known = deepspeed.ops.__dict__.setdefault("__compatible_ops__", defaultdict(bool))
     known["deepspeed_shm_comm"] = False
     return deepspeed
 

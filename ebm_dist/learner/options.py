@@ -139,7 +139,7 @@ def _refuse_decided(path: str) -> None:
 
 
 def deepspeed_options(
-    config: LearnerConfig, *, world_size: int, num_parameters: int
+    config: LearnerConfig, *, zero_stage: int, world_size: int, num_parameters: int
 ) -> dict[str, Any]:
     """The dictionary that `deepspeed.initialize` gets.
 
@@ -153,10 +153,13 @@ def deepspeed_options(
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         **config.deepspeed.get("zero_optimization", {}),
-        "stage": config.zero_stage,
+        "stage": zero_stage,
         # Its autograd.Function cannot be differentiated twice; gradient penalties need that.
         "memory_efficient_linear": False,
     }
+    if zero_stage in (1, 2):
+        # The engine has the norm already; stage 3 cannot leave it out.
+        zero["compute_grad_norm"] = False
     return {
         **{k: v for k, v in config.deepspeed.items() if k != "zero_optimization"},
         "train_micro_batch_size_per_gpu": 1,

@@ -34,8 +34,15 @@ class Partition:
         return [p for group in self.inner.param_groups for p in group["params"]]
 
     def gradients(self) -> list[Tensor]:
-        """The averaged gradient after the last backward of an update, to be changed in place."""
-        return [p.grad for p in self.masters() if p.grad is not None]
+        """The averaged gradient after the last backward of an update, to be changed in place.
+
+        A weight that the loss does not read has a gradient of zero, as at every other stage: it
+        is decayed like the others, whatever the number of ranks.
+        """
+        for master in self.masters():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self.masters() if master.grad is not None]
 
     def discard(self) -> None:
         """Forget the gradient, as if the backward had not run."""

@@ -118,3 +118,15 @@ def test_bf16_moves_float32_weights_as_plain_autocast_does(stage: int):
     assert distance(got, plain) < 0.01 * moved
     # It did compute in bf16: else it would be as near to float32 as float32 is.
     assert distance(got, exact) > 1e-4 * moved
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_that_the_loss_does_not_read_decay_alike_on_one_rank_and_two(stage: int):
+    # Score matching never reads the last bias; plain torch would leave it out of the decay.
+    config = {"zero_stage": stage, **ADAM, "weight_decay": 0.5}
+    energy, objective = ("mlp", {}), ("score_matching", {})
+    one = run_engine(0, 0, config, energy, objective, 3, 1)["state"]
+    two = start().run(run_engine, config, energy, objective, 3)[0]["state"]
+    assert one["param/energy.head.bias"].abs().max() > 0
+    for name, value in one.items():
+        assert (value - two[name]).abs().max() <= 1e-6, name

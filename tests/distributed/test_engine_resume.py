@@ -42,11 +42,11 @@ def test_resumed_learner_is_bitwise_the_uninterrupted_one(stage: int, optimizer:
     assert whole["metrics"][3:] == rest["metrics"]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_two_ranks_of_stage_2_resume_as_one_rank_of_another_stage(stage: int):
+@pytest.mark.parametrize(("stage", "world_size"), [(1, 1), (3, 1), (0, 2), (1, 2), (3, 2)])
+def test_two_ranks_of_stage_2_resume_as_other_ranks_of_another_stage(stage: int, world_size: int):
     whole = train(2, 6)["state"]
     half = train(2, 3)["state"]
-    rest = train(stage, 6, world_size=1, first=3, state=half)["state"]
+    rest = train(stage, 6, world_size=world_size, first=3, state=half)["state"]
     assert whole.keys() == rest.keys()
     for name, value in whole.items():
         torch.testing.assert_close(rest[name], value, rtol=1e-5, atol=1e-6, msg=name)

@@ -101,7 +101,7 @@ def test_passed_options_reach_deepspeed_beside_the_decided_ones():
             "zero_optimization": {"overlap_comm": False, "reduce_bucket_size": 2048},
         },
     )
-    options = deepspeed_options(config, world_size=4, num_parameters=100)
+    options = deepspeed_options(config, zero_stage=3, world_size=4, num_parameters=100)
     assert options["prescale_gradients"] is True
     assert options["train_batch_size"] == 8
     zero = options["zero_optimization"]
@@ -112,5 +112,5 @@ def test_passed_options_reach_deepspeed_beside_the_decided_ones():
 
 
 def test_buckets_are_no_larger_than_the_weights_need():
-    options = deepspeed_options(LearnerConfig(), world_size=2, num_parameters=5000)
+    options = deepspeed_options(LearnerConfig(), zero_stage=1, world_size=2, num_parameters=5000)
     assert 5000 <= options["zero_optimization"]["reduce_bucket_size"] <= 6144

