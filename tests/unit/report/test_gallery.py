@@ -1,0 +1,117 @@
+"""The gallery's numbers agree with theory, so that no picture shows a wrong curve."""
+
+import pytest
+
+from ebm_dist.report import gallery
+
+QUICK = (
+    "hopfield",
+    "mode_covering_and_seeking",
+    "discretisation_bias",
+    "momentum_in_a_flat_valley",
+    "regularisation_against_mixing",
+    "short_run_and_long_run",
+)
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    out = tmp_path_factory.mktemp("gallery")
+    found = gallery.draw(out, only=QUICK)
+    for name in QUICK:
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return found
+
+
+def close(value, expected, error):
+    assert abs(value - expected) < 4 * error
+
+
+def test_langevin_is_biased_as_predicted_and_mala_is_not(numbers):
+    found = numbers["discretisation_bias"]
+    error = found["relative standard error"]
+    close(found["langevin variance at h = 1"], 2.0, 2 * error)
+    close(found["mala variance at h = 1"], 1.0, error)
+
+
+def test_momentum_crosses_the_valley_at_its_own_rate(numbers):
+    found = numbers["momentum_in_a_flat_valley"]
+    for name, rate in (("langevin", 0.999), ("sghmc", 0.99045)):
+        close(
+            found[f"{name} mean after 1000"],
+            found[f"{name} exact mean"],
+            found[f"{name} standard error"],
+        )
+        assert found[f"{name} contraction"] == pytest.approx(rate, abs=1e-5)
+
+
+def test_penalty_lowers_curvature_and_slows_mixing(numbers):
+    found = numbers["regularisation_against_mixing"]
+    assert found["curvature at weight .1"] == pytest.approx(0.85410, abs=1e-5)
+    for weight in (".1", "10"):
+        assert found[f"measured time at weight {weight}"] == pytest.approx(
+            found[f"exact time at weight {weight}"], rel=0.12
+        )
+    assert found["exact time at weight 10"] > 4 * found["exact time at weight .1"]
+
+
+def test_short_run_law_is_the_datas_and_the_long_run_law_is_not(numbers):
+    found = numbers["short_run_and_long_run"]
+    error = found["relative standard error"]
+    close(found["variance after 60"], 1.0, error)
+    close(found["variance after 600"], 0.58144, 0.58144 * error)
+
+
+def test_divergences_cover_and_seek(numbers):
+    found = numbers["mode_covering_and_seeking"]
+    assert found["forward KL"] == pytest.approx(0.46199, abs=1e-5)
+    assert found["forward std"] == pytest.approx(10**0.5, abs=1e-3)
+    assert found["reverse KL"] == pytest.approx(0.68879, abs=1e-4)
+    assert found["reverse mean"] == pytest.approx(2.98, abs=0.01)
+
+
+def test_hopfield_retrieves_and_errs_as_predicted(numbers):
+    found = numbers["hopfield"]
+    assert found["glyph bits wrong after retrieval"] == 0
+    close(
+        found["one-bit error at this load"],
+        found["exact at this load"],
+        # Bits of one network share its patterns: errors come in clusters of two or so.
+        1.5 * found["standard error at this load"],
+    )
+    assert found["overlap at load .08"] > 0.99
+    assert found["overlap at load .26"] < 0.6
+
+
+@pytest.mark.slow
+def test_sampled_laws_are_the_exact_ones(tmp_path):
+    found = gallery.draw(tmp_path, only=["toys_by_sampler", "temperature", "discrete_samplers"])
+    toys = found["toys_by_sampler"]
+    for toy in ("ring", "gaussian_mixture", "checkerboard", "double_well"):
+        # Kernels with an accept step; the others have the bias that the figure shows.
+        for name in ("mala", "hmc", "random_walk", "parallel_tempering"):
+            close(
+                toys[f"{toy} {name} mean energy"],
+                toys[f"{toy} exact mean energy"],
+                toys[f"{toy} {name} standard error"],
+            )
+    for gap in ("0", "1"):
+        wells = found["temperature"]
+        close(
+            wells[f"dE={gap} left share at T=1"],
+            wells[f"dE={gap} exact share at T=1"],
+            wells[f"dE={gap} standard error"],
+        )
+    spins = found["discrete_samplers"]
+    for t in ("2.5", "3.5", "5"):
+        for name in ("gibbs", "gibbs_with_gradients", "discrete_langevin"):
+            close(
+                spins[f"T={t} {name} magnetisation"],
+                spins[f"T={t} exact magnetisation"],
+                spins[f"T={t} {name} standard error"],
+            )
+
+
+def test_command_line_refuses_an_unknown_picture_in_one_line(tmp_path, capsys):
+    assert gallery.main([str(tmp_path), "--only", "nonsense"]) == 2
+    assert "unknown nonsense; known: toys_by_sampler" in capsys.readouterr().err
