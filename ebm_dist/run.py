@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +23,17 @@ from rich.console import Console
 from ebm_dist import __version__, checkpoint
 from ebm_dist.actors.controller import Controller, Graph, Schedule
 from ebm_dist.actors.evaluator import Evaluator
-from ebm_dist.actors.handles import Backend, Handle, InlineBackend, RayBackend
+from ebm_dist.actors.handles import (
+    Backend,
+    Handle,
+    InlineBackend,
+    PartDied,
+    RayBackend,
+    Ref,
+)
 from ebm_dist.actors.learner import LearnerRank
+from ebm_dist.actors.learners import LearnerGroup
+from ebm_dist.actors.observers import EvaluatorLink, HubLink
 from ebm_dist.actors.placement import available_cores, plan
 from ebm_dist.actors.shard_host import ShardHost
 from ebm_dist.actors.worker import Worker
@@ -123,7 +132,7 @@ def _train(
         stack.callback(backend.close)
         if (notice := getattr(backend, "log_dir", None)) is not None:
             log.info("Ray's logs: %s", notice)
-        graph, capacities = _build(config, spec, run_dir, backend, found, stack)
+        graph = _build(config, spec, run_dir, backend, found, stack, view.say)
         for line in found.skipped if found else ():
             view.say(f"passed over a damaged checkpoint: {line}")
 
@@ -148,19 +157,19 @@ def _train(
             },
             save_grid=draw,
         )
-        hub = backend.get(graph.hub.call("info"), 60.0)
+        hub = graph.hub.info(60.0)
         view.say(str(hub.get("notice") or f"W&B: {hub.get('mode')}"))
         if found is not None:
-            controller.restore(found, capacities)
+            controller.restore(found)
             view.say(f"resumed from {found.path.name}")
         finished = controller.run()
         if finished and config.evaluation.every is not None:
             controller.evaluate()
             controller.finish_evaluation()
-        backend.get(graph.hub.call("flush"), 120.0)
-        hub = backend.get(graph.hub.call("info"), 60.0)
+        graph.hub.flush(120.0)
+        hub = graph.hub.info(60.0)
         with contextlib.suppress(Exception):
-            backend.get(graph.hub.call("close"), config.tracking.finish_timeout + 10.0)
+            backend.get(graph.hub.handle.call("close"), config.tracking.finish_timeout + 10.0)
     export_dir = export_run(run_dir, run_dir / "export") if finished else None
     pictures = sorted((run_dir / "samples").glob("*.png"))
     final_screen(
@@ -190,7 +199,8 @@ def _build(
     backend: Backend,
     found: checkpoint.CheckpointDir | None,
     stack: contextlib.ExitStack,
-) -> tuple[Graph, list[int]]:
+    say: Callable[[str], None],
+) -> Graph:
     seed = config.run.seed
     placement = plan(
         config.runtime,
@@ -220,44 +230,49 @@ def _build(
             num_gpus=placement.worker_gpus,
         )
 
-    hub = backend.spawn(
-        MetricHub,
-        {
-            "config": config.tracking,
-            "run_dir": run_dir.absolute(),
-            "run_config": config.model_dump(mode="json"),
-            "run_name": config.run.name,
-            "resume_id": tracking.get("id"),
-            "resume_step": found.step if found else None,
-        },
-        name="hub",
-        num_threads=1,
-        beside_driver=True,
-    )
+    def spawn_hub(resume_id: str | None) -> Handle:
+        return backend.spawn(
+            MetricHub,
+            {
+                "config": config.tracking,
+                "run_dir": run_dir.absolute(),
+                "run_config": config.model_dump(mode="json"),
+                "run_name": config.run.name,
+                "resume_id": resume_id,
+                # Rows past the checkpoint are of updates that will be done again. A hub that
+                # replaces a dead one of this run has none such.
+                "resume_step": found.step if found and hub is None else None,
+            },
+            name="hub",
+            num_threads=1,
+            beside_driver=True,
+        )
+
     capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
-    shards: list[Handle] = []
-    if needs_negatives:
-        for index, capacity in enumerate(capacities):
-            shards.append(
-                backend.spawn(
-                    ShardHost,
-                    {
-                        "config": config.buffer,
-                        "data": config.data if config.buffer.init == "data" else None,
-                        "spec": spec,
-                        "index": index,
-                        "num_shards": config.buffer.num_shards,
-                        "capacity": capacity,
-                        "max_lease": config.workers.num_chains,
-                        "seed": seed,
-                    },
-                    name=f"shard-{index}",
-                    num_threads=1,
-                )
-            )
-    workers = [spawn_worker(index) for index in range(config.workers.num_workers)]
-    ranks = [
-        backend.spawn(
+    slots = _slots_directory(config, run_dir, backend, stack)
+
+    def spawn_shard(index: int) -> Handle:
+        return backend.spawn(
+            ShardHost,
+            {
+                "config": config.buffer,
+                "data": config.data if config.buffer.init == "data" else None,
+                "spec": spec,
+                "index": index,
+                "num_shards": config.buffer.num_shards,
+                "capacity": capacities[index],
+                "max_lease": config.workers.num_chains,
+                "seed": seed,
+                "directory": str(slots / f"shard_{index:04d}") if slots else None,
+            },
+            name=f"shard-{index}",
+            num_threads=1,
+            # A checkin waits for its worker; the next checkout must not wait for the checkin.
+            any_order=True,
+        )
+
+    def spawn_rank(rank: int) -> Handle:
+        return backend.spawn(
             LearnerRank,
             {
                 "config": config.learner,
@@ -273,11 +288,9 @@ def _build(
             num_threads=placement.learner_threads,
             num_gpus=placement.learner_gpus,
         )
-        for rank in range(config.learner.num_ranks)
-    ]
-    evaluator = None
-    if config.evaluation.every is not None:
-        evaluator = backend.spawn(
+
+    def spawn_evaluator() -> Handle:
+        return backend.spawn(
             Evaluator,
             {
                 "config": config.evaluation,
@@ -289,25 +302,65 @@ def _build(
             name="evaluator",
             num_threads=1,
         )
-    parts = [hub, *shards, *workers, *ranks, *([evaluator] if evaluator else [])]
-    backend.await_started(parts)
-    meeting = backend.rendezvous(ranks[0])
-    for ref in [rank.call("start", meeting) for rank in ranks]:
-        backend.get(ref, config.runtime.start_timeout_s)
-    for rank in ranks:
+
+    hub: HubLink | None = None
+    hub = HubLink(backend, spawn_hub, resume_id=tracking.get("id"), say=say)
+    shards = [spawn_shard(i) for i in range(len(capacities))] if needs_negatives else []
+    workers = [spawn_worker(index) for index in range(config.workers.num_workers)]
+    learners = LearnerGroup(
+        backend,
+        spawn_rank,
+        num_ranks=config.learner.num_ranks,
+        start_timeout_s=config.runtime.start_timeout_s,
+        call_timeout_s=config.flow.stall_timeout_s,
+    )
+    evaluator = None
+    if config.evaluation.every is not None:
+        evaluator = EvaluatorLink(backend, spawn_evaluator, say=say)
+    parts = [hub.handle, *shards, *workers, *learners.ranks]
+    backend.await_started([*parts, *([evaluator.handle] if evaluator else [])])
+
+    def wait(refs: Sequence[Ref], timeout: float) -> None:
+        for ref in refs:
+            with contextlib.suppress(PartDied):  # told by who reads it
+                backend.get(ref, timeout)
+
+    learners.meet(wait)
+
+    def close_ranks() -> None:
         # DeepSpeed's process group outlives the actor call that made it; leave it in order.
-        stack.callback(_quietly, backend, rank, "close")
-    graph = Graph(
+        for ref in [rank.call("close") for rank in learners.ranks]:
+            with contextlib.suppress(Exception):
+                backend.get(ref, 10.0)
+
+    stack.callback(close_ranks)
+    return Graph(
         backend=backend,
         shards=shards,
+        capacities=capacities,
         workers=workers,
-        ranks=ranks,
+        learners=learners,
         hub=hub,
         evaluator=evaluator,
         respawn_worker=spawn_worker,
+        respawn_shard=spawn_shard,
         needs_negatives=needs_negatives,
+        lease_timeout_s=config.buffer.lease_timeout_s,
     )
-    return graph, capacities
+
+
+def _slots_directory(
+    config: RunConfig, run_dir: Path, backend: Backend, stack: contextlib.ExitStack
+) -> Path | None:
+    """Where the shards of a local run keep their chains, so that they outlive their process."""
+    if not getattr(backend, "local", False) or not Path("/dev/shm").is_dir():
+        return None
+    path = Path("/dev/shm") / f"ebm_dist-{os.getuid()}-{_short_hash(str(run_dir.absolute()))}"
+    # `run_dir` is ours alone, so what is there was left by an attempt that was killed.
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(mode=0o700)
+    stack.callback(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
 def _schedule(config: RunConfig) -> Schedule:
@@ -474,11 +527,6 @@ class _Logged:
 
 def _short_hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-def _quietly(backend: Backend, part: Handle, method: str) -> None:
-    with contextlib.suppress(Exception):
-        backend.get(part.call(method), 10.0)
 
 
 def _replace_text(path: Path, text: str) -> None:

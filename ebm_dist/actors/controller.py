@@ -1,9 +1,15 @@
-"""The training loop: rounds to workers, negatives to learners, weights back, cuts to disk."""
+"""The training loop: rounds to workers, negatives to learners, weights back, cuts to disk.
+
+Any part but this one may die. Workers are the pool's to replace, the hub and the evaluator their
+links'. A learner rank takes the model's last updates with it: the group starts anew from the
+last checkpoint. In `sync` mode a shard's death does the same to the whole run, which then
+repeats those updates bit for bit; in `async` mode the others do not go back.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,8 +17,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from ebm_dist import checkpoint
-from ebm_dist.actors.handles import Backend, Handle, Ref
-from ebm_dist.actors.pool import Committed, RoundPool
+from ebm_dist.actors.cut import (
+    Progress,
+    read_manifest,
+    restore_shards,
+    write_cut,
+    write_manifest,
+)
+from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
+from ebm_dist.actors.learners import LearnerGroup
+from ebm_dist.actors.observers import EvaluatorLink, HubLink
+from ebm_dist.actors.pool import MAX_ATTEMPTS, Committed, RoundPool
 from ebm_dist.actors.window import MetricWindow
 from ebm_dist.buffer.policy import FlowConfig
 from ebm_dist.errors import RunFailed
@@ -52,30 +67,27 @@ class Graph:
 
     backend: Backend
     shards: list[Handle]
+    capacities: list[int]
+    """Slots of each shard."""
     workers: list[Handle]
-    ranks: list[Handle]
-    hub: Handle
-    evaluator: Handle | None
+    learners: LearnerGroup
+    hub: HubLink
+    evaluator: EvaluatorLink | None
     respawn_worker: Callable[[int], Handle]
+    respawn_shard: Callable[[int], Handle]
     needs_negatives: bool
+    lease_timeout_s: float
 
 
-@dataclass(slots=True)
-class Progress:
-    """What a checkpoint remembers of the controller."""
-
-    step: int = 0
-    version: int = 0
-    epoch: int = 0
-    next_lease: int = 0
-    mcmc_steps: int = 0
-    wall_s: float = 0.0
+class RollBack(PartDied):
+    """The run as a whole has to go back to its last checkpoint."""
 
 
 @dataclass(slots=True)
 class _Consumed:
     leases: list[Committed]
-    negatives: list[Ref]
+    negatives: list[tuple[int, Ref]]
+    version: int
     wait_s: float
 
 
@@ -111,9 +123,11 @@ class Controller:
         self._window = MetricWindow()
         self._flat: Ref = None
         self._ema: Ref = None
-        self._evaluation: tuple[int, Ref] | None = None
+        self._last_cut = -1
+        self._farthest = 0
+        self._failures = 0
         self._leases_per_update = schedule.batch_size // schedule.num_chains
-        inline = not hasattr(graph.backend, "local")
+        inline = not graph.backend.concurrent
         # Inline rounds run where they are started: starting them early would only age them.
         updates_ahead = 1 if inline else max(1, flow.max_lag)
         rounds_ahead = self._leases_per_update * updates_ahead
@@ -127,8 +141,12 @@ class Controller:
             graph.shards,
             graph.workers,
             respawn_worker=graph.respawn_worker,
+            respawn_shard=self._respawn_shard,
+            on_rejected=self._on_rejected,
+            say=view.say,
             num_chains=schedule.num_chains,
             depth=2,
+            hang_s=2.0 * graph.lease_timeout_s,
         )
 
     # --- the loop -----------------------------------------------------------------------------
@@ -138,80 +156,87 @@ class Controller:
         start = time.monotonic() - self.progress.wall_s
         self._publish_current()
         self._window.reset()
-        while self.progress.step < self._schedule.num_updates:
-            if self._should_stop():
-                self.cut(f"stopped at update {self.progress.step}")
-                return False
-            self._update()
-            self.progress.wall_s = time.monotonic() - start
-            step = self.progress.step
-            if step % self._schedule.log_every == 0 or step == self._schedule.num_updates:
-                self._log()
-            if (every := self._schedule.evaluate_every) is not None and step % every == 0:
-                self.evaluate()
-            self._collect_evaluation(block=False)
-            if step % self._schedule.checkpoint_every == 0 and step < self._schedule.num_updates:
-                self.cut()
+        while True:
+            try:
+                if self._should_stop():
+                    self.cut(f"stopped at update {self.progress.step}")
+                    return False
+                # At update 0 as well: whatever dies before the second cut has one to go back to.
+                if self._cut_is_due():
+                    self.cut()
+                if self.progress.step >= self._schedule.num_updates:
+                    break
+                self._update()
+                self.progress.wall_s = time.monotonic() - start
+                self._observe()
+            except PartDied as died:
+                self._recover(died)
+            except TimeoutError as error:
+                raise RunFailed(
+                    f"update {self.progress.step}: a part gave no answer within "
+                    f"{self._flow.stall_timeout_s:.0f} s (flow.stall_timeout_s): {error}"
+                ) from error
         self.finish_evaluation()
-        self.cut()
         return True
 
+    def _cut_is_due(self) -> bool:
+        step = self.progress.step
+        due = step % self._schedule.checkpoint_every == 0 or step >= self._schedule.num_updates
+        return due and step != self._last_cut
+
     def _update(self) -> None:
+        step = self.progress.step
         consumed = self._take_negatives() if self._graph.needs_negatives else None
-        replies = self._start_update(consumed)
-        waited = self._await_learners(replies)
-        metrics = self._backend.get(replies[0][0], timeout=30.0)
+        lr = learning_rate(self._learner, step, self._schedule.num_updates)
+        learners = self._graph.learners
+        replies = learners.update(
+            step, lr, self._schedule.batch_size, consumed.negatives if consumed else None
+        )
+        began = time.monotonic()
+        self._wait(
+            [reply[0] for reply in replies], self._flow.stall_timeout_s, each=learners.result
+        )
+        waited = time.monotonic() - began
+        metrics = learners.result(replies[0][0])
         self.progress.step += 1
         self._publish(replies[0][1], replies[0][2])
         self._window.add_update(metrics)
         self._window.add_wait(consumed.wait_s if consumed else 0.0, waited)
         if consumed is not None:
-            lags = [self.progress.version - 1 - lease.version for lease in consumed.leases]
-            self._window.add_lag(lags)
+            self._window.add_lag([consumed.version - lease.version for lease in consumed.leases])
             for lease in consumed.leases:
                 self._window.add_round(lease.stats)
         self._view.update(
             self.progress.step, {**self.metrics, **metrics}, self._window.bottleneck()
         )
 
-    def _start_update(self, consumed: _Consumed | None) -> list[list[Ref]]:
-        step = self.progress.step
-        lr = learning_rate(self._learner, step, self._schedule.num_updates)
-        replies = []
-        num_ranks = len(self._graph.ranks)
-        per_rank = self._schedule.batch_size // num_ranks
-        for index, rank in enumerate(self._graph.ranks):
-            parts: list[tuple[int, int]] = []
-            refs: list[Ref] = []
-            if consumed is not None:
-                low, high = index * per_rank, (index + 1) * per_rank
-                offset = 0
-                for lease, ref in zip(consumed.leases, consumed.negatives):
-                    first, last = max(low, offset), min(high, offset + lease.num_chains)
-                    if first < last:
-                        parts.append((first - offset, last - offset))
-                        refs.append(ref)
-                    offset += lease.num_chains
-            replies.append(rank.call("update", step, lr, parts, *refs, num_returns=3))
-        return replies
+    def _wait(
+        self,
+        refs: Sequence[Ref],
+        timeout: float,
+        *,
+        each: Callable[[Ref], Any] | None = None,
+    ) -> None:
+        """Keep rounds going until `refs` are done; `each` sees them as they come.
 
-    def _await_learners(self, replies: list[list[Ref]]) -> float:
-        """Keep rounds going until every rank is done; returns the seconds that took."""
+        Raises:
+            RunFailed: they were not done in `timeout` seconds.
+        """
         start = time.monotonic()
-        pending = [reply[0] for reply in replies]
+        pending = list(refs)
         while pending:
             done = self._pool.poll(_POLL_S, *pending)
             for ref in done:
-                self._backend.get(ref, timeout=30.0)  # a rank that failed fails the run here
+                if each is not None:
+                    each(ref)
             pending = [ref for ref in pending if ref not in done]
-            if self._flow.mode == "async":
+            if self._flow.mode == "async" and self._graph.needs_negatives:
                 self._top_up()
-            if time.monotonic() - start > self._flow.stall_timeout_s:
+            if time.monotonic() - start > timeout:
                 raise RunFailed(
-                    f"update {self.progress.step} did not end within "
-                    f"{self._flow.stall_timeout_s:.0f} s (flow.stall_timeout_s): learner ranks hang"
+                    f"update {self.progress.step}: the learner ranks gave no answer within "
+                    f"{timeout:.0f} s (flow.stall_timeout_s)"
                 )
-        return time.monotonic() - start
 
     # --- negatives ----------------------------------------------------------------------------
 
@@ -222,25 +247,57 @@ class Controller:
             first = self.progress.step * self._leases_per_update
             wanted = range(first, first + self._leases_per_update)
             self.progress.next_lease = wanted.stop
-            for lease_id in wanted:
-                self._pool.start(lease_id, self._shard_of(lease_id), self._schedule.num_steps)
+            self._pool.start_together(
+                [(i, self._shard_of(i)) for i in wanted], self._schedule.num_steps
+            )
             self._poll_until(lambda: all(i in self._pool.committed for i in wanted))
             chosen = [self._pool.committed.pop(i) for i in wanted]
+            taken = self._take(chosen)
+            if len(taken) < len(chosen):
+                raise RollBack("a shard died with negatives of this update")
         else:
             self._top_up()
-            chosen: list[Committed] = []
-            while len(chosen) < self._leases_per_update:
-                self._poll_until(lambda: bool(self._pool.committed))
-                oldest = self._pool.committed.pop(next(iter(self._pool.committed)))
-                if self._is_usable(oldest):
-                    chosen.append(oldest)
-                self._top_up(reserved=len(chosen))
-        negatives = [self._graph.shards[c.shard].call("take", c.lease_id) for c in chosen]
-        return _Consumed(chosen, negatives, time.monotonic() - start)
+            taken: list[tuple[Committed, Ref]] = []
+            while len(taken) < self._leases_per_update:
+                chosen = []
+                while len(taken) + len(chosen) < self._leases_per_update:
+                    self._poll_until(lambda: bool(self._pool.committed))
+                    oldest = self._pool.committed.pop(next(iter(self._pool.committed)))
+                    if self._is_usable(oldest):
+                        chosen.append(oldest)
+                    self._top_up(reserved=len(taken) + len(chosen))
+                taken += self._take(chosen)
+        return _Consumed(
+            leases=[lease for lease, _ in taken],
+            negatives=[(lease.num_chains, ref) for lease, ref in taken],
+            version=self.progress.version,
+            wait_s=time.monotonic() - start,
+        )
+
+    def _take(self, chosen: list[Committed]) -> list[tuple[Committed, Ref]]:
+        """References of the negatives of `chosen`, without those whose shard has died.
+
+        Only a small answer is read here. A learner is never given the reference of a shard that
+        is gone: its peers would wait for it in a collective.
+        """
+        replies = [
+            (lease, *self._graph.shards[lease.shard].call("take", lease.lease_id, num_returns=2))
+            for lease in chosen
+        ]
+        taken = []
+        for lease, answer, negatives in replies:
+            try:
+                if self._backend.get(answer, self._flow.stall_timeout_s):
+                    taken.append((lease, negatives))
+            except PartDied as died:
+                if not self._backend.alive(self._graph.shards[lease.shard]):
+                    self._pool.replace_shard(lease.shard, str(died))
+        return taken
 
     def _is_usable(self, lease: Committed) -> bool:
         """Whether the learner may consume `lease` now; if not, do what flow.stale says."""
         lag = self.progress.version - lease.version
+        assert lag >= 0, f"negatives of version {lease.version} at {self.progress.version}"
         if lag <= self._flow.max_lag or self._flow.stale == "reweight":
             return True
         if self._flow.stale == "drop":
@@ -288,10 +345,7 @@ class Controller:
 
     def _publish_current(self) -> None:
         """Hand the weights as they are to the pool, at the start of a run."""
-        refs = [rank.call("weights") for rank in self._graph.ranks]
-        for ref in refs[1:]:
-            self._backend.get(ref, timeout=self._flow.stall_timeout_s)
-        self._flat = self._ema = refs[0]
+        self._flat = self._ema = self._graph.learners.weights(self._wait)
         self._pool.set_weights(self._flat, self.progress.version)
 
     def _publish(self, flat: Ref, ema: Ref) -> None:
@@ -301,19 +355,34 @@ class Controller:
 
     # --- what is seen ---------------------------------------------------------------------------
 
+    def _observe(self) -> None:
+        step = self.progress.step
+        if step % self._schedule.log_every == 0 or step == self._schedule.num_updates:
+            self._log()
+        if (every := self._schedule.evaluate_every) is not None and step % every == 0:
+            self.evaluate()
+        self._collect_evaluation(0.0)
+
+    @property
+    def restarts(self) -> int:
+        """Parts replaced so far."""
+        graph = self._graph
+        observers = graph.hub.restarts + (graph.evaluator.restarts if graph.evaluator else 0)
+        return self._pool.restarts + graph.learners.restarts + observers
+
     def _log(self) -> None:
         steps = self._pool.mcmc_steps
         values = self._window.close(mcmc_steps=steps, idle_s=self._pool.take_idle_seconds())
         values["sampler/temperature"] = self._schedule.temperature
         values["weights/version"] = float(self.progress.version)
-        values["fault/restarts"] = float(self._pool.restarts)
+        values["fault/restarts"] = float(self.restarts)
         counts = self._pool.counts.values()
         for name in ("free", "leased", "ready", "capacity", "late_checkins", "expired_leases"):
             values[f"buffer/{name}"] = float(sum(c[name] for c in counts))
         if counts:
             values["chain/age_mean"] = sum(c["age_mean"] for c in counts) / len(counts)
         self.metrics.update(values)
-        self._graph.hub.call("log", self.progress.step, self.progress.epoch, values)
+        self._graph.hub.log(self.progress.step, self.progress.epoch, values)
 
     def evaluate(self) -> None:
         """Write the sample grid and start the measurements, which are logged when they come."""
@@ -321,12 +390,11 @@ class Controller:
         chains = self.chains(max(self._schedule.num_samples, self._schedule.num_grid))
         picture = self._save_grid(chains[: self._schedule.num_grid], step)
         if picture is not None:
-            self._graph.hub.call("images", "samples/chains", step, str(picture))
+            self._graph.hub.images("samples/chains", step, str(picture))
         if self._graph.evaluator is None:
             return
-        self._collect_evaluation(block=True)
-        ref = self._graph.evaluator.call("evaluate", step, chains, self._ema)
-        self._evaluation = (step, ref)
+        self.finish_evaluation()
+        self._graph.evaluator.start(step, chains, self._ema)
 
     def chains(self, num: int) -> np.ndarray:
         """`num` chains as they are now, (num, *event): from the shards, or drawn for the occasion
@@ -347,108 +415,131 @@ class Controller:
 
     def finish_evaluation(self) -> None:
         """Wait for the measurements under way."""
-        self._collect_evaluation(block=True)
+        self._collect_evaluation(self._flow.stall_timeout_s)
 
-    def _collect_evaluation(self, *, block: bool) -> None:
-        if self._evaluation is None:
-            return
-        step, ref = self._evaluation
-        if not block and ref not in self._backend.wait([ref], 0.0):
-            return
-        self._evaluation = None
-        try:
-            values = self._backend.get(ref, timeout=self._flow.stall_timeout_s)
-        except Exception as error:  # a measurement that fails must not cost the run
-            self._view.say(f"evaluation at update {step} failed: {str(error).splitlines()[0]}")
-            return
-        self.metrics.update(values)
-        self._graph.hub.call("log", step, self.progress.epoch, values)
+    def _collect_evaluation(self, timeout: float) -> None:
+        evaluator = self._graph.evaluator
+        if evaluator is not None and (done := evaluator.collect(timeout)) is not None:
+            step, values = done
+            self.metrics.update(values)
+            self._graph.hub.log(step, self.progress.epoch, values)
 
     # --- checkpoints ----------------------------------------------------------------------------
 
     def cut(self, why: str = "") -> Path | None:
         """Write one consistent cut between two updates; on a full disk, say so and go on."""
-        timeout = self._flow.stall_timeout_s
-        rank_refs = [rank.call("state") for rank in self._graph.ranks]
+        progress, timeout = self.progress, self._flow.stall_timeout_s
         shard_refs = [shard.call("snapshot") for shard in self._graph.shards]
-        hub = self._backend.get(self._graph.hub.call("info"), timeout)
-        ranks = [self._backend.get(ref, timeout) for ref in rank_refs]
+        ranks = self._graph.learners.state(self._wait)
         shards = [self._backend.get(ref, timeout) for ref in shard_refs]
-        tensors = {"learner": ranks[0]["learner"], "ema": ranks[0]["ema"] or {}}
-        tensors |= {f"shard_{i:04d}": shard["arrays"] for i, shard in enumerate(shards)}
-        self.progress.mcmc_steps = self._pool.mcmc_steps
-        meta = {
-            **self._meta,
-            "version": self.progress.version,
-            "epoch": self.progress.epoch,
-            "next_lease": self.progress.next_lease,
-            "wall_s": self.progress.wall_s,
-            "ranks": [rank["data"] for rank in ranks],
-            "shards": [shard["meta"] for shard in shards],
-            "tracking": hub,
-        }
-        step = self.progress.step
+        # A part that dies up to here has this cut tried again; a disk that refuses does not.
+        self._last_cut = progress.step
+        meta = {**self._meta, "tracking": self._graph.hub.info(60.0)}
         try:
-            path = checkpoint.save(self._run_dir, step, tensors, meta, keep=self._schedule.keep)
-            manifest = {"format": checkpoint.FORMAT, "latest": path.name, "step": step}
-            checkpoint.write_manifest(self._run_dir, {**manifest, "run": self._meta["name"]})
+            path = write_cut(self._run_dir, progress, ranks, shards, meta, keep=self._schedule.keep)
         except OSError as error:
             self._view.say(
-                f"checkpoint at update {step} not written ({error.strerror}): {self._run_dir}; "
-                "the one before it is still valid, training goes on"
+                f"checkpoint at update {progress.step} not written ({error.strerror}): "
+                f"{self._run_dir}; the one before it is still valid, training goes on"
             )
             return None
         self._view.say(f"checkpoint {path.name}" + (f" ({why})" if why else ""))
         return path
 
-    def restore(self, found: checkpoint.CheckpointDir, shard_capacities: list[int]) -> None:
+    def restore(self, found: checkpoint.CheckpointDir) -> None:
         """Continue from `found`, whatever its numbers of ranks and shards were."""
-        meta, timeout = found.meta, self._flow.stall_timeout_s
-        learner, ema = found.tensors("learner"), found.tensors("ema") or None
-        cursors = meta["ranks"]
-        refs = [
-            rank.call("load", learner, ema, cursors[i] if i < len(cursors) else cursors[0])
-            for i, rank in enumerate(self._graph.ranks)
-        ]
-        refs += restore_shards(self._graph.shards, found, shard_capacities)
-        for ref in refs:
-            self._backend.get(ref, timeout)
+        self._load_learners(found)
+        self._load_shards(found)
+        newest = read_manifest(self._run_dir)
         self.progress = Progress(
             step=found.step,
-            version=int(meta["version"]),
-            epoch=int(meta["epoch"]) + 1,
-            next_lease=int(meta["next_lease"]),
-            wall_s=float(meta["wall_s"]),
+            # Those of the manifest were given out by an attempt that then went back.
+            version=max(int(found.meta["version"]), newest.get("version", 0)),
+            epoch=max(int(found.meta["epoch"]), newest.get("epoch", 0)) + 1,
+            next_lease=int(found.meta["next_lease"]),
+            wall_s=float(found.meta["wall_s"]),
         )
+        self._farthest = self._last_cut = found.step
 
+    def _load_learners(self, found: checkpoint.CheckpointDir) -> None:
+        learner, ema = found.tensors("learner"), found.tensors("ema") or None
+        self._graph.learners.load(learner, ema, found.meta["ranks"], self._wait)
 
-def restore_shards(
-    shards: list[Handle], found: checkpoint.CheckpointDir, capacities: list[int]
-) -> list[Ref]:
-    """Deal the chains of the checkpoint out to today's shards, none lost and none doubled.
+    def _load_shards(self, found: checkpoint.CheckpointDir) -> None:
+        refs = restore_shards(self._graph.shards, found, self._graph.capacities)
+        for ref in refs:
+            self._backend.get(ref, self._flow.stall_timeout_s)
 
-    Raises:
-        RunFailed: they do not fit.
-    """
-    names = [name for name in found.names if name.startswith("shard_")]
-    if not names:
-        return []
-    saved = [found.arrays(name) for name in names]
-    merged = {key: np.concatenate([part[key] for part in saved]) for key in saved[0]}
-    total, room = len(merged["generation"]), sum(capacities)
-    if total > room:
-        raise RunFailed(
-            f"the checkpoint holds {total} chains, buffer.capacity has room for {room}; "
-            f"set buffer.capacity to {total} or more"
-        )
-    metas = found.meta["shards"]
-    # Chains change shards: an identity given out anywhere must not be given out again.
-    next_chain = max(int(meta["next_chain"]) for meta in metas)
-    refs, start = [], 0
-    for index, (shard, capacity) in enumerate(zip(shards, capacities)):
-        stop = min(start + capacity, total)
-        arrays = {key: value[start:stop] for key, value in merged.items()}
-        cursor = metas[index]["data"] if index < len(metas) else None
-        refs.append(shard.call("restore", arrays, {"next_chain": next_chain, "data": cursor}))
-        start = stop
-    return refs
+    # --- when parts die -------------------------------------------------------------------------
+
+    def _recover(self, died: PartDied) -> None:
+        """Replace what is dead, and go back to the last checkpoint where state was lost.
+
+        Raises:
+            RunFailed: it happened `MAX_ATTEMPTS` times without a new update between.
+        """
+        if self.progress.step > self._farthest:
+            self._farthest, self._failures = self.progress.step, 0
+        back = isinstance(died, RollBack)
+        while True:
+            self._failures += 1
+            if self._failures > MAX_ATTEMPTS:
+                raise RunFailed(
+                    f"update {self._farthest} was not reached in {MAX_ATTEMPTS} attempts; the "
+                    f"last one ended with: {died}"
+                ) from died
+            try:
+                if back or self._graph.learners.lost():
+                    self._go_back(died)
+                self._pool.check()
+                return
+            except PartDied as again:
+                died, back = again, back or isinstance(again, RollBack)
+
+    def _go_back(self, died: PartDied) -> None:
+        """Continue from the last checkpoint: the learners, and in sync mode the chains as well."""
+        start = time.monotonic()
+        found = checkpoint.latest(self._run_dir)
+        if found is None:
+            raise RunFailed(f"{died}, and there is no checkpoint to go back to") from died
+        lost = self.progress.step - found.step
+        self._view.say(f"{died}: going back {lost} updates to {found.path.name}")
+        if self._flow.mode == "sync":
+            self._pool.forget_all()
+        if self._graph.learners.lost():
+            self._graph.learners.rebuild(self._wait)
+        self._load_learners(found)
+        if self._flow.mode == "sync":
+            self._load_shards(found)
+        progress = self.progress
+        progress.step, progress.epoch = found.step, progress.epoch + 1
+        # The counter goes on: a lag is a difference of versions, and never negative.
+        progress.version += 1
+        self._last_cut = found.step
+        write_manifest(self._run_dir, found.path.name, progress, self._meta["name"])
+        self._publish_current()
+        self._view.say(f"the learners go on after {time.monotonic() - start:.1f} s")
+
+    def _respawn_shard(self, index: int) -> Handle:
+        """A process that takes over the chains of shard `index`, or what the last cut had."""
+        start = time.monotonic()
+        shard = self._graph.shards[index] = self._graph.respawn_shard(index)
+        if self._flow.mode == "sync":
+            raise RollBack(f"shard {index} died with the leases of this update")
+        status = self._backend.get(shard.call("status"), self._flow.stall_timeout_s)
+        what = f"all {status['counts']['capacity']} chains"
+        if not status["attached"]:
+            found = checkpoint.latest(self._run_dir)
+            refs = restore_shards(self._graph.shards, found, self._graph.capacities, only=index)
+            for ref in refs:
+                self._backend.get(ref, self._flow.stall_timeout_s)
+            what = f"{status['counts']['capacity']} chains rolled back to update " + (
+                str(found.step) if found is not None and refs else "0"
+            )
+        self._view.say(f"{shard.name} is back with {what} after {time.monotonic() - start:.1f} s")
+        return shard
+
+    def _on_rejected(self, shard: int) -> None:
+        # Drawn again, the lease would have other slots than in a run where nothing was late.
+        if self._flow.mode == "sync":
+            raise RollBack(f"shard {shard} refused a round of this update (it came too late)")

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 from ebm_dist.errors import RunFailed, UserError
 
+log = logging.getLogger("ebm_dist")
+
 Ref = Any
 """A result that may not be there yet: an `InlineResult`, or Ray's ObjectRef."""
 
@@ -38,6 +40,9 @@ class Handle(Protocol):
 class Backend(Protocol):
     """Creates parts and waits for them."""
 
+    concurrent: bool
+    """Whether parts work at the same time, or each where it is called."""
+
     def spawn(
         self,
         factory: type,
@@ -48,9 +53,15 @@ class Backend(Protocol):
         num_cpus: float = 0.0,
         num_gpus: float = 0.0,
         beside_driver: bool = False,
+        any_order: bool = False,
     ) -> Handle:
-        """Create `factory(**kwargs)`; `beside_driver` keeps it on the driver's machine, whose
-        disk holds the run directory."""
+        """Create `factory(**kwargs)`.
+
+        Args:
+            beside_driver: on the driver's machine, whose disk holds the run directory.
+            any_order: run a call when its arguments are there. Otherwise calls run in the order
+                they were made, and one that waits for another part holds up all after it.
+        """
         ...
 
     def put(self, value: Any) -> Ref: ...
@@ -62,8 +73,8 @@ class Backend(Protocol):
         """The value; raises what the call raised, PartDied, or TimeoutError."""
         ...
 
-    def rendezvous(self, handle: Handle) -> tuple[str, int]:
-        """(host, free port) of the machine that `handle` runs on."""
+    def rendezvous(self, handle: Handle) -> Ref:
+        """Reference of (host, free port) of the machine that `handle` runs on."""
         ...
 
     def await_started(self, handles: Sequence[Any]) -> None:
@@ -144,6 +155,8 @@ def _resolve(arg: Any) -> Any:
 class InlineBackend:
     """Every part in this process: for debugging, notebooks and as the reference in tests."""
 
+    concurrent = False
+
     def __init__(self) -> None:
         tune_process(None)
         self._parts: list[InlineHandle] = []
@@ -158,6 +171,7 @@ class InlineBackend:
         num_cpus: float = 0.0,
         num_gpus: float = 0.0,
         beside_driver: bool = False,
+        any_order: bool = False,
     ) -> InlineHandle:
         handle = InlineHandle(name, factory(**kwargs), num_threads)
         self._parts.append(handle)
@@ -172,8 +186,8 @@ class InlineBackend:
     def get(self, ref: Ref, timeout: float) -> Any:
         return _resolve(ref)
 
-    def rendezvous(self, handle: Handle) -> tuple[str, int]:
-        return "127.0.0.1", free_port("127.0.0.1")
+    def rendezvous(self, handle: Handle) -> InlineResult:
+        return InlineResult(("127.0.0.1", free_port("127.0.0.1")))
 
     def await_started(self, handles: Sequence[Any]) -> None:
         """They have: `spawn` runs the constructor."""
@@ -228,6 +242,8 @@ class RayHandle:
 class RayBackend:
     """Parts as Ray actors, on a local Ray of our own or on a running cluster."""
 
+    concurrent = True
+
     def __init__(
         self,
         address: str,
@@ -271,13 +287,15 @@ class RayBackend:
         except Exception as error:
             if self.local:
                 raise RunFailed(
-                    f"Ray did not start on this machine: {_first_line(error)}"
+                    f"Ray did not start on this machine: {first_line(error)}"
                 ) from error
             raise UserError(
-                f"runtime.address: no Ray cluster answers at {address!r} ({_first_line(error)}); "
+                f"runtime.address: no Ray cluster answers at {address!r} ({first_line(error)}); "
                 "start one with `ray start --head`, or use runtime.address=local"
             ) from error
         self._handles: list[RayHandle] = []
+        self._starting: list[tuple[RayHandle, Ref]] = []
+        self._num_spawned: dict[str, int] = {}
 
     @property
     def num_gpus(self) -> int:
@@ -297,33 +315,46 @@ class RayBackend:
         num_cpus: float = 0.0,
         num_gpus: float = 0.0,
         beside_driver: bool = False,
+        any_order: bool = False,
     ) -> RayHandle:
         env = {}
         if num_threads is not None:
             # Before torch is imported, or its pools keep the size they were born with.
             env = {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
+        # Ray gives a dead actor's name free some time later; a successor has its own.
+        count = self._num_spawned[name] = self._num_spawned.get(name, 0) + 1
         actor = (
             self._ray.remote(_Host)
             .options(
-                name=name,
+                name=name if count == 1 else f"{name}.{count}",
                 # On a Ray of our own the threads share the cores out; a claim could only
                 # keep an actor from starting.
                 num_cpus=0 if self.local else num_cpus,
                 num_gpus=num_gpus,
                 max_restarts=0,
                 scheduling_strategy=self._here() if beside_driver else "DEFAULT",
+                allow_out_of_order_execution=any_order,
                 runtime_env={"env_vars": env} if env else None,
             )
             .remote(factory, kwargs, num_threads)
         )
         handle = RayHandle(name, actor)
         self._handles.append(handle)
+        self._starting.append((handle, actor.ready.remote()))
         return handle
 
+    def _note_started(self) -> None:
+        """Keep, and log, the process of each part that has started since."""
+        for handle, ref in list(self._starting):
+            if not self._ray.wait([ref], timeout=0)[0]:
+                continue
+            self._starting.remove((handle, ref))
+            with contextlib.suppress(self._errors.RayError):  # whoever calls it will see
+                handle.pid = self._ray.get(ref)
+                log.info("%s runs as process %d", handle.name, handle.pid)
+
     def _here(self) -> Any:
-        return self._beside(
-            node_id=self._ray.get_runtime_context().get_node_id(), soft=False
-        )
+        return self._beside(node_id=self._ray.get_runtime_context().get_node_id(), soft=False)
 
     def await_started(self, handles: Sequence[Any]) -> None:
         """Wait until each constructor has run; raises what it raised."""
@@ -331,17 +362,18 @@ class RayBackend:
         for handle in handles:
             remaining = max(0.1, deadline - time.monotonic())
             try:
-                handle.pid = self.get(handle.actor.ready.remote(), remaining)
+                self.get(handle.actor.ready.remote(), remaining)
             except TimeoutError:
                 raise RunFailed(
                     f"{handle.name} did not start in {self._start_timeout_s:.0f} s; the "
                     f"cluster has {self._ray.available_resources()} free. Lower "
                     "workers.num_workers, or raise runtime.start_timeout_s"
                 ) from None
+        self._note_started()
 
-    def rendezvous(self, handle: Handle) -> tuple[str, int]:
+    def rendezvous(self, handle: Handle) -> Ref:
         assert isinstance(handle, RayHandle)
-        return self.get(handle.actor.rendezvous.remote(self.local), self._start_timeout_s)
+        return handle.actor.rendezvous.remote(self.local)
 
     def put(self, value: Any) -> Ref:
         return self._ray.put(value)
@@ -349,6 +381,8 @@ class RayBackend:
     def wait(self, refs: Sequence[Ref], timeout: float) -> list[Ref]:
         if not refs:
             return []
+        if self._starting:
+            self._note_started()
         unique = list(dict.fromkeys(refs))
         done, _ = self._ray.wait(unique, num_returns=1, timeout=timeout, fetch_local=False)
         if done and len(unique) > 1:
@@ -367,13 +401,13 @@ class RayBackend:
             if isinstance(cause, (UserError, RunFailed, ValueError)):
                 raise cause from None
             if isinstance(cause, errors.RayError):
-                raise PartDied(_first_line(cause)) from None
+                raise PartDied(first_line(cause)) from None
             raise
         except errors.RayError as error:
             cause = _init_cause(error)
             if isinstance(cause, (UserError, RunFailed, ValueError)):
                 raise cause from None
-            raise PartDied(_first_line(error)) from None
+            raise PartDied(first_line(error)) from None
 
     def alive(self, handle: Handle, timeout: float = 5.0) -> bool:
         """False when Ray knows that the actor is dead; a busy actor counts as alive."""
@@ -387,8 +421,10 @@ class RayBackend:
         return True
 
     def kill(self, handle: Handle) -> None:
+        """End the part's process, if it has not ended yet."""
         assert isinstance(handle, RayHandle)
-        self._ray.kill(handle.actor, no_restart=True)
+        with contextlib.suppress(self._errors.RayError):
+            self._ray.kill(handle.actor, no_restart=True)
         self._handles = [known for known in self._handles if known is not handle]
 
     def close(self) -> None:
@@ -405,6 +441,6 @@ def _init_cause(error: Exception) -> BaseException | None:
     return getattr(inner, "cause", None) or inner
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

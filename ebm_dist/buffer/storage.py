@@ -36,6 +36,7 @@ class SlotStorage:
         self._directory = directory
         self._shape = {"capacity": capacity, "num_spare": num_spare, "event": list(event_shape)}
         self.attached = directory is not None and self._matches(directory)
+        epoch = _next_epoch(directory) if directory is not None else 0
         if directory is not None and not self.attached:
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
@@ -48,12 +49,19 @@ class SlotStorage:
         self.row_of_slot = self._array("row_of_slot", (capacity,), np.int64)
         self.generation = self._array("generation", (capacity,), np.int64)
         self.state = self._array("state", (capacity,), np.uint8)
+        self.epoch = self._array("epoch", (1,), np.int64)
+        self.epoch[0] = epoch
         if not self.attached:
             self.row_of_slot[:] = np.arange(capacity)
         self._spare = np.setdiff1d(np.arange(rows), self.row_of_slot)
 
+    def begin_init(self) -> None:
+        """Mark the arrays as being written: a successor starts them anew."""
+        if self._directory is not None:
+            (self._directory / "shape.json").unlink(missing_ok=True)
+
     def finish_init(self) -> None:
-        """Mark the arrays as whole: before this, a successor starts them anew."""
+        """Mark the arrays as whole: a successor takes them over."""
         if self._directory is not None:
             marker = self._directory / "shape.json"
             temporary = marker.with_suffix(".tmp")
@@ -86,3 +94,11 @@ class SlotStorage:
             return np.zeros(shape, dtype)
         path = self._directory / f"{name}.bin"
         return np.memmap(path, dtype, mode="r+" if self.attached else "w+", shape=shape)
+
+
+def _next_epoch(directory: Path) -> int:
+    """One more than the epoch of whoever had `directory` before, whole or not."""
+    try:
+        return int(np.fromfile(directory / "epoch.bin", np.int64, 1)[0]) + 1
+    except (OSError, IndexError):
+        return 0

@@ -1,0 +1,137 @@
+"""The learner ranks as one group: they start together, step together and are replaced together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref, first_line
+from ebm_dist.errors import RunFailed
+
+Wait = Callable[[Sequence[Ref], float], None]
+"""Returns when every reference is done, or raises TimeoutError; the rest of the graph goes on."""
+
+
+class LearnerGroup:
+    """Ranks that hold one model between them. A rank that dies takes the group with it: the
+    others stand in a collective that it will never join, and the model has lost a part."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        spawn: Callable[[int], Handle],
+        *,
+        num_ranks: int,
+        start_timeout_s: float,
+        call_timeout_s: float,
+    ) -> None:
+        self.restarts = 0
+        self.broken = False
+        """Whether a call failed, so that the ranks may be out of step with each other."""
+        self._backend = backend
+        self._spawn = spawn
+        self._num_ranks = num_ranks
+        self._start_timeout_s = start_timeout_s
+        self._call_timeout_s = call_timeout_s
+        self.ranks = [spawn(rank) for rank in range(num_ranks)]
+
+    def meet(self, wait: Wait) -> None:
+        """Form the process group and build the engines."""
+        where = self._backend.rendezvous(self.ranks[0])
+        wait([where], self._start_timeout_s)
+        meeting = self._backend.get(where, self._start_timeout_s)
+        refs = [rank.call("start", meeting) for rank in self.ranks]
+        wait(refs, self._start_timeout_s)
+        self._results(refs)
+
+    def rebuild(self, wait: Wait) -> None:
+        """Replace every rank; the new ones hold initial weights until `load`."""
+        self.restarts += 1
+        for rank in self.ranks:
+            self._backend.kill(rank)
+        self.ranks = [self._spawn(rank) for rank in range(self._num_ranks)]
+        self.broken = False
+        self.meet(wait)
+
+    def load(self, learner: Any, ema: Any, cursors: Sequence[Any], wait: Wait) -> None:
+        """Continue from a checkpoint of any number of ranks."""
+        refs = [
+            rank.call("load", learner, ema, cursors[i] if i < len(cursors) else cursors[0])
+            for i, rank in enumerate(self.ranks)
+        ]
+        wait(refs, self._call_timeout_s)
+        self._results(refs)
+
+    def update(
+        self, step: int, lr: float, batch_size: int, negatives: Sequence[tuple[int, Ref]] | None
+    ) -> list[list[Ref]]:
+        """Start an update on every rank.
+
+        Args:
+            negatives: (number of chains, reference) of each lease; the ranks take consecutive
+                slices of all of them together.
+
+        Returns:
+            References of metrics, flat weights and averaged weights, for each rank.
+        """
+        per_rank = batch_size // self._num_ranks
+        replies = []
+        for index, rank in enumerate(self.ranks):
+            low, high = index * per_rank, (index + 1) * per_rank
+            parts: list[tuple[int, int]] = []
+            refs: list[Ref] = []
+            offset = 0
+            for num, ref in negatives or ():
+                first, last = max(low, offset), min(high, offset + num)
+                if first < last:
+                    parts.append((first - offset, last - offset))
+                    refs.append(ref)
+                offset += num
+            replies.append(rank.call("update", step, lr, parts, *refs, num_returns=3))
+        return replies
+
+    def weights(self, wait: Wait) -> Ref:
+        """A reference of the flat weights as they are."""
+        refs = [rank.call("weights") for rank in self.ranks]
+        wait(refs, self._call_timeout_s)
+        self._results(refs[1:])
+        return refs[0]
+
+    def state(self, wait: Wait) -> list[dict[str, Any]]:
+        """What a checkpoint keeps of each rank; the model is with the first."""
+        refs = [rank.call("state") for rank in self.ranks]
+        wait(refs, self._call_timeout_s)
+        return self._results(refs)
+
+    def result(self, ref: Ref) -> Any:
+        """The value of a finished call.
+
+        Raises:
+            PartDied: a rank is gone, or lost the others.
+            NonFinite, ValueError: as the rank raised them.
+        """
+        try:
+            return self._backend.get(ref, 30.0)
+        except PartDied:
+            self.broken = True
+            raise
+        except (RunFailed, ValueError):
+            raise
+        except Exception as error:
+            self.broken = True
+            # With peers, an error that is none of ours is the collective that lost one of them.
+            if self._num_ranks > 1 and _is_runtime_error(error):
+                raise PartDied(f"a learner rank lost the others: {first_line(error)}") from error
+            raise
+
+    def lost(self) -> bool:
+        """Whether a rank is known to be dead or out of step."""
+        return self.broken or not all(self._backend.alive(rank) for rank in self.ranks)
+
+    def _results(self, refs: Sequence[Ref]) -> list[Any]:
+        return [self.result(ref) for ref in refs]
+
+
+def _is_runtime_error(error: Exception) -> bool:
+    """Torch raises RuntimeError, or a subclass, for a failed collective; Ray wraps it."""
+    return isinstance(getattr(error, "cause", None) or error, RuntimeError)
