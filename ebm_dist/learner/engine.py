@@ -14,7 +14,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +24,8 @@ from torch import Tensor, nn
 
 from ebm_dist.errors import NonFinite, RunFailed
 from ebm_dist.learner.config import LearnerConfig
+from ebm_dist.learner.micro_batch import micro_batches
+from ebm_dist.learner.optimizer import make_optimizer
 from ebm_dist.learner.options import deepspeed_options
 from ebm_dist.learner.partition import keep_shapes, partition_of
 from ebm_dist.learner.step import LearningStep
@@ -122,7 +123,7 @@ class Engine:
             NonFinite: on every rank, when the loss or the gradient of any rank is not finite.
                 Weights and optimiser state are as they were before the call.
         """
-        micro = self._split(batch, negatives)
+        micro = micro_batches(batch, negatives, self.config.accumulation, self.device)
         if isinstance(self._module.objective, Objective):
             self._module.objective.begin_update(self.step)
         totals: dict[str, Tensor] = {}
@@ -301,7 +302,7 @@ class Engine:
         )
         engine, *_ = self._deepspeed.initialize(
             model=self._module,
-            optimizer=_optimizer(self.config, trainable),
+            optimizer=make_optimizer(self.config, trainable),
             model_parameters=trainable,
             config=options,
             dist_init_required=False,
@@ -312,19 +313,6 @@ class Engine:
         if self.zero_stage == 3:
             keep_shapes(trainable)
         return engine
-
-    def _split(
-        self, batch: Batch, negatives: Negatives | None
-    ) -> list[tuple[Batch, Negatives | None]]:
-        """Move to the device and cut into `accumulation` equal micro-batches."""
-        count = self.config.accumulation
-        batch = _to(batch, self.device)
-        negatives = None if negatives is None else _to(negatives, self.device)
-        if count == 1:
-            return [(batch, negatives)]
-        batches = _cut(batch, count, "data.batch_size")
-        cut = [None] * count if negatives is None else _cut(negatives, count, "the negatives")
-        return list(zip(batches, cut))
 
     def _agree(
         self, totals: dict[str, Tensor], gradients: list[Tensor], *, num_micro: int
@@ -415,51 +403,6 @@ def _quiet_deepspeed(device: torch.device) -> Any:
     known = deepspeed.ops.__dict__.setdefault("__compatible_ops__", defaultdict(bool))
     known["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _optimizer(config: LearnerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    # Fused: one pass over the weights in place of ten.
-    common: dict[str, Any] = {
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
-        "fused": True,
-    }
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, **common)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, betas=config.betas, eps=config.eps, **common)
-
-
-def _to(item: Any, device: torch.device) -> Any:
-    """A copy of a dataclass of tensors on `device`."""
-    moved = {
-        name: value.to(device, non_blocking=True)
-        for name in item.__dataclass_fields__
-        if (value := getattr(item, name)) is not None
-    }
-    return replace(item, **moved)
-
-
-def _cut(item: Any, count: int, what: str) -> list[Any]:
-    """A dataclass of tensors cut into `count` equal parts along the first dim."""
-    num = item.x.shape[0]
-    if num % count:
-        raise ValueError(
-            f"learner.accumulation: {count} does not divide the {num} events of a rank "
-            f"({what}); change either"
-        )
-    size = num // count
-    return [
-        replace(
-            item,
-            **{
-                name: value[i * size : (i + 1) * size]
-                for name in item.__dataclass_fields__
-                if (value := getattr(item, name)) is not None
-            },
-        )
-        for i in range(count)
-    ]
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -1,0 +1,59 @@
+"""A rank's batch and negatives, moved to its device and cut for gradient accumulation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ebm_dist.types import Batch, Negatives
+
+
+def micro_batches(
+    batch: Batch, negatives: Negatives | None, count: int, device: torch.device
+) -> list[tuple[Batch, Negatives | None]]:
+    """`count` equal parts of `batch` and `negatives` on `device`.
+
+    Raises:
+        ValueError: `count` does not divide one of them.
+    """
+    batch = _to(batch, device)
+    negatives = None if negatives is None else _to(negatives, device)
+    if count == 1:
+        return [(batch, negatives)]
+    batches = _cut(batch, count, "data.batch_size")
+    cut = [None] * count if negatives is None else _cut(negatives, count, "the negatives")
+    return list(zip(batches, cut))
+
+
+def _to(item: Any, device: torch.device) -> Any:
+    """A copy of a dataclass of tensors on `device`."""
+    moved = {
+        name: value.to(device, non_blocking=True)
+        for name in item.__dataclass_fields__
+        if (value := getattr(item, name)) is not None
+    }
+    return replace(item, **moved)
+
+
+def _cut(item: Any, count: int, what: str) -> list[Any]:
+    """A dataclass of tensors cut into `count` equal parts along the first dim."""
+    num = item.x.shape[0]
+    if num % count:
+        raise ValueError(
+            f"learner.accumulation: {count} does not divide the {num} events of a rank "
+            f"({what}); change either"
+        )
+    size = num // count
+    return [
+        replace(
+            item,
+            **{
+                name: value[i * size : (i + 1) * size]
+                for name in item.__dataclass_fields__
+                if (value := getattr(item, name)) is not None
+            },
+        )
+        for i in range(count)
+    ]
