@@ -103,13 +103,16 @@ def _say(message: str, code: int) -> int:
 def _failures_say_how_to_resume(run_dir: Path) -> Iterator[None]:
     try:
         yield
-    except RunFailed as error:
-        log = run_dir / "run.log"
-        command = shlex.join(
-            ["ebm-dist", "train", str(run_dir / "config.yaml"), "--run-dir", str(run_dir)]
-        )
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())
+        if not isinstance(error, RunFailed):
+            what = f"{type(error).__name__}: {what}"
+        config = run_dir / "config.yaml"
+        command = shlex.join(["ebm-dist", "train", str(config), "--run-dir", str(run_dir)])
         raise RunFailed(
-            f"{' '.join(str(error).split())}; log: {log}; resume: {command} --resume must"
+            f"{what}; log: {run_dir / 'run.log'}; resume: {command} --resume must"
         ) from error
 
 
@@ -131,8 +134,10 @@ def train(
     from ebm_dist.config import load
 
     loaded = load(config, overrides or [])
+    from ebm_dist.preflight import preflight
     from ebm_dist.run import train as run
 
+    preflight(loaded)
     directory = run_dir or Path(loaded.run.dir) / loaded.run.name
     with _failures_say_how_to_resume(directory):
         run(loaded, run_dir=directory, resume=resume)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 GIB = 2**30
 MIN_PYTHON = (3, 11)
@@ -113,14 +112,14 @@ def check_ray_address() -> Finding:
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
         return Finding("ray address", True, "RAY_ADDRESS is not set: runs start a local Ray")
+    from ebm_dist.errors import UserError
+    from ebm_dist.preflight import check_address
+
     todo = "start the cluster (ray start --head), correct RAY_ADDRESS, or unset it for a local Ray"
-    if address != "auto":
-        url = urlparse(address if "://" in address else f"ray-gcs://{address}")
-        try:
-            port = url.port or 10001
-            socket.create_connection((url.hostname or "", port), timeout=3).close()
-        except (OSError, ValueError) as error:
-            return Finding("ray address", False, f"{address} does not answer: {error}", todo)
+    try:
+        check_address(address)
+    except UserError as error:
+        return Finding("ray address", False, str(error), todo)
     # In a process of its own: joining a cluster of another version can kill the process.
     script = (
         "import json, ray; ray.init(log_to_driver=False, logging_level=40); "
@@ -129,7 +128,8 @@ def check_ray_address() -> Finding:
     )
     answer = run_script(script, timeout=60)
     if isinstance(answer, str):
-        todo = f"{todo}; the cluster needs ray {package_version('ray')}, python {platform.python_version()}"  # noqa: E501
+        here = f"ray {package_version('ray')} and python {platform.python_version()}"
+        todo = f"{todo}; every node needs this machine's {here}"
         return Finding("ray address", False, f"{address} refuses this machine: {answer}", todo)
     resources = answer["resources"]
     return Finding(

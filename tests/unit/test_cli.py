@@ -220,9 +220,8 @@ def test_a_failed_run_says_what_where_and_how_to_resume(monkeypatch, tmp_path, c
             "/some/file: permission denied",
         ),
         (FileNotFoundError(2, "No such file or directory", "/gone"), 2, "/gone: no such file"),
-        (KeyError("inner"), 1, "traceback is in"),
-        (RuntimeError("line one\nline two"), 1, "line one line two"),
-        (ModuleNotFoundError("no ray", name="ray"), 2, "pip install 'ebm_dist[train]'"),
+        (KeyError("inner"), 1, "run.log"),
+        (RuntimeError("line one\nline two"), 1, "RuntimeError: line one line two; log: "),
     ],
 )
 def test_every_failure_is_one_line_and_its_exit_code(
@@ -238,6 +237,23 @@ def test_every_failure_is_one_line_and_its_exit_code(
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
     assert "Traceback" not in line
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyError("inner"), 1, "the traceback is in"),
+        (ModuleNotFoundError("no ray", name="ray"), 2, "pip install 'ebm_dist[train]'"),
+    ],
+)
+def test_a_failure_outside_of_a_run_is_one_line(monkeypatch, tmp_path, capsys, error, code, says):
+    import ebm_dist.report.dashboard
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(ebm_dist.report.dashboard, "write", raises(error))
+    assert main(["dashboard", "write"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
 
 
 def test_an_interrupt_that_no_command_handles_ends_quietly(monkeypatch, tmp_path, capsys):

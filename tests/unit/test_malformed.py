@@ -245,6 +245,7 @@ def test_damaged_shards_are_one_line(write, capsys, shards, tmp_path, fault):
     path = write(data={"source": str(folder)})
     line = one_line(capsys, ["train", str(path), "--run-dir", str(tmp_path / "run")])
     assert str(folder) in line or "dataset.json" in line or ".tar" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_pattern_that_matches_nothing_is_one_line(write, capsys, tmp_path):
@@ -421,6 +422,34 @@ def test_an_export_of_two_runs_mixed_up_is_one_line(capsys, finished, tmp_path):
     line = one_line(capsys, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
     assert "mixes two runs" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:1", "127.0.0.1:1"),
+        ("ray://127.0.0.1:1", "ray://127.0.0.1:1"),
+        ("127.0.0.1:99999", "HOST:PORT"),
+        ("://", "HOST:PORT"),
+        ("no-such-host.invalid:6379", "no-such-host.invalid"),
+    ],
+)
+@pytest.mark.parametrize("by", ["config", "environment"])
+def test_a_cluster_that_does_not_answer_is_one_line(
+    write, capsys, tmp_path, monkeypatch, address, says, by
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    runtime = {"backend": "ray"}
+    if by == "config":
+        runtime["address"] = address
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    path = write(runtime=runtime)
+    line = one_line(capsys, ["train", str(path), "--run-dir", str(tmp_path / "run")])
+    assert says in line
+    assert ("RAY_ADDRESS: " if by == "environment" else "runtime.address: ") in line
+    assert not (tmp_path / "run").exists()
+    assert ray_processes() == []
 
 
 def ray_processes() -> list[str]:

@@ -1,0 +1,65 @@
+"""What would fail minutes later, inside an actor, checked before anything is started."""
+
+from __future__ import annotations
+
+import os
+import socket
+from urllib.parse import urlsplit
+
+from ebm_dist.config import RunConfig
+from ebm_dist.data.config import DataConfig
+from ebm_dist.data.dataset import open_dataset
+from ebm_dist.data.shards import check_shard
+from ebm_dist.errors import UserError
+
+MAX_CHECKSUM_BYTES = 256 * 2**20
+"""Shards up to this total are read through before the start, in about a second; the readers
+check larger ones as they open them."""
+CONNECT_TIMEOUT_S = 5.0
+
+
+def preflight(config: RunConfig) -> None:
+    """Refuse a run whose shards or Ray cluster are not there.
+
+    Raises:
+        UserError: a shard is missing, cut short or altered, or nothing answers at the address.
+    """
+    check_shards(config.data)
+    if config.runtime.backend == "ray":
+        check_address(config.runtime.address)
+
+
+def check_shards(config: DataConfig) -> None:
+    """Every shard's presence and size, and the checksums of a data set that is small."""
+    dataset = open_dataset(config)
+    shards = list(dict.fromkeys((*dataset.train, *(dataset.test or ()))))
+    for shard in shards:
+        check_shard(shard, checksum=False)
+    if config.verify and sum(s.path.stat().st_size for s in shards) <= MAX_CHECKSUM_BYTES:
+        for shard in shards:
+            check_shard(shard, checksum=True)
+
+
+def check_address(configured: str) -> None:
+    """Whether something answers where Ray is said to be; Ray itself would retry for minutes."""
+    set_outside = os.environ.get("RAY_ADDRESS")
+    address = set_outside or configured
+    if address in ("local", "auto"):
+        return
+    key = "RAY_ADDRESS" if set_outside else "runtime.address"
+    try:
+        url = urlsplit(address if "://" in address else f"gcs://{address}")
+        host, port = url.hostname, url.port or (10001 if url.scheme == "ray" else 6379)
+    except ValueError:
+        host, port = None, 0
+    if not host:
+        raise UserError(
+            f"{key}: expected local, auto, HOST:PORT or ray://HOST:PORT, got {address!r}"
+        )
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"{key}: no Ray cluster answers at {address} ({error.strerror or error}); start one "
+            f"with `ray start --head`, correct {key}, or use runtime.address=local"
+        ) from None
