@@ -1,0 +1,93 @@
+"""Small whole runs for the tests of the graph: a config, a run, and what is left of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from ebm_dist.config import load
+from ebm_dist.run import RunResult, train
+
+TINY: dict[str, Any] = {
+    "run": {"name": "tiny", "seed": 3, "steps": 12},
+    "runtime": {"backend": "inline", "start_timeout_s": 400},
+    "data": {"source": "digits", "batch_size": 32, "prefetch": 0, "rank_split": "sample"},
+    "energy": {"name": "mlp"},
+    "sampler": {"name": "langevin", "step_size": 1.0, "noise_std": 0.01, "num_steps": 4},
+    "buffer": {"capacity": 96, "num_shards": 2, "reinit_prob": 0.2},
+    # Threads change the order of sums, and with it the last bits.
+    "workers": {"num_workers": 1, "num_chains": 8, "num_threads": 1},
+    "learner": {"num_threads": 1, "ema_decay": 0.9},
+    "flow": {"mode": "sync"},
+    "checkpoint": {"every": 4},
+    "tracking": {"wandb": "off", "log_every": 1},
+    "evaluation": {"every": None},
+}
+
+
+def run(run_dir: Path, *overrides: str, **options: Any) -> RunResult:
+    """Train the tiny config, with `key.sub=value` overrides, in `run_dir`."""
+    with (run_dir.parent / f"{run_dir.name}.txt").open("a") as file:
+        console = Console(file=file, width=200)
+        return train(load(TINY, overrides), run_dir=run_dir, console=console, **options)
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The exported weights."""
+    return load_file(run_dir / "export" / "model.safetensors")
+
+
+def assert_bitwise_equal(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, f"{a.name} and {b.name} differ in {different}"
+
+
+def start(run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    """The same as a process of its own, which can be killed."""
+    config = run_dir.parent / "tiny.yaml"
+    if not config.exists():
+        from ebm_dist.config import dump
+
+        config.write_text(dump(load(TINY)))
+    code = "import sys; from ebm_dist.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "train", str(config), *overrides]
+    log = (run_dir.parent / f"{run_dir.name}.out").open("ab")
+    return subprocess.Popen(
+        [*command, "--run-dir", str(run_dir)],
+        stdout=log,
+        stderr=log,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Any, timeout: float, what: str) -> Any:
+    """The first true value of `condition()`."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"waited {timeout:.0f} s for {what}")
+
+
+def newest_step(run_dir: Path) -> int:
+    """Of its checkpoints; -1 if there is none."""
+    return max((int(p.name[5:]) for p in run_dir.glob("checkpoints/step_*")), default=-1)
+
+
+def pids(run_dir: Path) -> dict[str, int]:
+    """Process of each part by its name, the latest where it was replaced."""
+    text = (run_dir / "run.log").read_text() if (run_dir / "run.log").exists() else ""
+    found = re.findall(r"(\S+) runs as process (\d+)", text)
+    return {name: int(pid) for name, pid in found}
