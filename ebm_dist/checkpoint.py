@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -91,10 +92,7 @@ def save(
     temporary.mkdir()
     try:
         for name, entries in tensors.items():
-            save_file(
-                {key: _contiguous(value) for key, value in entries.items()},
-                temporary / f"{name}.safetensors",
-            )
+            _save_tensors(entries, temporary / f"{name}.safetensors")
         _write_json(temporary / "meta.json", {"format": FORMAT, "step": step, **meta})
         files = sorted(temporary.iterdir())
         _write_json(temporary / "checksums.json", {f.name: _sha256(f) for f in files})
@@ -186,6 +184,18 @@ def tensors_or_refuse(path: Path) -> dict[str, Tensor]:
 def _by_age(root: Path) -> list[Path]:
     """Checkpoint directories, newest first."""
     return sorted(root.glob("step_*"), key=lambda path: path.name, reverse=True)
+
+
+def _save_tensors(entries: Mapping[str, Tensor | np.ndarray], path: Path) -> None:
+    try:
+        save_file({key: _contiguous(value) for key, value in entries.items()}, path)
+    except SafetensorError as error:
+        # safetensors has its own type for a full disk too, with the number in its text.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number.group(1))
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _contiguous(value: Tensor | np.ndarray) -> Tensor:

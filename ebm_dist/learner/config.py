@@ -91,7 +91,9 @@ class LearnerConfig(Section):
                 f"momentum is for optimizer 'sgd', got momentum={self.momentum} with "
                 f"{self.optimizer!r}; set betas instead"
             )
-        if self.optimizer == "sgd" and "betas" in self.model_fields_set:
+        # By value: a complete config, as a run writes it, has every default in it.
+        betas = type(self).model_fields["betas"].default
+        if self.optimizer == "sgd" and self.betas != betas:
             raise ValueError(
                 "betas are for 'adam' and 'adamw', got them with optimizer 'sgd'; "
                 "set momentum instead"

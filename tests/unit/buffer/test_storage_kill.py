@@ -1,0 +1,132 @@
+"""Memory-mapped chains after `kill -9` in the middle of commits: each whole, none mixed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shards import chain_ids, make_shard, move, total
+
+CAPACITY, LEASE = 64, 16
+
+# Every number of a chain repeats the version, so that a mixture of two commits shows. Position
+# is wide: its copy is where a kill most often lands.
+CHILD = f"""
+import sys, numpy as np
+sys.path.insert(0, sys.argv[2])
+import shards
+from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.buffer.shard import Shard
+from ebm_dist.types import EventSpec
+shard = Shard(
+    BufferConfig(capacity={CAPACITY}, reinit_prob=0.3), EventSpec((4096,), "real"),
+    index=0, capacity={CAPACITY}, max_lease={LEASE}, seed=0, directory=sys.argv[1],
+)
+print("ready", flush=True)
+lease_id = int(sys.argv[3])
+while True:
+    lease = shard.checkout(lease_id, {LEASE})
+    position = np.full(lease.position.shape, float(lease_id), np.float32)
+    energy = np.full({LEASE}, float(lease_id), np.float32)
+    moved = shards.move(lease, version=lease_id, position=position, energy=energy)
+    assert shard.checkin(moved)["accepted"]
+    shard.take(lease_id)
+    lease_id += 1
+"""
+
+
+def test_a_killed_process_leaves_every_chain_whole(tmp_path: Path) -> None:
+    directory = tmp_path / "shard"
+    rng = np.random.default_rng(0)
+    newest, next_lease, epochs = 0, 0, []
+    for _ in range(6):
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, directory, Path(__file__).parent, str(next_lease)],
+            stdout=subprocess.PIPE,
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        time.sleep(float(rng.uniform(0.02, 0.15)))
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        arrays = _read(directory)
+        rows = arrays["row_of_slot"]
+        assert len(set(rows.tolist())) == CAPACITY
+        ids = arrays["chain_id"][rows]
+        assert len(set(ids.tolist())) == CAPACITY
+        for row in rows:
+            version = arrays["version"][row]
+            if version < 0:
+                continue
+            assert (arrays["position"][row] == float(version)).all()
+            assert arrays["energy"][row] == float(version)
+        assert arrays["version"][rows].max() > newest, "the child committed nothing"
+        newest = int(arrays["version"][rows].max())
+        epochs.append(int(arrays["epoch"][0]))
+        next_lease = newest + 2
+    assert epochs == list(range(6))
+
+
+def _read(directory: Path) -> dict[str, np.ndarray]:
+    types = {"position": np.float32, "energy": np.float32}
+    out = {f.stem: np.fromfile(f, types.get(f.stem, np.int64)) for f in directory.glob("*.bin")}
+    return out | {"position": out["position"].reshape(CAPACITY + LEASE, 4096)}
+
+
+def test_a_successor_takes_the_chains_over_and_refuses_the_leases_of_the_dead(
+    tmp_path: Path,
+) -> None:
+    path = str(tmp_path / "shard")
+    first = make_shard(directory=path)
+    first.checkin(move(first.checkout(0, 4), version=2))  # ready, never taken
+    lost = first.checkout(1, 4)
+    saved, ids = first.snapshot()["arrays"], chain_ids(first)
+    second = make_shard(directory=path)
+    assert second.attached
+    assert second.counts()["free"] == total(second) == 24
+    for name, array in second.snapshot()["arrays"].items():
+        assert np.array_equal(array, saved[name]), name
+    assert not second.checkin(move(lost))["accepted"]
+    assert second.counts()["late_checkins"] == 1
+    # New identities go on after those that were given out.
+    second = make_shard(directory=path, config={"reinit_prob": 1.0})
+    second.checkin(move(second.checkout(2, 4)))
+    assert len(set(chain_ids(second)) | set(ids)) == 28
+
+
+@pytest.mark.parametrize("damage", ["unfinished", "other capacity", "nothing there"])
+def test_what_is_not_whole_is_filled_anew_under_a_later_epoch(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    first = make_shard(directory=str(path))
+    lease = first.checkout(0, 4)
+    if damage == "unfinished":
+        (path / "shape.json").unlink()
+    if damage == "nothing there":
+        (path / "shape.json").unlink()
+        (path / "position.bin").unlink()
+    second = make_shard(32 if damage == "other capacity" else 24, directory=str(path))
+    assert not second.attached
+    assert second.epoch == 1
+    assert not second.checkin(move(lease))["accepted"]
+    assert len(set(chain_ids(second))) == second.capacity
+
+
+def test_a_shard_killed_while_it_is_restored_does_not_pass_for_whole(tmp_path: Path) -> None:
+    saved = make_shard(seed=9).snapshot()
+    path = str(tmp_path / "shard")
+    shard = make_shard(directory=path)
+    broken = saved["arrays"] | {"chain_id": saved["arrays"]["chain_id"][:5]}
+    with pytest.raises(ValueError, match="shape"):  # half-way, like a kill there
+        shard.restore(broken, saved["meta"])
+    assert not make_shard(directory=path).attached
+    shard = make_shard(directory=path)
+    shard.restore(saved["arrays"], saved["meta"])
+    successor = make_shard(directory=path)
+    assert successor.attached
+    assert np.array_equal(successor.snapshot()["arrays"]["position"], saved["arrays"]["position"])
