@@ -312,7 +312,8 @@ class Controller:
     def _top_up(self, reserved: int = 0) -> None:
         """Start rounds while there is credit for them and a worker to run them."""
         while (
-            self._pool.outstanding + len(self._pool.committed) + reserved < self._ahead
+            self._flat is not None  # nothing to move chains under before the first publication
+            and self._pool.outstanding + len(self._pool.committed) + reserved < self._ahead
             and self._pool.has_room
         ):
             lease_id = self._new_lease()

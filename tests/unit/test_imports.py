@@ -26,10 +26,11 @@ ROWS = [
     {"actors"},
     {"config"},
     {"report"},
-    {"draw", "model_card", "export"},
+    {"draw", "model_card", "export", "export_reader"},
+    {"suites", "preflight"},
     {"run"},
     {"doctor"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 
