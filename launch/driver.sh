@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Run a training command so that drain.sh can ask it to stop, and a scheduler can tell
+# "stopped early" from "done".
+#
+#   launch/driver.sh COMMAND [ARGUMENT...]
+#
+# Exits as the command does; 75 (try again) where drain.sh asked for the stop and the command, having
+# written its checkpoint, ended well. EBM_DIST_DRIVERS is where drivers of this machine are listed.
+set -uo pipefail
+
+if (($# == 0)); then
+  printf 'usage: launch/driver.sh COMMAND [ARGUMENT...]\n' >&2
+  exit 2
+fi
+drivers="${EBM_DIST_DRIVERS:-${TMPDIR:-/tmp}/ebm_dist-drivers-$UID}"
+(umask 077 && mkdir -p "$drivers") && mine=$(mktemp -d "$drivers/XXXXXX") || exit 1
+trap 'rm -rf "$mine"' EXIT
+# A job's stop signals every process of the job, so the command has its own; a second SIGTERM,
+# passed on from here, would end it in the middle of its checkpoint.
+trap ':' TERM INT
+
+"$@" </dev/null &
+child=$!
+printf '%s\n' "$child" >"$mine/pid"
+code=0
+wait "$child" || code=$?
+# A signal to this shell ends `wait` before the command has ended.
+while kill -0 "$child" 2>/dev/null; do
+  code=0
+  wait "$child" || code=$?
+done
+if ((code == 0)) && [[ -e $mine/draining ]]; then
+  code=75
+fi
+exit "$code"
