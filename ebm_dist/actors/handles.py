@@ -254,6 +254,8 @@ class RayBackend:
     ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray runs actors at niceness 15: beside any other program they would get its leavings.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # Workers of Ray inherit this; a hundred lines of DeepSpeed and Ray advice would
         # bury the one line that matters.
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
