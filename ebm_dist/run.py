@@ -298,6 +298,8 @@ def _build(
                 "energy": config.energy,
                 "spec": spec,
                 "seed": seed,
+                "temperature": config.sampler.build().temperature,
+                "run_estimates_log_z": config.objective.name == "noise_contrastive",  # type: ignore[attr-defined]
             },
             name="evaluator",
             num_threads=1,

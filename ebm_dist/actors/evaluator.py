@@ -1,19 +1,28 @@
-"""Measurements off the training path, by a part of their own: sample quality, energies."""
+"""Measurements off the training path, by a part of their own: quality, energies, likelihood."""
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from ebm_dist.data import DataConfig, load_split
 from ebm_dist.energies import EnergySection
+from ebm_dist.evaluation.bases import base_law
 from ebm_dist.evaluation.config import EvaluationConfig
+from ebm_dist.evaluation.exact import exact_log_partition, is_exact
 from ebm_dist.evaluation.fidelity import Fidelity
+from ebm_dist.evaluation.likelihood import log_likelihood, log_partition
+from ebm_dist.objectives.jarzynski import log_z_ratio, log_z_standard_error, weights_moved
+from ebm_dist.objectives.weighting import ess_ratio
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import EventSpec
 from ebm_dist.weights import FlatLayout
+
+log = logging.getLogger("ebm_dist")
 
 
 class Evaluator:
@@ -27,8 +36,18 @@ class Evaluator:
         spec: EventSpec,
         *,
         seed: int,
+        temperature: float = 1.0,
+        run_estimates_log_z: bool = False,
     ) -> None:
+        """
+        Args:
+            temperature: T of the run's chains: the likelihood is that of exp(-E/T)/Z.
+            run_estimates_log_z: training has an estimate of its own, under `likelihood/log_z`;
+                the exact one is then logged beside it.
+        """
         self._config = config
+        self._temperature = temperature
+        self._run_estimates_log_z = run_estimates_log_z
         self._data = data
         self._spec = spec
         self._seed = seed
@@ -36,9 +55,25 @@ class Evaluator:
         self._layout = FlatLayout.of(self._energy)
         self._fidelity: Fidelity | None = None
         self._test: torch.Tensor | None = None
+        self._train: torch.Tensor | None = None
 
-    def evaluate(self, step: int, chains: np.ndarray, ema: np.ndarray) -> dict[str, float]:
-        """Metrics of `chains` (N, *event) and of the averaged weights `ema`, by name."""
+    def evaluate(
+        self,
+        step: int,
+        chains: np.ndarray,
+        ema: np.ndarray,
+        flat: np.ndarray | None = None,
+        *weighted: dict[str, np.ndarray],
+    ) -> dict[str, float]:
+        """Metrics of `chains` (N, *event) and of the averaged weights `ema`, by name.
+
+        Args:
+            flat: the weights as they are. Where `weighted` is given, or the run has an estimate
+                of log Z of its own, the likelihood is theirs: an estimate that follows the
+                weights says nothing of their average.
+            weighted: all chains of each shard with their Jarzynski log-weights: x, energy (as
+                recorded when the chain moved) and log_weight.
+        """
         if self._test is None:
             self._prepare()
         assert self._test is not None
@@ -54,11 +89,84 @@ class Evaluator:
             values["fidelity/distance"] = self._fidelity.distance(x)
             values |= {f"fidelity/{k}": v for k, v in self._fidelity.reference().items()}
             values["fidelity/accuracy"] = self._fidelity.accuracy
+        if flat is not None and (weighted or self._run_estimates_log_z):
+            self._layout.load_(self._energy, torch.from_numpy(np.array(flat)))
+        if weighted:
+            values |= self._running_likelihood(weighted)
+        values |= self._likelihood(step, bool(weighted) or self._run_estimates_log_z)
         return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def _running_likelihood(self, shards: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
+        """log Z from the chains' own weights, each carried from its version to today's."""
+
+        def field(name: str) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate([shard[name] for shard in shards]))
+
+        with torch.no_grad():
+            energy = torch.cat([self._energy(part) for part in field("x").split(256)])
+        log_weight = weights_moved(
+            field("log_weight").double(),
+            field("energy").double(),
+            energy.double(),
+            temperature=self._temperature,
+        )
+        log_z = float(log_z_ratio(log_weight))
+        return {
+            "likelihood/log_z": log_z,
+            "likelihood/log_z_std_error": float(log_z_standard_error(log_weight)),
+            "likelihood/ess_ratio": float(ess_ratio(log_weight)),
+            **self._log_probs(log_z),
+        }
+
+    def _likelihood(self, step: int, beside: bool) -> dict[str, float]:
+        """log Z exactly where it can be had, else by annealing where that was asked for."""
+        wanted = self._config.likelihood
+        if wanted is False:
+            return {}
+        if is_exact(self._energy, self._spec):
+            try:
+                log_z = exact_log_partition(self._energy, self._spec, temperature=self._temperature)
+                if beside:
+                    return {
+                        "likelihood/log_z_exact": log_z,
+                        "likelihood/log_prob_exact": self._log_probs(log_z)["likelihood/log_prob"],
+                    }
+                return {"likelihood/log_z": log_z, **self._log_probs(log_z)}
+            except ValueError as error:  # e.g. an energy that does not rise far out: Z is infinite
+                log.info("no exact likelihood at update %d: %s", step, error)
+        if wanted == "auto" or beside:
+            return {}
+        estimate = log_partition(
+            self._energy,
+            self._spec,
+            generator=torch.Generator().manual_seed(derive_seed(self._seed, "ais", step)),
+            temperature=self._temperature,
+            num_chains=self._config.num_ais_chains,
+            num_temperatures=self._config.num_ais_temperatures,
+            base=base_law(self._spec, self._train),
+        )
+        return {
+            "likelihood/log_z": estimate.combined,
+            "likelihood/log_z_std_error": estimate.combined_se,
+            "likelihood/log_z_lower": estimate.forward,
+            "likelihood/log_z_upper": estimate.reverse,
+            **self._log_probs(estimate.combined),
+        }
+
+    def _log_probs(self, log_z: float) -> dict[str, float]:
+        assert self._train is not None
+        assert self._test is not None
+        return {
+            f"likelihood/{name}": log_likelihood(
+                self._energy, x, log_z, temperature=self._temperature
+            )[0]
+            for name, x in (("log_prob", self._train), ("log_prob_test", self._test))
+        }
 
     def _prepare(self) -> None:
         test = load_split(self._data, "test", self._config.num_test)
         self._test = test.x
+        self._train = load_split(self._data, "train", self._config.num_test).x
         if wants_fidelity(self._config, self._spec):
             self._fidelity = Fidelity.fit(
                 load_split(self._data, "train", self._config.fidelity_train),

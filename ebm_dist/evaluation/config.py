@@ -35,9 +35,10 @@ class EvaluationConfig(Section):
     """Passes over them; null chooses by their number so that it takes about a minute at most."""
 
     likelihood: Literal["auto"] | bool = "auto"
-    """Log `likelihood/log_z` and `likelihood/log_prob`. `auto`: where log Z is exact (binary
-    events of at most 20 bits, an RBM whose smaller side has at most 20 units, real events of at
-    most 2 dimensions); true: also elsewhere, by annealed importance sampling."""
+    """Log `likelihood/log_z`, `likelihood/log_prob` (of up to `num_test` training events) and
+    `likelihood/log_prob_test`, at the temperature of the chains. `auto`: where log Z is exact
+    (binary events of at most 20 bits, an RBM whose smaller side has at most 20 units, real events
+    of at most 2 dimensions); true: also elsewhere, by annealed importance sampling."""
 
     num_ais_chains: PositiveInt = 128
     """Chains of annealed importance sampling, in each direction."""

@@ -121,6 +121,8 @@ METRICS: dict[str, Metric] = {
     # Likelihood.
     "likelihood/log_z": _promised("estimated log partition function", "nat"),
     "likelihood/log_z_std_error": Metric("standard error of that estimate", "nat"),
+    "likelihood/log_z_lower": Metric("annealed from the base law up: a bound in mean", "nat"),
+    "likelihood/log_z_upper": Metric("annealed from the model down: a bound in mean", "nat"),
     "likelihood/log_z_exact": Metric("log partition function by enumeration", "nat"),
     "likelihood/log_prob": _promised("mean log-likelihood of data under that estimate", "nat"),
     "likelihood/log_prob_exact": Metric("mean log-likelihood of data, exact", "nat"),

@@ -18,7 +18,6 @@ def test_auto_logs_the_exact_likelihood_at_the_runs_temperature(tmp_path: Path) 
         "evaluation.every=10",
         "evaluation.fidelity=false",
         "sampler.temperature=0.5",
-        "objective.temperature=0.5",
     )
     energy = load_energy(tmp_path / "r" / "export")
     data = load(SMALL).data
@@ -59,8 +58,8 @@ def test_true_anneals_where_nothing_is_exact(tmp_path: Path) -> None:
         "evaluation.every=20",
         "evaluation.fidelity=false",
         "evaluation.likelihood=true",
-        "evaluation.num_ais_chains=64",
-        "evaluation.num_ais_temperatures=60",
+        "evaluation.num_ais_chains=96",
+        "evaluation.num_ais_temperatures=300",
         base=IMAGES,
     )
     log_z = load_energy(tmp_path / "r" / "export").log_z()  # type: ignore[operator]
