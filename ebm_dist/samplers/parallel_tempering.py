@@ -191,7 +191,11 @@ class ParallelTemperingSection(KernelSection):
             if name == "langevin" and not {"temperature", "noise_std"} & params.keys():
                 # The ladder gives the temperature, so the config need not say it twice.
                 params["temperature"] = 1.0
-            kernel = FAMILY.section(name, **params)
+            try:
+                kernel = FAMILY.section(name, **params)
+            except ValueError as error:
+                # The family words it for a sampler of its own; this one sits at `kernel`.
+                raise ValueError(str(error).replace("sampler.", "kernel.")) from None
         elif isinstance(kernel, str):
             raise ValueError(
                 f"kernel: give a section such as {{name: {kernel}, ...}}, got the bare name"

@@ -251,7 +251,12 @@ def test_tiles_of_chains_move_as_the_batch_does_without_noise():
         (
             "parallel_tempering",
             {"kernel": {"name": "mala"}, "temperatures": (1, 2)},
-            "step_size: Field required",
+            r"kernel\.step_size: Field required",
+        ),
+        (
+            "parallel_tempering",
+            {"kernel": {"name": "malla"}, "temperatures": (1, 2)},
+            r"kernel\.name: unknown 'malla'; did you mean 'mala'",
         ),
         ("parallel_tempering", {"kernel": "mala", "temperatures": (1, 2)}, "got the bare name"),
         ("parallel_tempering", {"kernel": {}, "temperatures": (1, 2)}, "needs a name"),
