@@ -259,6 +259,12 @@ class RayBackend:
         # Workers of Ray inherit this; a hundred lines of DeepSpeed and Ray advice would
         # bury the one line that matters.
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        address = os.environ.get("RAY_ADDRESS") or address
+        self.local = address == "local"
+        if self.local:
+            # Loopback only: a Ray that others can reach runs anybody's code. Asked for 127.0.0.1,
+            # Ray takes the machine's outer address all the same; as on a laptop it does not.
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         import ray
         from ray import exceptions
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -267,8 +273,6 @@ class RayBackend:
         self._errors = exceptions
         self._beside = NodeAffinitySchedulingStrategy
         self._start_timeout_s = start_timeout_s
-        address = os.environ.get("RAY_ADDRESS") or address
-        self.local = address == "local"
         options: dict[str, Any] = {
             "namespace": namespace,
             "log_to_driver": False,
@@ -278,14 +282,12 @@ class RayBackend:
             options |= {
                 "address": "local",
                 "include_dashboard": False,
-                # Loopback only: a Ray that others can reach runs anybody's code.
-                "_node_ip_address": "127.0.0.1",
                 "object_store_memory": object_store_bytes,
             }
         else:
             options["address"] = address
         try:
-            ray.init(**options)
+            self._init(options)
         except Exception as error:
             if self.local:
                 raise RunFailed(
@@ -296,6 +298,17 @@ class RayBackend:
                 "start one with `ray start --head`, or use runtime.address=local"
             ) from error
         self._handles: list[RayHandle] = []
+
+    def _init(self, options: dict[str, Any]) -> None:
+        """`ray.init`, again where a busy machine outlasted Ray's own 30 s for its raylet."""
+        for attempts_left in (2, 1, 0):
+            try:
+                self._ray.init(**options)
+                return
+            except Exception as error:
+                if not (self.local and attempts_left and "timed out" in str(error)):
+                    raise
+                self._ray.shutdown()
         self._starting: list[tuple[RayHandle, Ref]] = []
         self._num_spawned: dict[str, int] = {}
 
