@@ -134,10 +134,8 @@ def train(
     from ebm_dist.config import load
 
     loaded = load(config, overrides or [])
-    from ebm_dist.preflight import preflight
     from ebm_dist.run import train as run
 
-    preflight(loaded)
     directory = run_dir or Path(loaded.run.dir) / loaded.run.name
     with _failures_say_how_to_resume(directory):
         run(loaded, run_dir=directory, resume=resume)
