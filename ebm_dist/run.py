@@ -21,8 +21,9 @@ import torch
 from rich.console import Console
 
 from ebm_dist import __version__, checkpoint
-from ebm_dist.actors.controller import Controller, Graph, Schedule
+from ebm_dist.actors.controller import Controller
 from ebm_dist.actors.evaluator import Evaluator
+from ebm_dist.actors.graph import Graph, Schedule
 from ebm_dist.actors.handles import (
     Backend,
     Handle,
@@ -36,6 +37,7 @@ from ebm_dist.actors.learners import LearnerGroup
 from ebm_dist.actors.observers import EvaluatorLink, HubLink
 from ebm_dist.actors.placement import available_cores, plan
 from ebm_dist.actors.shard_host import ShardHost
+from ebm_dist.actors.shared_memory import slots_directory
 from ebm_dist.actors.worker import Worker
 from ebm_dist.config import RunConfig, check_event, dump, load
 from ebm_dist.data import describe
@@ -132,7 +134,7 @@ def _train(
         stack.callback(backend.close)
         if (notice := getattr(backend, "log_dir", None)) is not None:
             log.info("Ray's logs: %s", notice)
-        graph = _build(config, spec, run_dir, backend, found, stack, view.say)
+        graph = _build(config, spec, run_dir, backend, found, stack, _Logged(view).say)
         for line in found.skipped if found else ():
             view.say(f"passed over a damaged checkpoint: {line}")
 
@@ -249,7 +251,9 @@ def _build(
         )
 
     capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
-    slots = _slots_directory(config, run_dir, backend, stack)
+    slots = None
+    if getattr(backend, "local", False):
+        slots = stack.enter_context(slots_directory(run_dir))
 
     def spawn_shard(index: int) -> Handle:
         return backend.spawn(
@@ -349,20 +353,6 @@ def _build(
         needs_negatives=needs_negatives,
         lease_timeout_s=config.buffer.lease_timeout_s,
     )
-
-
-def _slots_directory(
-    config: RunConfig, run_dir: Path, backend: Backend, stack: contextlib.ExitStack
-) -> Path | None:
-    """Where the shards of a local run keep their chains, so that they outlive their process."""
-    if not getattr(backend, "local", False) or not Path("/dev/shm").is_dir():
-        return None
-    path = Path("/dev/shm") / f"ebm_dist-{os.getuid()}-{_short_hash(str(run_dir.absolute()))}"
-    # `run_dir` is ours alone, so what is there was left by an attempt that was killed.
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(mode=0o700)
-    stack.callback(shutil.rmtree, path, ignore_errors=True)
-    return path
 
 
 def _schedule(config: RunConfig) -> Schedule:

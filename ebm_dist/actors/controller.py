@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -24,71 +23,14 @@ from ebm_dist.actors.cut import (
     write_cut,
     write_manifest,
 )
-from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
-from ebm_dist.actors.learners import LearnerGroup
-from ebm_dist.actors.observers import EvaluatorLink, HubLink
-from ebm_dist.actors.pool import MAX_ATTEMPTS, Committed, RoundPool
+from ebm_dist.actors.flow import POLL_S, NegativeFlow, RollBack
+from ebm_dist.actors.graph import Graph, Schedule, View
+from ebm_dist.actors.handles import Handle, PartDied, Ref
+from ebm_dist.actors.pool import MAX_ATTEMPTS, RoundPool
 from ebm_dist.actors.window import MetricWindow
 from ebm_dist.buffer.policy import FlowConfig
 from ebm_dist.errors import RunFailed
 from ebm_dist.learner import LearnerConfig, learning_rate
-
-_POLL_S = 0.2
-
-
-class View(Protocol):
-    """What the person watching sees; `metrics.progress.Progress` is one."""
-
-    def update(self, step: int, metrics: dict[str, float], waits: str) -> None: ...
-    def say(self, line: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """When things happen, in updates, and how much of each."""
-
-    num_updates: int
-    batch_size: int
-    num_chains: int
-    num_steps: int
-    """MCMC steps of a round."""
-    log_every: int
-    checkpoint_every: int
-    keep: int
-    evaluate_every: int | None
-    num_grid: int
-    num_samples: int
-    temperature: float
-
-
-@dataclass(slots=True)
-class Graph:
-    """The parts, wired."""
-
-    backend: Backend
-    shards: list[Handle]
-    capacities: list[int]
-    """Slots of each shard."""
-    workers: list[Handle]
-    learners: LearnerGroup
-    hub: HubLink
-    evaluator: EvaluatorLink | None
-    respawn_worker: Callable[[int], Handle]
-    respawn_shard: Callable[[int], Handle]
-    needs_negatives: bool
-    lease_timeout_s: float
-
-
-class RollBack(PartDied):
-    """The run as a whole has to go back to its last checkpoint."""
-
-
-@dataclass(slots=True)
-class _Consumed:
-    leases: list[Committed]
-    negatives: list[tuple[int, Ref]]
-    version: int
-    wait_s: float
 
 
 class Controller:
@@ -126,16 +68,6 @@ class Controller:
         self._last_cut = -1
         self._farthest = 0
         self._failures = 0
-        self._leases_per_update = schedule.batch_size // schedule.num_chains
-        inline = not graph.backend.concurrent
-        # Inline rounds run where they are started: starting them early would only age them.
-        updates_ahead = 1 if inline else max(1, flow.max_lag)
-        rounds_ahead = self._leases_per_update * updates_ahead
-        self._ahead = (
-            rounds_ahead
-            if inline
-            else min(rounds_ahead, max(2 * len(graph.workers), 2 * self._leases_per_update))
-        )
         self._pool = RoundPool(
             graph.backend,
             graph.shards,
@@ -147,6 +79,9 @@ class Controller:
             num_chains=schedule.num_chains,
             depth=2,
             hang_s=2.0 * graph.lease_timeout_s,
+        )
+        self._negatives = NegativeFlow(
+            graph, schedule, flow, self._pool, self.progress, self._window.count
         )
 
     # --- the loop -----------------------------------------------------------------------------
@@ -186,7 +121,7 @@ class Controller:
 
     def _update(self) -> None:
         step = self.progress.step
-        consumed = self._take_negatives() if self._graph.needs_negatives else None
+        consumed = self._negatives.take_negatives() if self._graph.needs_negatives else None
         lr = learning_rate(self._learner, step, self._schedule.num_updates)
         learners = self._graph.learners
         replies = learners.update(
@@ -225,121 +160,17 @@ class Controller:
         start = time.monotonic()
         pending = list(refs)
         while pending:
-            done = self._pool.poll(_POLL_S, *pending)
+            done = self._pool.poll(POLL_S, *pending)
             for ref in done:
                 if each is not None:
                     each(ref)
             pending = [ref for ref in pending if ref not in done]
             if self._flow.mode == "async" and self._graph.needs_negatives:
-                self._top_up()
+                self._negatives.top_up()
             if time.monotonic() - start > timeout:
                 raise RunFailed(
                     f"update {self.progress.step}: the learner ranks gave no answer within "
                     f"{timeout:.0f} s (flow.stall_timeout_s)"
-                )
-
-    # --- negatives ----------------------------------------------------------------------------
-
-    def _take_negatives(self) -> _Consumed:
-        """Leases of one update, moved under its own weights (sync) or within max_lag (async)."""
-        start = time.monotonic()
-        if self._flow.mode == "sync":
-            first = self.progress.step * self._leases_per_update
-            wanted = range(first, first + self._leases_per_update)
-            self.progress.next_lease = wanted.stop
-            self._pool.start_together(
-                [(i, self._shard_of(i)) for i in wanted], self._schedule.num_steps
-            )
-            self._poll_until(lambda: all(i in self._pool.committed for i in wanted))
-            chosen = [self._pool.committed.pop(i) for i in wanted]
-            taken = self._take(chosen)
-            if len(taken) < len(chosen):
-                raise RollBack("a shard died with negatives of this update")
-        else:
-            self._top_up()
-            taken: list[tuple[Committed, Ref]] = []
-            while len(taken) < self._leases_per_update:
-                chosen = []
-                while len(taken) + len(chosen) < self._leases_per_update:
-                    self._poll_until(lambda: bool(self._pool.committed))
-                    oldest = self._pool.committed.pop(next(iter(self._pool.committed)))
-                    if self._is_usable(oldest):
-                        chosen.append(oldest)
-                    self._top_up(reserved=len(taken) + len(chosen))
-                taken += self._take(chosen)
-        return _Consumed(
-            leases=[lease for lease, _ in taken],
-            negatives=[(lease.num_chains, ref) for lease, ref in taken],
-            version=self.progress.version,
-            wait_s=time.monotonic() - start,
-        )
-
-    def _take(self, chosen: list[Committed]) -> list[tuple[Committed, Ref]]:
-        """References of the negatives of `chosen`, without those whose shard has died.
-
-        Only a small answer is read here. A learner is never given the reference of a shard that
-        is gone: its peers would wait for it in a collective.
-        """
-        replies = [
-            (lease, *self._graph.shards[lease.shard].call("take", lease.lease_id, num_returns=2))
-            for lease in chosen
-        ]
-        taken = []
-        for lease, answer, negatives in replies:
-            try:
-                if self._backend.get(answer, self._flow.stall_timeout_s):
-                    taken.append((lease, negatives))
-            except PartDied as died:
-                if not self._backend.alive(self._graph.shards[lease.shard]):
-                    self._pool.replace_shard(lease.shard, str(died))
-        return taken
-
-    def _is_usable(self, lease: Committed) -> bool:
-        """Whether the learner may consume `lease` now; if not, do what flow.stale says."""
-        lag = self.progress.version - lease.version
-        assert lag >= 0, f"negatives of version {lease.version} at {self.progress.version}"
-        if lag <= self._flow.max_lag or self._flow.stale == "reweight":
-            return True
-        if self._flow.stale == "drop":
-            self._graph.shards[lease.shard].call("release", lease.lease_id)
-            self._window.count("flow/dropped", lease.num_chains)
-            return False
-        steps = self._flow.repair_steps or max(1, self._schedule.num_steps // 4)
-        self._pool.start(self._new_lease(), lease.shard, steps, ready_id=lease.lease_id)
-        self._window.count("flow/repaired", lease.num_chains)
-        return False
-
-    def _top_up(self, reserved: int = 0) -> None:
-        """Start rounds while there is credit for them and a worker to run them."""
-        while (
-            self._flat is not None  # nothing to move chains under before the first publication
-            and self._pool.outstanding + len(self._pool.committed) + reserved < self._ahead
-            and self._pool.has_room
-        ):
-            lease_id = self._new_lease()
-            self._pool.start(lease_id, self._shard_of(lease_id), self._schedule.num_steps)
-
-    def _new_lease(self) -> int:
-        lease_id = self.progress.next_lease
-        self.progress.next_lease += 1
-        return lease_id
-
-    def _shard_of(self, lease_id: int) -> int:
-        return lease_id % len(self._graph.shards)
-
-    def _poll_until(self, condition: Callable[[], bool]) -> None:
-        last = time.monotonic()
-        seen = (self._pool.mcmc_steps, self._pool.num_rejected, self._pool.restarts)
-        while not condition():
-            self._pool.poll(_POLL_S)
-            now = (self._pool.mcmc_steps, self._pool.num_rejected, self._pool.restarts)
-            if now != seen:
-                seen, last = now, time.monotonic()
-            if time.monotonic() - last > self._flow.stall_timeout_s:
-                raise RunFailed(
-                    f"the learner waited {self._flow.stall_timeout_s:.0f} s for negatives "
-                    f"(flow.stall_timeout_s) while {self._pool.outstanding} rounds were with the "
-                    "workers; lower sampler.num_steps or workers.num_chains if they are only slow"
                 )
 
     # --- weights ------------------------------------------------------------------------------
@@ -382,6 +213,8 @@ class Controller:
             values[f"buffer/{name}"] = float(sum(c[name] for c in counts))
         if counts:
             values["chain/age_mean"] = sum(c["age_mean"] for c in counts) / len(counts)
+        if self._schedule.jarzynski:
+            values["likelihood/resampled"] = float(sum(c.get("resampled", 0) for c in counts))
         self.metrics.update(values)
         self._graph.hub.log(self.progress.step, self.progress.epoch, values)
 
@@ -395,7 +228,9 @@ class Controller:
         if self._graph.evaluator is None:
             return
         self.finish_evaluation()
-        self._graph.evaluator.start(step, chains, self._ema)
+        shards = self._graph.shards if self._schedule.jarzynski else []
+        weighted = [shard.call("weighted") for shard in shards]
+        self._graph.evaluator.start(step, chains, self._ema, self._flat, *weighted)
 
     def chains(self, num: int) -> np.ndarray:
         """`num` chains as they are now, (num, *event): from the shards, or drawn for the occasion
@@ -452,14 +287,13 @@ class Controller:
         self._load_learners(found)
         self._load_shards(found)
         newest = read_manifest(self._run_dir)
-        self.progress = Progress(
-            step=found.step,
-            # Those of the manifest were given out by an attempt that then went back.
-            version=max(int(found.meta["version"]), newest.get("version", 0)),
-            epoch=max(int(found.meta["epoch"]), newest.get("epoch", 0)) + 1,
-            next_lease=int(found.meta["next_lease"]),
-            wall_s=float(found.meta["wall_s"]),
-        )
+        # In place: the flow of negatives holds the same object.
+        progress = self.progress
+        progress.step, progress.next_lease = found.step, int(found.meta["next_lease"])
+        # Those of the manifest were given out by an attempt that then went back.
+        progress.version = max(int(found.meta["version"]), newest.get("version", 0))
+        progress.epoch = max(int(found.meta["epoch"]), newest.get("epoch", 0)) + 1
+        progress.wall_s = float(found.meta["wall_s"])
         self._farthest = self._last_cut = found.step
 
     def _load_learners(self, found: checkpoint.CheckpointDir) -> None:

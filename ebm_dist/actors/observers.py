@@ -108,10 +108,10 @@ class EvaluatorLink:
         self._say = say
         self._pending: tuple[int, Ref] | None = None
 
-    def start(self, step: int, chains: Any, weights: Ref) -> None:
+    def start(self, step: int, chains: Any, *weights: Ref) -> None:
         """Measure `chains` and `weights` of update `step`; nothing may be pending."""
         assert self._pending is None
-        self._pending = step, self.handle.call("evaluate", step, chains, weights)
+        self._pending = step, self.handle.call("evaluate", step, chains, *weights)
 
     def collect(self, timeout: float) -> tuple[int, dict[str, float]] | None:
         """The pending measurement if it is done within `timeout` seconds, as (step, metrics)."""

@@ -106,8 +106,8 @@ class RoundPool:
 
     @property
     def has_room(self) -> bool:
-        """Whether some worker has fewer than `depth` rounds before it."""
-        return min(self._load) < self._depth
+        """Whether some worker has fewer than `depth` rounds before it, and weights to run them."""
+        return self._version >= 0 and min(self._load) < self._depth
 
     def set_weights(self, weights: Ref, version: int) -> None:
         """Weights of the rounds started from now on. Versions never go back."""

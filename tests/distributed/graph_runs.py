@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -91,3 +93,28 @@ def pids(run_dir: Path) -> dict[str, int]:
     text = (run_dir / "run.log").read_text() if (run_dir / "run.log").exists() else ""
     found = re.findall(r"(\S+) runs as process (\d+)", text)
     return {name: int(pid) for name, pid in found}
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are whole."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    out = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            out.append(json.loads(line))
+    return out
+
+
+def children(pid: int) -> set[int]:
+    """Every process that descends from `pid`."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            text = path.read_text()
+            parents[int(path.parent.name)] = int(text[text.rindex(")") + 2 :].split()[1])
+    found, new = set(), {pid}
+    while new:
+        found |= new
+        new = {child for child, parent in parents.items() if parent in new} - found
+    return found - {pid}

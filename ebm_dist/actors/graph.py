@@ -1,0 +1,55 @@
+"""What a running graph is made of, and when things happen in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ebm_dist.actors.handles import Backend, Handle
+from ebm_dist.actors.learners import LearnerGroup
+from ebm_dist.actors.observers import EvaluatorLink, HubLink
+
+
+class View(Protocol):
+    """What the person watching sees; `metrics.progress.Progress` is one."""
+
+    def update(self, step: int, metrics: dict[str, float], waits: str) -> None: ...
+    def say(self, line: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When things happen, in updates, and how much of each."""
+
+    num_updates: int
+    batch_size: int
+    num_chains: int
+    num_steps: int
+    """MCMC steps of a round."""
+    log_every: int
+    checkpoint_every: int
+    keep: int
+    evaluate_every: int | None
+    num_grid: int
+    num_samples: int
+    temperature: float
+    jarzynski: bool = False
+
+
+@dataclass(slots=True)
+class Graph:
+    """The parts, wired."""
+
+    backend: Backend
+    shards: list[Handle]
+    capacities: list[int]
+    """Slots of each shard."""
+    workers: list[Handle]
+    learners: LearnerGroup
+    hub: HubLink
+    evaluator: EvaluatorLink | None
+    respawn_worker: Callable[[int], Handle]
+    respawn_shard: Callable[[int], Handle]
+    needs_negatives: bool
+    lease_timeout_s: float

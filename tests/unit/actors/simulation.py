@@ -1,0 +1,137 @@
+"""A cluster in one thread: replies come late and in any order, and processes die when told to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ebm_dist.actors.handles import PartDied
+from ebm_dist.types import Lease, MovedChains
+
+
+@dataclass(eq=False)
+class SimRef:
+    """The result of a call, known from tick `ready_at` on."""
+
+    compute: Callable[[], Any] | None
+    ready_at: int
+    involved: set[int]
+    """Handles whose death before `ready_at` loses the result."""
+    value: Any = None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class SimHandle:
+    backend: SimBackend
+    name: str
+    part: Any
+    dead: bool = False
+
+    def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
+        return self.backend.call(self, method, args, num_returns)
+
+
+@dataclass
+class SimBackend:
+    """`delay()` gives the ticks that a checkin's reply takes; a tick passes with each wait."""
+
+    delay: Callable[[], int]
+    eager: Callable[[], bool]
+    """Whether a checkin is carried out at once and its reply comes late, or all of it late."""
+    on_tick: Callable[[], None] = lambda: None
+    concurrent: bool = True
+    tick: int = 0
+    pending: list[SimRef] = field(default_factory=list)
+
+    def spawn(self, factory: Any, kwargs: dict[str, Any], *, name: str, **_: Any) -> SimHandle:
+        return SimHandle(self, name, factory(**kwargs))
+
+    def call(self, handle: SimHandle, method: str, args: tuple, num_returns: int) -> Any:
+        refs = [a for a in args if isinstance(a, SimRef)]
+        involved = {id(handle)}.union(*(ref.involved for ref in refs))
+
+        def compute() -> Any:
+            if handle.dead:
+                raise PartDied(f"{handle.name} is dead")
+            return getattr(handle.part, method)(*(self._value(a) for a in args))
+
+        late = method == "checkin"
+        ref = SimRef(compute, self.tick + (self.delay() if late else 0), involved)
+        self.pending.append(ref)
+        if not late or self.eager():
+            self._run(ref)
+        if num_returns == 1:
+            return ref
+        return [self._part(ref, i) for i in range(num_returns)]
+
+    def _part(self, whole: SimRef, index: int) -> SimRef:
+        if whole.error is not None:
+            return SimRef(None, whole.ready_at, whole.involved, error=whole.error)
+        return SimRef(None, whole.ready_at, whole.involved, value=whole.value[index])
+
+    def _run(self, ref: SimRef) -> None:
+        if ref.compute is None:
+            return
+        compute, ref.compute = ref.compute, None
+        try:
+            ref.value = compute()
+        except Exception as error:  # it belongs to whoever asks
+            ref.error = error
+
+    def _value(self, arg: Any) -> Any:
+        if not isinstance(arg, SimRef):
+            return arg
+        self._run(arg)
+        if arg.error is not None:
+            raise arg.error
+        return arg.value
+
+    def wait(self, refs: Sequence[SimRef], timeout: float) -> list[SimRef]:
+        self.tick += 1
+        self.on_tick()
+        for ref in self.pending:
+            if ref.ready_at <= self.tick:
+                self._run(ref)
+        self.pending = [ref for ref in self.pending if ref.ready_at > self.tick]
+        return [ref for ref in refs if ref.ready_at <= self.tick]
+
+    def get(self, ref: SimRef, timeout: float) -> Any:
+        return self._value(ref)
+
+    def alive(self, handle: SimHandle, timeout: float = 5.0) -> bool:
+        return not handle.dead
+
+    def kill(self, handle: SimHandle) -> None:
+        handle.dead = True
+        for ref in self.pending:
+            if id(handle) in ref.involved and ref.ready_at > self.tick:
+                ref.compute, ref.ready_at = None, self.tick
+                ref.error = PartDied(f"{handle.name} was killed")
+
+
+class SimWorker:
+    """Moves chains by noise of the lease's seed and by the version, as a real round would."""
+
+    def run_round(
+        self, lease: Lease | None, weights: Any, version: int, num_steps: int
+    ) -> MovedChains | None:
+        if lease is None:
+            return None
+        noise = np.random.default_rng(lease.seed).normal(size=lease.position.shape)
+        position = (0.5 * lease.position + noise + 0.01 * version).astype(np.float32)
+        return MovedChains(
+            lease_id=lease.lease_id,
+            shard=lease.shard,
+            shard_epoch=lease.shard_epoch,
+            slots=lease.slots,
+            generations=lease.generations,
+            position=position,
+            energy=position.sum(1),
+            log_weight=lease.log_weight,
+            version=version,
+            num_steps=num_steps,
+        )
