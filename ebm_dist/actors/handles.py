@@ -298,6 +298,8 @@ class RayBackend:
                 "start one with `ray start --head`, or use runtime.address=local"
             ) from error
         self._handles: list[RayHandle] = []
+        self._starting: list[tuple[RayHandle, Ref]] = []
+        self._num_spawned: dict[str, int] = {}
 
     def _init(self, options: dict[str, Any]) -> None:
         """`ray.init`, again where a busy machine outlasted Ray's own 30 s for its raylet."""
@@ -309,8 +311,6 @@ class RayBackend:
                 if not (self.local and attempts_left and "timed out" in str(error)):
                     raise
                 self._ray.shutdown()
-        self._starting: list[tuple[RayHandle, Ref]] = []
-        self._num_spawned: dict[str, int] = {}
 
     @property
     def num_gpus(self) -> int:

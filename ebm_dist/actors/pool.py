@@ -88,6 +88,8 @@ class RoundPool:
         self._delayed: list[tuple[float, Round]] = []
         self._load = [0] * len(self._workers)
         self._failures = [0] * len(self._workers)
+        self._turn = [0] * len(self._workers)
+        self._num_submitted = 0
         self._shard_failures = [0] * len(self._shards)
         self._idle_since: list[float | None] = [time.monotonic()] * len(self._workers)
         self._idle_s = 0.0
@@ -156,7 +158,13 @@ class RoundPool:
                 "see the log of its workers"
             )
         round_.attempts += 1
-        round_.worker = min(range(len(self._workers)), key=self._load.__getitem__)
+        # Of equals the one that has waited longest: a newcomer that is never tried would keep the
+        # failures of its predecessor on its count.
+        round_.worker = min(
+            range(len(self._workers)), key=lambda index: (self._load[index], self._turn[index])
+        )
+        self._num_submitted += 1
+        self._turn[round_.worker] = self._num_submitted
         round_.version = self._version
         round_.started = time.monotonic()
         shard, worker = self._shards[round_.shard], self._workers[round_.worker]

@@ -184,7 +184,7 @@ def test_sync_gives_the_same_negatives_bit_for_bit_whoever_works_and_whoever_die
         assert np.array_equal(negatives, again)
         for a, b in zip(chains, chains_again):
             assert np.array_equal(a, b)
-    assert restarts > 20
+    assert restarts > 15
 
 
 @pytest.mark.parametrize("seed", range(6))
