@@ -22,7 +22,7 @@ from ebm_dist.errors import UserError
 from ebm_dist.evaluation.config import EvaluationConfig
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.metrics.config import TrackingConfig
-from ebm_dist.objectives import ObjectiveConfig
+from ebm_dist.objectives import ObjectiveConfig, jarzynski
 from ebm_dist.samplers import SamplerConfig
 from ebm_dist.section import Section
 from ebm_dist.types import EventSpec
@@ -151,6 +151,7 @@ def check(config: RunConfig) -> Iterator[str]:
     yield from _check_batch(config)
     yield from _check_buffer(config)
     yield from _check_temperature(config)
+    yield from _check_jarzynski(config)
     if config.runtime.backend == "inline" and config.learner.num_ranks > 1:
         yield (
             f"learner.num_ranks: expected 1 with runtime.backend inline, which is one process, got "
@@ -202,6 +203,8 @@ def _check_temperature(config: RunConfig) -> Iterator[str]:
     reads = []
     if config.flow.stale == "reweight" and config.flow.mode == "async":
         reads.append("flow.stale: reweight")
+    if config.buffer.jarzynski and config.flow.mode == "async":
+        reads.append("buffer.jarzynski with flow.mode: async")
     if getattr(config.objective, "kl_weight", 0.0) > 0:
         reads.append("objective.kl_weight")
     if stated is None or not reads:
@@ -212,6 +215,37 @@ def _check_temperature(config: RunConfig) -> Iterator[str]:
             f"objective.temperature: expected the sampler's temperature {temperature:g} "
             f"({' and '.join(reads)} reads it), got {stated:g}; set objective.temperature: "
             f"{temperature:g}"
+        )
+
+
+def _check_jarzynski(config: RunConfig) -> Iterator[str]:
+    if not config.buffer.jarzynski:
+        return
+    try:
+        jarzynski.check_sampler(config.sampler)
+        jarzynski.check_buffer(config.buffer.reinit_prob)
+    except UserError as error:
+        yield str(error)
+    if config.buffer.init != "noise":
+        yield (
+            f"buffer.init: {config.buffer.init}, but the Jarzynski correction needs chains that "
+            "start from a known density; set buffer.init: noise, or buffer.jarzynski: false"
+        )
+    if not config.objective.build().needs_negatives:
+        yield (
+            f"buffer.jarzynski: true, but objective.name {config.objective.name} trains without "  # type: ignore[attr-defined]
+            "chains; set it to false"
+        )
+    if config.sampler.precision != "fp32":
+        yield (
+            f"sampler.precision: {config.sampler.precision}, but Jarzynski weights add up energies "
+            "over the whole run; set sampler.precision: fp32, or buffer.jarzynski: false"
+        )
+    if config.learner.accumulation > 1:
+        yield (
+            f"learner.accumulation: {config.learner.accumulation}, but Jarzynski weights are "
+            "normalised over all negatives of an update at once; set it to 1, or "
+            "buffer.jarzynski: false"
         )
 
 

@@ -45,6 +45,7 @@ from ebm_dist.errors import RunFailed, UserError
 from ebm_dist.export import export_run
 from ebm_dist.metrics.hub import MetricHub
 from ebm_dist.metrics.progress import Progress, final_screen
+from ebm_dist.preflight import preflight
 from ebm_dist.report.grid import save_grid
 from ebm_dist.types import EventSpec
 
@@ -88,6 +89,7 @@ def train(
     """
     if not isinstance(config, RunConfig):
         config = load(config)
+    preflight(config)
     spec = describe(config.data)
     config = bind(config, spec)
     directory = Path(run_dir) if run_dir is not None else Path(config.run.dir) / config.run.name
@@ -225,6 +227,7 @@ def _build(
                 "sampler": config.sampler,
                 "spec": spec,
                 "device": placement.device,
+                "jarzynski": config.buffer.jarzynski,
             },
             name=f"worker-{index}",
             num_threads=placement.worker_threads,
@@ -286,7 +289,11 @@ def _build(
                 "rank": rank,
                 "seed": seed,
                 "device": placement.device,
-                "reweight": config.flow.stale == "reweight",
+                # The jump of a chain's Jarzynski weight from its version to the learner's is its
+                # staleness weight, nothing where there is no lag.
+                "reweight": config.flow.stale == "reweight"
+                or (config.buffer.jarzynski and config.flow.mode == "async"),
+                "jarzynski": config.buffer.jarzynski,
             },
             name=f"learner-{rank}",
             num_threads=placement.learner_threads,
@@ -368,6 +375,7 @@ def _schedule(config: RunConfig) -> Schedule:
         num_grid=config.evaluation.num_grid,
         num_samples=config.evaluation.num_samples,
         temperature=config.sampler.build().temperature,
+        jarzynski=config.buffer.jarzynski,
     )
 
 
@@ -438,6 +446,11 @@ def _check_resumable(config: RunConfig, found: checkpoint.CheckpointDir) -> None
                 f"{key}.{name}: the checkpoint at {found.path} has {then[key].get(name)!r}, the "
                 f"config {now[key].get(name)!r}; restore it, or start anew with another --run-dir"
             )
+    if config.buffer.jarzynski and not then["buffer"].get("jarzynski", False):
+        raise UserError(
+            f"buffer.jarzynski: the chains of the checkpoint at {found.path} carry no Jarzynski "
+            "weights; set it to false, or start anew with another --run-dir"
+        )
     if found.step > config.run.steps:
         raise UserError(
             f"run.steps: the checkpoint at {found.path} is at update {found.step}, past "

@@ -88,6 +88,8 @@ class Lease:
     log_weight: np.ndarray  # (M,), float32
     version: np.ndarray  # (M,), int64
     """Version of the weights that moved each chain last; -1 for a new chain."""
+    energy: np.ndarray | None = None
+    """(M,), float32, under those weights; what Jarzynski weights are carried on from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,5 +106,8 @@ class MovedChains:
     log_weight: np.ndarray  # (M,), float32
     version: int
     num_steps: int
+    negatives: dict[str, np.ndarray] | None = None
+    """What the learner gets in place of the chains, keys as in `Negatives`: the chains half-way
+    through the round, where their Jarzynski weights must not depend on what the learner does."""
     stats: dict[str, float] = field(default_factory=dict)
     """Sampler and chain diagnostics of the round, named as in `metrics/names.py`."""

@@ -10,7 +10,7 @@ import torch
 from ebm_dist.data import DataConfig, DataStream
 from ebm_dist.energies import EnergySection
 from ebm_dist.learner import Ema, LearnerConfig
-from ebm_dist.objectives import ObjectiveSection
+from ebm_dist.objectives import ObjectiveSection, ess_ratio
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import Negatives
 
@@ -33,6 +33,7 @@ class LearnerRank:
         seed: int,
         device: str,
         reweight: bool = False,
+        jarzynski: bool = False,
     ) -> None:
         self._config = config
         self._rank = rank
@@ -43,6 +44,7 @@ class LearnerRank:
         self._energy = energy.build(seed=derive_seed(seed, "energy"))
         self._objective = objective.build(seed=derive_seed(seed, "objective"))
         self._objective.reweight = reweight and self._objective.needs_negatives
+        self._jarzynski = jarzynski
         self._ema: Ema | None = None
 
     def start(self, rendezvous: tuple[str, int]) -> None:
@@ -78,12 +80,15 @@ class LearnerRank:
             NonFinite: on every rank alike, with the parameters as they were.
         """
         batch = self._data.next_batch(self._batch_size)
+        joined = _join(parts, negatives) if negatives else None
         metrics = self._engine.update(
             batch,
-            _join(parts, negatives) if negatives else None,
+            joined,
             seed=derive_seed(self._seed, "update", self._rank, step),
             lr=lr,
         )
+        if self._jarzynski and joined is not None and "flow/ess_ratio" not in metrics:
+            metrics["flow/ess_ratio"] = float(ess_ratio(joined.log_weight))
         flat = self._engine.flat_weights()
         if flat is None:
             return metrics, None, None

@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from pydantic import PositiveInt
 
+from ebm_dist.actors.weighted_round import GAIN, carried, weighted
 from ebm_dist.diagnostics import autocorrelation_time, effective_sample_size, split_rhat
 from ebm_dist.energies import EnergySection
 from ebm_dist.errors import NonFinite
@@ -40,13 +41,15 @@ class Worker:
         spec: EventSpec,
         *,
         device: str = "cpu",
+        jarzynski: bool = False,
     ) -> None:
         self._device = torch.device(device)
         self._spec = spec
         self._energy = energy.build().to(self._device).eval().requires_grad_(False)
         self._layout = FlatLayout.of(self._energy)
         self._sampler = sampler
-        self._kernel = sampler.build()
+        self._jarzynski = jarzynski
+        self._kernel = weighted(sampler.build()) if jarzynski else sampler.build()
         self._version: int | None = None
 
     def run_round(
@@ -60,7 +63,22 @@ class Worker:
         if lease is None:  # the shard had too few free chains
             return None
         self._use(weights, version)
-        chain = self._run(lease.position, lease.seed, num_steps)
+        log_weight, negatives = np.asarray(lease.log_weight), None
+        start, num_left = lease.position, num_steps
+        if self._jarzynski:
+            log_weight = self._carried(lease)
+            if (half := num_steps // 2) > 0:
+                chain = self._run(start, lease.seed + 1, num_steps - half)
+                log_weight = log_weight + _gain(chain, num_steps - half)
+                start, num_left = chain.position.cpu().numpy(), half
+                negatives = {
+                    "x": start,
+                    "energy": chain.energy.float().cpu().numpy(),
+                    "version": np.full(len(start), version, np.int64),
+                    "log_weight": log_weight.astype(np.float32),
+                }
+        chain = self._run(start, lease.seed, num_left)
+        log_weight = log_weight + _gain(chain, num_left)
         position = chain.position.cpu().numpy()
         energy = chain.energy.float().cpu().numpy()
         if not (np.isfinite(energy).all() and np.isfinite(position).all()):
@@ -77,9 +95,10 @@ class Worker:
             generations=lease.generations,
             position=position,
             energy=energy,
-            log_weight=np.asarray(lease.log_weight),
+            log_weight=log_weight.astype(np.float32),
             version=version,
             num_steps=num_steps,
+            negatives=negatives,
             stats=round_stats(chain, lease.position),
         )
 
@@ -104,10 +123,25 @@ class Worker:
             channels_last=self._sampler.channels_last,
         )
 
+    def _carried(self, lease: Lease) -> np.ndarray:
+        """The chains' log-weights under the weights in use, before they move."""
+        assert lease.energy is not None
+        x = torch.from_numpy(np.array(lease.position)).to(self._device)
+        log_weight, recorded = (
+            torch.from_numpy(np.array(value)) for value in (lease.log_weight, lease.energy)
+        )
+        return carried(log_weight, recorded, x, self._energy, self._kernel.temperature).numpy()
+
     def _use(self, weights: np.ndarray, version: int | None) -> None:
         if version is None or version != self._version:
             self._layout.load_(self._energy, torch.from_numpy(np.array(weights)))
             self._version = version
+
+
+def _gain(chain: Chain, num_steps: int) -> np.ndarray | float:
+    """What the moves of `chain` added to its log-weights; taken out of its info."""
+    gain = chain.info.pop(GAIN, None)
+    return 0.0 if gain is None else num_steps * gain.double().cpu().numpy()
 
 
 def round_stats(chain: Chain, start: np.ndarray) -> dict[str, float]:

@@ -32,6 +32,16 @@ class BufferConfig(Section):
     data_noise_std: NonNegativeFloat = 0.0
     """Gaussian noise added to a chain that starts from data, in data units."""
 
+    jarzynski: bool = False
+    """Chains carry Jarzynski log-weights (Carbone et al. 2023), which keep the negative phase exact
+    while the weights move, and log Z is estimated all along. For init: noise, reinit_prob 0, and
+    a sampler whose moves have a density: an exact one, or langevin unclipped. The learner is shown
+    the chains half-way through a round, so give sampler.num_steps enough that they forget."""
+
+    resample_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """The weighted chains of a lease are resampled, once the learner has them, where their
+    effective share is below this."""
+
     lease_timeout_s: PositiveFloat = 120.0
     """Seconds after which a lease that was not checked in gives its chains back."""
 

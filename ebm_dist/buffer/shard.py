@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ebm_dist.buffer.jarzynski import resampling, start_log_weight, start_noise
 from ebm_dist.buffer.policy import BufferConfig
 from ebm_dist.buffer.storage import FREE, LEASED, READY, SlotStorage
 from ebm_dist.seeds import derive_seed
@@ -70,6 +71,7 @@ class Shard:
         self._clock = clock
         self._leases: dict[int, _Outstanding] = {}
         self._ready: dict[int, np.ndarray] = {}
+        self._shown: dict[int, dict[str, np.ndarray]] = {}  # negatives of ready leases, if apart
         self._done: dict[int, dict[str, Any]] = {}
         self._counters = {"late_checkins": 0, "expired_leases": 0, "reinitialised": 0}
         self._next_chain = 0
@@ -105,7 +107,9 @@ class Shard:
     def _fill(self) -> None:
         for start in range(0, self.capacity, _FILL_CHUNK):
             slots = np.arange(start, min(start + _FILL_CHUNK, self.capacity))
-            self._slots.position[slots] = self._start(len(slots), "fill", start)
+            x = self._slots.position[slots] = self._start(len(slots), "fill", start)
+            if self._config.jarzynski:
+                self._slots.log_weight[slots] = start_log_weight(self._config, self._spec, x)
             self._slots.chain_id[slots] = self._identities(len(slots))
             self._slots.version[slots] = -1
 
@@ -114,7 +118,7 @@ class Shard:
             derive_seed(self._seed, "shard", self.index, *path)
         )
         if self._config.init == "noise":
-            return self._spec.noise(num, generator, std=self._config.init_std).numpy()
+            return start_noise(self._config, self._spec, num, generator).numpy()
         assert self._data is not None
         x = self._data.next_batch(num).x
         if self._config.data_noise_std > 0 and not self._spec.discrete:
@@ -167,6 +171,7 @@ class Shard:
         if lease_id in self._leases:
             return self._renew(self._leases[lease_id])
         slots = self._ready.pop(ready_id, None)
+        self._shown.pop(ready_id, None)
         if slots is None:
             return None
         rows = self._slots.rows(slots)
@@ -200,6 +205,7 @@ class Shard:
             position=position,
             log_weight=log_weight,
             version=version,
+            energy=self._slots.energy[self._slots.rows(slots)],
         )
         # Numbered now and not at the checkin: leases come back in any order.
         self._leases[lease_id] = _Outstanding(lease, fresh, self._identities(int(fresh.sum())))
@@ -268,6 +274,8 @@ class Shard:
         self._slots.generation[slots] += 1
         self._slots.state[slots] = READY
         self._ready[moved.lease_id] = slots
+        if moved.negatives is not None:
+            self._shown[moved.lease_id] = moved.negatives
         del self._leases[moved.lease_id]
         self._remember(moved.lease_id, {"accepted": True, **reply})
         self._counters["reinitialised"] += int(fresh.sum())
@@ -297,16 +305,40 @@ class Shard:
             return False, None
         rows = self._slots.rows(slots)
         self._slots.state[slots] = FREE
-        return True, {
+        negatives = {
             "x": self._slots.position[rows],
             "energy": self._slots.energy[rows],
             "version": self._slots.version[rows],
             "log_weight": self._slots.log_weight[rows],
         }
+        if self._config.jarzynski:
+            self._resample(lease_id, slots, negatives)
+        return True, self._shown.pop(lease_id, negatives)
+
+    def _resample(self, lease_id: int, slots: np.ndarray, chains: dict[str, np.ndarray]) -> None:
+        """Copy likely chains over unlikely ones; the learner has them as they were, weighted."""
+        seed = derive_seed(self._seed, "shard", self.index, "resample", lease_id)
+        found = resampling(chains["log_weight"], self._config.resample_threshold, seed)
+        if found is None:
+            return
+        index, log_weight = found
+        rows = self._slots.rows(slots)
+        self._slots.commit(
+            slots,
+            position=chains["x"][index],
+            energy=chains["energy"][index],
+            version=chains["version"][index],
+            age=self._slots.age[rows][index],
+            log_weight=log_weight,
+            chain_id=self._slots.chain_id[rows],
+        )
+        self._slots.generation[slots] += 1
+        self._counters["resampled"] = self._counters.get("resampled", 0) + 1
 
     def release(self, lease_id: int) -> int:
         """Free the ready chains of `lease_id` unused (a drop); returns how many."""
         slots = self._ready.pop(lease_id, None)
+        self._shown.pop(lease_id, None)
         if slots is None:
             return 0
         self._slots.state[slots] = FREE
@@ -360,6 +392,15 @@ class Shard:
         slots = rng.choice(pool, size=min(num, len(pool)), replace=False)
         return self._slots.position[self._slots.rows(slots)]
 
+    def weighted(self) -> dict[str, np.ndarray]:
+        """Every chain with what its Jarzynski weight is carried on from, by slot."""
+        rows = self._slots.row_of_slot
+        return {
+            "x": self._slots.position[rows],
+            "energy": self._slots.energy[rows],
+            "log_weight": self._slots.log_weight[rows],
+        }
+
     # --- checkpoint ---------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, Any]:
@@ -400,6 +441,7 @@ class Shard:
         self._slots.epoch[0] += 1
         self._leases.clear()
         self._ready.clear()
+        self._shown.clear()
         self._done.clear()
         next_chain = int(meta["next_chain"])
         rows = self._slots.row_of_slot
