@@ -125,13 +125,15 @@ class NoiseContrastive(Objective):
         on_data, on_noise = logit[: len(data)], logit[len(data) :]
         # Sum over the noise of a datum, mean over data: nu times the mean over noise.
         loss = F.softplus(-on_data).mean() + ratio * F.softplus(on_noise).mean()
+        # At equal odds: with nu noise events a datum, calling all of them noise is often right.
+        fair = -math.log(ratio)
+        balanced = 0.5 * ((on_data > fair).float().mean() + (on_noise < fair).float().mean())
         return loss, {
             "energy/positive": ((-log_p - self.log_z)[: len(data)]).detach().mean()
             * self.config.temperature,
             "likelihood/log_z": self.log_z.detach().float().mean(),
             "likelihood/log_prob": log_p[: len(data)].detach().mean(),
-            "objective/accuracy": 0.5
-            * ((on_data > 0).float().mean() + (on_noise < 0).float().mean()),
+            "objective/accuracy": balanced,
             "loss/total": loss.detach(),
         }
 
