@@ -1,0 +1,349 @@
+"""The launch scripts do what they say, with stand-ins for ray, srun and the training command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+LAUNCH = ROOT / "launch"
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the launch scripts are for Linux"
+)
+
+STUBBORN = """
+import pathlib, signal, sys, time
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: (asked.append(1), signal.signal(15, signal.SIG_DFL)))
+pathlib.Path(sys.argv[1]).touch()
+while not asked:
+    time.sleep(0.02)
+time.sleep(0.3)
+pathlib.Path(sys.argv[1] + ".saved").touch()
+"""
+"""Stands in for training: the first SIGTERM asks for a checkpoint, a second one kills."""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "bin").mkdir()
+    return tmp_path
+
+
+def environment(home: Path, **extra: str) -> dict[str, str]:
+    base = {"HOME": str(home), "PATH": f"{home / 'bin'}:/usr/bin:/bin", "TMPDIR": str(home)}
+    return base | {"EBM_DIST_STATE": str(home / "state")} | extra
+
+
+def stand_in(home: Path, name: str, body: str) -> None:
+    path = home / "bin" / name
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def run(home: Path, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(LAUNCH / command[0]), *command[1:]],
+        env=environment(home, **extra),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
+
+
+def write_token(home: Path, mode: int = 0o600) -> None:
+    (home / ".ray").mkdir(exist_ok=True)
+    token = home / ".ray" / "auth_token"
+    token.write_text("0" * 64)
+    token.chmod(mode)
+
+
+RAY = """
+printf '%s\\n' "$*" >>"$HOME/ray.calls"
+env | grep -E '^RAY_' | sort >"$HOME/ray.env"
+[[ $1 == start ]] || exit 0
+echo 'Ray runtime started.'
+exec sleep 60
+"""
+
+
+def test_head_binds_loopback_and_makes_a_private_token(home: Path) -> None:
+    stand_in(home, "ray", RAY)
+    done = run(home, "local.sh", "start", "--num-cpus=1")
+    assert done.returncode == 0, done.stderr
+    call = (home / "ray.calls").read_text()
+    assert "--node-ip-address=127.0.0.1" in call
+    assert "--dashboard-host=127.0.0.1" in call
+    assert "--num-cpus=1" in call
+    token = home / ".ray" / "auth_token"
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert len(token.read_text()) == 64
+    env = (home / "ray.env").read_text()
+    assert "RAY_AUTH_MODE=token" in env
+    assert "RAY_health_check_failure_threshold=4" in env
+    assert token.read_text() not in done.stdout + done.stderr + call + env
+    pid = int((home / "state" / "ray.pid").read_text())
+    assert run(home, "local.sh", "start").returncode == 2
+    assert run(home, "local.sh", "stop").returncode == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    # `ray stop` would have ended every Ray of this user.
+    assert "stop" not in (home / "ray.calls").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra", "mode", "said"),
+    [
+        (("start", "--host", "192.0.2.1"), {}, None, "no token"),
+        (("start", "--host=192.0.2.1"), {"RAY_AUTH_MODE": "disabled"}, 0o600, "RAY_AUTH_MODE"),
+        (("start", "--host", "192.0.2.1"), {}, 0o644, "others may read it"),
+        (("start",), {"RAY_AUTH_MODE": "disabled"}, 0o600, "RAY_AUTH_MODE"),
+        (("join", "192.0.2.1", "--host", "192.0.2.2"), {}, None, "no token"),
+        (("join", "192.0.2.1"), {}, 0o600, "--host"),
+        (("join",), {}, 0o600, "HEAD[:PORT]"),
+    ],
+)
+def test_ray_is_not_started_unsafely(
+    home: Path, arguments: tuple[str, ...], extra: dict[str, str], mode: int | None, said: str
+) -> None:
+    stand_in(home, "ray", RAY)
+    if mode is not None:
+        write_token(home, mode)
+    done = run(home, "local.sh", *arguments, **extra)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (home / "ray.calls").exists()
+
+
+def test_a_ray_that_does_not_start_is_said_and_leaves_nothing(home: Path) -> None:
+    stand_in(home, "ray", "echo 'port 6379 is taken' >&2; exit 1")
+    done = run(home, "local.sh", "start")
+    assert done.returncode == 2
+    assert "port 6379 is taken" in done.stderr
+    assert not (home / "state" / "ray.pid").exists()
+
+
+def test_train_joins_the_ray_that_was_started(home: Path) -> None:
+    stand_in(home, "ray", RAY)
+    stand_in(home, "ebm-dist", 'printf "%s %s" "$RAY_ADDRESS" "$*"')
+    assert run(home, "local.sh", "train", "configs/digits.yaml").returncode == 2
+    assert run(home, "local.sh", "start").returncode == 0
+    done = run(home, "local.sh", "train", "configs/digits.yaml", "learner.lr=1e-4")
+    run(home, "local.sh", "stop")
+    assert done.stdout == "127.0.0.1:6379 train configs/digits.yaml learner.lr=1e-4"
+
+
+def test_submission_uploads_the_config_alone_and_resumes(home: Path) -> None:
+    write_token(home)
+    body = 'printf "%s\\n" "$@" >"$HOME/ray.calls"; ls -A "${6}" >"$HOME/uploaded"'
+    stand_in(home, "ray", body)
+    config = str(ROOT / "configs" / "digits.yaml")
+    done = run(home, "submit.sh", "--run-dir", "/runs/digits", config, "run.seed=1")
+    assert done.returncode == 0, done.stderr
+    call = (home / "ray.calls").read_text().split("\n")
+    assert call[:4] == ["job", "submit", "--address", "http://127.0.0.1:8265"]
+    start = call.index("--")
+    assert call[start + 1 : -1] == (
+        [
+            "ebm-dist",
+            "train",
+            "config.yaml",
+            "run.seed=1",
+            "--run-dir",
+            "/runs/digits",
+            "--resume",
+            "auto",
+        ]
+    )
+    assert (home / "uploaded").read_text() == "config.yaml\n"
+    assert not Path(call[5]).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--run-dir", "runs/x", "CONFIG"], "absolute path"),
+        (["CONFIG"], "absolute path"),
+        (["--run-dir", "/runs/x"], "expected CONFIG"),
+        (["--run-dir", "/runs/x", "absent.yaml"], "no such file"),
+        (["--run-dir", "/runs/x", "--adress", "x", "CONFIG"], "--adress"),
+        (["--run-dir", "/runs/x", "--address", "http://192.0.2.1:8265", "CONFIG"], "in the clear"),
+        (["--run-dir", "/runs/x", "--address", "192.0.2.1:8265", "CONFIG"], "https://HOST:PORT"),
+    ],
+)
+def test_a_wrong_submission_is_refused_in_one_line(
+    home: Path, arguments: list[str], said: str
+) -> None:
+    write_token(home)
+    stand_in(home, "ray", 'touch "$HOME/called"')
+    config = str(ROOT / "configs" / "digits.yaml")
+    done = run(home, "submit.sh", *[config if a == "CONFIG" else a for a in arguments])
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (home / "called").exists()
+
+
+def test_submission_without_a_token_is_refused(home: Path) -> None:
+    stand_in(home, "ray", 'touch "$HOME/called"')
+    config = str(ROOT / "configs" / "digits.yaml")
+    done = run(home, "submit.sh", "--run-dir", "/runs/x", config)
+    assert done.returncode == 2
+    assert "no token" in done.stderr
+    assert not (home / "called").exists()
+
+
+@pytest.mark.parametrize("code", [0, 1, 7])
+def test_driver_exits_as_its_command_does(home: Path, code: int) -> None:
+    assert run(home, "driver.sh", "bash", "-c", f"exit {code}").returncode == code
+
+
+def test_drained_driver_is_left_to_finish_and_asks_to_be_tried_again(home: Path) -> None:
+    mark = home / "started"
+    driver = subprocess.Popen(
+        [str(LAUNCH / "driver.sh"), sys.executable, "-c", STUBBORN, str(mark)],
+        env=environment(home),
+    )
+    eventually(mark.exists)
+    drains = [
+        subprocess.Popen([str(LAUNCH / "drain.sh"), "20"], env=environment(home)) for _ in range(2)
+    ]
+    assert [drain.wait(20) for drain in drains] == [0, 0]
+    assert driver.wait(20) == 75
+    assert Path(f"{mark}.saved").exists()
+    assert not any((home / f"ebm_dist-drivers-{os.getuid()}").iterdir())
+
+
+def test_signal_to_all_processes_of_a_job_reaches_the_command_once(home: Path) -> None:
+    # What `ray job stop` does.
+    mark = home / "started"
+    driver = subprocess.Popen(
+        [str(LAUNCH / "driver.sh"), sys.executable, "-c", STUBBORN, str(mark)],
+        env=environment(home),
+        start_new_session=True,
+    )
+    eventually(mark.exists)
+    os.killpg(driver.pid, signal.SIGTERM)
+    assert driver.wait(20) == 0
+    assert Path(f"{mark}.saved").exists()
+
+
+def test_drain_gives_up_in_time(home: Path) -> None:
+    mark = home / "started"
+    endless = f"trap : TERM; touch {mark}; while :; do sleep 0.1; done"
+    driver = subprocess.Popen(
+        [str(LAUNCH / "driver.sh"), "bash", "-c", endless],
+        env=environment(home),
+        start_new_session=True,
+    )
+    eventually(mark.exists)
+    began = time.monotonic()
+    done = run(home, "drain.sh", "1")
+    assert done.returncode == 1
+    assert "still runs" in done.stderr
+    assert time.monotonic() - began < 5
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait(10)
+
+
+SRUN = """
+while [[ $1 == --* ]]; do shift; done
+printf '%s\\n' "$@" >"$HOME/srun.calls"
+stat -c %a "$RAY_AUTH_TOKEN_PATH" >"$HOME/token.mode"
+while [[ $1 != -- ]]; do shift; done
+shift
+exec "$@"
+"""
+
+
+def slurm(home: Path, **extra: str) -> dict[str, str]:
+    stand_in(home, "srun", SRUN)
+    stand_in(home, "ray", ":")
+    stand_in(home, "scontrol", 'echo "$*" >>"$HOME/scontrol.calls"; echo localhost')
+    return environment(
+        home,
+        SLURM_SUBMIT_DIR=str(ROOT),
+        SLURM_JOB_ID="42",
+        SLURM_JOB_NUM_NODES="1",
+        SLURM_CPUS_ON_NODE="2",
+        SLURM_JOB_NODELIST="node-1",
+        EBM_DIST_HEAD="127.0.0.1",
+        **extra,
+    )
+
+
+def test_slurm_job_trains_through_symmetric_run_and_leaves_no_token(home: Path) -> None:
+    env = slurm(home)
+    stand_in(home, "ebm-dist", 'printf "%s|%s\\n" "$RAY_ADDRESS" "$*"; exit 3')
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "slurm" / "train.sbatch"), "configs/digits.yaml", "run.seed=1"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.stdout == "127.0.0.1:6379|train --resume auto configs/digits.yaml run.seed=1\n"
+    assert done.returncode == 3
+    call = (home / "srun.calls").read_text().split()
+    assert call[:6] == ["ray", "symmetric-run", "--address", "127.0.0.1:6379", "--min-nodes", "1"]
+    assert "--min-worker-port=10100" in call
+    assert (home / "token.mode").read_text() == "600\n"
+    assert not (home / ".ray" / "ebm_dist-42").exists()
+
+
+@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_slurm_signal_writes_a_checkpoint_before_the_job_is_given_up(
+    home: Path, number: signal.Signals, requeued: bool
+) -> None:
+    env = slurm(home)
+    mark = home / "started"
+    (home / "train.py").write_text(STUBBORN)
+    stand_in(home, "ebm-dist", f'exec {sys.executable} "$HOME/train.py" {mark}')
+    job = subprocess.Popen(
+        ["bash", str(LAUNCH / "slurm" / "train.sbatch"), "configs/digits.yaml"], env=env
+    )
+    eventually(mark.exists)
+    job.send_signal(number)
+    assert job.wait(20) == 75
+    assert Path(f"{mark}.saved").exists()
+    calls = home / "scontrol.calls"
+    assert (calls.exists() and "requeue 42" in calls.read_text()) == requeued
+
+
+def test_slurm_refuses_a_head_that_other_nodes_cannot_reach(home: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "slurm" / "train.sbatch"), "configs/digits.yaml"],
+        env=slurm(home) | {"SLURM_JOB_NUM_NODES": "2"} | {"PATH": f"{home}/bin:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 2
+    # Without ebm-dist on PATH that is said first; with it, the address.
+    stand_in(home, "ebm-dist", ":")
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "slurm" / "train.sbatch"), "configs/digits.yaml"],
+        env=slurm(home) | {"SLURM_JOB_NUM_NODES": "2"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 2
+    assert "EBM_DIST_INTERFACE" in done.stderr
+    assert not (home / "srun.calls").exists()
