@@ -215,6 +215,8 @@ class Controller:
             values["chain/age_mean"] = sum(c["age_mean"] for c in counts) / len(counts)
         if self._schedule.jarzynski:
             values["likelihood/resampled"] = float(sum(c.get("resampled", 0) for c in counts))
+        if self._graph.watch is not None:
+            values |= self._graph.watch.look()
         self.metrics.update(values)
         self._graph.hub.log(self.progress.step, self.progress.epoch, values)
 
@@ -338,7 +340,9 @@ class Controller:
         if found is None:
             raise RunFailed(f"{died}, and there is no checkpoint to go back to") from died
         lost = self.progress.step - found.step
-        self._view.say(f"{died}: going back {lost} updates to {found.path.name}")
+        what = " and ".join(self._graph.learners.dead())
+        why = f"{what} died ({died})" if what else str(died)
+        self._view.say(f"{why}: going back {lost} updates to {found.path.name}")
         if self._flow.mode == "sync":
             self._pool.forget_all()
         if self._graph.learners.lost():

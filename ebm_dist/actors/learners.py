@@ -121,12 +121,17 @@ class LearnerGroup:
             self.broken = True
             # With peers, an error that is none of ours is the collective that lost one of them.
             if self._num_ranks > 1 and _is_runtime_error(error):
-                raise PartDied(f"a learner rank lost the others: {first_line(error)}") from error
+                cause = getattr(error, "cause", None) or error
+                raise PartDied(f"a learner rank lost the others: {first_line(cause)}") from error
             raise
 
     def lost(self) -> bool:
         """Whether a rank is known to be dead or out of step."""
-        return self.broken or not all(self._backend.alive(rank) for rank in self.ranks)
+        return self.broken or bool(self.dead())
+
+    def dead(self) -> list[str]:
+        """Names of the ranks whose process is gone."""
+        return [rank.name for rank in self.ranks if not self._backend.alive(rank)]
 
     def _results(self, refs: Sequence[Ref]) -> list[Any]:
         return [self.result(ref) for ref in refs]
