@@ -129,11 +129,12 @@ def _train(
     console: Console,
 ) -> RunResult:
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_signals_ask_to_stop())
+        stop, listen = stack.enter_context(_signals_ask_to_stop())
         view = stack.enter_context(Progress(config.run.steps, config.run.name, console))
         view.say("starting " + ("in this process" if config.runtime.backend == "inline" else "Ray"))
         backend = _backend(config, spec, run_dir)
         stack.callback(backend.close)
+        listen()  # Ray has put a handler of its own in place of ours, which aborts on SIGTERM
         if (notice := getattr(backend, "log_dir", None)) is not None:
             log.info("Ray's logs: %s", notice)
         graph = _build(config, spec, run_dir, backend, found, stack, _Logged(view).say)
@@ -479,11 +480,14 @@ def _claimed(run_dir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_ask_to_stop() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM set the event; a second one ends the process as usual."""
+def _signals_ask_to_stop() -> Iterator[tuple[threading.Event, Callable[[], None]]]:
+    """SIGINT and SIGTERM set the event; a second one ends the process as usual.
+
+    The function listens again, after somebody else has taken the signals.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield stop, lambda: None
         return
     numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
     before = {number: signal.getsignal(number) for number in numbers}
@@ -492,10 +496,13 @@ def _signals_ask_to_stop() -> Iterator[threading.Event]:
         stop.set()
         signal.signal(number, before[number])
 
-    for number in before:
-        signal.signal(number, ask)
+    def listen() -> None:
+        for number in before:
+            signal.signal(number, ask)
+
+    listen()
     try:
-        yield stop
+        yield stop, listen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
