@@ -326,6 +326,21 @@ def test_slurm_signal_writes_a_checkpoint_before_the_job_is_given_up(
     assert (calls.exists() and "requeue 42" in calls.read_text()) == requeued
 
 
+def test_slurm_job_whose_ray_did_not_start_fails(home: Path) -> None:
+    env = slurm(home)
+    stand_in(home, "srun", "exit 0")  # what `ray symmetric-run` makes of it
+    stand_in(home, "ebm-dist", ":")
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "slurm" / "train.sbatch"), "configs/digits.yaml"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert "no training ran" in done.stderr
+
+
 def test_slurm_refuses_a_head_that_other_nodes_cannot_reach(home: Path) -> None:
     done = subprocess.run(
         ["bash", str(LAUNCH / "slurm" / "train.sbatch"), "configs/digits.yaml"],
