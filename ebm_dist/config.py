@@ -226,6 +226,12 @@ def _check_jarzynski(config: RunConfig) -> Iterator[str]:
         jarzynski.check_buffer(config.buffer.reinit_prob)
     except UserError as error:
         yield str(error)
+    for key in ("reseed_stuck", "audit_feedback"):
+        if getattr(config.evaluation, key):
+            yield (
+                f"evaluation.{key}: true, but the chains it adds have no Jarzynski weight; set it "
+                "to false, or buffer.jarzynski: false"
+            )
     if config.buffer.init != "noise":
         yield (
             f"buffer.init: {config.buffer.init}, but the Jarzynski correction needs chains that "

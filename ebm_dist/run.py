@@ -38,7 +38,9 @@ from ebm_dist.actors.observers import EvaluatorLink, HubLink
 from ebm_dist.actors.placement import available_cores, plan
 from ebm_dist.actors.shard_host import ShardHost
 from ebm_dist.actors.shared_memory import slots_directory
+from ebm_dist.actors.watch import ShardWatch
 from ebm_dist.actors.worker import Worker
+from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.config import RunConfig, check_event, dump, load
 from ebm_dist.data import describe
 from ebm_dist.errors import RunFailed, UserError
@@ -259,6 +261,12 @@ def _build(
     if getattr(backend, "local", False):
         slots = stack.enter_context(slots_directory(run_dir))
 
+    trace = TracePlan(
+        config.evaluation.trace_chains,
+        config.evaluation.trace_records,
+        config.evaluation.stagnation_fraction,
+    )
+
     def spawn_shard(index: int) -> Handle:
         return backend.spawn(
             ShardHost,
@@ -271,6 +279,7 @@ def _build(
                 "capacity": capacities[index],
                 "max_lease": config.workers.num_chains,
                 "seed": seed,
+                "trace": trace if trace.num_chains > 0 else None,
                 "directory": str(slots / f"shard_{index:04d}") if slots else None,
             },
             name=f"shard-{index}",
@@ -360,6 +369,15 @@ def _build(
         respawn_shard=spawn_shard,
         needs_negatives=needs_negatives,
         lease_timeout_s=config.buffer.lease_timeout_s,
+        watch=ShardWatch(
+            backend,
+            shards,
+            reseed=config.evaluation.reseed_stuck,
+            say=say,
+            timeout=config.flow.stall_timeout_s,
+        )
+        if shards and trace.num_chains > 0
+        else None,
     )
 
 

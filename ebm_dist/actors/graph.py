@@ -9,6 +9,7 @@ from typing import Protocol
 from ebm_dist.actors.handles import Backend, Handle
 from ebm_dist.actors.learners import LearnerGroup
 from ebm_dist.actors.observers import EvaluatorLink, HubLink
+from ebm_dist.actors.watch import ShardWatch
 
 
 class View(Protocol):
@@ -53,3 +54,4 @@ class Graph:
     respawn_shard: Callable[[int], Handle]
     needs_negatives: bool
     lease_timeout_s: float
+    watch: ShardWatch | None = None

@@ -24,6 +24,7 @@ import torch
 from ebm_dist.buffer.jarzynski import resampling, start_log_weight, start_noise
 from ebm_dist.buffer.policy import BufferConfig
 from ebm_dist.buffer.storage import FREE, LEASED, READY, SlotStorage
+from ebm_dist.buffer.trace import ChainTrace, TracePlan
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import Batch, EventSpec, Lease, MovedChains
 
@@ -59,6 +60,7 @@ class Shard:
         seed: int,
         data: StartSource | None = None,
         directory: str | None = None,
+        trace: TracePlan | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if config.init == "data" and data is None:
@@ -75,6 +77,8 @@ class Shard:
         self._done: dict[int, dict[str, Any]] = {}
         self._counters = {"late_checkins": 0, "expired_leases": 0, "reinitialised": 0}
         self._next_chain = 0
+        self._trace = ChainTrace(trace, capacity, spec.shape) if trace is not None else None
+        self._restart = np.zeros(capacity, bool)  # slots whose next lease starts afresh
         self._slots = SlotStorage(
             capacity, max_lease, spec.shape, Path(directory) if directory else None
         )
@@ -149,7 +153,7 @@ class Shard:
             return None
         rng = np.random.default_rng(derive_seed(self._seed, "shard", self.index, "pick", lease_id))
         slots = free[rng.choice(len(free), size=num, replace=False, shuffle=False)]
-        fresh = rng.random(num) < self._config.reinit_prob
+        fresh = (rng.random(num) < self._config.reinit_prob) | self._restart[slots]
         rows = self._slots.rows(slots)
         position = self._slots.position[rows]  # fancy indexing copies
         log_weight = self._slots.log_weight[rows]
@@ -271,6 +275,9 @@ class Shard:
             log_weight=moved.log_weight,
             chain_id=chain_id,
         )
+        if self._trace is not None:
+            self._trace.record(slots, moved.position, fresh)
+        self._restart[slots[fresh]] = False
         self._slots.generation[slots] += 1
         self._slots.state[slots] = READY
         self._ready[moved.lease_id] = slots
@@ -391,6 +398,20 @@ class Shard:
         pool = older if len(older) >= num else np.argsort(-age, kind="stable")[:num]
         slots = rng.choice(pool, size=min(num, len(pool)), replace=False)
         return self._slots.position[self._slots.rows(slots)]
+
+    def health(self, reseed: bool = False) -> dict[str, Any] | None:
+        """What the followed chains show, by `ChainTrace.report`; None where nothing is new.
+
+        Args:
+            reseed: where the alarm sounds, start its stuck chains afresh with their next lease;
+                `num_reseeded` says how many.
+        """
+        report = self._trace.report(f"shard {self.index}") if self._trace is not None else None
+        if report is None:
+            return None
+        stuck = report.pop("stuck") if reseed and report["alarm"] is not None else []
+        self._restart[stuck] = True
+        return {**report, "num_reseeded": len(stuck)}
 
     def weighted(self) -> dict[str, np.ndarray]:
         """Every chain with what its Jarzynski weight is carried on from, by slot."""

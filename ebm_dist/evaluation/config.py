@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from ebm_dist.section import Section
 
@@ -46,18 +46,20 @@ class EvaluationConfig(Section):
     num_ais_temperatures: PositiveInt = 200
     """Steps of its path from the base law to the model."""
 
-    trace_chains: PositiveInt = 32
-    """Chains of one shard that are followed over rounds for autocorrelation, ESS, split R-hat and
-    the stagnation alarm."""
+    trace_chains: Annotated[int, Field(ge=0)] = 32
+    """Chains of each shard followed over their rounds for autocorrelation, ESS, split R-hat
+    and the stagnation alarm, others after every `trace_records` rounds; 0 follows none."""
 
-    trace_records: PositiveInt = 64
-    """Rounds that the followed trace holds; the oldest leaves first."""
+    trace_records: Annotated[int, Field(ge=8)] = 64
+    """Rounds that the followed trace holds. Chains that live shorter than 20 of them, through
+    buffer.reinit_prob, are not judged."""
 
     stagnation_fraction: PositiveFloat = 0.25
     """Share of stuck chains above which the stagnation alarm sounds."""
 
     reseed_stuck: bool = False
-    """Give stuck chains a fresh start when the alarm sounds."""
+    """Give stuck chains a fresh start when the alarm sounds. What was followed is not kept in
+    checkpoints, so a resumed run may re-seed others than one that was not stopped."""
 
     audit_every: PositiveInt | None = None
     """Updates between long-run audits; null turns the auditor off."""

@@ -82,6 +82,13 @@ METRICS: dict[str, Metric] = {
     "chain/age_mean": _promised("rounds a chain has lived since it was initialised", "rounds"),
     "chain/age_max": Metric("rounds that the oldest chain has lived", "rounds"),
     "chain/stagnant": Metric("share of chains that the stagnation test calls stuck"),
+    "chain/trace_autocorrelation": Metric(
+        "integrated autocorrelation time of positions over rounds, the slowest coordinate", "rounds"
+    ),
+    "chain/trace_ess": Metric(
+        "effective sample size of the followed chains over rounds, the worst coordinate", "draws"
+    ),
+    "chain/trace_rhat": Metric("split R-hat of positions over rounds, the worst coordinate"),
     "chain/alarms": Metric("stagnation alarms so far", "count"),
     "chain/reseeded": Metric("stuck chains that were started anew so far", "chains"),
     "chain/displacement": Metric("mean distance of chains from where they began to live", "x"),
