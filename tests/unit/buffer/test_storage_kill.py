@@ -28,8 +28,7 @@ shard = Shard(
     BufferConfig(capacity={CAPACITY}, reinit_prob=0.3), EventSpec((4096,), "real"),
     index=0, capacity={CAPACITY}, max_lease={LEASE}, seed=0, directory=sys.argv[1],
 )
-print("ready", flush=True)
-lease_id = int(sys.argv[3])
+first = lease_id = int(sys.argv[3])
 while True:
     lease = shard.checkout(lease_id, {LEASE})
     position = np.full(lease.position.shape, float(lease_id), np.float32)
@@ -38,6 +37,8 @@ while True:
     assert shard.checkin(moved)["accepted"]
     shard.take(lease_id)
     lease_id += 1
+    if lease_id == first + 3:
+        print("ready", flush=True)
 """
 
 
