@@ -86,7 +86,8 @@ class Evaluator:
             }
         if self._fidelity is not None:
             x = torch.from_numpy(np.array(chains[: self._config.num_samples]))
-            values["fidelity/distance"] = self._fidelity.distance(x)
+            # Unclamped chains leave the data's range by their noise; a picture cannot.
+            values["fidelity/distance"] = self._fidelity.distance(x.clamp(-1.0, 1.0))
             values |= {f"fidelity/{k}": v for k, v in self._fidelity.reference().items()}
             values["fidelity/accuracy"] = self._fidelity.accuracy
         if flat is not None and (weighted or self._run_estimates_log_z):
