@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-slow lint format types gallery clean help
+.PHONY: train test test-slow test-gpu lint format types gallery clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -19,11 +19,17 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP) ## train configs/digits.yaml on a local Ray, with a live view, and export it
 	$(BIN)/ebm-dist train configs/digits.yaml
 
-test: $(STAMP) lint types ## lint, types and the tests that take no longer than a coffee
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+# One thread a process: the tests share the cores out among themselves, and sums are then
+# taken in one order everywhere.
+test: $(STAMP) lint types ## lint, types and every test that needs no GPU and no long wait
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu and not ray'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'ray and not slow'
 
 test-slow: $(STAMP) ## the tests that take minutes each
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
 
 lint: $(STAMP) ## style and format
 	$(BIN)/ruff check ebm_dist tests benchmarks
