@@ -152,6 +152,7 @@ def check(config: RunConfig) -> Iterator[str]:
     yield from _check_buffer(config)
     yield from _check_temperature(config)
     yield from _check_jarzynski(config)
+    yield from _check_audit(config)
     if config.runtime.backend == "inline" and config.learner.num_ranks > 1:
         yield (
             f"learner.num_ranks: expected 1 with runtime.backend inline, which is one process, got "
@@ -215,6 +216,32 @@ def _check_temperature(config: RunConfig) -> Iterator[str]:
             f"objective.temperature: expected the sampler's temperature {temperature:g} "
             f"({' and '.join(reads)} reads it), got {stated:g}; set objective.temperature: "
             f"{temperature:g}"
+        )
+
+
+def _check_audit(config: RunConfig) -> Iterator[str]:
+    audit = config.evaluation
+    if audit.audit_every is None:
+        if audit.audit_feedback:
+            yield (
+                "evaluation.audit_feedback: true, but no audit runs; set evaluation.audit_every, "
+                "or audit_feedback: false"
+            )
+        return
+    if audit.audit_steps <= config.sampler.num_steps:
+        yield (
+            f"evaluation.audit_steps: expected more than sampler.num_steps = "
+            f"{config.sampler.num_steps}, ten times as many or more, got {audit.audit_steps}"
+        )
+    if audit.audit_chains < 2:
+        yield (
+            f"evaluation.audit_chains: expected 2 or more, 50 for its tests to see anything, got "
+            f"{audit.audit_chains}"
+        )
+    if audit.audit_feedback and not config.objective.build().needs_negatives:
+        yield (
+            f"evaluation.audit_feedback: true, but objective.name {config.objective.name} takes no "  # type: ignore[attr-defined]
+            "negatives; set it to false"
         )
 
 

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 
 from ebm_dist import __version__, checkpoint
+from ebm_dist.actors.auditor import SHORT_RUN_REINIT, AuditLink, Auditor
 from ebm_dist.actors.controller import Controller
 from ebm_dist.actors.evaluator import Evaluator
 from ebm_dist.actors.graph import Graph, Schedule
@@ -326,6 +327,22 @@ def _build(
             num_threads=1,
         )
 
+    def spawn_auditor() -> Handle:
+        return backend.spawn(
+            Auditor,
+            {
+                "config": config.evaluation,
+                "data": config.data,
+                "energy": config.energy,
+                "sampler": config.sampler,
+                "buffer": config.buffer,
+                "spec": spec,
+                "seed": seed,
+            },
+            name="auditor",
+            num_threads=1,
+        )
+
     hub: HubLink | None = None
     hub = HubLink(backend, spawn_hub, resume_id=tracking.get("id"), say=say)
     shards = [spawn_shard(i) for i in range(len(capacities))] if needs_negatives else []
@@ -340,8 +357,20 @@ def _build(
     evaluator = None
     if config.evaluation.every is not None:
         evaluator = EvaluatorLink(backend, spawn_evaluator, say=say)
+    auditor = None
+    if config.evaluation.audit_every is not None:
+        auditor = AuditLink(
+            backend,
+            spawn_auditor,
+            config.evaluation,
+            batch_size=config.data.batch_size,
+            divisor=config.learner.num_ranks * config.learner.accumulation,
+            from_chains=needs_negatives and config.buffer.reinit_prob < SHORT_RUN_REINIT,
+            wait_s=config.flow.stall_timeout_s if config.flow.mode == "sync" else 0.0,
+            say=say,
+        )
     parts = [hub.handle, *shards, *workers, *learners.ranks]
-    backend.await_started([*parts, *([evaluator.handle] if evaluator else [])])
+    backend.await_started([*parts, *(link.handle for link in (evaluator, auditor) if link)])
 
     def wait(refs: Sequence[Ref], timeout: float) -> None:
         for ref in refs:
@@ -378,6 +407,7 @@ def _build(
         )
         if shards and trace.num_chains > 0
         else None,
+        auditor=auditor,
     )
 
 

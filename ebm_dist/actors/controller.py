@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ebm_dist import checkpoint
+from ebm_dist.actors.auditor import AuditLink
 from ebm_dist.actors.cut import (
     Progress,
     read_manifest,
@@ -124,8 +125,13 @@ class Controller:
         consumed = self._negatives.take_negatives() if self._graph.needs_negatives else None
         lr = learning_rate(self._learner, step, self._schedule.num_updates)
         learners = self._graph.learners
+        auditor = self._graph.auditor
         replies = learners.update(
-            step, lr, self._schedule.batch_size, consumed.negatives if consumed else None
+            step,
+            lr,
+            self._schedule.batch_size,
+            consumed.negatives if consumed else None,
+            auditor.extra() if auditor and consumed else None,
         )
         began = time.monotonic()
         self._wait(
@@ -194,12 +200,30 @@ class Controller:
         if (every := self._schedule.evaluate_every) is not None and step % every == 0:
             self.evaluate()
         self._collect_evaluation(0.0)
+        if self._graph.auditor is not None:
+            self._audit(self._graph.auditor)
+
+    def _audit(self, auditor: AuditLink) -> None:
+        """Start the audit that is due, unless one is under way, and log what came."""
+        step = self.progress.step
+        if step % auditor.every == 0 and not auditor.busy:
+            chains = self.chains(auditor.num_chains) if auditor.from_chains else None
+            auditor.start(step, self._flat, chains)
+        self._collect_audit(auditor.wait_s)
+
+    def _collect_audit(self, timeout: float) -> None:
+        auditor = self._graph.auditor
+        if auditor is None or (done := auditor.collect(timeout, self.progress.version)) is None:
+            return
+        self.metrics.update(done[1])
+        self._graph.hub.log(done[0], self.progress.epoch, done[1])
 
     @property
     def restarts(self) -> int:
         """Parts replaced so far."""
         graph = self._graph
         observers = graph.hub.restarts + (graph.evaluator.restarts if graph.evaluator else 0)
+        observers += graph.auditor.restarts if graph.auditor else 0
         return self._pool.restarts + graph.learners.restarts + observers
 
     def _log(self) -> None:
@@ -254,6 +278,7 @@ class Controller:
     def finish_evaluation(self) -> None:
         """Wait for the measurements under way."""
         self._collect_evaluation(self._flow.stall_timeout_s)
+        self._collect_audit(self._flow.stall_timeout_s)
 
     def _collect_evaluation(self, timeout: float) -> None:
         evaluator = self._graph.evaluator

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from ebm_dist.actors.auditor import AuditLink
 from ebm_dist.actors.handles import Backend, Handle
 from ebm_dist.actors.learners import LearnerGroup
 from ebm_dist.actors.observers import EvaluatorLink, HubLink
@@ -55,3 +56,4 @@ class Graph:
     needs_negatives: bool
     lease_timeout_s: float
     watch: ShardWatch | None = None
+    auditor: AuditLink | None = None

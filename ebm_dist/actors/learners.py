@@ -63,13 +63,19 @@ class LearnerGroup:
         self._results(refs)
 
     def update(
-        self, step: int, lr: float, batch_size: int, negatives: Sequence[tuple[int, Ref]] | None
+        self,
+        step: int,
+        lr: float,
+        batch_size: int,
+        negatives: Sequence[tuple[int, Ref]] | None,
+        extra: tuple[int, Ref] | None = None,
     ) -> list[list[Ref]]:
         """Start an update on every rank.
 
         Args:
             negatives: (number of chains, reference) of each lease; the ranks take consecutive
                 slices of all of them together.
+            extra: negatives on top of those, a multiple of the number of ranks.
 
         Returns:
             References of metrics, flat weights and averaged weights, for each rank.
@@ -87,6 +93,10 @@ class LearnerGroup:
                     parts.append((first - offset, last - offset))
                     refs.append(ref)
                 offset += num
+            if extra is not None:
+                share = extra[0] // self._num_ranks
+                parts.append((index * share, (index + 1) * share))
+                refs.append(extra[1])
             replies.append(rank.call("update", step, lr, parts, *refs, num_returns=3))
         return replies
 

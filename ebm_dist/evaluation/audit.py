@@ -72,6 +72,8 @@ class Audit:
             "audit/energy_gap": self.energy_data - self.energy_long,
             "audit/spurious": self.spurious_fraction,
             "audit/law_distance": self.shift,
+            "audit/variance": self.variance_long,
+            "audit/variance_short": self.variance_short,
             "audit/steps": float(self.num_steps),
         }
 

@@ -71,4 +71,12 @@ class EvaluationConfig(Section):
     """Chains that the auditor runs."""
 
     audit_feedback: bool = False
-    """Feed the chains that fell into spurious minima back to the learner as negatives."""
+    """Feed what an audit found back as negatives: the chains in spurious minima, or all where their
+    law is not the short run's. They are not kept in checkpoints: a run resumed meanwhile goes
+    without until the next audit."""
+
+    audit_feedback_weight: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the negative phase that they have together; the buffer's chains have the rest."""
+
+    audit_feedback_updates: PositiveInt = 50
+    """Updates that they are fed back for. The chains stand meanwhile, so not for ever."""

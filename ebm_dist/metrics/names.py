@@ -155,6 +155,8 @@ METRICS: dict[str, Metric] = {
     "audit/energy_gap": Metric("mean energy of data minus that of the long chains", "energy"),
     "audit/spurious": Metric("share of long chains in a minimum deeper than data and far from it"),
     "audit/law_distance": Metric("distance between long-run and short-run law of the energy"),
+    "audit/variance": Metric("variance over the long chains, mean over coordinates", "x^2"),
+    "audit/variance_short": Metric("the same when they had run as long as training's", "x^2"),
     "audit/steps": Metric("steps that the long chains have taken", "steps"),
     "audit/fed_back": Metric("spurious minima handed back as negatives so far", "chains"),
     # Faults.
