@@ -19,6 +19,8 @@ class FlatLayout:
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    num_parameters: int
+    """Numbers at the front of the array that are parameters; buffers follow."""
 
     @classmethod
     def of(cls, module: nn.Module) -> FlatLayout:
@@ -28,7 +30,11 @@ class FlatLayout:
         worker without them would sample another energy.
         """
         tensors = flat_tensors(module)
-        return cls(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()))
+        return cls(
+            tuple(tensors),
+            tuple(tuple(t.shape) for t in tensors.values()),
+            sum(parameter.numel() for parameter in module.parameters()),
+        )
 
     @property
     def size(self) -> int:

@@ -93,7 +93,7 @@ class LearnerRank:
         if flat is None:
             return metrics, None, None
         if self._ema is None:
-            self._ema = Ema(self._config.ema_decay, flat)
+            self._ema = self._average(flat)
         self._ema.update(flat)
         return metrics, flat, self._ema.flat.numpy()
 
@@ -101,7 +101,7 @@ class LearnerRank:
         """The flat weights as they are; None on ranks other than 0. Collective."""
         flat = self._engine.flat_weights()
         if flat is not None and self._ema is None:
-            self._ema = Ema(self._config.ema_decay, flat)
+            self._ema = self._average(flat)
         return flat
 
     def state(self) -> dict[str, Any]:
@@ -122,11 +122,15 @@ class LearnerRank:
         self._engine.load_state(learner)
         flat = self._engine.flat_weights()
         if flat is not None:
-            self._ema = Ema(self._config.ema_decay, flat)
+            self._ema = self._average(flat)
             if ema is not None:
                 self._ema.load_state(ema)
         if data is not None:
             self._data.load_state(data)
+
+    def _average(self, flat: np.ndarray) -> Ema:
+        num = self._engine.layout.num_parameters
+        return Ema(self._config.ema_decay, flat, num_averaged=num)
 
     def close(self) -> None:
         self._engine.close()

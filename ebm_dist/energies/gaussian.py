@@ -111,7 +111,8 @@ def _eigenvalues(p: Tensor) -> Tensor:
 def constant_or_parameter(module: nn.Module, name: str, value: Tensor, learnable: bool) -> Tensor:
     """Hold `value` as a parameter, or as a constant that the config can always rebuild."""
     if learnable:
-        module.register_parameter(name, nn.Parameter(value))
+        # Of shape (1,) at least: DeepSpeed sends weights as bytes, and a scalar has none to view.
+        module.register_parameter(name, nn.Parameter(value.reshape(value.shape or (1,))))
     else:
         module.register_buffer(name, value, persistent=False)
     return getattr(module, name)

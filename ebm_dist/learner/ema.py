@@ -14,8 +14,17 @@ class Ema:
     stage and world size.
     """
 
-    def __init__(self, decay: float, flat: np.ndarray | Tensor) -> None:
+    def __init__(
+        self, decay: float, flat: np.ndarray | Tensor, *, num_averaged: int | None = None
+    ) -> None:
+        """
+        Args:
+            num_averaged: numbers at the front that are averaged, all by default. The rest are
+                buffers and copied: the mean of spectral norm's unit vectors is shorter than one,
+                and energies computed with it came out hundreds of times too large.
+        """
         self.decay = decay
+        self.num_averaged = len(flat) if num_averaged is None else num_averaged
         self.flat = torch.as_tensor(flat, dtype=torch.float32).clone()
         self.num_updates = 0
 
@@ -34,7 +43,9 @@ class Ema:
         self.num_updates += num_updates
         early = (1 + self.num_updates) / (10 + self.num_updates)
         decay = min(self.decay, early) ** num_updates
-        self.flat.lerp_(flat, 1.0 - decay)
+        num = self.num_averaged
+        self.flat[:num].lerp_(flat[:num], 1.0 - decay)
+        self.flat[num:].copy_(flat[num:])
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""

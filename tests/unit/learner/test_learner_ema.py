@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ebm_dist.learner.ema import Ema
+from ebm_dist.weights import FlatLayout
 
 
 def test_average_follows_its_recursion_with_the_early_decay():
@@ -64,3 +66,21 @@ def test_weights_of_another_energy_are_refused():
         ema.update(np.zeros(4))
     with pytest.raises(ValueError, match="averages 4 weights, the energy has 3"):
         ema.load_state(Ema(0.9, np.zeros(4)).state())
+
+
+def test_the_average_keeps_spectral_norms_vectors_at_unit_length():
+    # Averaged along with the weights they shrink; sigma = u^T W v then comes out too small.
+    energy = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4))
+    layout = FlatLayout.of(energy)
+    generator = torch.Generator().manual_seed(0)
+    ema = Ema(0.99, layout.pack(energy), num_averaged=layout.num_parameters)
+    for _ in range(50):
+        with torch.no_grad():
+            for parameter in energy.parameters():
+                parameter.copy_(torch.empty_like(parameter).normal_(generator=generator))
+        energy(torch.zeros(1, 6))  # moves the vectors
+        ema.update(layout.pack(energy))
+    vectors = [view for name, view in layout.views(ema.flat).items() if name.endswith(("_u", "_v"))]
+    assert len(vectors) == 2
+    for vector in vectors:
+        assert abs(vector.norm().item() - 1) < 1e-5
