@@ -210,7 +210,7 @@ def test_async_survives_hundreds_of_deaths_with_every_chain_in_its_place(seed, t
 
 def test_a_worker_that_always_dies_ends_the_run_with_its_name() -> None:
     world = World(mode="sync", num_workers=1, max_delay=5, kill_worker=1.0)
-    with pytest.raises(RunFailed, match="worker-0|round 0"):
+    with pytest.raises(RunFailed, match=r"worker-0|round 0"):
         world.update()
     assert world.pool.restarts <= MAX_ATTEMPTS + 1
 
