@@ -84,7 +84,8 @@ class Quadratic(AnalyticEnergy):
             )
         size = math.prod(self.event_shape)
         log_det = _eigenvalues(self.precision.detach()).log()
-        total = log_det.sum() * (size if self.precision.ndim == 0 else 1)
+        # One number stands for all coordinates.
+        total = log_det.sum() * (size // log_det.numel())
         gaussian = 0.5 * size * math.log(2 * math.pi * temperature) - 0.5 * total.item()
         return gaussian - self.offset / temperature
 
