@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from ebm_dist.errors import RunFailed, UserError
@@ -265,6 +266,9 @@ class RayBackend:
             # Loopback only: a Ray that others can reach runs anybody's code. Asked for 127.0.0.1,
             # Ray takes the machine's outer address all the same; as on a laptop it does not.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        elif (Path.home() / ".ray" / "auth_token").exists() or "RAY_AUTH_TOKEN" in os.environ:
+            # `ray start --head` asks for the token; a driver that joins must be told to show it.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         import ray
         from ray import exceptions
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -295,7 +299,8 @@ class RayBackend:
                 ) from error
             raise UserError(
                 f"runtime.address: no Ray cluster answers at {address!r} ({first_line(error)}); "
-                "start one with `ray start --head`, or use runtime.address=local"
+                "start one with `ray start --head`, show its token (RAY_AUTH_MODE=token), "
+                "or use runtime.address=local"
             ) from error
         self._handles: list[RayHandle] = []
         self._starting: list[tuple[RayHandle, Ref]] = []
