@@ -251,12 +251,21 @@ class Controller:
         picture = self._save_grid(chains[: self._schedule.num_grid], step)
         if picture is not None:
             self._graph.hub.images("samples/chains", step, str(picture))
+        self._log_distributions(step)
         if self._graph.evaluator is None:
             return
         self.finish_evaluation()
         shards = self._graph.shards if self._schedule.jarzynski else []
         weighted = [shard.call("weighted") for shard in shards]
         self._graph.evaluator.start(step, chains, self._ema, self._flat, *weighted)
+
+    def _log_distributions(self, step: int) -> None:
+        refs = [shard.call("distribution") for shard in self._graph.shards]
+        parts = [self._backend.get(ref, self._flow.stall_timeout_s) for ref in refs]
+        for key, name in (("energy", "histogram/energy_negative"), ("age", "histogram/age")):
+            if parts:
+                values = np.concatenate([part[key] for part in parts])
+                self._graph.hub.histogram(name, step, values)
 
     def chains(self, num: int) -> np.ndarray:
         """`num` chains as they are now, (num, *event): from the shards, or drawn for the occasion

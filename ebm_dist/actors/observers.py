@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref, first_line
 
 MAX_UNCONFIRMED = 1000
@@ -45,6 +47,9 @@ class HubLink:
 
     def images(self, name: str, step: int, path: str) -> None:
         self._send("images", name, step, path)
+
+    def histogram(self, name: str, step: int, values: np.ndarray) -> None:
+        self._send("histogram", name, step, values)
 
     def info(self, timeout: float) -> dict[str, Any]:
         """The W&B run as the hub knows it; as last known where it does not answer."""

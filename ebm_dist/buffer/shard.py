@@ -389,6 +389,12 @@ class Shard:
             **self._counters,
         }
 
+    def distribution(self) -> dict[str, np.ndarray]:
+        """`energy` as recorded when each chain moved last and `age` in rounds, of moved chains."""
+        rows = self._slots.row_of_slot
+        rows = rows[self._slots.version[rows] >= 0]
+        return {"energy": self._slots.energy[rows], "age": self._slots.age[rows]}
+
     def peek(self, num: int, key: int) -> np.ndarray:
         """Copies of `num` chains of the older half, chosen by `key`; fewer if fewer exist."""
         rng = np.random.default_rng(derive_seed(self._seed, "shard", self.index, "peek", key))
