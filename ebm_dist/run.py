@@ -171,8 +171,9 @@ def _train(
             controller.restore(found)
             view.say(f"resumed from {found.path.name}")
         finished = controller.run()
-        if finished and config.evaluation.every is not None:
-            controller.evaluate()
+        every = config.evaluation.every
+        if finished and every is not None and config.run.steps % every:
+            controller.evaluate()  # else the loop has just done so
             controller.finish_evaluation()
         graph.hub.flush(120.0)
         hub = graph.hub.info(60.0)
