@@ -27,7 +27,7 @@ ROWS = [
     {"config"},
     {"report"},
     {"draw", "model_card", "export", "export_reader"},
-    {"suites", "preflight"},
+    {"suites", "preflight", "run_dir", "assembly"},
     {"run"},
     {"doctor"},
     {"cli", "__main__"},

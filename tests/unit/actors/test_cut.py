@@ -10,10 +10,10 @@ import pytest
 from ebm_dist import checkpoint
 from ebm_dist.actors.cut import Progress, read_manifest, restore_shards, write_cut
 from ebm_dist.actors.handles import InlineBackend
+from ebm_dist.assembly import shard_capacities
 from ebm_dist.buffer.policy import BufferConfig
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.errors import RunFailed
-from ebm_dist.run import shard_capacities
 from ebm_dist.types import EventSpec, MovedChains
 
 SPEC = EventSpec((2, 3), "real")

@@ -1,0 +1,285 @@
+"""RunConfig -> the parts of a graph: what each is given, where it goes, how it is replaced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ebm_dist import checkpoint
+from ebm_dist.actors.auditor import SHORT_RUN_REINIT, AuditLink, Auditor
+from ebm_dist.actors.evaluator import Evaluator
+from ebm_dist.actors.graph import Graph
+from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
+from ebm_dist.actors.learner import LearnerRank
+from ebm_dist.actors.learners import LearnerGroup
+from ebm_dist.actors.observers import EvaluatorLink, HubLink
+from ebm_dist.actors.placement import available_cores, plan
+from ebm_dist.actors.shard_host import ShardHost
+from ebm_dist.actors.shared_memory import slots_directory
+from ebm_dist.actors.watch import ShardWatch
+from ebm_dist.actors.worker import Worker
+from ebm_dist.buffer.trace import TracePlan
+from ebm_dist.config import RunConfig
+from ebm_dist.metrics.hub import MetricHub
+from ebm_dist.types import EventSpec
+
+
+def assemble(
+    config: RunConfig,
+    spec: EventSpec,
+    run_dir: Path,
+    backend: Backend,
+    found: checkpoint.CheckpointDir | None,
+    stack: contextlib.ExitStack,
+    say: Callable[[str], None],
+) -> Graph:
+    """Start every part on `backend`, and wire them.
+
+    Args:
+        found: the checkpoint that the run goes on from.
+        stack: is given what has to be left in order when the run ends.
+        say: is told what dies and is replaced.
+
+    Raises:
+        RunFailed: a part did not start in runtime.start_timeout_s.
+    """
+    slots = None
+    if getattr(backend, "local", False):
+        slots = stack.enter_context(slots_directory(run_dir))
+    spawn = _Spawner(config, spec, run_dir, backend, found, slots)
+    hub = HubLink(backend, spawn.hub, resume_id=spawn.tracking.get("id"), say=say)
+    shards = [spawn.shard(i) for i in range(len(spawn.capacities))] if spawn.needs_negatives else []
+    workers = [spawn.worker(index) for index in range(config.workers.num_workers)]
+    learners = LearnerGroup(
+        backend,
+        spawn.rank,
+        num_ranks=config.learner.num_ranks,
+        start_timeout_s=config.runtime.start_timeout_s,
+        call_timeout_s=config.flow.stall_timeout_s,
+    )
+    evaluator = None
+    if config.evaluation.every is not None:
+        evaluator = EvaluatorLink(backend, spawn.evaluator, say=say)
+    auditor = None
+    if config.evaluation.audit_every is not None:
+        auditor = AuditLink(
+            backend,
+            spawn.auditor,
+            config.evaluation,
+            batch_size=config.data.batch_size,
+            divisor=config.learner.num_ranks * config.learner.accumulation,
+            from_chains=spawn.needs_negatives and config.buffer.reinit_prob < SHORT_RUN_REINIT,
+            wait_s=config.flow.stall_timeout_s if config.flow.mode == "sync" else 0.0,
+            say=say,
+        )
+    parts = [hub.handle, *shards, *workers, *learners.ranks]
+    backend.await_started([*parts, *(link.handle for link in (evaluator, auditor) if link)])
+
+    def wait(refs: Sequence[Ref], timeout: float) -> None:
+        for ref in refs:
+            with contextlib.suppress(PartDied):  # told by who reads it
+                backend.get(ref, timeout)
+
+    learners.meet(wait)
+
+    def close_ranks() -> None:
+        # DeepSpeed's process group outlives the actor call that made it; leave it in order.
+        for ref in [rank.call("close") for rank in learners.ranks]:
+            with contextlib.suppress(Exception):
+                backend.get(ref, 10.0)
+
+    stack.callback(close_ranks)
+    watch = None
+    if shards and spawn.trace.num_chains > 0:
+        watch = ShardWatch(
+            backend,
+            shards,
+            reseed=config.evaluation.reseed_stuck,
+            say=say,
+            timeout=config.flow.stall_timeout_s,
+        )
+    return Graph(
+        backend=backend,
+        shards=shards,
+        capacities=spawn.capacities,
+        workers=workers,
+        learners=learners,
+        hub=hub,
+        evaluator=evaluator,
+        respawn_worker=spawn.worker,
+        respawn_shard=spawn.shard,
+        needs_negatives=spawn.needs_negatives,
+        lease_timeout_s=config.buffer.lease_timeout_s,
+        watch=watch,
+        auditor=auditor,
+    )
+
+
+class _Spawner:
+    """Starts a part of a run by its role and number, the first time and after its death."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        spec: EventSpec,
+        run_dir: Path,
+        backend: Backend,
+        found: checkpoint.CheckpointDir | None,
+        slots: Path | None,
+    ) -> None:
+        """
+        Args:
+            slots: where shards map their chains, None where a directory of this machine is not
+                one of theirs.
+        """
+        self._config = config
+        self._spec = spec
+        self._run_dir = run_dir
+        self._backend = backend
+        self._found = found
+        self._slots = slots
+        self._hubs = 0
+        self._placement = plan(
+            config.runtime,
+            mode=config.flow.mode,
+            num_workers=config.workers.num_workers,
+            num_ranks=config.learner.num_ranks,
+            worker_threads=config.workers.num_threads,
+            learner_threads=config.learner.num_threads,
+            num_cores=available_cores(),
+            num_gpus=getattr(backend, "num_gpus", torch.cuda.device_count()),
+        )
+        self.tracking: dict[str, Any] = (found.meta.get("tracking") or {}) if found else {}
+        self.needs_negatives = bool(config.objective.build().needs_negatives)
+        self.capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
+        self.trace = TracePlan(
+            config.evaluation.trace_chains,
+            config.evaluation.trace_records,
+            config.evaluation.stagnation_fraction,
+        )
+
+    def worker(self, index: int) -> Handle:
+        config = self._config
+        return self._backend.spawn(
+            Worker,
+            {
+                "energy": config.energy,
+                "sampler": config.sampler,
+                "spec": self._spec,
+                "device": self._placement.device,
+                "jarzynski": config.buffer.jarzynski,
+            },
+            name=f"worker-{index}",
+            num_threads=self._placement.worker_threads,
+            num_cpus=config.runtime.cpus_per_worker,
+            num_gpus=self._placement.worker_gpus,
+        )
+
+    def hub(self, resume_id: str | None) -> Handle:
+        config, found = self._config, self._found
+        # Rows past the checkpoint are of updates that will be done again. A hub that replaces a
+        # dead one of this run has none such.
+        resume_step = found.step if found and self._hubs == 0 else None
+        self._hubs += 1
+        return self._backend.spawn(
+            MetricHub,
+            {
+                "config": config.tracking,
+                "run_dir": self._run_dir.absolute(),
+                "run_config": config.model_dump(mode="json"),
+                "run_name": config.run.name,
+                "resume_id": resume_id,
+                "resume_step": resume_step,
+            },
+            name="hub",
+            num_threads=1,
+            beside_driver=True,
+        )
+
+    def shard(self, index: int) -> Handle:
+        config = self._config
+        return self._backend.spawn(
+            ShardHost,
+            {
+                "config": config.buffer,
+                "data": config.data if config.buffer.init == "data" else None,
+                "spec": self._spec,
+                "index": index,
+                "num_shards": config.buffer.num_shards,
+                "capacity": self.capacities[index],
+                "max_lease": config.workers.num_chains,
+                "seed": config.run.seed,
+                "trace": self.trace if self.trace.num_chains > 0 else None,
+                "directory": str(self._slots / f"shard_{index:04d}") if self._slots else None,
+            },
+            name=f"shard-{index}",
+            num_threads=1,
+            # A checkin waits for its worker; the next checkout must not wait for the checkin.
+            any_order=True,
+        )
+
+    def rank(self, rank: int) -> Handle:
+        config = self._config
+        return self._backend.spawn(
+            LearnerRank,
+            {
+                "config": config.learner,
+                "data": config.data,
+                "energy": config.energy,
+                "objective": config.objective,
+                "rank": rank,
+                "seed": config.run.seed,
+                "device": self._placement.device,
+                # The jump of a chain's Jarzynski weight from its version to the learner's is its
+                # staleness weight, nothing where there is no lag.
+                "reweight": config.flow.stale == "reweight"
+                or (config.buffer.jarzynski and config.flow.mode == "async"),
+                "jarzynski": config.buffer.jarzynski,
+            },
+            name=f"learner-{rank}",
+            num_threads=self._placement.learner_threads,
+            num_gpus=self._placement.learner_gpus,
+        )
+
+    def evaluator(self) -> Handle:
+        config = self._config
+        return self._backend.spawn(
+            Evaluator,
+            {
+                "config": config.evaluation,
+                "data": config.data,
+                "energy": config.energy,
+                "spec": self._spec,
+                "seed": config.run.seed,
+                "temperature": config.sampler.build().temperature,
+                "run_estimates_log_z": config.objective.name == "noise_contrastive",  # type: ignore[attr-defined]
+            },
+            name="evaluator",
+            num_threads=1,
+        )
+
+    def auditor(self) -> Handle:
+        config = self._config
+        return self._backend.spawn(
+            Auditor,
+            {
+                "config": config.evaluation,
+                "data": config.data,
+                "energy": config.energy,
+                "sampler": config.sampler,
+                "buffer": config.buffer,
+                "spec": self._spec,
+                "seed": config.run.seed,
+            },
+            name="auditor",
+            num_threads=1,
+        )
+
+
+def shard_capacities(capacity: int, num_shards: int) -> list[int]:
+    """`capacity` chains dealt out as evenly as whole numbers allow."""
+    return [capacity // num_shards + (i < capacity % num_shards) for i in range(num_shards)]
