@@ -22,6 +22,7 @@ from ebm_dist.actors.shard_host import ShardHost
 from ebm_dist.actors.shared_memory import slots_directory
 from ebm_dist.actors.watch import ShardWatch
 from ebm_dist.actors.worker import Worker
+from ebm_dist.buffer.policy import shard_capacities
 from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.config import RunConfig
 from ebm_dist.metrics.hub import MetricHub
@@ -278,8 +279,3 @@ class _Spawner:
             name="auditor",
             num_threads=1,
         )
-
-
-def shard_capacities(capacity: int, num_shards: int) -> list[int]:
-    """`capacity` chains dealt out as evenly as whole numbers allow."""
-    return [capacity // num_shards + (i < capacity % num_shards) for i in range(num_shards)]

@@ -80,6 +80,8 @@ class Lease:
     shard_epoch: int
     slots: np.ndarray  # (M,), int64
     generations: np.ndarray  # (M,), int64
+    chain_id: np.ndarray  # (M,), int64
+    """Who the chains are, over the whole run; comes back as it went out."""
     seed: int
     """Seeds the noise of the round: the chains do not depend on who moves them."""
     deadline: float
@@ -101,6 +103,7 @@ class MovedChains:
     shard_epoch: int
     slots: np.ndarray  # (M,), int64
     generations: np.ndarray  # (M,), int64
+    chain_id: np.ndarray  # (M,), int64, of the lease
     position: np.ndarray  # (M, *event), float32
     energy: np.ndarray  # (M,), float32
     log_weight: np.ndarray  # (M,), float32

@@ -112,8 +112,9 @@ def restore_shards(
             f"set buffer.capacity to {total} or more"
         )
     metas = found.meta["shards"]
-    # Chains change shards: an identity given out anywhere must not be given out again.
-    next_chain = max(int(meta["next_chain"]) for meta in metas)
+    # Room for more chains than there were is numbered on from them, over all shards.
+    merged.setdefault("chain_id", np.arange(total))
+    next_chain = int(merged["chain_id"].max()) + 1
     refs, start = [], 0
     for index, (shard, capacity) in enumerate(zip(shards, capacities)):
         stop = min(start + capacity, total)
@@ -121,5 +122,6 @@ def restore_shards(
             arrays = {key: value[start:stop] for key, value in merged.items()}
             cursor = metas[index]["data"] if index < len(metas) else None
             refs.append(shard.call("restore", arrays, {"next_chain": next_chain, "data": cursor}))
+        next_chain += capacity - (stop - start)
         start = stop
     return refs

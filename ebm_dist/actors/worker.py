@@ -93,6 +93,7 @@ class Worker:
             shard_epoch=lease.shard_epoch,
             slots=lease.slots,
             generations=lease.generations,
+            chain_id=lease.chain_id,
             position=position,
             energy=energy,
             log_weight=log_weight.astype(np.float32),

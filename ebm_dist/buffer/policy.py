@@ -65,3 +65,13 @@ class FlowConfig(Section):
 
     stall_timeout_s: PositiveFloat = 300.0
     """Seconds without progress after which the run stops and names what it waited for."""
+
+
+def first_identity(capacity: int, num_shards: int, index: int) -> int:
+    """How many chains lie in the shards before `index`: its chains are numbered from there."""
+    return index * (capacity // num_shards) + min(index, capacity % num_shards)
+
+
+def shard_capacities(capacity: int, num_shards: int) -> list[int]:
+    """`capacity` chains dealt out as evenly as whole numbers allow."""
+    return [capacity // num_shards + (i < capacity % num_shards) for i in range(num_shards)]

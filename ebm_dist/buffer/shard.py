@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ebm_dist.buffer.jarzynski import resampling, start_log_weight, start_noise
-from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.buffer.policy import BufferConfig, first_identity
 from ebm_dist.buffer.storage import FREE, LEASED, READY, SlotStorage
 from ebm_dist.buffer.trace import ChainTrace, TracePlan
 from ebm_dist.seeds import derive_seed
@@ -43,7 +43,6 @@ class StartSource(Protocol):
 class _Outstanding:
     lease: Lease
     fresh: np.ndarray  # (M,) bool: the chain started afresh with this lease
-    identities: np.ndarray  # (fresh.sum(),) of the chains that started afresh
 
 
 class Shard:
@@ -76,7 +75,6 @@ class Shard:
         self._shown: dict[int, dict[str, np.ndarray]] = {}  # negatives of ready leases, if apart
         self._done: dict[int, dict[str, Any]] = {}
         self._counters = {"late_checkins": 0, "expired_leases": 0, "reinitialised": 0}
-        self._next_chain = 0
         self._trace = ChainTrace(trace, capacity, spec.shape) if trace is not None else None
         self._restart = np.zeros(capacity, bool)  # slots whose next lease starts afresh
         self._slots = SlotStorage(
@@ -86,13 +84,9 @@ class Shard:
             # The leases of the process before died with its memory: their slots still hold
             # the chains as they were, and the new epoch refuses its late checkins.
             self._slots.state[:] = FREE
-            self._next_chain = int(self._slots.chain_id.max()) // self._stride + 1
         else:
             self._fill()
             self._slots.finish_init()
-
-    # Chain identities are unique over the run: shard `index` counts in its own residue class.
-    _stride = 1 << 20
 
     @property
     def capacity(self) -> int:
@@ -109,12 +103,13 @@ class Shard:
         return self._slots.attached
 
     def _fill(self) -> None:
+        first = first_identity(self._config.capacity, self._config.num_shards, self.index)
         for start in range(0, self.capacity, _FILL_CHUNK):
             slots = np.arange(start, min(start + _FILL_CHUNK, self.capacity))
             x = self._slots.position[slots] = self._start(len(slots), "fill", start)
             if self._config.jarzynski:
                 self._slots.log_weight[slots] = start_log_weight(self._config, self._spec, x)
-            self._slots.chain_id[slots] = self._identities(len(slots))
+            self._slots.chain_id[slots] = first + slots
             self._slots.version[slots] = -1
 
     def _start(self, num: int, *path: str | int) -> np.ndarray:
@@ -128,11 +123,6 @@ class Shard:
         if self._config.data_noise_std > 0 and not self._spec.discrete:
             x = x + self._config.data_noise_std * torch.empty_like(x).normal_(generator=generator)
         return x.numpy()
-
-    def _identities(self, num: int) -> np.ndarray:
-        ids = (self._next_chain + np.arange(num)) * self._stride + self.index
-        self._next_chain += num
-        return ids
 
     # --- the protocol ---------------------------------------------------------------------
 
@@ -206,13 +196,13 @@ class Shard:
             generations=self._slots.generation[slots],
             seed=derive_seed(self._seed, "lease", lease_id),
             deadline=self._clock() + self._config.lease_timeout_s,
+            chain_id=self._slots.chain_id[self._slots.rows(slots)],
             position=position,
             log_weight=log_weight,
             version=version,
             energy=self._slots.energy[self._slots.rows(slots)],
         )
-        # Numbered now and not at the checkin: leases come back in any order.
-        self._leases[lease_id] = _Outstanding(lease, fresh, self._identities(int(fresh.sum())))
+        self._leases[lease_id] = _Outstanding(lease, fresh)
         return lease
 
     def _renew(self, outstanding: _Outstanding) -> Lease:
@@ -236,7 +226,7 @@ class Shard:
             chains moved since) changes nothing but a count.
 
         Raises:
-            ValueError: chains of another event shape, or not as many as were leased.
+            ValueError: chains of another event shape, not as many as were leased, or others.
         """
         self.expire()
         if moved is None:
@@ -262,10 +252,13 @@ class Shard:
                 f"lease {moved.lease_id} came back as chains of shape {moved.position.shape}, "
                 f"{expected} went out; the event shape comes from data.source"
             )
+        if not np.array_equal(moved.chain_id, outstanding.lease.chain_id):
+            raise ValueError(
+                f"lease {moved.lease_id} came back with chains {_few(moved.chain_id)}, "
+                f"{_few(outstanding.lease.chain_id)} went out: a worker must keep their order"
+            )
         slots, fresh = outstanding.lease.slots, outstanding.fresh
         rows = self._slots.rows(slots)
-        chain_id = self._slots.chain_id[rows]
-        chain_id[fresh] = outstanding.identities
         self._slots.commit(
             slots,
             position=moved.position,
@@ -273,7 +266,7 @@ class Shard:
             version=np.full(len(slots), moved.version, np.int64),
             age=np.where(fresh, 0, self._slots.age[rows]) + 1,
             log_weight=moved.log_weight,
-            chain_id=chain_id,
+            chain_id=moved.chain_id,
         )
         if self._trace is not None:
             self._trace.record(slots, moved.position, fresh)
@@ -389,6 +382,15 @@ class Shard:
             **self._counters,
         }
 
+    def identities(self) -> np.ndarray:
+        """The identity of each slot's chain, (capacity,) int64.
+
+        Numbered at the start over all shards of a run, and kept for good: through leases,
+        checkpoints and other numbers of shards, and where a chain starts afresh, which its age
+        tells. So the identities of all shards together are always the same set.
+        """
+        return self._slots.chain_id[self._slots.row_of_slot]
+
     def distribution(self) -> dict[str, np.ndarray]:
         """`energy` as recorded when each chain moved last and `age` in rounds, of moved chains."""
         rows = self._slots.row_of_slot
@@ -443,7 +445,6 @@ class Shard:
             "meta": {
                 "index": self.index,
                 "capacity": self.capacity,
-                "next_chain": self._next_chain,
                 "data": self._data.state() if self._data is not None else None,
             },
         }
@@ -451,7 +452,8 @@ class Shard:
     def restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
         """Take the chains of a snapshot into the first slots; every slot is free after it.
 
-        Slots beyond them keep the fresh chains they were filled with.
+        Slots beyond them keep the fresh chains they were filled with, under the identities
+        from `meta["next_chain"]` on: those of the fill may be among the ones restored.
 
         Raises:
             ValueError: the snapshot holds more chains than slots, or another event shape.
@@ -470,15 +472,17 @@ class Shard:
         self._ready.clear()
         self._shown.clear()
         self._done.clear()
-        next_chain = int(meta["next_chain"])
+        next_chain = int(meta.get("next_chain", arrays["chain_id"].max() + 1))
         rows = self._slots.row_of_slot
         for name in SlotStorage.row_fields:
             getattr(self._slots, name)[rows[:num]] = arrays[name]
-        self._next_chain = max(self._next_chain, next_chain)
-        # The fill numbered its chains from zero, as the fill of the run before it did.
-        self._slots.chain_id[rows[num:]] = self._identities(self.capacity - num)
+        self._slots.chain_id[rows[num:]] = next_chain + np.arange(self.capacity - num)
         self._slots.generation[:num] = arrays["generation"]
         self._slots.state[:] = FREE
         if self._data is not None and meta.get("data") is not None:
             self._data.load_state(meta["data"])
         self._slots.finish_init()
+
+
+def _few(identities: np.ndarray) -> str:
+    return f"{identities[:4].tolist()}{' and so on' if len(identities) > 4 else ''}"

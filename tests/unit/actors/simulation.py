@@ -129,6 +129,7 @@ class SimWorker:
             shard_epoch=lease.shard_epoch,
             slots=lease.slots,
             generations=lease.generations,
+            chain_id=lease.chain_id,
             position=position,
             energy=position.sum(1),
             log_weight=lease.log_weight,

@@ -122,7 +122,7 @@ class World:
                 continue
             counts = shard.part.counts()
             assert counts["free"] + counts["leased"] + counts["ready"] == CAPACITY // 2
-            identities += shard.part.snapshot()["arrays"]["chain_id"].tolist()
+            identities += shard.part.identities().tolist()
         assert len(set(identities)) == len(identities)
 
 

@@ -39,6 +39,7 @@ def move(lease: Lease, version: int = 1, **changes: Any) -> MovedChains:
         "shard_epoch": lease.shard_epoch,
         "slots": lease.slots,
         "generations": lease.generations,
+        "chain_id": lease.chain_id,
         "position": position,
         "energy": position.sum(1),
         "log_weight": lease.log_weight,
@@ -54,4 +55,4 @@ def total(shard: Shard) -> int:
 
 
 def chain_ids(shard: Shard) -> list[int]:
-    return shard.snapshot()["arrays"]["chain_id"].tolist()
+    return shard.identities().tolist()

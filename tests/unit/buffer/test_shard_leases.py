@@ -7,7 +7,7 @@ import pytest
 import torch
 from shards import Clock, chain_ids, make_shard, move, total
 
-from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.buffer.policy import BufferConfig, shard_capacities
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.types import Batch, EventSpec
 
@@ -191,19 +191,19 @@ def test_leases_drawn_together_do_not_depend_on_what_comes_back_when():
     assert late.checkout(2, 4).slots.tolist() != drawn[2].slots.tolist()
 
 
-def test_a_fresh_chain_starts_from_noise_and_gets_its_own_identity_when_it_is_committed():
+def test_a_chain_that_starts_afresh_is_young_and_keeps_its_identity():
     shard = make_shard(config={"reinit_prob": 1.0})
-    before = set(chain_ids(shard))
+    before = chain_ids(shard)
     old = shard.snapshot()["arrays"]["position"]
     lease = shard.checkout(0, 4)
     assert not np.isclose(lease.position, old[lease.slots]).any()
     assert lease.version.tolist() == [-1] * 4
-    assert set(chain_ids(shard)) == before  # an expired lease would give the old chains back
-    shard.checkin(move(lease))
-    after = chain_ids(shard)
-    assert len(set(after)) == 24
-    assert len(set(after) - before) == 4
-    assert shard.snapshot()["arrays"]["age"].sum() == 4
+    for _ in range(2):
+        shard.checkin(move(lease))
+        shard.take(lease.lease_id)
+        assert shard.snapshot()["arrays"]["age"][lease.slots].tolist() == [1] * 4
+        lease = shard.checkout(lease.lease_id + 1, 4)
+    assert chain_ids(shard) == before
 
 
 def test_a_chain_restarts_as_often_as_reinit_prob_says():
@@ -216,13 +216,26 @@ def test_a_chain_restarts_as_often_as_reinit_prob_says():
     assert abs(shard.counts()["reinitialised"] / num - 0.1) < 4 * standard_error
 
 
-def test_identities_are_unique_over_shards():
-    shards = [make_shard(index=i, config={"reinit_prob": 1.0}) for i in range(3)]
+@pytest.mark.parametrize("capacity", [24, 25, 26])
+def test_identities_number_the_chains_of_all_shards(capacity):
+    config = {"capacity": capacity, "num_shards": 3, "reinit_prob": 1.0}
     seen: list[int] = []
-    for shard in shards:
+    for index, size in enumerate(shard_capacities(capacity, 3)):
+        shard = make_shard(size, index=index, config=config)
         shard.checkin(move(shard.checkout(0, 4)))
         seen += chain_ids(shard)
-    assert len(set(seen)) == len(seen) == 72
+    assert seen == list(range(capacity))
+
+
+@pytest.mark.parametrize("mixed_up", [[1, 0, 2, 3], [0, 0, 2, 3]])
+def test_chains_that_a_worker_mixed_up_are_refused_by_name(mixed_up):
+    shard = make_shard()
+    lease = shard.checkout(0, 4)
+    before = shard.snapshot()["arrays"]
+    with pytest.raises(ValueError, match=r"lease 0 came back with chains \[.*went out"):
+        shard.checkin(move(lease, chain_id=lease.chain_id[mixed_up]))
+    for name, array in shard.snapshot()["arrays"].items():
+        assert np.array_equal(array, before[name]), name
 
 
 def test_no_two_leases_and_no_two_shards_share_noise():
