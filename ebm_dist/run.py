@@ -153,7 +153,6 @@ def _train(
         every = config.evaluation.every
         if finished and every is not None and config.run.steps % every:
             controller.evaluate()  # else the loop has just done so
-            controller.finish_evaluation()
         graph.hub.flush(120.0)
         hub = graph.hub.info(60.0)
         with contextlib.suppress(Exception):

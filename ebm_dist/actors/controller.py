@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from ebm_dist import checkpoint
-from ebm_dist.actors.auditor import AuditLink
 from ebm_dist.actors.cut import (
     Progress,
     read_manifest,
@@ -27,6 +26,7 @@ from ebm_dist.actors.cut import (
 from ebm_dist.actors.flow import POLL_S, NegativeFlow, RollBack
 from ebm_dist.actors.graph import Graph, Schedule, View
 from ebm_dist.actors.handles import Handle, PartDied, Ref
+from ebm_dist.actors.lookout import Lookout
 from ebm_dist.actors.pool import MAX_ATTEMPTS, RoundPool
 from ebm_dist.actors.window import MetricWindow
 from ebm_dist.buffer.policy import FlowConfig
@@ -52,7 +52,6 @@ class Controller:
         save_grid: Callable[[np.ndarray, int], Path | None],
     ) -> None:
         self.progress = Progress()
-        self.metrics: dict[str, float] = {}
         self._graph = graph
         self._schedule = schedule
         self._flow = flow
@@ -61,7 +60,6 @@ class Controller:
         self._view = view
         self._should_stop = should_stop
         self._meta = meta
-        self._save_grid = save_grid
         self._backend = graph.backend
         self._window = MetricWindow()
         self._flat: Ref = None
@@ -84,6 +82,15 @@ class Controller:
         self._negatives = NegativeFlow(
             graph, schedule, flow, self._pool, self.progress, self._window.count
         )
+        self._lookout = Lookout(
+            graph,
+            schedule,
+            self._pool,
+            self.progress,
+            self._window,
+            timeout=flow.stall_timeout_s,
+            save_grid=save_grid,
+        )
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -104,7 +111,7 @@ class Controller:
                     break
                 self._update()
                 self.progress.wall_s = time.monotonic() - start
-                self._observe()
+                self._lookout.observe(self._flat, self._ema)
             except PartDied as died:
                 self._recover(died)
             except TimeoutError as error:
@@ -112,8 +119,18 @@ class Controller:
                     f"update {self.progress.step}: a part gave no answer within "
                     f"{self._flow.stall_timeout_s:.0f} s (flow.stall_timeout_s): {error}"
                 ) from error
-        self.finish_evaluation()
+        self._lookout.finish()
         return True
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of each metric."""
+        return self._lookout.metrics
+
+    def evaluate(self) -> None:
+        """Measure the weights as they are, and wait for it."""
+        self._lookout.evaluate(self._flat, self._ema)
+        self._lookout.finish()
 
     def _cut_is_due(self) -> bool:
         step = self.progress.step
@@ -148,7 +165,7 @@ class Controller:
             for lease in consumed.leases:
                 self._window.add_round(lease.stats)
         self._view.update(
-            self.progress.step, {**self.metrics, **metrics}, self._window.bottleneck()
+            self.progress.step, {**self._lookout.metrics, **metrics}, self._window.bottleneck()
         )
 
     def _wait(
@@ -190,111 +207,6 @@ class Controller:
         self.progress.version += 1
         self._flat, self._ema = flat, ema
         self._pool.set_weights(flat, self.progress.version)
-
-    # --- what is seen ---------------------------------------------------------------------------
-
-    def _observe(self) -> None:
-        step = self.progress.step
-        if step % self._schedule.log_every == 0 or step == self._schedule.num_updates:
-            self._log()
-        if (every := self._schedule.evaluate_every) is not None and step % every == 0:
-            self.evaluate()
-        self._collect_evaluation(0.0)
-        if self._graph.auditor is not None:
-            self._audit(self._graph.auditor)
-
-    def _audit(self, auditor: AuditLink) -> None:
-        """Start the audit that is due, unless one is under way, and log what came."""
-        step = self.progress.step
-        if step % auditor.every == 0 and not auditor.busy:
-            chains = self.chains(auditor.num_chains) if auditor.from_chains else None
-            auditor.start(step, self._flat, chains)
-        self._collect_audit(auditor.wait_s)
-
-    def _collect_audit(self, timeout: float) -> None:
-        auditor = self._graph.auditor
-        if auditor is None or (done := auditor.collect(timeout, self.progress.version)) is None:
-            return
-        self.metrics.update(done[1])
-        self._graph.hub.log(done[0], self.progress.epoch, done[1])
-
-    @property
-    def restarts(self) -> int:
-        """Parts replaced so far."""
-        graph = self._graph
-        observers = graph.hub.restarts + (graph.evaluator.restarts if graph.evaluator else 0)
-        observers += graph.auditor.restarts if graph.auditor else 0
-        return self._pool.restarts + graph.learners.restarts + observers
-
-    def _log(self) -> None:
-        steps = self._pool.mcmc_steps
-        values = self._window.close(mcmc_steps=steps, idle_s=self._pool.take_idle_seconds())
-        values["sampler/temperature"] = self._schedule.temperature
-        values["weights/version"] = float(self.progress.version)
-        values["fault/restarts"] = float(self.restarts)
-        counts = self._pool.counts.values()
-        for name in ("free", "leased", "ready", "capacity", "late_checkins", "expired_leases"):
-            values[f"buffer/{name}"] = float(sum(c[name] for c in counts))
-        if counts:
-            values["chain/age_mean"] = sum(c["age_mean"] for c in counts) / len(counts)
-        if self._schedule.jarzynski:
-            values["likelihood/resampled"] = float(sum(c.get("resampled", 0) for c in counts))
-        if self._graph.watch is not None:
-            values |= self._graph.watch.look()
-        self.metrics.update(values)
-        self._graph.hub.log(self.progress.step, self.progress.epoch, values)
-
-    def evaluate(self) -> None:
-        """Write the sample grid and start the measurements, which are logged when they come."""
-        step = self.progress.step
-        chains = self.chains(max(self._schedule.num_samples, self._schedule.num_grid))
-        picture = self._save_grid(chains[: self._schedule.num_grid], step)
-        if picture is not None:
-            self._graph.hub.images("samples/chains", step, str(picture))
-        self._log_distributions(step)
-        if self._graph.evaluator is None:
-            return
-        self.finish_evaluation()
-        shards = self._graph.shards if self._schedule.jarzynski else []
-        weighted = [shard.call("weighted") for shard in shards]
-        self._graph.evaluator.start(step, chains, self._ema, self._flat, *weighted)
-
-    def _log_distributions(self, step: int) -> None:
-        refs = [shard.call("distribution") for shard in self._graph.shards]
-        parts = [self._backend.get(ref, self._flow.stall_timeout_s) for ref in refs]
-        for key, name in (("energy", "histogram/energy_negative"), ("age", "histogram/age")):
-            if parts:
-                values = np.concatenate([part[key] for part in parts])
-                self._graph.hub.histogram(name, step, values)
-
-    def chains(self, num: int) -> np.ndarray:
-        """`num` chains as they are now, (num, *event): from the shards, or drawn for the occasion
-        where the objective trains without chains."""
-        key = self.progress.step
-        if self._graph.needs_negatives:
-            shards = self._graph.shards
-            share = -(-num // len(shards))
-            refs = [shard.call("peek", share, key) for shard in shards]
-        else:
-            worker = self._graph.workers[0]
-            refs = [worker.call("sample", num, self._schedule.num_steps, self._ema, key)]
-        timeout = self._flow.stall_timeout_s
-        pieces = [np.asarray(self._backend.get(ref, timeout)) for ref in refs]
-        # Interleaved, so that the first k show every shard.
-        order = np.argsort(np.concatenate([np.arange(len(p)) for p in pieces]), kind="stable")
-        return np.concatenate(pieces)[order][:num]
-
-    def finish_evaluation(self) -> None:
-        """Wait for the measurements under way."""
-        self._collect_evaluation(self._flow.stall_timeout_s)
-        self._collect_audit(self._flow.stall_timeout_s)
-
-    def _collect_evaluation(self, timeout: float) -> None:
-        evaluator = self._graph.evaluator
-        if evaluator is not None and (done := evaluator.collect(timeout)) is not None:
-            step, values = done
-            self.metrics.update(values)
-            self._graph.hub.log(step, self.progress.epoch, values)
 
     # --- checkpoints ----------------------------------------------------------------------------
 

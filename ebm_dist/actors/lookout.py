@@ -1,0 +1,153 @@
+"""What is seen of a run while it goes: log rows, sample grids, measurements, audits, chains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ebm_dist.actors.auditor import AuditLink
+from ebm_dist.actors.cut import Progress
+from ebm_dist.actors.graph import Graph, Schedule
+from ebm_dist.actors.handles import Ref
+from ebm_dist.actors.pool import RoundPool
+from ebm_dist.actors.window import MetricWindow
+
+
+class Lookout:
+    """Looks at the parts between two updates; what takes long is started here and logged later.
+
+    Every method raises PartDied where a part that it asked is gone.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        schedule: Schedule,
+        pool: RoundPool,
+        progress: Progress,
+        window: MetricWindow,
+        *,
+        timeout: float,
+        save_grid: Callable[[np.ndarray, int], Path | None],
+    ) -> None:
+        """
+        Args:
+            progress, window: the controller's own, read here.
+            timeout: seconds within which a part answers.
+            save_grid: writes chains (num, *event) of an update as a picture.
+        """
+        self.metrics: dict[str, float] = {}
+        """The last value of each metric."""
+        self._graph = graph
+        self._schedule = schedule
+        self._pool = pool
+        self._progress = progress
+        self._window = window
+        self._timeout = timeout
+        self._save_grid = save_grid
+        self._backend = graph.backend
+
+    def observe(self, flat: Ref, ema: Ref) -> None:
+        """Do what is due after an update, of which `flat` and `ema` are the weights."""
+        step = self._progress.step
+        if step % self._schedule.log_every == 0 or step == self._schedule.num_updates:
+            self._log()
+        if (every := self._schedule.evaluate_every) is not None and step % every == 0:
+            self.evaluate(flat, ema)
+        self._collect_evaluation(0.0)
+        if self._graph.auditor is not None:
+            self._audit(self._graph.auditor, flat, ema)
+
+    def _audit(self, auditor: AuditLink, flat: Ref, ema: Ref) -> None:
+        """Start the audit that is due, unless one is under way, and log what came."""
+        step = self._progress.step
+        if step % auditor.every == 0 and not auditor.busy:
+            chains = self.chains(auditor.num_chains, ema) if auditor.from_chains else None
+            auditor.start(step, flat, chains)
+        self._collect_audit(auditor.wait_s)
+
+    def _collect_audit(self, timeout: float) -> None:
+        auditor = self._graph.auditor
+        if auditor is None or (done := auditor.collect(timeout, self._progress.version)) is None:
+            return
+        self.metrics.update(done[1])
+        self._graph.hub.log(done[0], self._progress.epoch, done[1])
+
+    @property
+    def restarts(self) -> int:
+        """Parts replaced so far."""
+        graph = self._graph
+        observers = graph.hub.restarts + (graph.evaluator.restarts if graph.evaluator else 0)
+        observers += graph.auditor.restarts if graph.auditor else 0
+        return self._pool.restarts + graph.learners.restarts + observers
+
+    def _log(self) -> None:
+        steps = self._pool.mcmc_steps
+        values = self._window.close(mcmc_steps=steps, idle_s=self._pool.take_idle_seconds())
+        values["sampler/temperature"] = self._schedule.temperature
+        values["weights/version"] = float(self._progress.version)
+        values["fault/restarts"] = float(self.restarts)
+        counts = self._pool.counts.values()
+        for name in ("free", "leased", "ready", "capacity", "late_checkins", "expired_leases"):
+            values[f"buffer/{name}"] = float(sum(c[name] for c in counts))
+        if counts:
+            values["chain/age_mean"] = sum(c["age_mean"] for c in counts) / len(counts)
+        if self._schedule.jarzynski:
+            values["likelihood/resampled"] = float(sum(c.get("resampled", 0) for c in counts))
+        if self._graph.watch is not None:
+            values |= self._graph.watch.look()
+        self.metrics.update(values)
+        self._graph.hub.log(self._progress.step, self._progress.epoch, values)
+
+    def evaluate(self, flat: Ref, ema: Ref) -> None:
+        """Write the sample grid and start the measurements, which are logged when they come."""
+        step = self._progress.step
+        chains = self.chains(max(self._schedule.num_samples, self._schedule.num_grid), ema)
+        picture = self._save_grid(chains[: self._schedule.num_grid], step)
+        if picture is not None:
+            self._graph.hub.images("samples/chains", step, str(picture))
+        self._log_distributions(step)
+        if self._graph.evaluator is None:
+            return
+        self.finish()
+        shards = self._graph.shards if self._schedule.jarzynski else []
+        weighted = [shard.call("weighted") for shard in shards]
+        self._graph.evaluator.start(step, chains, ema, flat, *weighted)
+
+    def _log_distributions(self, step: int) -> None:
+        refs = [shard.call("distribution") for shard in self._graph.shards]
+        parts = [self._backend.get(ref, self._timeout) for ref in refs]
+        for key, name in (("energy", "histogram/energy_negative"), ("age", "histogram/age")):
+            if parts:
+                values = np.concatenate([part[key] for part in parts])
+                self._graph.hub.histogram(name, step, values)
+
+    def chains(self, num: int, ema: Ref) -> np.ndarray:
+        """`num` chains as they are now, (num, *event): from the shards, or drawn for the occasion
+        where the objective trains without chains."""
+        key = self._progress.step
+        if self._graph.needs_negatives:
+            shards = self._graph.shards
+            share = -(-num // len(shards))
+            refs = [shard.call("peek", share, key) for shard in shards]
+        else:
+            worker = self._graph.workers[0]
+            refs = [worker.call("sample", num, self._schedule.num_steps, ema, key)]
+        pieces = [np.asarray(self._backend.get(ref, self._timeout)) for ref in refs]
+        # Interleaved, so that the first k show every shard.
+        order = np.argsort(np.concatenate([np.arange(len(p)) for p in pieces]), kind="stable")
+        return np.concatenate(pieces)[order][:num]
+
+    def finish(self) -> None:
+        """Wait for the measurements under way."""
+        self._collect_evaluation(self._timeout)
+        self._collect_audit(self._timeout)
+
+    def _collect_evaluation(self, timeout: float) -> None:
+        evaluator = self._graph.evaluator
+        if evaluator is not None and (done := evaluator.collect(timeout)) is not None:
+            step, values = done
+            self.metrics.update(values)
+            self._graph.hub.log(step, self._progress.epoch, values)
