@@ -3,11 +3,13 @@
 Any part but this one may die. Workers are the pool's to replace, the hub and the evaluator their
 links'. A learner rank takes the model's last updates with it: the group starts anew from the
 last checkpoint. In `sync` mode a shard's death does the same to the whole run, which then
-repeats those updates bit for bit; in `async` mode the others do not go back.
+repeats those updates bit for bit; in `async` mode the others do not go back. From numbers that
+are not finite everything goes back, and the updates are not repeated but tried with other noise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +18,8 @@ from typing import Any
 import numpy as np
 
 from ebm_dist import checkpoint
-from ebm_dist.actors.cut import (
-    Progress,
-    read_manifest,
-    restore_shards,
-    write_cut,
-    write_manifest,
-)
+from ebm_dist.actors.checkpointer import Checkpointer
+from ebm_dist.actors.cut import Progress, read_manifest, restore_shards, write_manifest
 from ebm_dist.actors.flow import POLL_S, NegativeFlow, RollBack
 from ebm_dist.actors.graph import Graph, Schedule, View
 from ebm_dist.actors.handles import Handle, PartDied, Ref
@@ -30,7 +27,7 @@ from ebm_dist.actors.lookout import Lookout
 from ebm_dist.actors.pool import MAX_ATTEMPTS, RoundPool
 from ebm_dist.actors.window import MetricWindow
 from ebm_dist.buffer.policy import FlowConfig
-from ebm_dist.errors import RunFailed
+from ebm_dist.errors import NonFinite, RunFailed
 from ebm_dist.learner import LearnerConfig, learning_rate
 
 
@@ -64,9 +61,10 @@ class Controller:
         self._window = MetricWindow()
         self._flat: Ref = None
         self._ema: Ref = None
-        self._last_cut = -1
         self._farthest = 0
         self._failures = 0
+        self._chains_go_back = False
+        """Whether rounds rest until the chains are those of a checkpoint again."""
         self._pool = RoundPool(
             graph.backend,
             graph.shards,
@@ -81,6 +79,9 @@ class Controller:
         )
         self._negatives = NegativeFlow(
             graph, schedule, flow, self._pool, self.progress, self._window.count
+        )
+        self._cuts = Checkpointer(
+            graph, schedule, run_dir, meta=meta, timeout=flow.stall_timeout_s, say=view.say
         )
         self._lookout = Lookout(
             graph,
@@ -99,26 +100,31 @@ class Controller:
         start = time.monotonic() - self.progress.wall_s
         self._publish_current()
         self._window.reset()
-        while True:
-            try:
-                if self._should_stop():
-                    self.cut(f"stopped at update {self.progress.step}")
-                    return False
-                # At update 0 as well: whatever dies before the second cut has one to go back to.
-                if self._cut_is_due():
-                    self.cut()
-                if self.progress.step >= self._schedule.num_updates:
-                    break
-                self._update()
-                self.progress.wall_s = time.monotonic() - start
-                self._lookout.observe(self._flat, self._ema)
-            except PartDied as died:
-                self._recover(died)
-            except TimeoutError as error:
-                raise RunFailed(
-                    f"update {self.progress.step}: a part gave no answer within "
-                    f"{self._flow.stall_timeout_s:.0f} s (flow.stall_timeout_s): {error}"
-                ) from error
+        try:
+            while True:
+                try:
+                    if self._should_stop():
+                        self._cuts.finish(self.progress, f"stopped at update {self.progress.step}")
+                        return False
+                    if self.progress.step >= self._schedule.num_updates:
+                        self._cuts.finish(self.progress)
+                        break
+                    self._cuts.take_if_due(self.progress)
+                    self._update()
+                    self.progress.wall_s = time.monotonic() - start
+                    self._lookout.observe(self._flat, self._ema)
+                except (PartDied, NonFinite) as trouble:
+                    self._recover(trouble)
+        except TimeoutError as error:
+            raise RunFailed(
+                f"update {self.progress.step}: a part gave no answer within "
+                f"{self._flow.stall_timeout_s:.0f} s (flow.stall_timeout_s): {error}"
+            ) from error
+        except NonFinite:
+            # The cut under way is from before.
+            with contextlib.suppress(NonFinite):
+                self._cuts.settle(self._flow.stall_timeout_s)
+            raise
         self._lookout.finish()
         return True
 
@@ -132,15 +138,11 @@ class Controller:
         self._lookout.evaluate(self._flat, self._ema)
         self._lookout.finish()
 
-    def _cut_is_due(self) -> bool:
-        step = self.progress.step
-        due = step % self._schedule.checkpoint_every == 0 or step >= self._schedule.num_updates
-        return due and step != self._last_cut
-
     def _update(self) -> None:
         step = self.progress.step
         consumed = self._negatives.take_negatives() if self._graph.needs_negatives else None
         lr = learning_rate(self._learner, step, self._schedule.num_updates)
+        lr *= self.progress.lr_factor
         learners = self._graph.learners
         auditor = self._graph.auditor
         replies = learners.update(
@@ -188,7 +190,8 @@ class Controller:
                 if each is not None:
                     each(ref)
             pending = [ref for ref in pending if ref not in done]
-            if self._flow.mode == "async" and self._graph.needs_negatives:
+            ahead = self._flow.mode == "async" and self._graph.needs_negatives
+            if ahead and not self._chains_go_back:
                 self._negatives.top_up()
             if time.monotonic() - start > timeout:
                 raise RunFailed(
@@ -208,102 +211,103 @@ class Controller:
         self._flat, self._ema = flat, ema
         self._pool.set_weights(flat, self.progress.version)
 
-    # --- checkpoints ----------------------------------------------------------------------------
-
-    def cut(self, why: str = "") -> Path | None:
-        """Write one consistent cut between two updates; on a full disk, say so and go on."""
-        progress, timeout = self.progress, self._flow.stall_timeout_s
-        shard_refs = [shard.call("snapshot") for shard in self._graph.shards]
-        ranks = self._graph.learners.state(self._wait)
-        shards = [self._backend.get(ref, timeout) for ref in shard_refs]
-        # A part that dies up to here has this cut tried again; a disk that refuses does not.
-        self._last_cut = progress.step
-        meta = {**self._meta, "tracking": self._graph.hub.info(60.0)}
-        try:
-            path = write_cut(self._run_dir, progress, ranks, shards, meta, keep=self._schedule.keep)
-        except OSError as error:
-            self._view.say(
-                f"checkpoint at update {progress.step} not written ({error.strerror}): "
-                f"{self._run_dir}; the one before it is still valid, training goes on"
-            )
-            return None
-        self._view.say(f"checkpoint {path.name}" + (f" ({why})" if why else ""))
-        return path
+    # --- going back -----------------------------------------------------------------------------
 
     def restore(self, found: checkpoint.CheckpointDir) -> None:
         """Continue from `found`, whatever its numbers of ranks and shards were."""
+        # First: it names the noise of this attempt. In place: the flow of negatives holds it.
+        self.progress.resume(found.step, found.meta, read_manifest(self._run_dir))
         self._load_learners(found)
         self._load_shards(found)
-        newest = read_manifest(self._run_dir)
-        # In place: the flow of negatives holds the same object.
-        progress = self.progress
-        progress.step, progress.next_lease = found.step, int(found.meta["next_lease"])
-        # Those of the manifest were given out by an attempt that then went back.
-        progress.version = max(int(found.meta["version"]), newest.get("version", 0))
-        progress.epoch = max(int(found.meta["epoch"]), newest.get("epoch", 0)) + 1
-        progress.wall_s = float(found.meta["wall_s"])
-        self._farthest = self._last_cut = found.step
+        self._farthest = found.step
+        self._cuts.stands_at(found.step)
 
     def _load_learners(self, found: checkpoint.CheckpointDir) -> None:
         learner, ema = found.tensors("learner"), found.tensors("ema") or None
-        self._graph.learners.load(learner, ema, found.meta["ranks"], self._wait)
+        self._graph.learners.load(
+            learner, ema, found.meta["ranks"], self._wait, attempt=self.progress.rollbacks
+        )
 
     def _load_shards(self, found: checkpoint.CheckpointDir) -> None:
         refs = restore_shards(self._graph.shards, found, self._graph.capacities)
         for ref in refs:
             self._backend.get(ref, self._flow.stall_timeout_s)
 
-    # --- when parts die -------------------------------------------------------------------------
-
-    def _recover(self, died: PartDied) -> None:
-        """Replace what is dead, and go back to the last checkpoint where state was lost.
+    def _recover(self, trouble: PartDied | NonFinite) -> None:
+        """Replace what is dead, and go back to the last checkpoint where state was lost or is
+        worth nothing.
 
         Raises:
-            RunFailed: it happened `MAX_ATTEMPTS` times without a new update between.
+            NonFinite: learner.on_nonfinite says so, or it happened too often.
+            RunFailed: parts died `MAX_ATTEMPTS` times without a new update between.
         """
         if self.progress.step > self._farthest:
             self._farthest, self._failures = self.progress.step, 0
-        back = isinstance(died, RollBack)
+        back = False
         while True:
-            self._failures += 1
+            if isinstance(trouble, NonFinite):
+                self._try_otherwise(trouble)
+            else:
+                self._failures += 1
             if self._failures > MAX_ATTEMPTS:
                 raise RunFailed(
                     f"update {self._farthest} was not reached in {MAX_ATTEMPTS} attempts; the "
-                    f"last one ended with: {died}"
-                ) from died
+                    f"last one ended with: {trouble}"
+                ) from trouble
+            back = back or isinstance(trouble, RollBack | NonFinite)
             try:
                 if back or self._graph.learners.lost():
-                    self._go_back(died)
+                    self._go_back(trouble)
                 self._pool.check()
                 return
-            except PartDied as again:
-                died, back = again, back or isinstance(again, RollBack)
+            except (PartDied, NonFinite) as again:
+                trouble = again
 
-    def _go_back(self, died: PartDied) -> None:
-        """Continue from the last checkpoint: the learners, and in sync mode the chains as well."""
+    def _try_otherwise(self, trouble: NonFinite) -> None:
+        """Count a roll-back from `trouble`; the next attempt has other noise and a smaller rate."""
+        learner, progress = self._learner, self.progress
+        if learner.on_nonfinite == "stop":
+            raise trouble
+        if progress.rollbacks >= learner.max_rollbacks:
+            raise NonFinite(
+                f"{trouble}. The run went back {progress.rollbacks} times already "
+                "(learner.max_rollbacks)"
+            ) from trouble
+        progress.rollbacks += 1
+        progress.lr_factor *= learner.rollback_lr_factor
+        progress.next_lease = max(progress.next_lease, progress.lease_of(0))
+        self._chains_go_back = True
+
+    def _go_back(self, trouble: PartDied | NonFinite) -> None:
+        """Continue from the last checkpoint: the learners, and the chains as well in sync mode
+        and where they are worth nothing."""
         start = time.monotonic()
-        found = checkpoint.latest(self._run_dir)
+        self._chains_go_back = self._chains_go_back or self._flow.mode == "sync"
+        if self._chains_go_back:
+            self._pool.forget_all()
+        found = self._cuts.latest()
         if found is None:
-            raise RunFailed(f"{died}, and there is no checkpoint to go back to") from died
+            raise RunFailed(f"{trouble}, and there is no checkpoint to go back to") from trouble
         lost = self.progress.step - found.step
         what = " and ".join(self._graph.learners.dead())
-        why = f"{what} died ({died})" if what else str(died)
+        why = f"{what} died ({trouble})" if what else str(trouble)
         self._view.say(f"{why}: going back {lost} updates to {found.path.name}")
-        if self._flow.mode == "sync":
-            self._pool.forget_all()
         if self._graph.learners.lost():
             self._graph.learners.rebuild(self._wait)
         self._load_learners(found)
-        if self._flow.mode == "sync":
+        if self._chains_go_back:
             self._load_shards(found)
+            self._chains_go_back = False
         progress = self.progress
         progress.step, progress.epoch = found.step, progress.epoch + 1
         # The counter goes on: a lag is a difference of versions, and never negative.
         progress.version += 1
-        self._last_cut = found.step
+        self._cuts.stands_at(found.step)
         write_manifest(self._run_dir, found.path.name, progress, self._meta["name"])
         self._publish_current()
-        self._view.say(f"the learners go on after {time.monotonic() - start:.1f} s")
+        rate = f", learning rate x {progress.lr_factor:g}" if progress.rollbacks else ""
+        seconds = time.monotonic() - start
+        self._view.say(f"the learners go on after {seconds:.1f} s{rate}")
 
     def _respawn_shard(self, index: int) -> Handle:
         """A process that takes over the chains of shard `index`, or what the last cut had."""
@@ -314,7 +318,7 @@ class Controller:
         status = self._backend.get(shard.call("status"), self._flow.stall_timeout_s)
         what = f"all {status['counts']['capacity']} chains"
         if not status["attached"]:
-            found = checkpoint.latest(self._run_dir)
+            found = self._cuts.latest()
             refs = restore_shards(self._graph.shards, found, self._graph.capacities, only=index)
             for ref in refs:
                 self._backend.get(ref, self._flow.stall_timeout_s)

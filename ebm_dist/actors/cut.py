@@ -12,7 +12,10 @@ import numpy as np
 
 from ebm_dist import checkpoint
 from ebm_dist.actors.handles import Handle, Ref
-from ebm_dist.errors import RunFailed
+from ebm_dist.errors import NonFinite, RunFailed
+
+_RETRY_STRIDE = 1 << 40
+"""Lease ids of each attempt after a roll-back start this much higher."""
 
 
 @dataclass(slots=True)
@@ -26,6 +29,35 @@ class Progress:
     """Times that the run went back to a checkpoint."""
     next_lease: int = 0
     wall_s: float = 0.0
+    rollbacks: int = 0
+    """Times that the run went back from numbers that were not finite. Names the noise of the
+    attempt: unlike `epoch` it does not count what a kill repeats, which must be as it was."""
+    lr_factor: float = 1.0
+    """Of the learning rate, after those."""
+
+    def lease_of(self, number: int) -> int:
+        """The id of lease `number` of this attempt. Its noise follows from the id alone."""
+        return self.rollbacks * _RETRY_STRIDE + number
+
+    def remembered(self) -> dict[str, Any]:
+        """What checkpoints and the manifest both hold."""
+        return {
+            "version": self.version,
+            "epoch": self.epoch,
+            "rollbacks": self.rollbacks,
+            "lr_factor": self.lr_factor,
+        }
+
+    def resume(self, step: int, meta: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        """Continue at `step` from what a checkpoint and the newest manifest hold."""
+        self.step, self.wall_s = step, float(meta["wall_s"])
+        # Those of the manifest were given out by an attempt that then went back.
+        self.version = max(int(meta["version"]), manifest.get("version", 0))
+        self.epoch = max(int(meta["epoch"]), manifest.get("epoch", 0)) + 1
+        newer = max(meta, manifest, key=lambda content: content.get("rollbacks", 0))
+        self.rollbacks = newer.get("rollbacks", 0)
+        self.lr_factor = newer.get("lr_factor", 1.0)
+        self.next_lease = max(int(meta["next_lease"]), self.lease_of(0))
 
 
 def write_cut(
@@ -36,26 +68,50 @@ def write_cut(
     meta: Mapping[str, Any],
     *,
     keep: int,
+    bases: Mapping[str, checkpoint.Base] | None = None,
 ) -> Path:
     """Write the states of all ranks and shards, taken between two updates, as one checkpoint.
 
+    Args:
+        bases: of the shards that are differences, by file stem.
+
     Raises:
+        NonFinite: what is to be written is not finite, so nothing could go on from it.
         OSError: the disk refused; the checkpoints before this one are untouched.
     """
     tensors = {"learner": ranks[0]["learner"], "ema": ranks[0]["ema"] or {}}
-    tensors |= {f"shard_{i:04d}": shard["arrays"] for i, shard in enumerate(shards)}
+    tensors |= {shard_file(i): shard["arrays"] for i, shard in enumerate(shards)}
+    for file, entries in tensors.items():
+        _refuse_non_finite(file, entries)
     content = {
         **meta,
-        "version": progress.version,
-        "epoch": progress.epoch,
+        **progress.remembered(),
         "next_lease": progress.next_lease,
         "wall_s": progress.wall_s,
         "ranks": [rank["data"] for rank in ranks],
         "shards": [shard["meta"] for shard in shards],
     }
-    path = checkpoint.save(run_dir, progress.step, tensors, content, keep=keep)
+    path = checkpoint.save(run_dir, progress.step, tensors, content, keep=keep, bases=bases)
     write_manifest(run_dir, path.name, progress, str(meta["name"]))
     return path
+
+
+def shard_file(index: int) -> str:
+    """The stem of the file that shard `index` has in a checkpoint."""
+    return f"shard_{index:04d}"
+
+
+def _refuse_non_finite(file: str, entries: Mapping[str, Any]) -> None:
+    """Weights, optimiser state and chains are finite or worthless. A buffer may hold an infinity
+    of its own, such as a mask, and a log-weight of minus infinity is a chain of no weight."""
+    for key, value in entries.items():
+        if not (key == "position" or key.startswith(("param/", "optim/"))):
+            continue
+        if not np.isfinite(np.asarray(value)).all():
+            raise NonFinite(
+                f"{file}/{key} holds numbers that are not finite; lower learner.lr or "
+                "sampler.step_size, or set learner.grad_clip or objective.energy_l2"
+            )
 
 
 def write_manifest(run_dir: Path, latest: str, progress: Progress, name: str) -> None:
@@ -67,8 +123,7 @@ def write_manifest(run_dir: Path, latest: str, progress: Progress, name: str) ->
             "run": name,
             "latest": latest,
             "step": progress.step,
-            "version": progress.version,
-            "epoch": progress.epoch,
+            **progress.remembered(),
         },
     )
 

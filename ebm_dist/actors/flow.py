@@ -71,7 +71,7 @@ class NegativeFlow:
         """Leases of one update, moved under its own weights (sync) or within max_lag (async)."""
         start = time.monotonic()
         if self._flow.mode == "sync":
-            first = self._progress.step * self._leases_per_update
+            first = self._progress.lease_of(self._progress.step * self._leases_per_update)
             wanted = range(first, first + self._leases_per_update)
             self._progress.next_lease = wanted.stop
             self._pool.start_together(

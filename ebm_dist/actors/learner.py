@@ -37,9 +37,10 @@ class LearnerRank:
     ) -> None:
         self._config = config
         self._rank = rank
-        self._seed = seed
+        self._run_seed = self._seed = seed
         self._batch_size = data.batch_size // config.num_ranks
         self._device = device
+        self._data_config = data
         self._data = DataStream(data, rank=rank, world_size=config.num_ranks, seed=seed)
         self._energy = energy.build(seed=derive_seed(seed, "energy"))
         self._objective = objective.build(seed=derive_seed(seed, "objective"))
@@ -105,10 +106,12 @@ class LearnerRank:
         return flat
 
     def state(self) -> dict[str, Any]:
-        """Whole tensors (rank 0), the average (rank 0), and this rank's data cursor. Collective."""
+        """Whole arrays (rank 0), the average (rank 0), and this rank's data cursor. Collective."""
+        learner = self._engine.state()
         return {
-            "learner": self._engine.state(),
-            "ema": self._ema.state() if self._ema is not None else None,
+            # Arrays and not tensors: Ray copies the memory of arrays, and pickles tensors.
+            "learner": _arrays(learner) if learner is not None else None,
+            "ema": _arrays(self._ema.state()) if self._ema is not None else None,
             "data": self._data.state(),
         }
 
@@ -117,8 +120,20 @@ class LearnerRank:
         learner: dict[str, torch.Tensor],
         ema: dict[str, torch.Tensor] | None,
         data: dict[str, Any] | None,
+        attempt: int = 0,
     ) -> None:
-        """Continue from a checkpoint, of any world size and ZeRO stage. Collective."""
+        """Continue from a checkpoint, of any world size and ZeRO stage. Collective.
+
+        Args:
+            attempt: each has its own noise and its own order of data.
+        """
+        seed = derive_seed(self._run_seed, "attempt", attempt) if attempt else self._run_seed
+        if seed != self._seed:
+            self._seed = seed
+            self._data.close()
+            self._data = DataStream(
+                self._data_config, rank=self._rank, world_size=self._config.num_ranks, seed=seed
+            )
         self._engine.load_state(learner)
         flat = self._engine.flat_weights()
         if flat is not None:
@@ -134,6 +149,10 @@ class LearnerRank:
 
     def close(self) -> None:
         self._engine.close()
+
+
+def _arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 def _join(parts: list[tuple[int, int]], leases: tuple[dict[str, np.ndarray], ...]) -> Negatives:

@@ -53,10 +53,12 @@ class LearnerGroup:
         self.broken = False
         self.meet(wait)
 
-    def load(self, learner: Any, ema: Any, cursors: Sequence[Any], wait: Wait) -> None:
-        """Continue from a checkpoint of any number of ranks."""
+    def load(
+        self, learner: Any, ema: Any, cursors: Sequence[Any], wait: Wait, *, attempt: int = 0
+    ) -> None:
+        """Continue from a checkpoint of any number of ranks, with the noise of `attempt`."""
         refs = [
-            rank.call("load", learner, ema, cursors[i] if i < len(cursors) else cursors[0])
+            rank.call("load", learner, ema, cursors[i if i < len(cursors) else 0], attempt)
             for i, rank in enumerate(self.ranks)
         ]
         wait(refs, self._call_timeout_s)
@@ -107,11 +109,12 @@ class LearnerGroup:
         self._results(refs[1:])
         return refs[0]
 
-    def state(self, wait: Wait) -> list[dict[str, Any]]:
-        """What a checkpoint keeps of each rank; the model is with the first."""
-        refs = [rank.call("state") for rank in self.ranks]
-        wait(refs, self._call_timeout_s)
-        return self._results(refs)
+    def state(self) -> list[Ref]:
+        """References of what a checkpoint keeps of each rank; the model is with the first.
+
+        As of now: ranks take their calls in order, so an update started later is not in it.
+        """
+        return [rank.call("state") for rank in self.ranks]
 
     def result(self, ref: Ref) -> Any:
         """The value of a finished call.

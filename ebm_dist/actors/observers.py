@@ -51,6 +51,11 @@ class HubLink:
     def histogram(self, name: str, step: int, values: np.ndarray) -> None:
         self._send("histogram", name, step, values)
 
+    @property
+    def known(self) -> dict[str, Any]:
+        """The W&B run as the hub told it last, without asking again."""
+        return self._info
+
     def info(self, timeout: float) -> dict[str, Any]:
         """The W&B run as the hub knows it; as last known where it does not answer."""
         try:

@@ -75,6 +75,7 @@ class Shard:
         self._shown: dict[int, dict[str, np.ndarray]] = {}  # negatives of ready leases, if apart
         self._done: dict[int, dict[str, Any]] = {}
         self._counters = {"late_checkins": 0, "expired_leases": 0, "reinitialised": 0}
+        self._whole_cuts: dict[int, np.ndarray] = {}  # generations by slot at those cuts
         self._trace = ChainTrace(trace, capacity, spec.shape) if trace is not None else None
         self._restart = np.zeros(capacity, bool)  # slots whose next lease starts afresh
         self._slots = SlotStorage(
@@ -432,22 +433,48 @@ class Shard:
 
     # --- checkpoint ---------------------------------------------------------------------------
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self, slots: np.ndarray | None = None) -> dict[str, Any]:
         """Every slot at its last committed generation, as arrays by slot, and the cursor.
 
         Leased chains are there as they were before the lease, ready ones as committed: a
         restore frees them all, and no chain is lost or doubled.
+
+        Args:
+            slots: those alone, all when left out.
         """
-        rows = self._slots.row_of_slot
+        which = np.arange(self.capacity) if slots is None else slots
+        rows = self._slots.row_of_slot[which]
         arrays = {name: getattr(self._slots, name)[rows] for name in SlotStorage.row_fields}
         return {
-            "arrays": {**arrays, "generation": np.array(self._slots.generation)},
+            "arrays": {**arrays, "generation": self._slots.generation[which]},
             "meta": {
                 "index": self.index,
                 "capacity": self.capacity,
                 "data": self._data.state() if self._data is not None else None,
             },
         }
+
+    def cut(
+        self, number: int, since: int | None = None
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """The snapshot of cut `number`, as its meta and its arrays.
+
+        Where this process remembers cut `since`, as a whole one, and fewer than half of the slots
+        have changed after it, the arrays are of those slots alone, with their numbers as `row`;
+        meta's `since` says so. A slot has changed where its generation has: every commit moves it.
+        A successor of this process remembers nothing, since a kill may fall between the two.
+        """
+        generation = np.array(self._slots.generation)
+        before = None if since is None else self._whole_cuts.get(since)
+        self._whole_cuts = {} if before is None or since is None else {since: before}
+        if before is not None:
+            changed = np.flatnonzero(generation != before)
+            if 2 * len(changed) < self.capacity:
+                part = self.snapshot(changed)
+                return {**part["meta"], "since": since}, {**part["arrays"], "row": changed}
+        self._whole_cuts[number] = generation
+        whole = self.snapshot()
+        return {**whole["meta"], "since": None}, whole["arrays"]
 
     def restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
         """Take the chains of a snapshot into the first slots; every slot is free after it.
@@ -472,6 +499,7 @@ class Shard:
         self._ready.clear()
         self._shown.clear()
         self._done.clear()
+        self._whole_cuts.clear()
         next_chain = int(meta.get("next_chain", arrays["chain_id"].max() + 1))
         rows = self._slots.row_of_slot
         for name in SlotStorage.row_fields:

@@ -75,6 +75,21 @@ class LearnerConfig(Section):
     timeout_s: PositiveFloat = 60.0
     """Seconds after which a collective that a rank does not join is an error."""
 
+    gap_limit: PositiveFloat | None = None
+    """Largest size of the energy gap (of the loss, for an objective that has no gap); an update
+    past it is refused like one that is not finite. None refuses no finite one."""
+
+    on_nonfinite: Literal["stop", "rollback"] = "stop"
+    """What follows a loss, gradient or chain that is not finite, or a gap past gap_limit: the run
+    ends with a diagnosis, or goes back to its last checkpoint, with new noise, data in another
+    order and a smaller learning rate."""
+
+    max_rollbacks: PositiveInt = 3
+    """Times that `rollback` goes back before it ends the run."""
+
+    rollback_lr_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """What each going back multiplies the learning rate by, for the rest of the run."""
+
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further DeepSpeed options, merged into those that this section decides."""
 

@@ -120,7 +120,8 @@ class Engine:
             lr: the learning rate of this step.
 
         Raises:
-            NonFinite: on every rank, when the loss or the gradient of any rank is not finite.
+            NonFinite: on every rank, when the loss or the gradient of any rank is not finite, or
+                the gap over all ranks is past `gap_limit`.
                 Weights and optimiser state are as they were before the call.
         """
         micro = micro_batches(batch, negatives, self.config.accumulation, self.device)
@@ -145,6 +146,7 @@ class Engine:
                 "Lower learner.lr or sampler.step_size, or set learner.grad_clip, "
                 "objective.energy_l2 or energy.spectral_norm"
             )
+        self._refuse_exploded(values)
         clip = self.config.grad_clip
         if clip is not None and norm > clip:
             torch._foreach_mul_(gradients, clip / (norm + 1e-6))
@@ -154,6 +156,18 @@ class Engine:
         self._engine.step()
         self.step += 1
         return {**values, "learner/lr": lr}
+
+    def _refuse_exploded(self, values: dict[str, float]) -> None:
+        limit = self.config.gap_limit
+        name = "energy/gap" if "energy/gap" in values else "loss/total"
+        if limit is None or abs(values[name]) <= limit:
+            return
+        self._partition.discard()
+        raise NonFinite(
+            f"update {self.step}: {name} is {values[name]:g}, past learner.gap_limit = {limit:g}; "
+            "the weights are as before. Lower learner.lr, flow.max_lag or sampler.step_size, set "
+            "objective.energy_l2 or energy.spectral_norm, or raise learner.gap_limit"
+        )
 
     @torch.no_grad()
     def flat_weights(self) -> np.ndarray | None:

@@ -122,10 +122,10 @@ def test_damage_to_every_checkpoint_is_an_error_that_says_what_to_do(tmp_path: P
 
 
 def test_a_checkpoint_of_another_format_is_refused_with_both_numbers(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr(checkpoint, "FORMAT", 9)
     path = write(tmp_path, 4)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="format 2, this version reads 1"):
+    with pytest.raises(UserError, match="format 9, this version reads up to 2"):
         open_checkpoint(path)
 
 
