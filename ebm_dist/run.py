@@ -21,7 +21,8 @@ from rich.console import Console
 from ebm_dist import __version__, checkpoint
 from ebm_dist.actors.controller import Controller
 from ebm_dist.actors.graph import Schedule
-from ebm_dist.actors.handles import Backend, InlineBackend, RayBackend
+from ebm_dist.actors.handles import Backend, InlineBackend
+from ebm_dist.actors.ray_backend import RayBackend
 from ebm_dist.assembly import assemble
 from ebm_dist.config import RunConfig, check_event, dump, load
 from ebm_dist.data import describe

@@ -46,7 +46,7 @@ class _Outstanding:
 
 
 class Shard:
-    """Chains of one shard. Plain Python: `actors/handles.py` puts it behind Ray."""
+    """Chains of one shard. Plain Python: `actors/ray_backend.py` puts it behind Ray."""
 
     def __init__(
         self,

@@ -1,0 +1,268 @@
+"""The Ray boundary: parts as actors, on a local Ray of our own or on a running cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ebm_dist.actors.handles import Handle, PartDied, Ref, first_line, free_port, tune_process
+from ebm_dist.errors import RunFailed, UserError
+
+log = logging.getLogger("ebm_dist")
+
+
+class _Host:
+    """What Ray runs: one part, and the settings of its process."""
+
+    def __init__(self, factory: type, kwargs: dict[str, Any], num_threads: int | None) -> None:
+        tune_process(num_threads)
+        self._part = factory(**kwargs)
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self._part, method)(*args)
+
+    def ready(self) -> int:
+        return os.getpid()
+
+    def rendezvous(self, loopback: bool) -> tuple[str, int]:
+        import ray
+
+        host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
+        return host, free_port(host)
+
+
+@dataclass(slots=True)
+class RayHandle:
+    name: str
+    actor: Any
+    pid: int | None = None
+
+    def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
+        return self.actor.call.options(num_returns=num_returns).remote(method, *args)
+
+
+class RayBackend:
+    """Parts as Ray actors, on a local Ray of our own or on a running cluster."""
+
+    concurrent = True
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        namespace: str,
+        start_timeout_s: float,
+        object_store_bytes: int | None = None,
+    ) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray runs actors at niceness 15: beside any other program they would get its leavings.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        # Workers of Ray inherit this; a hundred lines of DeepSpeed and Ray advice would
+        # bury the one line that matters.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        address = os.environ.get("RAY_ADDRESS") or address
+        self.local = address == "local"
+        if self.local:
+            # Loopback only: a Ray that others can reach runs anybody's code. Asked for 127.0.0.1,
+            # Ray takes the machine's outer address all the same; as on a laptop it does not.
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        elif (Path.home() / ".ray" / "auth_token").exists() or "RAY_AUTH_TOKEN" in os.environ:
+            # `ray start --head` asks for the token; a driver that joins must be told to show it.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        import ray
+        from ray import exceptions
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._ray: Any = ray
+        self._errors = exceptions
+        self._beside = NodeAffinitySchedulingStrategy
+        self._start_timeout_s = start_timeout_s
+        options: dict[str, Any] = {
+            "namespace": namespace,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
+        if self.local:
+            options |= {
+                "address": "local",
+                "include_dashboard": False,
+                "object_store_memory": object_store_bytes,
+            }
+        else:
+            options["address"] = address
+        try:
+            self._init(options)
+        except Exception as error:
+            if self.local:
+                raise RunFailed(
+                    f"Ray did not start on this machine: {first_line(error)}"
+                ) from error
+            raise UserError(
+                f"runtime.address: no Ray cluster answers at {address!r} ({first_line(error)}); "
+                "start one with `ray start --head`, show its token (RAY_AUTH_MODE=token), "
+                "or use runtime.address=local"
+            ) from error
+        self._handles: list[RayHandle] = []
+        self._starting: list[tuple[RayHandle, Ref]] = []
+        self._num_spawned: dict[str, int] = {}
+
+    def _init(self, options: dict[str, Any]) -> None:
+        """`ray.init`, again where a busy machine outlasted Ray's own 30 s for its raylet."""
+        for attempts_left in (2, 1, 0):
+            try:
+                self._ray.init(**options)
+                return
+            except Exception as error:
+                if not (self.local and attempts_left and "timed out" in str(error)):
+                    raise
+                self._ray.shutdown()
+
+    @property
+    def num_gpus(self) -> int:
+        return int(self._ray.cluster_resources().get("GPU", 0))
+
+    @property
+    def log_dir(self) -> str:
+        return self._ray._private.worker.global_worker.node.get_logs_dir_path()
+
+    def spawn(
+        self,
+        factory: type,
+        kwargs: dict[str, Any],
+        *,
+        name: str,
+        num_threads: int | None = None,
+        num_cpus: float = 0.0,
+        num_gpus: float = 0.0,
+        beside_driver: bool = False,
+        any_order: bool = False,
+    ) -> RayHandle:
+        env = {}
+        if num_threads is not None:
+            # Before torch is imported, or its pools keep the size they were born with.
+            env = {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
+        # Ray gives a dead actor's name free some time later; a successor has its own.
+        count = self._num_spawned[name] = self._num_spawned.get(name, 0) + 1
+        actor = (
+            self._ray.remote(_Host)
+            .options(
+                name=name if count == 1 else f"{name}.{count}",
+                # On a Ray of our own the threads share the cores out; a claim could only
+                # keep an actor from starting.
+                num_cpus=0 if self.local else num_cpus,
+                num_gpus=num_gpus,
+                max_restarts=0,
+                scheduling_strategy=self._here() if beside_driver else "DEFAULT",
+                allow_out_of_order_execution=any_order,
+                runtime_env={"env_vars": env} if env else None,
+            )
+            .remote(factory, kwargs, num_threads)
+        )
+        handle = RayHandle(name, actor)
+        self._handles.append(handle)
+        self._starting.append((handle, actor.ready.remote()))
+        return handle
+
+    def _note_started(self) -> None:
+        """Keep, and log, the process of each part that has started since."""
+        for handle, ref in list(self._starting):
+            if not self._ray.wait([ref], timeout=0)[0]:
+                continue
+            self._starting.remove((handle, ref))
+            with contextlib.suppress(self._errors.RayError):  # whoever calls it will see
+                handle.pid = self._ray.get(ref)
+                log.info("%s runs as process %d", handle.name, handle.pid)
+
+    def _here(self) -> Any:
+        return self._beside(node_id=self._ray.get_runtime_context().get_node_id(), soft=False)
+
+    def await_started(self, handles: Sequence[Any]) -> None:
+        """Wait until each constructor has run; raises what it raised."""
+        deadline = time.monotonic() + self._start_timeout_s
+        for handle in handles:
+            remaining = max(0.1, deadline - time.monotonic())
+            try:
+                self.get(handle.actor.ready.remote(), remaining)
+            except TimeoutError:
+                raise RunFailed(
+                    f"{handle.name} did not start in {self._start_timeout_s:.0f} s; the "
+                    f"cluster has {self._ray.available_resources()} free. Lower "
+                    "workers.num_workers, or raise runtime.start_timeout_s"
+                ) from None
+        self._note_started()
+
+    def rendezvous(self, handle: Handle) -> Ref:
+        assert isinstance(handle, RayHandle)
+        return handle.actor.rendezvous.remote(self.local)
+
+    def put(self, value: Any) -> Ref:
+        return self._ray.put(value)
+
+    def wait(self, refs: Sequence[Ref], timeout: float) -> list[Ref]:
+        if not refs:
+            return []
+        if self._starting:
+            self._note_started()
+        unique = list(dict.fromkeys(refs))
+        done, _ = self._ray.wait(unique, num_returns=1, timeout=timeout, fetch_local=False)
+        if done and len(unique) > 1:
+            done, _ = self._ray.wait(unique, num_returns=len(unique), timeout=0, fetch_local=False)
+        return done
+
+    def get(self, ref: Ref, timeout: float) -> Any:
+        errors = self._errors
+        try:
+            return self._ray.get(ref, timeout=timeout)
+        except errors.GetTimeoutError as error:
+            raise TimeoutError(str(error)) from None
+        except errors.RayTaskError as error:
+            cause = error.cause
+            # Ray wraps what a part raised; the controller decides by its type.
+            if isinstance(cause, (UserError, RunFailed, ValueError)):
+                raise cause from None
+            if isinstance(cause, errors.RayError):
+                raise PartDied(first_line(cause)) from None
+            raise
+        except errors.RayError as error:
+            cause = _init_cause(error)
+            if isinstance(cause, (UserError, RunFailed, ValueError)):
+                raise cause from None
+            raise PartDied(first_line(error)) from None
+
+    def alive(self, handle: Handle, timeout: float = 5.0) -> bool:
+        """False when Ray knows that the actor is dead; a busy actor counts as alive."""
+        assert isinstance(handle, RayHandle)
+        try:
+            self._ray.get(handle.actor.ready.remote(), timeout=timeout)
+        except self._errors.GetTimeoutError:
+            return True
+        except self._errors.RayError:
+            return False
+        return True
+
+    def kill(self, handle: Handle) -> None:
+        """End the part's process, if it has not ended yet."""
+        assert isinstance(handle, RayHandle)
+        with contextlib.suppress(self._errors.RayError):
+            self._ray.kill(handle.actor, no_restart=True)
+        self._handles = [known for known in self._handles if known is not handle]
+
+    def close(self) -> None:
+        """Stop our actors, and the Ray that we started; a cluster that we joined goes on."""
+        for handle in list(self._handles):
+            with contextlib.suppress(Exception):
+                self.kill(handle)
+        self._ray.shutdown()
+
+
+def _init_cause(error: Exception) -> BaseException | None:
+    """What the constructor of an actor raised, where Ray kept it."""
+    inner = getattr(error, "cause", None) or error.__cause__
+    return getattr(inner, "cause", None) or inner
