@@ -172,7 +172,9 @@ class _Spawner:
                 "sampler": config.sampler,
                 "spec": self._spec,
                 "device": self._placement.device,
-                "jarzynski": config.buffer.jarzynski,
+                "resample_threshold": (
+                    config.buffer.resample_threshold if config.buffer.jarzynski else None
+                ),
             },
             name=f"worker-{index}",
             num_threads=self._placement.worker_threads,

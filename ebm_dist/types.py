@@ -110,7 +110,9 @@ class MovedChains:
     version: int
     num_steps: int
     negatives: dict[str, np.ndarray] | None = None
-    """What the learner gets in place of the chains, keys as in `Negatives`: the chains half-way
-    through the round, where their Jarzynski weights must not depend on what the learner does."""
+    """What the learner gets in place of the chains, keys as in `Negatives`: the chains as they
+    were before they moved, with the Jarzynski weights that make them samples of `version`."""
+    ancestors: np.ndarray | None = None
+    """(M,), int64: the chain of the lease that each one continues, where it was resampled."""
     stats: dict[str, float] = field(default_factory=dict)
     """Sampler and chain diagnostics of the round, named as in `metrics/names.py`."""

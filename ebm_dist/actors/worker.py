@@ -8,11 +8,13 @@ from einops import rearrange
 from pydantic import PositiveInt
 
 from ebm_dist.actors.weighted_round import GAIN, carried, weighted
+from ebm_dist.buffer.jarzynski import resampling
 from ebm_dist.diagnostics import autocorrelation_time, effective_sample_size, split_rhat
 from ebm_dist.energies import EnergySection
 from ebm_dist.errors import NonFinite
 from ebm_dist.samplers import Chain, KernelSection, run_chain
 from ebm_dist.section import Section
+from ebm_dist.seeds import derive_seed
 from ebm_dist.types import EventSpec, Lease, MovedChains
 from ebm_dist.weights import FlatLayout
 
@@ -41,15 +43,21 @@ class Worker:
         spec: EventSpec,
         *,
         device: str = "cpu",
-        jarzynski: bool = False,
+        resample_threshold: float | None = None,
     ) -> None:
+        """
+        Args:
+            resample_threshold: the chains carry Jarzynski weights, and are resampled where their
+                effective share falls below this; None for chains without weights.
+        """
         self._device = torch.device(device)
         self._spec = spec
         self._energy = energy.build().to(self._device).eval().requires_grad_(False)
         self._layout = FlatLayout.of(self._energy)
         self._sampler = sampler
-        self._jarzynski = jarzynski
-        self._kernel = weighted(sampler.build()) if jarzynski else sampler.build()
+        self._resample_threshold = resample_threshold
+        kernel = sampler.build()
+        self._kernel = kernel if resample_threshold is None else weighted(kernel)
         self._version: int | None = None
 
     def run_round(
@@ -63,22 +71,23 @@ class Worker:
         if lease is None:  # the shard had too few free chains
             return None
         self._use(weights, version)
-        log_weight, negatives = np.asarray(lease.log_weight), None
-        start, num_left = lease.position, num_steps
-        if self._jarzynski:
-            log_weight = self._carried(lease)
-            if (half := num_steps // 2) > 0:
-                chain = self._run(start, lease.seed + 1, num_steps - half)
-                log_weight = log_weight + _gain(chain, num_steps - half)
-                start, num_left = chain.position.cpu().numpy(), half
-                negatives = {
-                    "x": start,
-                    "energy": chain.energy.float().cpu().numpy(),
-                    "version": np.full(len(start), version, np.int64),
-                    "log_weight": log_weight.astype(np.float32),
-                }
-        chain = self._run(start, lease.seed, num_left)
-        log_weight = log_weight + _gain(chain, num_left)
+        start, log_weight = lease.position, np.asarray(lease.log_weight)
+        negatives = ancestors = None
+        if self._resample_threshold is not None:
+            now, log_weight = self._carried(lease)
+            negatives = {
+                "x": start,
+                "energy": now.astype(np.float32),
+                "version": np.full(len(start), version, np.int64),
+                "log_weight": log_weight.astype(np.float32),
+            }
+            seed = derive_seed(lease.seed, "resample")
+            if (found := resampling(log_weight, self._resample_threshold, seed)) is not None:
+                ancestors, log_weight = found
+                start = start[ancestors]
+        chain = self._run(start, lease.seed, num_steps)
+        if (gain := chain.info.pop(GAIN, None)) is not None:
+            log_weight = log_weight + num_steps * gain.double().cpu().numpy()
         position = chain.position.cpu().numpy()
         energy = chain.energy.float().cpu().numpy()
         if not (np.isfinite(energy).all() and np.isfinite(position).all()):
@@ -100,7 +109,8 @@ class Worker:
             version=version,
             num_steps=num_steps,
             negatives=negatives,
-            stats=round_stats(chain, lease.position),
+            ancestors=ancestors,
+            stats=round_stats(chain, start),
         )
 
     def sample(self, num: int, num_steps: int, weights: np.ndarray, seed: int) -> np.ndarray:
@@ -124,25 +134,20 @@ class Worker:
             channels_last=self._sampler.channels_last,
         )
 
-    def _carried(self, lease: Lease) -> np.ndarray:
-        """The chains' log-weights under the weights in use, before they move."""
+    def _carried(self, lease: Lease) -> tuple[np.ndarray, np.ndarray]:
+        """The chains' energies and log-weights under the weights in use, before they move."""
         assert lease.energy is not None
         x = torch.from_numpy(np.array(lease.position)).to(self._device)
         log_weight, recorded = (
             torch.from_numpy(np.array(value)) for value in (lease.log_weight, lease.energy)
         )
-        return carried(log_weight, recorded, x, self._energy, self._kernel.temperature).numpy()
+        now, log_weight = carried(log_weight, recorded, x, self._energy, self._kernel.temperature)
+        return now.numpy(), log_weight.numpy()
 
     def _use(self, weights: np.ndarray, version: int | None) -> None:
         if version is None or version != self._version:
             self._layout.load_(self._energy, torch.from_numpy(np.array(weights)))
             self._version = version
-
-
-def _gain(chain: Chain, num_steps: int) -> np.ndarray | float:
-    """What the moves of `chain` added to its log-weights; taken out of its info."""
-    gain = chain.info.pop(GAIN, None)
-    return 0.0 if gain is None else num_steps * gain.double().cpu().numpy()
 
 
 def round_stats(chain: Chain, start: np.ndarray) -> dict[str, float]:

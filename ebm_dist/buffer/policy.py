@@ -35,12 +35,13 @@ class BufferConfig(Section):
     jarzynski: bool = False
     """Chains carry Jarzynski log-weights (Carbone et al. 2023), which keep the negative phase exact
     while the weights move, and log Z is estimated all along. For init: noise, reinit_prob 0, and
-    a sampler whose moves have a density: an exact one, or langevin unclipped. The learner is shown
-    the chains half-way through a round, so give sampler.num_steps enough that they forget."""
+    a sampler whose moves have a density: an exact one, or langevin unclipped. log Z is as good as
+    the updates are small (learner.grad_clip holds the first ones) and the chains many and
+    forgetful: its error grows with learner.lr / capacity and falls with sampler.num_steps."""
 
     resample_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """The weighted chains of a lease are resampled, once the learner has them, where their
-    effective share is below this."""
+    """The weighted chains of a lease are resampled before they move where their effective share is
+    below this."""
 
     lease_timeout_s: PositiveFloat = 120.0
     """Seconds after which a lease that was not checked in gives its chains back."""

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ebm_dist.buffer.jarzynski import resampling, start_log_weight, start_noise
+from ebm_dist.buffer.jarzynski import start_log_weight, start_noise
 from ebm_dist.buffer.policy import BufferConfig, first_identity
 from ebm_dist.buffer.storage import FREE, LEASED, READY, SlotStorage
 from ebm_dist.buffer.trace import ChainTrace, TracePlan
@@ -260,12 +260,16 @@ class Shard:
             )
         slots, fresh = outstanding.lease.slots, outstanding.fresh
         rows = self._slots.rows(slots)
+        age = np.where(fresh, 0, self._slots.age[rows])
+        if moved.ancestors is not None:
+            age = age[moved.ancestors]
+            self._counters["resampled"] = self._counters.get("resampled", 0) + 1
         self._slots.commit(
             slots,
             position=moved.position,
             energy=moved.energy,
             version=np.full(len(slots), moved.version, np.int64),
-            age=np.where(fresh, 0, self._slots.age[rows]) + 1,
+            age=age + 1,
             log_weight=moved.log_weight,
             chain_id=moved.chain_id,
         )
@@ -312,29 +316,7 @@ class Shard:
             "version": self._slots.version[rows],
             "log_weight": self._slots.log_weight[rows],
         }
-        if self._config.jarzynski:
-            self._resample(lease_id, slots, negatives)
         return True, self._shown.pop(lease_id, negatives)
-
-    def _resample(self, lease_id: int, slots: np.ndarray, chains: dict[str, np.ndarray]) -> None:
-        """Copy likely chains over unlikely ones; the learner has them as they were, weighted."""
-        seed = derive_seed(self._seed, "shard", self.index, "resample", lease_id)
-        found = resampling(chains["log_weight"], self._config.resample_threshold, seed)
-        if found is None:
-            return
-        index, log_weight = found
-        rows = self._slots.rows(slots)
-        self._slots.commit(
-            slots,
-            position=chains["x"][index],
-            energy=chains["energy"][index],
-            version=chains["version"][index],
-            age=self._slots.age[rows][index],
-            log_weight=log_weight,
-            chain_id=self._slots.chain_id[rows],
-        )
-        self._slots.generation[slots] += 1
-        self._counters["resampled"] = self._counters.get("resampled", 0) + 1
 
     def release(self, lease_id: int) -> int:
         """Free the ready chains of `lease_id` unused (a drop); returns how many."""

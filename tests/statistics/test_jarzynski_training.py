@@ -94,6 +94,48 @@ def test_chains_that_skipped_versions_get_the_weight_that_their_lag_implies(tmp_
     assert max(abs(estimate[step] - exact[step]) for step in exact) < 0.03
 
 
+TWO_SHARDS = ["buffer.num_shards=2", "workers.num_chains=2048"]
+ASYNC = ["flow={mode: async, max_lag: 4}"]
+
+
+@pytest.mark.parametrize("overrides", [TWO_SHARDS, ASYNC, TWO_SHARDS + ASYNC])
+def test_neither_shards_nor_lag_bias_log_z_or_what_is_learnt(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    run(tmp_path / "r", *overrides, base=LINE)
+    lag = curve(tmp_path / "r", "flow/lag_max")
+    assert (max(lag.values()) > 0) == ("flow={mode: async, max_lag: 4}" in overrides)
+    exact = curve(tmp_path / "r", "likelihood/log_z_exact")
+    estimate = curve(tmp_path / "r", "likelihood/log_z")
+    assert len(exact) == 10
+    assert max(abs(estimate[step] - exact[step]) for step in exact) < 0.03
+    assert abs(precision(tmp_path / "r") - 1) < 4 * math.sqrt(2 / 32768 + 2 / 4096)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_two_ranks_two_shards_and_two_workers_that_run_ahead_agree_on_log_z(
+    tmp_path: Path,
+) -> None:
+    # Chains of several versions in one batch, cut in two by the ranks: what each normalises
+    # must be the weights of all.
+    run(
+        tmp_path / "r",
+        "runtime={backend: ray, address: local, start_timeout_s: 400}",
+        "learner.num_ranks=2",
+        "workers={num_workers: 2, num_chains: 2048, num_threads: 1}",
+        "buffer.num_shards=2",
+        "buffer.capacity=8192",
+        *ASYNC,
+        base=LINE,
+    )
+    exact = curve(tmp_path / "r", "likelihood/log_z_exact")
+    estimate = curve(tmp_path / "r", "likelihood/log_z")
+    assert max(curve(tmp_path / "r", "flow/lag_max").values()) > 0
+    assert max(abs(estimate[step] - exact[step]) for step in exact) < 0.03
+    assert abs(precision(tmp_path / "r") - 1) < 4 * math.sqrt(2 / 32768 + 2 / 4096)
+
+
 @pytest.mark.parametrize(
     ("override", "key"),
     [
