@@ -121,7 +121,8 @@ def _bits(index: Tensor, num: int) -> Tensor:
 
 def _bernoulli(logit: Tensor, generator: torch.Generator) -> Tensor:
     u = torch.rand(logit.shape, generator=generator, device=logit.device)
-    return (u < logit.sigmoid()).to(logit.dtype)
+    # In place: zeros and ones in the dtype of u, without a pass through booleans.
+    return u.lt_(logit.sigmoid()).to(logit.dtype)
 
 
 @FAMILY.register

@@ -174,7 +174,8 @@ def _sweep_categorical(
 def _changed(old: Tensor, new: Tensor, categorical: bool) -> Tensor:
     # A category that changes moves two entries of its one-hot code: the mean over the
     # entries times q/2 is the mean over the sites.
-    moved = (old != new).flatten(1).to(old.dtype).mean(1)
+    # Of zeros and ones; a comparison would be cast back, at three times the time.
+    moved = (old - new).abs_().flatten(1).mean(1)
     return moved * (old.shape[-1] / 2) if categorical else moved
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from rbm_likelihood import METHODS, config, exact_gradient, log_likelihood
 
 pytestmark = pytest.mark.slow
-NUM_UPDATES = 2000
+NUM_UPDATES = 1000
 
 
 @pytest.fixture(scope="module")
