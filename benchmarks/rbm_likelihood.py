@@ -31,8 +31,8 @@ from ebm_dist.learner.optimizer import make_optimizer
 from ebm_dist.run import bind, describe, train
 from ebm_dist.seeds import derive_seed
 
-TRAINING_SET = 1408
-"""Images: a batch is a multiple of it, so that the positive phase has no noise."""
+TRAINING_SET = 1442
+"""Images: a batch has them all, so that the positive phase has no noise."""
 
 METHODS: dict[str, list[str]] = {
     "PCD + Jarzynski": ["buffer.jarzynski=true"],
@@ -43,26 +43,31 @@ METHODS: dict[str, list[str]] = {
 
 def config(updates: int, seed: int = 0) -> dict[str, Any]:
     """The run of which all methods are variants."""
-    num_chains = 4 * TRAINING_SET
+    num_chains = 8192
     return {
         "run": {"name": "rbm", "seed": seed, "steps": updates},
         "runtime": {"backend": "inline"},
         "data": {
             "source": "digits",
             "binarize": "threshold",
-            "batch_size": num_chains,
+            "batch_size": TRAINING_SET,
             "prefetch": 0,
         },
         "energy": {"name": "rbm", "num_hidden": 10},
-        "sampler": {"name": "gibbs", "num_steps": 20},
-        "buffer": {"capacity": num_chains, "num_shards": 1, "reinit_prob": 0.0},
+        "sampler": {"name": "gibbs", "num_steps": 16},
+        "buffer": {
+            "capacity": num_chains,
+            "num_negatives": num_chains,
+            "num_shards": 1,
+            "reinit_prob": 0.0,
+        },
         "workers": {"num_workers": 1, "num_chains": num_chains, "num_threads": 1},
         # Not Adam: it divides by the size of the gradient, which near the end is the noise of the
         # chains, and then walks at a distance of the optimum that exact gradients do not have.
         "learner": {
             "optimizer": "sgd",
-            "lr": 0.05,
-            "momentum": 0.95,
+            "lr": 0.1,
+            "momentum": 0.9,
             "grad_clip": 0.5,
             "warmup_steps": 300,
             "schedule": "cosine",

@@ -71,7 +71,7 @@ def assemble(
             backend,
             spawn.auditor,
             config.evaluation,
-            batch_size=config.data.batch_size,
+            batch_size=config.num_negatives,
             divisor=config.learner.num_ranks * config.learner.accumulation,
             from_chains=spawn.needs_negatives and config.buffer.reinit_prob < SHORT_RUN_REINIT,
             wait_s=config.flow.stall_timeout_s if config.flow.mode == "sync" else 0.0,

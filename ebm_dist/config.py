@@ -63,6 +63,11 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @property
+    def num_negatives(self) -> int:
+        """Negatives of an update."""
+        return self.buffer.num_negatives or self.data.batch_size
+
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
         if problems := list(check(self)):
@@ -169,17 +174,25 @@ def _check_batch(config: RunConfig) -> Iterator[str]:
             f"{ranks} * {accumulation}, got {batch}; "
             f"{_nearest_multiple(batch, ranks * accumulation)}"
         )
-    if batch % chains:
+    negatives = config.num_negatives
+    key = "data.batch_size" if config.buffer.num_negatives is None else "buffer.num_negatives"
+    if negatives != batch and negatives % (ranks * accumulation):
         yield (
-            f"data.batch_size: expected a multiple of workers.num_chains = {chains}, since an "
-            f"update takes whole rounds, got {batch}; set workers.num_chains to "
-            f"{math.gcd(batch, chains)} or data.batch_size to {_round_up(batch, chains)}"
+            f"buffer.num_negatives: expected a multiple of learner.num_ranks * "
+            f"learner.accumulation = {ranks} * {accumulation}, got {negatives}; "
+            f"{_nearest_multiple(negatives, ranks * accumulation)}"
+        )
+    if negatives % chains:
+        yield (
+            f"{key}: expected a multiple of workers.num_chains = {chains}, since an "
+            f"update takes whole rounds, got {negatives}; set workers.num_chains to "
+            f"{math.gcd(negatives, chains)} or {key} to {_round_up(negatives, chains)}"
         )
 
 
 def _check_buffer(config: RunConfig) -> Iterator[str]:
     capacity, shards = config.buffer.capacity, config.buffer.num_shards
-    chains, batch = config.workers.num_chains, config.data.batch_size
+    chains, batch = config.workers.num_chains, config.num_negatives
     each = capacity // shards
     if each < chains:
         yield (
@@ -195,7 +208,7 @@ def _check_buffer(config: RunConfig) -> Iterator[str]:
         yield (
             f"buffer.capacity: expected at least {needed * shards}, so that {shards} shards can "
             f"hold one update's {batch} negatives at once, got {capacity}; raise it, or lower "
-            "data.batch_size"
+            + ("data.batch_size" if config.buffer.num_negatives is None else "buffer.num_negatives")
         )
 
 

@@ -183,7 +183,7 @@ def _train(
 def _schedule(config: RunConfig) -> Schedule:
     return Schedule(
         num_updates=config.run.steps,
-        batch_size=config.data.batch_size,
+        num_negatives=config.num_negatives,
         num_chains=config.workers.num_chains,
         num_steps=config.sampler.num_steps,
         log_every=config.tracking.log_every,
@@ -202,7 +202,7 @@ def _backend(config: RunConfig, spec: EventSpec, run_dir: Path) -> Backend:
         return InlineBackend()
     event_bytes = 4 * int(np.prod(spec.shape))
     # Leases and negatives in flight, one snapshot of every shard, and room for weights.
-    in_flight = 8 * (config.flow.max_lag + 2) * config.data.batch_size * event_bytes
+    in_flight = 8 * (config.flow.max_lag + 2) * config.num_negatives * event_bytes
     needed = in_flight + 3 * config.buffer.capacity * event_bytes + (256 << 20)
     size = (config.runtime.object_store_mb or 0) << 20 or needed
     _check_shared_memory(size)

@@ -148,7 +148,7 @@ class Controller:
         replies = learners.update(
             step,
             lr,
-            self._schedule.batch_size,
+            self._schedule.num_negatives,
             consumed.negatives if consumed else None,
             auditor.extra() if auditor and consumed else None,
         )

@@ -59,7 +59,7 @@ class NegativeFlow:
         self._pool = pool
         self._progress = progress
         self._count = count
-        self._leases_per_update = schedule.batch_size // schedule.num_chains
+        self._leases_per_update = schedule.num_negatives // schedule.num_chains
         # Inline rounds run where they are started: starting them early would only age them.
         updates_ahead = max(1, flow.max_lag) if graph.backend.concurrent else 1
         self._ahead = self._leases_per_update * updates_ahead

@@ -25,7 +25,8 @@ class Schedule:
     """When things happen, in updates, and how much of each."""
 
     num_updates: int
-    batch_size: int
+    num_negatives: int
+    """Of an update."""
     num_chains: int
     num_steps: int
     """MCMC steps of a round."""

@@ -68,13 +68,14 @@ class LearnerGroup:
         self,
         step: int,
         lr: float,
-        batch_size: int,
+        num_negatives: int,
         negatives: Sequence[tuple[int, Ref]] | None,
         extra: tuple[int, Ref] | None = None,
     ) -> list[list[Ref]]:
         """Start an update on every rank.
 
         Args:
+            num_negatives: of the update, without `extra`.
             negatives: (number of chains, reference) of each lease; the ranks take consecutive
                 slices of all of them together.
             extra: negatives on top of those, a multiple of the number of ranks.
@@ -82,7 +83,7 @@ class LearnerGroup:
         Returns:
             References of metrics, flat weights and averaged weights, for each rank.
         """
-        per_rank = batch_size // self._num_ranks
+        per_rank = num_negatives // self._num_ranks
         replies = []
         for index, rank in enumerate(self.ranks):
             low, high = index * per_rank, (index + 1) * per_rank

@@ -26,7 +26,7 @@ class WorkersConfig(Section):
     """Worker actors."""
 
     num_chains: PositiveInt = 64
-    """Chains a worker moves in one round; data.batch_size is a multiple of it."""
+    """Chains a worker moves in one round; the negatives of an update are a multiple of it."""
 
     num_threads: PositiveInt | None = None
     """Torch threads of a worker; the cores shared out when left out. Pin it alike on every

@@ -18,6 +18,10 @@ class BufferConfig(Section):
     num_shards: PositiveInt = 1
     """Shard actors; each holds capacity / num_shards chains."""
 
+    num_negatives: PositiveInt | None = None
+    """Negatives of an update, a multiple of workers.num_chains; data.batch_size when left out. More
+    of them than data make the negative phase as quiet as chains are many."""
+
     init: Literal["noise", "data"] = "noise"
     """Where a chain starts: the reference noise of the event (uniform on [-1, 1] for images,
     Gaussian for real vectors, fair coins for binary ones), or a data point. With

@@ -64,7 +64,7 @@ class World:
             hang_s=1e9,
         )
         graph = SimpleNamespace(backend=self.backend, shards=self.shards, workers=self.workers)
-        schedule = SimpleNamespace(batch_size=BATCH, num_chains=CHAINS, num_steps=10)
+        schedule = SimpleNamespace(num_negatives=BATCH, num_chains=CHAINS, num_steps=10)
         self.flow = NegativeFlow(
             graph,  # type: ignore[arg-type]
             schedule,  # type: ignore[arg-type]
