@@ -98,6 +98,7 @@ CONFIG = [
     (["runtime.device=tpu"], "runtime.device", "'cuda'"),
     (["data.batch_size=-16"], "data.batch_size", "got -16"),
     (["data.batch_size=15"], "data.batch_size", "multiple of workers.num_chains"),
+    (["buffer.num_negatives=15"], "buffer.num_negatives", "multiple of workers.num_chains"),
     (["data.batchsize=16"], "data.batchsize", "did you mean 'batch_size'"),
     (["data.source=[digits]"], "data.source", "text"),
     (["data.source=toy:two_moon"], "data.source", "did you mean 'two_moons'"),

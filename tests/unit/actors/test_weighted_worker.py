@@ -17,7 +17,7 @@ from ebm_dist.weights import FlatLayout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "buffer"))
 from shards import make_shard, move
-from small_runs import SMALL
+from small_runs import SMALL, curve, run
 
 NUM = 4096
 
@@ -109,3 +109,10 @@ def test_a_copy_has_the_age_of_the_chain_that_it_continues() -> None:
     ages = shard.snapshot()["arrays"]["age"][lease.slots]
     assert ages.tolist() == [2] * 5 + [1] * 3
     assert shard.counts()["resampled"] == 1
+
+
+def test_an_update_may_have_more_negatives_than_data(tmp_path: Path) -> None:
+    # 4 leases of 64 from 2 shards of 128, beside a batch of 128.
+    run(tmp_path / "r", "buffer.num_negatives=256", "tracking.log_every=1", "run.steps=3")
+    per_update = curve(tmp_path / "r", "flow/mcmc_steps_per_update")
+    assert set(per_update.values()) == {256 * 4}
