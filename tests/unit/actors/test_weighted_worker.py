@@ -38,6 +38,7 @@ def round_of(threshold: float, sampler: str = "{name: mala, step_size: 0.5}") ->
         shard_epoch=0,
         slots=rows,
         generations=rows,
+        chain_id=rows,
         seed=11,
         deadline=0.0,
         position=x,
