@@ -35,6 +35,7 @@ class Potts(FiniteEnergy):
 
     coupling: Tensor
     field: Tensor
+    colour: Tensor
 
     def __init__(
         self,
@@ -58,6 +59,12 @@ class Potts(FiniteEnergy):
             values[0] = field
         constant_or_parameter(self, "coupling", torch.tensor(float(coupling)), learnable)
         constant_or_parameter(self, "field", values, learnable)
+        self.register_buffer("colour", _colour(lattice), persistent=False)
+
+    @property
+    def gibbs_blocks(self) -> tuple[Tensor, ...]:
+        """Masks (*lattice) of the colours: no bond joins two sites of one colour."""
+        return _blocks(self.colour)
 
     def energy(self, x: Tensor) -> Tensor:
         # The field first, over whole sites: x . (J * neighbours + h) in one product.
@@ -90,6 +97,7 @@ class Ising(FiniteEnergy):
 
     coupling: Tensor
     field: Tensor
+    colour: Tensor
 
     def __init__(
         self,
@@ -104,6 +112,12 @@ class Ising(FiniteEnergy):
         self.event = EventSpec(lattice, "binary")
         constant_or_parameter(self, "coupling", torch.tensor(float(coupling)), learnable)
         constant_or_parameter(self, "field", torch.tensor(float(field)), learnable)
+        self.register_buffer("colour", _colour(lattice), persistent=False)
+
+    @property
+    def gibbs_blocks(self) -> tuple[Tensor, ...]:
+        """Masks (*shape) of the colours: no bond joins two sites of one colour."""
+        return _blocks(self.colour)
 
     def energy(self, x: Tensor) -> Tensor:
         spin = 2 * x - 1
@@ -135,6 +149,27 @@ def _lattice(shape: Sequence[int]) -> tuple[int, ...]:
     if not lattice or min(lattice) < 2:
         raise ValueError(f"energy.shape: {lattice}, every side of a periodic lattice is at least 2")
     return lattice
+
+
+def _colour(lattice: tuple[int, ...]) -> Tensor:
+    """(*lattice): a number for each site that no neighbour of it has.
+
+    A ring of even length takes 0 and 1 in turn; one of odd length needs a 2 at its end. A
+    bond moves along one axis alone, so the sum over the axes changes with it, and still
+    does modulo the number of colours.
+    """
+    num_colours = 3 if any(side % 2 for side in lattice) else 2
+    total = torch.zeros(lattice, dtype=torch.long)
+    for dim, side in enumerate(lattice):
+        ring = torch.arange(side) % 2
+        if side % 2:
+            ring[-1] = 2
+        total += ring.reshape([-1 if i == dim else 1 for i in range(len(lattice))])
+    return total % num_colours
+
+
+def _blocks(colour: Tensor) -> tuple[Tensor, ...]:
+    return tuple(colour == value for value in range(int(colour.max()) + 1))
 
 
 def _successors(x: Tensor, num_axes: int) -> Tensor:

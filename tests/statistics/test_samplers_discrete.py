@@ -18,7 +18,7 @@ from samplers_claims import (
 )
 from torch import Tensor
 
-from ebm_dist import samplers
+from ebm_dist import energies, samplers
 from ebm_dist.samplers import adapt_step_size, run_chain
 
 KERNELS = {
@@ -35,6 +35,63 @@ def test_ising_has_its_enumerated_moments(name):
 
 def test_ising_moves_by_colour_where_the_energy_offers_it():
     claims.ising_has_its_moments(partial(samplers.make, "gibbs"), 25, lattice=ColouredSpins)
+
+
+class Lattice(ColouredSpins):
+    """The project's own Ising energy in place of the one written out."""
+
+    def __init__(self, side: int, coupling: float = 1.0, field: float = 0.0) -> None:
+        super().__init__(side, coupling, field)
+        self.ising = energies.ising((side, side), coupling, field)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.ising(x)
+
+    @property
+    def gibbs_blocks(self) -> tuple[Tensor, ...]:
+        return self.ising.gibbs_blocks
+
+
+def test_the_ising_energy_itself_moves_by_colour_to_its_enumerated_moments():
+    claims.ising_has_its_moments(partial(samplers.make, "gibbs"), 25, lattice=Lattice)
+
+
+# Sides of 2 (two bonds between two sites) and odd ones (three colours) among them; every one
+# in a field, so that no symmetry hides a wrong site.
+LATTICES = {
+    "ring of 7": energies.ising(7, 0.5, 0.3),
+    "3x3 against alignment": energies.ising((3, 3), -0.5, 0.2),
+    "2x4": energies.ising((2, 4), 0.25, -0.25),
+    "2x2x2": energies.ising((2, 2, 2), 0.12, 0.15),
+    "Potts ring of 5": energies.potts(5, 3, 0.9, [0.3, 0.0, -0.4]),
+    "Potts 2x2 of 4 values": energies.potts((2, 2), 4, -0.6, [0.2, -0.3, 0.1, 0.4]),
+}
+
+
+@pytest.mark.parametrize("energy", LATTICES.values(), ids=LATTICES)
+def test_lattice_moved_by_colour_has_every_state_as_often_as_enumeration_says(energy):
+    states = torch.cat(list(energy.states())).float()
+    num_values = states.shape[-1] if energy.event.kind == "categorical" else 2
+    for t in (1.0, 0.6, 2.0):
+        probability = (-energy(states).double() / t).softmax(0)
+        kernel = samplers.make("gibbs", temperature=t)
+        x = states[:1].expand(6000, *states.shape[1:])
+        assert kernel.init(x, energy).scan == "blocks"
+        end = run_chain(kernel, x, energy, 30, generator(5)).position
+        value = end.argmax(-1) if num_values > 2 else end.long()
+        index = (value.flatten(1) * num_values ** torch.arange(value[0].numel())).sum(1)
+        count = torch.bincount(index, minlength=len(states)).double()
+        same_chi_square(count, probability, f"the lattice at T={t}")
+
+
+@pytest.mark.parametrize("shape", [(2,), (3,), (5,), (8,), (3, 4), (5, 7), (2, 3, 4), (3, 3, 3, 3)])
+def test_no_bond_joins_two_sites_of_a_colour(shape):
+    for energy in (energies.ising(shape), energies.potts(shape, 3)):
+        blocks = torch.stack(energy.gibbs_blocks)
+        assert (blocks.sum(0) == 1).all()
+        assert len(blocks) == (3 if any(side % 2 for side in shape) else 2)
+        for dim in range(1, blocks.ndim):
+            assert not (blocks & blocks.roll(1, dim)).any()
 
 
 @pytest.mark.parametrize("name", KERNELS)
