@@ -165,6 +165,7 @@ def round_stats(chain: Chain, start: np.ndarray) -> dict[str, float]:
         stats["chain/autocorrelation"] = float(autocorrelation_time(trace))
         stats["chain/ess"] = float(effective_sample_size(trace))
         stats["chain/rhat"] = float(split_rhat(trace))
-    if "acceptance" in chain.info:
-        stats["chain/self_transition"] = 1.0 - stats["sampler/acceptance"]
+    # As it fell out, not the acceptance: what NUTS calls so is a mean along its trajectories.
+    if "accepted" in chain.info:
+        stats["chain/self_transition"] = 1.0 - stats["sampler/accepted"]
     return stats

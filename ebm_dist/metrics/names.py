@@ -67,6 +67,8 @@ METRICS: dict[str, Metric] = {
     "sampler/step_size": Metric("step size in use, after adaptation", "x^2/energy"),
     "sampler/noise_std": Metric("standard deviation of the noise of one step", "x"),
     "sampler/accepted": Metric("share of proposed moves that were taken, as it fell out"),
+    "sampler/tree_depth": Metric("doublings of a NUTS trajectory: 2^depth - 1 leapfrog steps"),
+    "sampler/diverged": Metric("share of NUTS trajectories that the integrator left"),
     "sampler/swap_acceptance": Metric("mean acceptance of swaps between temperatures"),
     "sampler/swap_lowest": Metric("the lowest of them: the weakest rung of the ladder"),
     "sampler/changed": Metric("share of sites that a sweep gave another value"),

@@ -39,14 +39,34 @@ from ebm_dist.samplers import (
     Langevin,
     LangevinSection,
     Mala,
+    Nuts,
     RandomWalk,
+    TemperedTransitions,
 )
 from ebm_dist.types import EnergyFn
 
-_EXACT_TYPES = (Mala, Hmc, RandomWalk, Gibbs, GibbsWithGradients, DiscreteLangevin)
-_EXACT_NAMES = ("mala", "hmc", "random_walk", "gibbs", "gibbs_with_gradients", "discrete_langevin")
-# They leave exp(-E/T) as it is, so a move changes no weight. Tempered chains do too, but a
-# slot of theirs holds a ladder of temperatures, and one energy is not its log-density.
+_EXACT_TYPES = (
+    Mala,
+    Hmc,
+    Nuts,
+    RandomWalk,
+    TemperedTransitions,
+    Gibbs,
+    GibbsWithGradients,
+    DiscreteLangevin,
+)
+_EXACT_NAMES = (
+    "mala",
+    "hmc",
+    "nuts",
+    "random_walk",
+    "tempered_transitions",
+    "gibbs",
+    "gibbs_with_gradients",
+    "discrete_langevin",
+)
+# They leave exp(-E/T) as it is, so a move changes no weight. Parallel tempering does too, but
+# a slot of its holds a ladder of temperatures, and one energy is not its log-density.
 
 
 def ula_action(

@@ -28,7 +28,7 @@ def discretisation_bias(figure: Figure, generator: torch.Generator) -> dict[str,
             values.append(_variance(samplers.run_chain(kernel, x, energy, num_steps, generator)))
     line = np.linspace(0, 1.7, 200)
     axes = figure.add_subplot()
-    axes.plot(line, 2 / (2 - line), color="tab:red", label="2T / (a(2 - ah))")
+    axes.plot(line, 2 / (2 - line), color="tab:red", label="T_eff / a = 2T / (a(2 − ah))")
     axes.axhline(1, color="black", linewidth=0.8, label="the target's, T/a")
     error = 4 * math.sqrt(2 / num_chains)
     for name, marker in (("langevin", "o"), ("mala", "s")):
@@ -107,20 +107,23 @@ def regularisation_tradeoff(figure: Figure, generator: torch.Generator) -> dict[
     line = np.geomspace(0.005, 15, 200)
     left, right = figure.subplots(1, 2)
     left.semilogx(line, (-0.5 + np.sqrt(0.25 + 2 * line)) / (2 * line), color="tab:red")
-    left.semilogx(weights, alphas, "o", color="tab:red")
+    left.semilogx(weights, alphas, "o", color="tab:red", label="weights drawn on the right")
+    left.legend(loc="lower left")
     left.set(
         xlabel="weight of the gradient penalty",
         ylabel="curvature a = Lipschitz constant of the gradient",
         title="smoother energy ...",
     )
     curve = (-0.5 + np.sqrt(0.25 + 2 * line)) / (2 * line) * h
-    right.loglog(line, (2 - curve) / curve, color="tab:blue", label="exact, (2 - ah)/(ah)")
-    right.loglog(weights, measured, "o", color="tab:blue", label="measured, R B / ESS")
+    right.loglog(line, (2 - curve) / curve, color="tab:blue", label="exact, (2 − ah)/(ah)")
+    right.loglog(weights, measured, "o", color="tab:blue", label="measured")
     right.set(
         xlabel="weight of the gradient penalty",
         ylabel="autocorrelation time, Langevin steps of h = .1",
         title="... slower chains",
     )
+    right.set_yticks([20, 30, 40, 60, 100], labels=["20", "30", "40", "60", "100"])
+    right.minorticks_off()
     right.legend()
     return {
         "curvature at weight .1": float(alphas[1]),

@@ -14,7 +14,11 @@ from ebm_dist.evaluation.exact import exact_log_partition, states
 from ebm_dist.types import EventSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from matplotlib.figure import Figure
+
+    Draw = Callable[[Figure, torch.Generator], dict[str, float]]
 
 # Each toy with the width of its narrowest direction, which sets every step size, and its frame.
 TOYS: dict[str, tuple[dict[str, Any], float, float]] = {
@@ -25,75 +29,100 @@ TOYS: dict[str, tuple[dict[str, Any], float, float]] = {
 }
 
 
-def kernels(width: float) -> dict[str, samplers.Kernel]:
-    """Every kernel of real events, with steps for a target of that narrowest width."""
+NUM_EVALUATIONS = 1600
+"""Of the energy, for each chain of each kernel: a long trajectory pays for its steps."""
+
+
+def kernels(width: float) -> dict[str, tuple[samplers.Kernel, int]]:
+    """Every kernel of real events for a target of that narrowest width, and evaluations a step."""
     h = 0.25 * width**2
+    mala = {"name": "mala", "step_size": 2 * h}
+    ladder = tuple(1.5**k for k in range(7))
     return {
-        "langevin": samplers.make("langevin", step_size=0.2 * h, temperature=1.0),
-        "annealed_langevin": samplers.make(
-            "annealed_langevin", step_size=0.2 * h, start_temperature=8.0, num_annealing_steps=500
+        "langevin": (samplers.make("langevin", step_size=0.2 * h, temperature=1.0), 1),
+        "preconditioned_langevin": (
+            # These toys are as wide one way as the other, where it is langevin by another step.
+            samplers.make("preconditioned_langevin", step_size=0.05, scales=(width**2,)),
+            1,
         ),
-        "mala": samplers.make("mala", step_size=h, temperature=1.0),
-        "sghmc": samplers.make("sghmc", step_size=0.15 * width, friction=1.0, temperature=1.0),
-        "hmc": samplers.make("hmc", step_size=0.5 * width, num_leapfrog_steps=8, temperature=1.0),
-        "random_walk": samplers.make("random_walk", proposal_std=2 * width, temperature=1.0),
-        "parallel_tempering": samplers.make(
-            "parallel_tempering",
-            kernel={"name": "mala", "step_size": 2 * h},
-            temperatures=(1.0, 2.0, 4.0, 8.0, 16.0),
+        "annealed_langevin": (
+            samplers.make(
+                "annealed_langevin",
+                step_size=0.2 * h,
+                start_temperature=8.0,
+                num_annealing_steps=1000,
+            ),
+            1,
+        ),
+        "sghmc": (samplers.make("sghmc", step_size=0.15 * width, friction=1.0), 1),
+        "random_walk": (samplers.make("random_walk", proposal_std=2 * width), 1),
+        "mala": (samplers.make("mala", step_size=h), 1),
+        "hmc": (samplers.make("hmc", step_size=0.5 * width, num_leapfrog_steps=8), 8),
+        # At most: a trajectory that turns back ends sooner.
+        "nuts": (samplers.make("nuts", step_size=0.5 * width, max_tree_depth=4), 15),
+        "parallel_tempering": (
+            samplers.make(
+                "parallel_tempering", kernel=mala, temperatures=(1.0, 2.0, 4.0, 8.0, 16.0)
+            ),
+            5,
+        ),
+        "tempered_transitions": (
+            samplers.make("tempered_transitions", kernel=mala, temperatures=ladder),
+            2 * len(ladder) - 1,
         ),
     }
 
 
-def toys_by_sampler(figure: Figure, generator: torch.Generator) -> dict[str, float]:
-    """Energy, exact density, and the samples of each kernel, for each toy in the plane."""
-    num_chains, num_steps = 1500, 700
-    numbers: dict[str, float] = {}
-    names = list(kernels(1.0))
-    panels = figure.subplots(len(TOYS), 2 + len(names), squeeze=False)
-    for row, (toy, (params, width, frame)) in zip(panels, TOYS.items()):
-        energy = energies.make(toy, **params)
+def toy(name: str) -> Draw:
+    """The picture of one toy: its energy, its exact density and the samples of each kernel."""
+
+    def draw(figure: Figure, generator: torch.Generator) -> dict[str, float]:
+        params, width, frame = TOYS[name]
+        num_chains = 1200
+        energy = energies.make(name, **params)
         axis = torch.linspace(-frame, frame, 201, dtype=torch.float64)
         grid = torch.cartesian_prod(axis, axis)
         with torch.no_grad():
             height = energy(grid)
         law = (-height).softmax(dim=0)
         exact = float((law * height).sum())
-        square = (201, 201)
+        panels = figure.subplots(2, 6).flatten()
         low = float(height.min())
-        surface = height.reshape(square).T
         levels = np.linspace(low, low + min(float(height.max()) - low, 12.0), 14)
-        row[0].contourf(axis, axis, surface, levels=levels, cmap="viridis_r", extend="max")
-        row[0].set_ylabel(toy)
-        row[0].set_title("energy", fontsize=9)
-        density = law.reshape(square).T
+        surface, density = (value.reshape(201, 201).T for value in (height, law))
+        panels[0].contourf(axis, axis, surface, levels=levels, cmap="viridis_r", extend="max")
+        panels[0].set_title("energy E(x)\n(yellow is low)", fontsize=9)
         extent = (-frame, frame, -frame, frame)
-        row[1].imshow(density, origin="lower", extent=extent, cmap="magma")
-        row[1].set_title(f"density, mean E {exact:.2f}", fontsize=9)
+        panels[1].imshow(density, origin="lower", extent=extent, cmap="magma")
+        panels[1].set_title(f"exact density\nmean E {exact:.2f}", fontsize=9)
+        numbers = {"exact mean energy": exact}
         # Wide enough for every mode; far out on a wall MALA would reject each of its own moves.
         start = 0.35 * frame * torch.empty(num_chains, 2).normal_(generator=generator)
-        for axes, (name, kernel) in zip(row[2:], kernels(width).items()):
+        for axes, (kind, (kernel, cost)) in zip(panels[2:], kernels(width).items()):
+            num_steps = NUM_EVALUATIONS // cost
             chain = samplers.run_chain(kernel, start, energy, num_steps, generator)
             mean, error = _mean(chain.energy)
-            numbers[f"{toy} {name} mean energy"] = mean
-            numbers[f"{toy} {name} standard error"] = error
+            numbers[f"{kind} mean energy"] = mean
+            numbers[f"{kind} standard error"] = error
             axes.imshow(density, origin="lower", extent=extent, cmap="Greys", alpha=0.35)
-            axes.scatter(chain.position[:, 0], chain.position[:, 1], s=1.5, linewidths=0)
-            axes.set_title(f"{name}\nmean E {mean:.2f} ± {error:.2f}", fontsize=8)
-            axes.set(xlim=(-frame, frame), ylim=(-frame, frame))
-        numbers[f"{toy} exact mean energy"] = exact
-        for axes in row:
+            x, y = chain.position.T
+            axes.scatter(x, y, s=1.5, linewidths=0, color="tab:blue")
+            off = abs(mean - exact) > 4 * error
+            title = f"{kind.replace('_', ' ')}\nmean E {mean:.2f} ± {error:.2f}"
+            axes.set_title(title, fontsize=9, color="tab:red" if off else "black")
+        for axes in panels:
+            axes.set(xlim=(-frame, frame), ylim=(-frame, frame), xticks=[], yticks=[])
             axes.set_aspect("equal")
-            axes.set_xticks([])
-            axes.set_yticks([])
-    return numbers
+        return numbers
+
+    return draw
 
 
 def discrete_samplers(figure: Figure, generator: torch.Generator) -> dict[str, float]:
     """Magnetisation of a 4x4 Ising model in a field, by each discrete kernel and exactly."""
     energy = energies.Ising((4, 4), coupling=1.0, field=0.05)
     numbers: dict[str, float] = {}
-    temperatures, num_chains = (2.5, 3.5, 5.0), 2000
+    temperatures, num_chains = (2.5, 3.5, 5.0), 5000
     panels = figure.subplots(1, len(temperatures))
     values = np.arange(-16, 17, 2) / 16
     for axes, t in zip(panels, temperatures):
@@ -107,21 +136,30 @@ def discrete_samplers(figure: Figure, generator: torch.Generator) -> dict[str, f
         numbers[f"T={t:g} exact magnetisation"] = exact
         start = (torch.rand(num_chains, 4, 4, generator=generator) < 0.5).float()
         # Single changes need a step a site where the others pass over all sites at once.
-        for name, params, num_steps, marker in (
-            ("gibbs", {}, 250, "o"),
-            ("gibbs_with_gradients", {}, 2000, "s"),
-            ("discrete_langevin", {"step_size": 0.3}, 800, "^"),
+        for name, params, num_steps, marker, aside in (
+            ("gibbs", {}, 250, "o", -0.03),
+            ("gibbs_with_gradients", {}, 2000, "s", 0.0),
+            ("discrete_langevin", {"step_size": 0.3}, 800, "^", 0.03),
         ):
             kernel = samplers.make(name, temperature=t, **params)
             chain = samplers.run_chain(kernel, start, energy, num_steps, generator)
             count = chain.position.sum(dim=(1, 2)).long()
             share = torch.bincount(count, minlength=17).double() / num_chains
-            axes.plot(values, share, marker, markersize=4, label=name)
+            axes.errorbar(
+                values + aside,
+                share,
+                yerr=2 * (share * (1 - share) / num_chains).sqrt(),
+                fmt=marker,
+                markersize=3,
+                elinewidth=0.8,
+                label=name.replace("_", " "),
+            )
             mean, error = _mean(count.double() / 8 - 1)
             numbers[f"T={t:g} {name} magnetisation"] = mean
             numbers[f"T={t:g} {name} standard error"] = error
-        axes.set(title=f"T = {t:g}", xlabel="magnetisation", ylabel="probability")
-    panels[0].legend(fontsize=8)
+        axes.set(title=f"T = {t:g}", xlabel="magnetisation (mean spin)")
+    panels[0].set_ylabel("probability (bars: 2 s.e.)")
+    panels[0].legend(fontsize=8, loc="upper center")
     return numbers
 
 
@@ -163,13 +201,17 @@ def hopfield(figure: Figure, generator: torch.Generator) -> dict[str, float]:
     line = np.linspace(0.015, 0.27, 200)
     theory = [0.5 * math.erfc(1 / math.sqrt(2 * a)) for a in line]
     axes = right.subplots()
-    axes.plot(line, theory, color="tab:red", label="one-bit error, erfc(1/sqrt(2a))/2")
-    axes.plot(loads, one_bit, "o", color="tab:red", label="one-bit error, measured")
-    axes.set(xlabel="load a = patterns / units", ylabel="one-bit error", ylim=(0, 0.04))
-    axes.axvline(0.138, color="grey", linestyle=":")
+    axes.plot(line, theory, color="tab:red", label="unstable bits, erfc(1/sqrt(2a))/2")
+    axes.plot(loads, one_bit, "o", color="tab:red", label="unstable bits, measured")
+    axes.set(
+        xlabel="load a = patterns / units", ylabel="share of bits that are unstable", ylim=(0, 0.04)
+    )
+    axes.yaxis.label.set_color("tab:red")
+    axes.axvline(0.138, color="grey", linestyle=":", label="a = .138, the capacity")
     other = axes.twinx()
     other.plot(loads, overlap, "s-", color="tab:blue", label="overlap after retrieval")
     other.set(ylabel="overlap with the stored pattern", ylim=(0, 1.05))
+    other.yaxis.label.set_color("tab:blue")
     handles = axes.get_legend_handles_labels()
     more = other.get_legend_handles_labels()
     axes.legend(handles[0] + more[0], handles[1] + more[1], loc="center left", fontsize=8)
@@ -210,9 +252,16 @@ def temperature(figure: Figure, generator: torch.Generator) -> dict[str, float]:
             shares.append(float(diagnostics.basin_occupancy(chain.position, minima)[0]))
             log_z = exact_log_partition(energy, EventSpec((1,), "real"), temperature=t)
             density = (-energy(line[:, None]) / t - log_z).exp()
-            axes.hist(chain.position[:, 0], bins=80, range=(-9, 8), density=True, alpha=0.5)
-            axes.plot(line, density, color="black", linewidth=0.9)
-            axes.set(title=f"dE = {gap:g}, T = {t:g}", xlabel="x", yticks=[])
+            axes.hist(
+                chain.position[:, 0],
+                bins=80,
+                range=(-9, 8),
+                density=True,
+                alpha=0.5,
+                label="chains",
+            )
+            axes.plot(line, density, color="black", linewidth=0.9, label="exact density")
+            axes.set(title=f"T = {t:g}", xlabel="x", yticks=[])
         index = temperatures.index(1.0)
         numbers |= {
             f"dE={gap:g} left share at T=1": shares[index],
@@ -226,8 +275,12 @@ def temperature(figure: Figure, generator: torch.Generator) -> dict[str, float]:
         curve = diagnostics.basin_masses(energy, minima, fine)[:, 0]
         last.plot(fine, curve, color="tab:red", label="exact")
         last.plot(temperatures, shares, "o", color="tab:blue", label="sampled")
-        last.set(title=f"temperature {effect}s", xlabel="T", ylabel="left mass", ylim=(0.45, 1.02))
+        last.set(title=f"temperature {effect}s", xlabel="T", ylim=(0.45, 1.02))
+        last.set_ylabel("mass of the wide well on the left")
         last.legend(fontsize=8)
+        wells = "wells of one depth" if gap == 0 else f"left well deeper by {gap:g}"
+        row[0].set_ylabel(wells, fontsize=11)
+    panels[0, 0].legend(fontsize=7, loc="upper center")
     return numbers
 
 
@@ -261,13 +314,17 @@ def covering_and_seeking(figure: Figure, generator: torch.Generator) -> dict[str
         with torch.no_grad():
             fits[name] = (float(mean), float(log_std.exp()), float(divergence()))
     numbers = {}
-    for axes, (name, (mean_, std, value)) in zip(figure.subplots(1, 2), fits.items()):
-        axes.fill_between(line, log_p.exp(), color="lightgrey", label="data")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (name, (mean_, std, value)) in zip(panels, fits.items()):
+        axes.fill_between(line, log_p.exp(), color="lightgrey", label="data, two modes")
         fit = torch.exp(-0.5 * ((line - mean_) / std).square()) / (std * math.sqrt(2 * math.pi))
-        axes.plot(line, fit, color="tab:red", label=f"N({mean_:.2f}, {std:.2f}²)")
-        kind = "covers" if name == "forward" else "seeks"
-        axes.set(xlim=(-9, 9), xlabel="x", title=f"{name} KL {kind}: {value:.5f}")
-        axes.legend()
+        axes.plot(line, fit, color="tab:red", label=f"N({abs(mean_):.2f}, {std:.2f}²)")
+        kind = "covers both modes" if name == "forward" else "seeks one mode"
+        axes.set(xlim=(-9, 9), ylim=(0, 0.45), xlabel="x")
+        axes.set_title(f"{name} KL {kind}: KL = {value:.3f}")
+        axes.legend(loc="upper left")
+    panels[0].set_ylabel("density")
+    for name, (mean_, std, value) in fits.items():
         numbers |= {f"{name} KL": value, f"{name} mean": mean_, f"{name} std": std}
     return numbers
 

@@ -21,9 +21,16 @@ from ebm_dist.samplers.kernel import (
 )
 from ebm_dist.samplers.langevin import Langevin, LangevinSection
 from ebm_dist.samplers.mala import Mala, MalaSection
+from ebm_dist.samplers.nuts import Nuts, NutsSection
 from ebm_dist.samplers.parallel_tempering import ParallelTempering, ParallelTemperingSection
+from ebm_dist.samplers.preconditioned_langevin import (
+    PreconditionedLangevin,
+    PreconditionedLangevinSection,
+    adapt_scales,
+)
 from ebm_dist.samplers.random_walk import RandomWalk, RandomWalkSection
 from ebm_dist.samplers.sghmc import Sghmc, SghmcSection
+from ebm_dist.samplers.tempered_transitions import TemperedTransitions, TemperedTransitionsSection
 
 make = FAMILY.make
 
@@ -56,13 +63,20 @@ __all__ = [
     "Mala",
     "MalaSection",
     "NonFiniteEnergy",
+    "Nuts",
+    "NutsSection",
     "ParallelTempering",
     "ParallelTemperingSection",
+    "PreconditionedLangevin",
+    "PreconditionedLangevinSection",
     "RandomWalk",
     "RandomWalkSection",
     "SamplerConfig",
     "Sghmc",
     "SghmcSection",
+    "TemperedTransitions",
+    "TemperedTransitionsSection",
+    "adapt_scales",
     "adapt_step_size",
     "frozen",
     "make",

@@ -48,7 +48,7 @@ def adapt_step_size(
     if name is None or not hasattr(kernel, "target_acceptance") or target is None:
         raise ValueError(
             f"kernel: {type(kernel).__name__} has no step size with an acceptance to aim at; use "
-            "mala, hmc, random_walk or discrete_langevin"
+            "mala, hmc, nuts, random_walk or discrete_langevin"
         )
     if not 0 < target < 1:
         raise ValueError(f"target_acceptance: expected a rate between 0 and 1, got {target!r}")

@@ -15,9 +15,8 @@ from ebm_dist.samplers.gibbs import DiscreteSection
 from ebm_dist.samplers.gibbs_with_gradients import (
     GradientState,
     change_log_ratio,
-    select_discrete,
 )
-from ebm_dist.samplers.kernel import FAMILY, uniform, value_and_grad
+from ebm_dist.samplers.kernel import FAMILY, select, uniform, value_and_grad
 from ebm_dist.samplers.metropolis import MetropolisInfo, decide
 from ebm_dist.types import EnergyFn
 
@@ -65,7 +64,7 @@ class DiscreteLangevin:
         log_ratio = (state.energy - value) / self.temperature
         log_ratio = log_ratio + move_log_ratio(logit, self._logit(new), state, new)
         accepted, info = decide(log_ratio, generator)
-        return select_discrete(accepted, new, state), info
+        return select(accepted, new, state), info
 
     def _logit(self, state: GradientState) -> Tensor:
         """Binary: log-odds of each flip (B, sites, 1). Categorical: log-weight of each value

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ebm_dist.samplers.discrete import Kind, draw, start_discrete
 from ebm_dist.samplers.gibbs import DiscreteSection
-from ebm_dist.samplers.kernel import FAMILY, per_chain, value_and_grad
+from ebm_dist.samplers.kernel import FAMILY, select, value_and_grad
 from ebm_dist.samplers.metropolis import MetropolisInfo, decide
 from ebm_dist.types import EnergyFn
 
@@ -66,7 +66,7 @@ class GibbsWithGradients:
         log_ratio = (state.energy - value) / self.temperature
         log_ratio = log_ratio + proposal_log_ratio(forward, change, self._log_weight(new), back)
         accepted, info = decide(log_ratio, generator)
-        return select_discrete(accepted, new, state), info
+        return select(accepted, new, state), info
 
     def _log_weight(self, state: GradientState) -> Tensor:
         """(B, changes): half the log-ratio of each change; -inf for no change."""
@@ -99,17 +99,6 @@ def _changed(state: GradientState, change: Tensor) -> tuple[Tensor, Tensor]:
     old = flat[chain, site].argmax(-1)
     flat[chain, site] = torch.nn.functional.one_hot(change % num_values, num_values).to(x.dtype)
     return flat.reshape(x.shape), site * num_values + old
-
-
-def select_discrete(accepted: Tensor, new: GradientState, old: GradientState) -> GradientState:
-    """For each chain the new state where it was accepted (B,), else the old one."""
-    mask = per_chain(accepted, new.position)
-    return GradientState(
-        torch.where(mask, new.position, old.position),
-        torch.where(accepted, new.energy, old.energy),
-        torch.where(mask, new.grad, old.grad),
-        old.categorical,
-    )
 
 
 @FAMILY.register

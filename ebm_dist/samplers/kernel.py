@@ -281,5 +281,6 @@ def select(accepted: Tensor, new: S, old: S) -> S:
     chosen = {}
     for name in (f.name for f in fields(new)):
         a, b = getattr(new, name), getattr(old, name)
-        chosen[name] = torch.where(per_chain(accepted, a), a, b)
+        # The rest says what kind of event it is, the same for every chain.
+        chosen[name] = torch.where(per_chain(accepted, a), a, b) if isinstance(a, Tensor) else b
     return type(old)(**chosen)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PlainSerializer, PositiveFloat, WithJsonSchema, model_validator
 from torch import Tensor
 
-from ebm_dist.samplers.kernel import FAMILY, Kernel, KernelSection, per_chain
+from ebm_dist.samplers.kernel import FAMILY, Kernel, per_chain
+from ebm_dist.samplers.ladder import LadderSection
 from ebm_dist.samplers.metropolis import decide
-from ebm_dist.types import EnergyFn, EventSpec
+from ebm_dist.types import EnergyFn
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,22 +146,8 @@ def _exchange(
     return new_a, new_b
 
 
-Inner = Annotated[
-    Any,
-    PlainSerializer(lambda k: k.model_dump() if isinstance(k, KernelSection) else repr(k)),
-    WithJsonSchema(
-        {
-            "type": "object",
-            "description": "The sampler that moves each copy: a section with a name of its own.",
-            "properties": {"name": {"type": "string"}},
-            "required": ["name"],
-        }
-    ),
-]
-
-
 @FAMILY.register
-class ParallelTemperingSection(KernelSection):
+class ParallelTemperingSection(LadderSection):
     """Copies of the chains at rising temperatures that exchange places."""
 
     name: Literal["parallel_tempering"] = "parallel_tempering"
@@ -170,55 +156,5 @@ class ParallelTemperingSection(KernelSection):
         "temperatures": (1.0, 2.0, 4.0),
     }
 
-    kernel: Inner
-    """The sampler that moves each copy, as a section of its own, or a kernel from `make`.
-    Its temperature and num_steps are not used."""
-
-    temperatures: tuple[PositiveFloat, ...] = Field(min_length=2)
-    """Rising; the first is the temperature of the chains. A geometric ladder is a start."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named_kernel(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or "kernel" not in data:
-            return data
-        kernel = data["kernel"]
-        if isinstance(kernel, dict):
-            params = dict(kernel)
-            name = params.pop("name", None)
-            if not isinstance(name, str):
-                raise ValueError("kernel: needs a name, e.g. {name: mala, step_size: 0.1}")
-            if name == "langevin" and not {"temperature", "noise_std"} & params.keys():
-                # The ladder gives the temperature, so the config need not say it twice.
-                params["temperature"] = 1.0
-            try:
-                kernel = FAMILY.section(name, **params)
-            except ValueError as error:
-                # The family words it for a sampler of its own; this one sits at `kernel`.
-                raise ValueError(str(error).replace("sampler.", "kernel.")) from None
-        elif isinstance(kernel, str):
-            raise ValueError(
-                f"kernel: give a section such as {{name: {kernel}, ...}}, got the bare name"
-            )
-        if isinstance(kernel, ParallelTemperingSection | ParallelTempering):
-            raise ValueError("kernel: parallel_tempering cannot hold another parallel_tempering")
-        inner = kernel if isinstance(kernel, KernelSection | Kernel) else None
-        if inner is None:
-            raise ValueError(f"kernel: expected a sampler section, got {type(kernel).__name__}")
-        return {**data, "kernel": kernel}
-
-    @model_validator(mode="after")
-    def _rising(self) -> ParallelTemperingSection:
-        if any(a >= b for a, b in zip(self.temperatures, self.temperatures[1:])):
-            raise ValueError(f"temperatures must rise, got {list(self.temperatures)}")
-        return self
-
-    def bind(self, spec: EventSpec) -> ParallelTemperingSection:
-        if not isinstance(self.kernel, KernelSection):
-            return self
-        return self.model_copy(update={"kernel": self.kernel.bind(spec)})
-
     def build(self) -> ParallelTempering:
-        section = self.kernel
-        kernel = section.build() if isinstance(section, KernelSection) else section
-        return ParallelTempering(kernel=kernel, temperatures=self.temperatures)
+        return ParallelTempering(kernel=self.inner(), temperatures=self.temperatures)

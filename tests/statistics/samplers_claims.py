@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from scipy import integrate, special
+from scipy import integrate, optimize, special
 from torch import Tensor
 
 from ebm_dist.samplers import Kernel, run_chain
@@ -171,30 +171,53 @@ def langevin_keeps_the_contrastive_fixed_point(make: Make) -> None:
     assert abs((1 - math.sqrt(1 - 0.2)) / 0.1 - 1.05573) < 1e-5
 
 
+def short_run_precision(h: float, num_steps: int, start_std: float) -> float:
+    """The precision whose chains of that length from N(0, start_std^2) have unit variance."""
+
+    def excess(alpha: float) -> float:
+        kept = (1 - alpha * h) ** (2 * num_steps)
+        return kept * start_std**2 + (1 - kept) * 2 / (alpha * (2 - alpha * h)) - 1
+
+    return float(optimize.brentq(excess, 0.05, 1 / h))  # type: ignore[arg-type]
+
+
 def langevin_short_run_generates_what_a_long_run_does_not(make: Make) -> None:
-    """60 steps of .01 from N(0, 4) make unit variance; a long run has .58144."""
-    alpha, h = 1.73491, 0.01
-    kernel = make(step_size=h, temperature=1.0)
-    x = 2 * torch.randn(NUM_CHAINS, 2, generator=generator(8))
-    short = run_chain(kernel, x, quadratic(alpha), 60, generator(9))
-    same_gaussian_variance(short.position, 1.0, "short-run variance")
-    long = run_chain(kernel, short.position, quadratic(alpha), 400, generator(10))
-    same_gaussian_variance(long.position, 0.58144, "long-run variance")
+    """60 steps of .01 from N(0, 4) make unit variance; a long run has .58144. From a start
+    narrower than the data the precision is too small, and a long run too wide."""
+    assert abs(short_run_precision(0.01, 60, 2.0) - 1.73491) < 1e-5
+    for h, num_steps, start_std in ((0.01, 60, 2.0), (0.05, 20, 1.6), (0.02, 30, 0.5)):
+        alpha = short_run_precision(h, num_steps, start_std)
+        kernel = make(step_size=h, temperature=1.0)
+        x = start_std * torch.randn(NUM_CHAINS, 2, generator=generator(8))
+        short = run_chain(kernel, x, quadratic(alpha), num_steps, generator(9))
+        same_gaussian_variance(short.position, 1.0, "short-run variance")
+        num_more = math.ceil(5 / (alpha * h))
+        long = run_chain(kernel, short.position, quadratic(alpha), num_more, generator(10))
+        limit = 2 / (alpha * (2 - alpha * h))
+        assert abs(limit - 1) > 0.1
+        kept = (1 - alpha * h) ** (2 * num_more)
+        expected = kept + (1 - kept) * limit
+        same_gaussian_variance(long.position, expected, "long-run variance")
+        if h == 0.01:
+            assert abs(limit - 0.58144) < 1e-5
 
 
 def langevin_under_stale_weights(make: Make) -> None:
-    """Precision 1 + k/1000, weights `lag` versions old: V' = (1 - h a)^2 V + 2 T h."""
-    h = 0.05
-    for lag, at_the_end in ((0, 0.527638), (50, 0.540527), (200, 0.583541)):
-        kernel, noise = make(step_size=h, temperature=1.0), generator(11)
+    """Precision 1 + k/1000, weights `lag` versions old: V' = (1 - h a)^2 V + 2 T h; and one that
+    grows five times as fast, at half the temperature and twice the step."""
+    table = [(0.05, 1.0, 1e-3, lag) for lag in (0, 50, 200)]
+    at_the_end = {0: 0.527638, 50: 0.540527, 200: 0.583541}
+    for h, t, growth, lag in (*table, (0.1, 0.5, 5e-3, 20), (0.1, 0.5, 5e-3, 100)):
+        kernel, noise = make(step_size=h, temperature=t), generator(11)
         x = torch.randn(NUM_CHAINS // 5, 4, generator=generator(12))
         variance = 1.0
-        for k in range(1000):
-            alpha = 1 + max(k - lag, 0) / 1000
-            variance = (1 - h * alpha) ** 2 * variance + 2 * h
+        for k in range(1000 if growth == 1e-3 else 300):
+            alpha = 1 + max(k - lag, 0) * growth
+            variance = (1 - h * alpha) ** 2 * variance + 2 * t * h
             energy = quadratic(alpha)
             x = kernel.step(kernel.init(x, energy), energy, noise)[0].position
-        assert abs(variance - at_the_end) < 1e-6
+        if growth == 1e-3:
+            assert abs(variance - at_the_end[lag]) < 1e-6
         same_gaussian_variance(x, variance, f"variance at lag {lag}")
 
 
@@ -215,6 +238,34 @@ def annealed_langevin_follows_its_schedule(make: Make) -> None:
     chain = run_chain(skew, torch.ones(NUM_CHAINS, 1), gumbel, 30, generator(2))
     moves = [(0.05, 0.5 ** min(1.0, k / 7)) for k in range(30)]
     same_grid_law(chain.position, *grid_law(lambda x: 1 - (-x).exp(), 1.0, moves))
+
+
+def preconditioned_langevin_gives_each_coordinate_its_own_variance(make: Make) -> None:
+    """2T / (a (2 - a p h)) on curvatures a of 1 to 10^4, which one step size cannot serve."""
+    curvature, scales = torch.tensor([100.0, 1.0, 0.01]), (0.01, 1.4, 50.0)
+    for h, temperature in ((0.4, 1.0), (0.8, 0.5)):
+        kernel = make(step_size=h, scales=scales, temperature=temperature)
+        chain = run_chain(
+            kernel,
+            torch.zeros(NUM_CHAINS, 3),
+            lambda x: 0.5 * (curvature * x.square()).sum(1),
+            30,
+            generator(),
+        )
+        for i, (a, p) in enumerate(zip(curvature.tolist(), scales)):
+            expected = 2 * temperature / (a * (2 - a * p * h)) * (1 - (1 - a * p * h) ** 60)
+            same_gaussian_variance(chain.position[:, i], expected, f"variance at a={a}, h={h}")
+
+
+def preconditioned_langevin_follows_its_exact_law_on_a_skewed_target(make: Make) -> None:
+    """Each coordinate is Langevin at the step h p; quadrature gives that law."""
+    h, scales = 0.1, (0.4, 1.2)
+    for temperature in (1.0, 0.5):
+        kernel = make(step_size=h, scales=scales, temperature=temperature)
+        chain = run_chain(kernel, torch.ones(NUM_CHAINS, 2), gumbel, 40, generator(1))
+        for i, p in enumerate(scales):
+            law = grid_law(lambda x: 1 - (-x).exp(), 1.0, [(h * p, temperature)] * 40)
+            same_grid_law(chain.position[:, i], *law)
 
 
 # --- underdamped Langevin --------------------------------------------------------------
@@ -255,18 +306,25 @@ METROPOLIS = {
 }
 
 
-def metropolis_samples_a_gaussian(make: Make, params: dict[str, Any]) -> None:
+# It goes from one side of a well to the other in one step, so few of them are enough.
+NUTS = {"step_size": 0.6, "max_tree_depth": 4}
+
+
+def metropolis_samples_a_gaussian(make: Make, params: dict[str, Any], num_steps: int = 80) -> None:
     """Exactly T/a at a step size where the unadjusted chain would be far off."""
     for alpha, t in ((1.0, 1.0), (0.5, 2.0), (2.0, 0.5)):
         kernel = make(**params, temperature=t)
-        chain = run_chain(kernel, torch.ones(NUM_CHAINS, 1), quadratic(alpha), 80, generator())
+        x = torch.ones(NUM_CHAINS, 1)
+        chain = run_chain(kernel, x, quadratic(alpha), num_steps, generator())
         same_gaussian_variance(chain.position, t / alpha, f"variance at a={alpha}, T={t}")
 
 
-def metropolis_samples_a_skewed_target(make: Make, params: dict[str, Any]) -> None:
+def metropolis_samples_a_skewed_target(
+    make: Make, params: dict[str, Any], num_steps: int = 150
+) -> None:
     for t in (1.0, 0.5, 2.0):
         kernel = make(**params, temperature=t)
-        chain = run_chain(kernel, torch.zeros(NUM_CHAINS, 1), gumbel, 150, generator(1))
+        chain = run_chain(kernel, torch.zeros(NUM_CHAINS, 1), gumbel, num_steps, generator(1))
         same_gumbel(chain.position, t)
 
 
@@ -278,7 +336,9 @@ def double_well_moment(depth: float, temperature: float) -> float:
     return integrate.quad(lambda x: x * x * weight(x), -4, 4)[0] / mass
 
 
-def metropolis_samples_a_double_well(make: Make, params: dict[str, Any]) -> None:
+def metropolis_samples_a_double_well(
+    make: Make, params: dict[str, Any], num_steps: int = 150
+) -> None:
     """E[x^2] by quadrature; .917671 at a = 4."""
     assert abs(double_well_moment(4.0, 1.0) - 0.917671) < 1e-6
     for depth, t in ((4.0, 1.0), (1.0, 0.5), (2.0, 2.0)):
@@ -291,7 +351,7 @@ def metropolis_samples_a_double_well(make: Make, params: dict[str, Any]) -> None
             if key in scaled:
                 scaled[key] = scaled[key] * 0.3
         x = torch.ones(NUM_CHAINS, 1)
-        chain = run_chain(make(**scaled), x, energy, 150, generator(2))
+        chain = run_chain(make(**scaled), x, energy, num_steps, generator(2))
         same_mean(chain.position.square(), double_well_moment(depth, t), f"E[x^2] at a={depth}")
 
 
@@ -377,6 +437,37 @@ def tempering_finds_the_masses_of_two_wells(make: Make) -> None:
         same_mean(in_left.double(), mass, f"mass of the left well at T={t}, gap={gap}")
         mean = (where * weight).sum().item() / weight.sum().item()
         same_mean(x, mean, "mean over both wells")
+
+
+def transitions_find_the_masses_of_two_wells(make: Make) -> None:
+    """As `tempering_finds_the_masses_of_two_wells`; its ladder is finer, and every rung of it
+    enters the ratio, so that a wrong one shows in the mass."""
+    for gap, k1, k2, t in ((1.0, 1.0, 4.0, 1.0), (0.0, 1.0, 4.0, 0.5), (1.0, 1.0, 4.0, 2.0)):
+        kernel = make(temperatures=tuple(t * 1.6**i for i in range(7)))
+
+        def energy(x: Tensor, gap: float = gap, k1: float = k1, k2: float = k2) -> Tensor:
+            return wells(x, gap, k1, k2)
+
+        chain = run_chain(kernel, torch.full((4000, 1), 4.0), energy, 100, generator(8))
+        assert chain.info["acceptance"].mean() > 0.05
+        where = torch.linspace(-20, 20, 400_001, dtype=torch.float64)
+        weight = (-energy(where[:, None]) / t).exp()
+        left = energy(where[:, None]) == 0.5 * k1 * (where + 4) ** 2
+        x = chain.position.double()
+        in_left = energy(x) == 0.5 * k1 * (x.flatten() + 4) ** 2
+        mass = (weight[left].sum() / weight.sum()).item()
+        same_mean(in_left.double(), mass, f"mass of the left well at T={t}, gap={gap}")
+        mean = (where * weight).sum().item() / weight.sum().item()
+        same_mean(x, mean, "mean over both wells")
+
+
+def transitions_sample_a_skewed_target(make: Make) -> None:
+    """From the law itself, by a ladder so coarse that a third and more is refused."""
+    for t in (0.5, 1.0):
+        kernel = make(temperatures=(t, 3 * t, 9 * t))
+        chain = run_chain(kernel, gumbel_sample(NUM_CHAINS, t), gumbel, 20, generator(1))
+        assert 0.05 < chain.info["acceptance"].mean() < 0.7
+        same_gumbel(chain.position, t)
 
 
 def tempering_keeps_the_momentum_at_its_temperature(make: Make) -> None:

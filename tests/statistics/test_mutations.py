@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import samplers_claims as claims
-from samplers_claims import METROPOLIS, Coupled, CoupledBits, Make
+from samplers_claims import METROPOLIS, NUTS, Coupled, CoupledBits, Make
 
 from ebm_dist import samplers
 
@@ -43,8 +43,11 @@ KERNEL = {
     "sghmc": "Sghmc",
     "mala": "Mala",
     "hmc": "Hmc",
+    "nuts": "Nuts",
+    "preconditioned_langevin": "PreconditionedLangevin",
     "random_walk": "RandomWalk",
     "parallel_tempering": "ParallelTempering",
+    "tempered_transitions": "TemperedTransitions",
     "gibbs": "Gibbs",
     "gibbs_with_gradients": "GibbsWithGradients",
     "discrete_langevin": "DiscreteLangevin",
@@ -74,6 +77,7 @@ def coloured(num_steps: int) -> Callable[[Make], None]:
 LANGEVIN = "(2 * self.temperature * self.step_size) ** 0.5"
 ANNEALED = "(2 * t * self.step_size) ** 0.5"
 SGHMC = "(2 * gamma * self.temperature * h) ** 0.5"
+PRECONDITIONED = "(2 * self.temperature * self.step_size * scales) ** 0.5"
 MALA = "alpha=(2 * t * h) ** 0.5"
 WALK = "alpha=self.proposal_std"
 
@@ -91,6 +95,18 @@ LANGEVIN_NOISE: list[Line] = [
     ("no sqrt 2", LANGEVIN, "(self.temperature * self.step_size) ** 0.5"),
     ("no T", LANGEVIN, "(2 * self.step_size) ** 0.5"),
     ("T for sqrt T", LANGEVIN, "self.temperature * (2 * self.step_size) ** 0.5"),
+]
+PRECONDITIONED_NOISE: list[Line] = [
+    ("noise x 1.05", PRECONDITIONED, f"1.05 * {PRECONDITIONED}"),
+    ("no sqrt 2", PRECONDITIONED, "(self.temperature * self.step_size * scales) ** 0.5"),
+    ("no T", PRECONDITIONED, "(2 * self.step_size * scales) ** 0.5"),
+    ("no scales in the noise", PRECONDITIONED, "(2 * self.temperature * self.step_size) ** 0.5"),
+    ("no scales in the drift", "(self.step_size * scales))", "self.step_size)"),
+]
+TRANSITIONS: list[Line] = [
+    ("accepts the wrong way", "decide(log_ratio", "decide(-log_ratio"),
+    ("nothing for the way down", "log_ratio - fall * there", "log_ratio - 0 * there"),
+    ("wrong sign on the way up", "log_ratio + fall * there", "log_ratio - fall * there"),
 ]
 TEMPERING: list[Line] = [
     ("swaps the wrong way", "energy_cold - energy_hot", "energy_hot - energy_cold"),
@@ -127,6 +143,16 @@ MUTATIONS = [
         ("no sqrt 2", ANNEALED, "(t * self.step_size) ** 0.5"),
         ("no T", ANNEALED, "(2 * self.step_size) ** 0.5"),
         ("cools one move late", "at(state.num_moves)", "at(state.num_moves - 1)"),
+    ),
+    *of(
+        "preconditioned_langevin",
+        claims.preconditioned_langevin_gives_each_coordinate_its_own_variance,
+        *PRECONDITIONED_NOISE,
+    ),
+    *of(
+        "preconditioned_langevin",
+        claims.preconditioned_langevin_follows_its_exact_law_on_a_skewed_target,
+        *PRECONDITIONED_NOISE,
     ),
     *of(
         "sghmc",
@@ -178,6 +204,21 @@ MUTATIONS = [
         ("no kinetic energy at the end", "0.5 * sum_event(momentum.square()) - k", "-k"),
     ),
     *of(
+        "nuts",
+        partial(claims.metropolis_samples_a_gaussian, params=NUTS, num_steps=10),
+        ("noise x 1.05", "mul_(self.temperature**0.5)", "mul_(1.05 * self.temperature**0.5)"),
+        ("no T in the momentum", "mul_(self.temperature**0.5)", "mul_(1.0)"),
+        ("takes the new half always", "(merge.log() < tree.log_weight - log_weight)", "True"),
+        ("draws the last leaf always", "uniform < share", "uniform < 1 + share"),
+    ),
+    *of(
+        "nuts",
+        partial(claims.metropolis_samples_a_skewed_target, params=NUTS, num_steps=12),
+        ("no T in the weights", "- start_h) / self.temperature", "- start_h)"),
+        ("no kinetic energy", "value + 0.5 * sum_event(momentum.square())", "value"),
+        ("energy of the wrong sign", "(value + 0.5", "(-value + 0.5"),
+    ),
+    *of(
         "random_walk",
         claims.random_walk_proposes_its_own_width,
         ("noise x 1.05", WALK, "alpha=1.05 * self.proposal_std"),
@@ -196,6 +237,14 @@ MUTATIONS = [
     ),
     *of("parallel_tempering", claims.tempering_swaps_as_often_as_it_must, *TEMPERING),
     *of("parallel_tempering", claims.tempering_finds_the_masses_of_two_wells, *TEMPERING),
+    *of("tempered_transitions", claims.transitions_find_the_masses_of_two_wells, *TRANSITIONS),
+    *of("tempered_transitions", claims.transitions_sample_a_skewed_target, *TRANSITIONS),
+    *of(
+        "tempered_transitions",
+        claims.transitions_sample_a_skewed_target,
+        ("no T in the kernels", "temperature=t)", "temperature=1.0)"),
+        ("T for 1/T", "[1 / t for t in", "[t for t in"),
+    ),
     *of(
         "parallel_tempering",
         claims.tempering_swaps_as_often_as_it_must,
@@ -258,6 +307,8 @@ def constructor(name: str, kernel: Callable[..., Any]) -> Make:
     """`kernel` with what the right test gives it beyond the claim's own parameters."""
     if name == "discrete_langevin":
         return partial(kernel, step_size=0.7)
+    if name == "tempered_transitions":
+        return partial(kernel, samplers.make("random_walk", proposal_std=2.0))
     if name != "parallel_tempering":
         return kernel
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import optimize, stats
 from torch import Tensor, nn
 
 from ebm_dist import objectives
@@ -219,13 +221,29 @@ class Gaussian(nn.Module):
         return (self.mean + self.log_std.exp() * noise).detach()
 
 
-def two_bumps(num: int, g: torch.Generator) -> Tensor:
-    """1/2 N(-3, 1) + 1/2 N(3, 1)."""
+def two_bumps(num: int, apart: float, g: torch.Generator) -> Tensor:
+    """1/2 N(-apart, 1) + 1/2 N(apart, 1)."""
     side = 2.0 * torch.randint(0, 2, (num, 1), generator=g) - 1.0
-    return 3.0 * side + torch.empty(num, 1).normal_(generator=g)
+    return apart * side + torch.empty(num, 1).normal_(generator=g)
 
 
-def fit(objective, energy: Gaussian, num_updates: int, lr: float) -> tuple[float, float, float]:
+def best_reverse_kl(apart: float) -> tuple[float, float, float]:
+    """Mean, standard deviation and divergence of the best Gaussian near the right bump."""
+    x = np.linspace(-30, 30, 20_001)
+
+    def divergence(unknowns) -> float:
+        mean, std = unknowns
+        log_q = stats.norm.logpdf(x, mean, std)
+        log_p = np.logaddexp(stats.norm.logpdf(x, -apart), stats.norm.logpdf(x, apart))
+        return float(np.sum(np.exp(log_q) * (log_q - log_p + math.log(2))) * (x[1] - x[0]))
+
+    best = optimize.minimize(divergence, (apart, 1.0), method="Nelder-Mead", tol=1e-9)
+    return float(best.x[0]), float(best.x[1]), float(best.fun)
+
+
+def fit(
+    objective, energy: Gaussian, apart: float, num_updates: int, lr: float
+) -> tuple[float, float, float]:
     """Mean, standard deviation and loss, averaged over the last quarter of the updates."""
     g = torch.Generator().manual_seed(0)
     parameters = [*energy.parameters(), *objective.parameters()]
@@ -233,7 +251,7 @@ def fit(objective, energy: Gaussian, num_updates: int, lr: float) -> tuple[float
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, num_updates)
     seen = []
     for _ in range(num_updates):
-        loss, _ = objective(energy, two_bumps(2048, g), energy.sample(2048, g), g)
+        loss, _ = objective(energy, two_bumps(2048, apart, g), energy.sample(2048, g), g)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -243,13 +261,57 @@ def fit(objective, energy: Gaussian, num_updates: int, lr: float) -> tuple[float
     return tail[0].item(), tail[1].item(), tail[2].item()
 
 
-def test_reverse_kl_seeks_a_mode_where_contrastive_covers_both():
+class LogRatio(nn.Module):
+    """The best critic: log q - log p of one Gaussian q and two bumps p."""
+
+    def __init__(self, mean: float, std: float, apart: float) -> None:
+        super().__init__()
+        self.mean, self.std, self.apart = mean, std, apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten()
+        log_q = -0.5 * ((x - self.mean) / self.std).square() - math.log(self.std)
+        bumps = torch.stack([-0.5 * (x - m).square() for m in (-self.apart, self.apart)])
+        return log_q - bumps.logsumexp(0) + math.log(2)
+
+
+@pytest.mark.parametrize("apart", [2.5, 3.0, 4.0])
+def test_reverse_kl_stands_still_at_its_optimum_under_the_best_critic(apart):
+    mean, std, kl = best_reverse_kl(apart)
+    if apart == 3.0:
+        assert (mean, std) == pytest.approx((2.98, 1.02), abs=0.01)
+        assert kl == pytest.approx(0.68879, abs=1e-4)
+    objective = objectives.make("reverse_kl", event_shape=(1,))
+    data = torch.cat([normal_grid(20_001, mean=m) for m in (-apart, apart)])
+    at: list[float] = []
+
+    def slopes(mean: float, std: float) -> Tensor:
+        objective.critic = LogRatio(mean, std, apart)
+        energy = Gaussian(mean, math.log(std)).double()
+        loss, metrics = objective(energy, data, normal_grid(20_001, std, mean))
+        at.append(metrics["loss/critic"].item())
+        return torch.stack(torch.autograd.grad(loss, [*energy.parameters()]))
+
+    assert slopes(mean, std).abs().max().item() < 2e-3
+    assert at[0] == pytest.approx(kl, abs=5e-3)
+    # A minimum: off it, descent leads back.
+    for off in (-0.15, 0.15):
+        assert slopes(mean + off, std)[0].item() * off > 0
+        assert slopes(mean, std * (1 + off))[1].item() * off > 0
+
+
+def test_reverse_kl_seeks_a_mode():
+    mean, std, kl = best_reverse_kl(3.0)
     objective = objectives.make("reverse_kl", event_shape=(1,), critic_widths=(64, 64))
-    mean, std, kl = fit(objective, Gaussian(2.0, 0.0), 1000, lr=5e-3)
-    # The minimum is (2.98, 1.02) with KL .68879; a wide start ends in another, near (0, 2.8).
-    assert mean == pytest.approx(2.98, abs=0.05)
-    assert std == pytest.approx(1.02, abs=0.05)
-    assert kl == pytest.approx(0.68879, abs=0.04)
-    mean, std, _ = fit(objectives.make("contrastive"), Gaussian(2.0, 0.0), 1000, lr=2e-2)
-    assert mean == pytest.approx(0.0, abs=0.1)
-    assert std == pytest.approx(math.sqrt(10), abs=0.1)
+    # A wide start ends in another minimum, near (0, 2.8).
+    came = fit(objective, Gaussian(2.0, 0.0), 3.0, 1000, lr=5e-3)
+    assert came[0] == pytest.approx(mean, abs=0.05)
+    assert came[1] == pytest.approx(std, abs=0.05)
+    assert came[2] == pytest.approx(kl, abs=0.04)
+
+
+@pytest.mark.parametrize("apart", [1.0, 3.0])
+def test_contrastive_covers_both_modes(apart):
+    fitted = fit(objectives.make("contrastive"), Gaussian(2.0, 0.0), apart, 1000, lr=2e-2)
+    assert fitted[0] == pytest.approx(0.0, abs=0.1)
+    assert fitted[1] == pytest.approx(math.sqrt(1 + apart**2), abs=0.1)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import samplers_claims as claims
 import torch
-from samplers_claims import METROPOLIS, generator, quadratic, same_mean
+from samplers_claims import METROPOLIS, NUTS, generator, quadratic, same_mean
 from scipy import integrate
 
 from ebm_dist import samplers
-from ebm_dist.samplers import adapt_step_size, run_chain
+from ebm_dist.samplers import adapt_scales, adapt_step_size, run_chain
 
 
 def test_langevin_variance_shows_its_known_bias():
@@ -62,6 +63,50 @@ def test_langevin_diverges_at_twice_the_inverse_curvature():
 
 def test_annealed_langevin_follows_its_schedule():
     claims.annealed_langevin_follows_its_schedule(partial(samplers.make, "annealed_langevin"))
+
+
+def test_preconditioned_langevin_gives_each_coordinate_its_own_variance():
+    claims.preconditioned_langevin_gives_each_coordinate_its_own_variance(
+        partial(samplers.make, "preconditioned_langevin")
+    )
+
+
+def test_preconditioned_langevin_follows_its_exact_law_on_a_skewed_target():
+    claims.preconditioned_langevin_follows_its_exact_law_on_a_skewed_target(
+        partial(samplers.make, "preconditioned_langevin")
+    )
+
+
+def test_adapted_scales_are_the_variances_and_let_all_coordinates_mix_at_one_rate():
+    curvature = torch.tensor([[50.0, 1.0], [0.2, 4.0]])
+
+    def energy(x):
+        return 0.5 * (curvature * x.square()).flatten(1).sum(1)
+
+    x = torch.randn(4000, 2, 2, generator=generator(3)) * 3
+    for temperature in (1.0, 0.25):
+        first = samplers.make(
+            "preconditioned_langevin", step_size=0.02, scales=(1.0,), temperature=temperature
+        )
+        tuned = adapt_scales(first, x, energy, 3000, generator(4))
+        assert first.scales == (1.0,)
+        assert tuned.temperature == temperature
+        scales = torch.tensor(tuned.scales).reshape(2, 2)
+        # Unadjusted at h a = 1 the narrowest coordinate is twice as wide: 2 / (2 - h a).
+        expected = 2 / (curvature * (2 - 0.02 * curvature))
+        assert (scales / expected - 1).abs().max() < 0.05
+        state = replace(tuned, step_size=0.3, temperature=0.0)
+        moved = run_chain(state, torch.ones(1, 2, 2), energy, 1, generator()).position
+        assert (moved - (1 - 0.3 * curvature * scales)).abs().max() < 1e-5
+
+
+def test_scales_that_do_not_fit_the_event_are_refused():
+    kernel = samplers.make("preconditioned_langevin", step_size=0.1, scales=(1.0, 2.0))
+    with pytest.raises(ValueError, match=r"scales: 2 of them, but an event \(3,\) has 3 numbers"):
+        kernel.init(torch.zeros(4, 3), quadratic(1.0))
+    still = samplers.make("preconditioned_langevin", step_size=0.1, temperature=0.0)
+    with pytest.raises(ValueError, match="does not vary"):
+        adapt_scales(still, torch.zeros(4, 3), quadratic(1.0), 10, generator())
 
 
 def test_sghmc_has_its_discretised_covariance():
@@ -114,6 +159,63 @@ def test_adjusted_kernel_samples_both_tails_of_a_skewed_density(name):
 @pytest.mark.parametrize("name", METROPOLIS)
 def test_adjusted_kernel_samples_a_double_well(name):
     claims.metropolis_samples_a_double_well(partial(samplers.make, name), METROPOLIS[name])
+
+
+def test_nuts_samples_a_gaussian_exactly():
+    claims.metropolis_samples_a_gaussian(partial(samplers.make, "nuts"), NUTS, 10)
+
+
+def test_nuts_samples_both_tails_of_a_skewed_density():
+    claims.metropolis_samples_a_skewed_target(partial(samplers.make, "nuts"), NUTS, 12)
+
+
+def test_nuts_samples_a_double_well():
+    claims.metropolis_samples_a_double_well(partial(samplers.make, "nuts"), NUTS, 20)
+
+
+def test_nuts_samples_a_correlated_law_that_is_far_narrower_one_way():
+    # Covariance [[1, .9], [.9, 1]] stretched by 4: eigenvalues 30 apart and no symmetry.
+    covariance = torch.tensor([[1.0, 3.6], [3.6, 16.0]], dtype=torch.float64)
+    precision = torch.linalg.inv(covariance).float()
+
+    def energy(x):
+        return 0.5 * ((x - 1) @ precision * (x - 1)).sum(1)
+
+    kernel = samplers.make("nuts", step_size=0.4)
+    x = torch.zeros(8000, 2)
+    end = run_chain(kernel, x, energy, 12, generator(2)).position.double() - 1
+    for i, j in ((0, 0), (0, 1), (1, 1)):
+        expected = covariance[i, j].item()
+        same_mean(end[:, i] * end[:, j], expected, f"covariance {i}{j}")
+        same_mean(end[:, i], 0.0, f"mean {i}")
+
+
+@pytest.mark.parametrize(("step_size", "depth"), [(0.24, 4), (0.12, 5), (0.06, 6)])
+def test_nuts_turns_back_after_half_a_period(step_size, depth):
+    # On |x|^2 / 2 in many dimensions x and p start at right angles, and the ends of the
+    # trajectory draw apart for a time pi: the first 2^d - 1 steps that take longer.
+    assert (2 ** (depth - 1) - 1) * step_size < math.pi < (2**depth - 1) * step_size
+    for temperature in (1.0, 4.0):
+        x = temperature**0.5 * torch.randn(50, 300, generator=generator(1))
+        kernel = samplers.make("nuts", step_size=step_size, temperature=temperature)
+        info = run_chain(kernel, x, quadratic(1.0), 1, generator(2)).info
+        assert (info["tree_depth"] == depth).all()
+        assert (info["accepted"] == 1).all()
+        assert (info["diverged"] == 0).all()
+
+
+def test_nuts_says_where_it_diverges_and_stays_there():
+    kernel = samplers.make("nuts", step_size=30.0)
+    x = torch.randn(200, 4, generator=generator(1))
+    chain = run_chain(kernel, x, quadratic(1.0), 1, generator(2))
+    assert (chain.info["diverged"] == 1).all()
+    assert torch.equal(chain.position, x)
+
+
+def test_nuts_stops_at_the_depth_it_is_given():
+    kernel = samplers.make("nuts", step_size=1e-3, max_tree_depth=3)
+    x = torch.randn(50, 2, generator=generator(1))
+    assert (run_chain(kernel, x, quadratic(1.0), 4, generator(2)).info["tree_depth"] == 3).all()
 
 
 def test_random_walk_accepts_as_often_as_it_must():
@@ -184,6 +286,37 @@ def test_tempering_finds_the_masses_of_two_wells():
     claims.tempering_finds_the_masses_of_two_wells(tempered("random_walk", proposal_std=2.0))
 
 
+def transitions(name: str, **params):
+    def make(temperatures):
+        kernel = {"name": name, **params}
+        return samplers.make("tempered_transitions", kernel=kernel, temperatures=temperatures)
+
+    return make
+
+
+def test_tempered_transitions_find_the_masses_of_two_wells():
+    claims.transitions_find_the_masses_of_two_wells(transitions("random_walk", proposal_std=2.0))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        transitions("random_walk", proposal_std=1.5),
+        transitions("mala", step_size=0.5),
+        transitions("hmc", step_size=0.5, num_leapfrog_steps=2),
+    ],
+)
+def test_tempered_transitions_sample_both_tails_of_a_skewed_density(make):
+    claims.transitions_sample_a_skewed_target(make)
+
+
+@pytest.mark.parametrize("name", ["gibbs", "langevin", "sghmc"])
+def test_tempered_transitions_refuse_a_sampler_that_is_not_reversible(name):
+    params = samplers.FAMILY.members[name].example
+    with pytest.raises(ValueError, match="needs a reversible sampler inside: mala"):
+        transitions(name, **params)(temperatures=(1.0, 2.0))
+
+
 def test_tempering_samples_both_tails_of_a_skewed_density():
     make = tempered("mala", step_size=0.5)
     chain = run_chain(
@@ -200,12 +333,19 @@ def test_tempering_keeps_the_momentum_at_its_temperature():
 # only near the top.
 @pytest.mark.parametrize(
     ("name", "target"),
-    [("mala", 0.4), ("mala", 0.8), ("random_walk", 0.25), ("random_walk", 0.6), ("hmc", 0.8)],
+    [
+        ("mala", 0.4),
+        ("mala", 0.8),
+        ("random_walk", 0.25),
+        ("random_walk", 0.6),
+        ("hmc", 0.8),
+        ("nuts", 0.8),
+    ],
 )
 def test_adaptation_reaches_the_acceptance_it_aims_at(name, target):
     # From a start a hundred times too small and ten times too large.
     for scale in (0.01, 10.0):
-        params = dict(METROPOLIS[name])
+        params = {**METROPOLIS, "nuts": NUTS}[name]
         key = "proposal_std" if name == "random_walk" else "step_size"
         kernel = samplers.make(name, **{**params, key: params[key] * scale}, temperature=2.0)
         x = torch.randn(500, 4, generator=generator(3)) * 2**0.5

@@ -107,6 +107,20 @@ def test_lopsided_law_is_the_enumerated_one(name, target):
     claims.discrete_law_is_the_enumerated_one(make, max(8, num_steps // 4), target)
 
 
+@pytest.mark.parametrize("target", [Coupled, CoupledBits])
+@pytest.mark.parametrize(
+    "kernel",
+    [{"name": "gibbs_with_gradients"}, {"name": "discrete_langevin", "step_size": 0.7}],
+    ids=lambda k: k["name"],
+)
+def test_tempered_transitions_of_a_discrete_sampler_have_the_enumerated_law(kernel, target):
+    def make(temperature):
+        ladder = (temperature, 1.7 * temperature, 3 * temperature)
+        return samplers.make("tempered_transitions", kernel=kernel, temperatures=ladder)
+
+    claims.discrete_law_is_the_enumerated_one(make, 30, target)
+
+
 class PottsRing:
     """A Potts ring with fields, linear in each colour of its sites."""
 

@@ -49,6 +49,14 @@ def variants() -> list[tuple[str, dict[str, Any], tuple[int, ...], bool]]:
     ):
         ladder = {"kernel": kernel, "temperatures": (1.0, 2.0, 3.0)}
         out.append(("parallel_tempering", ladder, shape, one_hot))
+    for kernel, shape, one_hot in (
+        ({"name": "nuts", "step_size": 0.3, "max_tree_depth": 3}, image, False),
+        ({"name": "gibbs_with_gradients"}, (3, 4), True),
+    ):
+        ladder = {"kernel": kernel, "temperatures": (1.0, 1.5, 2.0)}
+        out.append(("tempered_transitions", ladder, shape, one_hot))
+    scales = {"step_size": 0.1, "scales": (0.1, 1.0, 3.0)}
+    out.append(("preconditioned_langevin", scales, real, False))
     clipped = {"step_size": 0.1, "noise_std": 0.1, "grad_clip": 0.1, "clamp": (-1, 1)}
     out.append(("langevin", clipped, real, False))
     frozen = {"step_size": 0.1, "temperature": 0.0}
@@ -224,7 +232,7 @@ def test_the_kernel_in_place_uses_up_nothing_but_its_state(case):
 
 def test_temperature_is_a_field_that_can_be_replaced(case):
     kernel, x, energy = case
-    if isinstance(kernel, samplers.ParallelTempering):
+    if isinstance(kernel, samplers.ParallelTempering | samplers.TemperedTransitions):
         hot = replace(kernel, temperatures=(2.0, 4.0, 6.0))
     else:
         hot = replace(kernel, temperature=2.0)
