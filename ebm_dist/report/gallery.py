@@ -38,13 +38,14 @@ class Picture:
 
 
 TOYS = {
-    "ring": "A thin ring, which every sampler goes round; the unadjusted ones widen it a little.",
-    "gaussian_mixture": "Eight modes. A sampler that only moves locally keeps the share of each "
-    "mode that the start gave it, which the mean energy does not show here: the modes are alike.",
-    "checkerboard": "Squares behind walls, uneven in mass at the rim: what jumps between modes "
-    "(parallel tempering, tempered transitions) finds the shares, the others need luck.",
-    "double_well": "Four wells of unequal mass in the plane: the chains of a local sampler must "
-    "climb the barriers to exchange it.",
+    "ring": "A thin ring, which every sampler reaches and goes round.",
+    "gaussian_mixture": "Eight modes of one mass. What moves locally keeps the share of each mode "
+    "that the start gave it; the mean energy cannot tell, since the modes are alike.",
+    "checkerboard": "Squares behind walls. Langevin and MALA leave the middle ones too full, where "
+    "the start put the chains; long trajectories and tempering even them out.",
+    "double_well": "Four wells of unequal mass. In the same number of evaluations Langevin has not "
+    "yet moved the mass into the lowest one, and its mean energy is too high; samplers that "
+    "cross the barriers have.",
 }
 
 PICTURES: tuple[Picture, ...] = (

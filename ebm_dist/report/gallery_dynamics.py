@@ -111,7 +111,7 @@ def regularisation_tradeoff(figure: Figure, generator: torch.Generator) -> dict[
     left.legend(loc="lower left")
     left.set(
         xlabel="weight of the gradient penalty",
-        ylabel="curvature a = Lipschitz constant of the gradient",
+        ylabel="curvature a (gradient's Lipschitz constant)",
         title="smoother energy ...",
     )
     curve = (-0.5 + np.sqrt(0.25 + 2 * line)) / (2 * line) * h
@@ -119,7 +119,7 @@ def regularisation_tradeoff(figure: Figure, generator: torch.Generator) -> dict[
     right.loglog(weights, measured, "o", color="tab:blue", label="measured")
     right.set(
         xlabel="weight of the gradient penalty",
-        ylabel="autocorrelation time, Langevin steps of h = .1",
+        ylabel="autocorrelation time, steps of h = .1",
         title="... slower chains",
     )
     right.set_yticks([20, 30, 40, 60, 100], labels=["20", "30", "40", "60", "100"])

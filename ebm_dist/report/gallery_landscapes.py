@@ -280,7 +280,7 @@ def temperature(figure: Figure, generator: torch.Generator) -> dict[str, float]:
         last.legend(fontsize=8)
         wells = "wells of one depth" if gap == 0 else f"left well deeper by {gap:g}"
         row[0].set_ylabel(wells, fontsize=11)
-    panels[0, 0].legend(fontsize=7, loc="upper center")
+    panels[1, 0].legend(fontsize=8, loc="upper right")
     return numbers
 
 
