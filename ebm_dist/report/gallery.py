@@ -53,7 +53,7 @@ PICTURES: tuple[Picture, ...] = (
         Picture(
             f"toy_{name}",
             (13.0, 5.3),
-            f"{what} Every chain starts from one Gaussian and pays "
+            f"{what} Every chain starts from one Gaussian and pays at most "
             f"{gallery_landscapes.NUM_EVALUATIONS:,} evaluations of the energy. A title is red "
             "where the mean energy is more than 4 standard errors off the exact one.",
             gallery_landscapes.toy(name),
