@@ -11,13 +11,14 @@ import torch
 
 from ebm_dist import checkpoint
 from ebm_dist.actors.auditor import SHORT_RUN_REINIT, AuditLink, Auditor
+from ebm_dist.actors.elastic import Elasticity
 from ebm_dist.actors.evaluator import Evaluator
 from ebm_dist.actors.graph import Graph
 from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
 from ebm_dist.actors.learner import LearnerRank
 from ebm_dist.actors.learners import LearnerGroup
 from ebm_dist.actors.observers import EvaluatorLink, HubLink
-from ebm_dist.actors.placement import available_cores, plan
+from ebm_dist.actors.placement import Placer, available_cores, plan
 from ebm_dist.actors.shard_host import ShardHost
 from ebm_dist.actors.shared_memory import slots_directory
 from ebm_dist.actors.watch import ShardWatch
@@ -53,8 +54,13 @@ def assemble(
         slots = stack.enter_context(slots_directory(run_dir))
     spawn = _Spawner(config, spec, run_dir, backend, found, slots)
     hub = HubLink(backend, spawn.hub, resume_id=spawn.tracking.get("id"), say=say)
-    shards = [spawn.shard(i) for i in range(len(spawn.capacities))] if spawn.needs_negatives else []
-    workers = [spawn.worker(index) for index in range(config.workers.num_workers)]
+    shards, workers = spawn.shards, spawn.workers
+    for index in range(len(spawn.capacities) if spawn.needs_negatives else 0):
+        shards.append(spawn.shard(index))
+    # Of an elastic pool the run waits for the fewest alone; the others join when Ray has them.
+    low, high = config.workers.bounds
+    for index in range(low if backend.concurrent else config.workers.num_workers):
+        workers.append(spawn.worker(index))
     learners = LearnerGroup(
         backend,
         spawn.rank,
@@ -115,6 +121,12 @@ def assemble(
         respawn_shard=spawn.shard,
         needs_negatives=spawn.needs_negatives,
         lease_timeout_s=config.buffer.lease_timeout_s,
+        start_timeout_s=config.runtime.start_timeout_s,
+        elasticity=Elasticity(
+            low, high, config.workers.num_workers, spawn.hire, spawn.placer.draining
+        )
+        if backend.concurrent
+        else None,
         watch=watch,
         auditor=auditor,
     )
@@ -147,13 +159,18 @@ class _Spawner:
         self._placement = plan(
             config.runtime,
             mode=config.flow.mode,
-            num_workers=config.workers.num_workers,
+            num_workers=config.workers.bounds[1],
             num_ranks=config.learner.num_ranks,
             worker_threads=config.workers.num_threads,
             learner_threads=config.learner.num_threads,
             num_cores=available_cores(),
             num_gpus=getattr(backend, "num_gpus", torch.cuda.device_count()),
         )
+        self.shards: list[Handle] = []
+        self.workers: list[Handle] = []
+        need = {"CPU": config.runtime.cpus_per_worker, "GPU": self._placement.worker_gpus}
+        self.placer = Placer(backend.nodes, self.shards, self.workers, need)
+        self._nodes: dict[int, str | None] = {}  # where each worker was put last
         self.tracking: dict[str, Any] = (found.meta.get("tracking") or {}) if found else {}
         self.needs_negatives = bool(config.objective.build().needs_negatives)
         self.capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
@@ -163,8 +180,21 @@ class _Spawner:
             config.evaluation.stagnation_fraction,
         )
 
+    def hire(self, index: int) -> Handle | None:
+        """A worker where there is room for one now."""
+        node = self.placer.for_worker()
+        if node is None and self.placer.clustered:
+            return None
+        return self._worker(index, node)
+
     def worker(self, index: int) -> Handle:
+        """A worker, which waits for room if there is none; elsewhere than the one that died."""
+        before = self._nodes.get(index)
+        return self._worker(index, self.placer.for_worker(avoid={before} if before else ()))
+
+    def _worker(self, index: int, node: str | None) -> Handle:
         config = self._config
+        self._nodes[index] = node
         return self._backend.spawn(
             Worker,
             {
@@ -180,6 +210,7 @@ class _Spawner:
             num_threads=self._placement.worker_threads,
             num_cpus=config.runtime.cpus_per_worker,
             num_gpus=self._placement.worker_gpus,
+            node=node,
         )
 
     def hub(self, resume_id: str | None) -> Handle:
@@ -223,6 +254,7 @@ class _Spawner:
             num_threads=1,
             # A checkin waits for its worker; the next checkout must not wait for the checkin.
             any_order=True,
+            node=self.placer.for_shard(),
         )
 
     def rank(self, rank: int) -> Handle:

@@ -155,6 +155,7 @@ def check(config: RunConfig) -> Iterator[str]:
     """
     yield from _check_batch(config)
     yield from _check_buffer(config)
+    yield from _check_band(config)
     yield from _check_temperature(config)
     yield from _check_jarzynski(config)
     yield from _check_audit(config)
@@ -209,6 +210,45 @@ def _check_buffer(config: RunConfig) -> Iterator[str]:
             f"buffer.capacity: expected at least {needed * shards}, so that {shards} shards can "
             f"hold one update's {batch} negatives at once, got {capacity}; raise it, or lower "
             + ("data.batch_size" if config.buffer.num_negatives is None else "buffer.num_negatives")
+        )
+
+
+def _check_band(config: RunConfig) -> Iterator[str]:
+    """Bounds on MCMC steps per update that no schedule could keep."""
+    low, high = config.flow.min_steps_per_update, config.flow.max_steps_per_update
+    if low is None and high is None:
+        return
+    if not config.objective.build().needs_negatives:
+        key = "max_steps_per_update" if low is None else "min_steps_per_update"
+        yield (
+            f"flow.{key}: set, but objective.name {config.objective.name} takes no negatives; "  # type: ignore[attr-defined]
+            "leave it out"
+        )
+        return
+    batch, steps, chains = (
+        config.data.batch_size,
+        config.sampler.num_steps,
+        config.workers.num_chains,
+    )
+    needed = batch * steps
+    if high is not None and high < needed:
+        yield (
+            f"flow.max_steps_per_update: expected at least data.batch_size * sampler.num_steps = "
+            f"{batch} * {steps} = {needed}, which the negatives of one update take, got {high:g}; "
+            "raise it, or lower sampler.num_steps"
+        )
+    if low is None or low <= needed:
+        return
+    # Spare rounds need chains that are neither leased nor ready: in sync mode beside those of the
+    # whole update, in async mode one lease of every shard.
+    spare = math.ceil((low - needed) / (chains * steps)) if config.flow.mode == "sync" else 0
+    shards = config.buffer.num_shards
+    leases = -(-(batch // chains + spare) // shards) + (config.flow.mode == "async")
+    if config.buffer.capacity // shards < leases * chains:
+        yield (
+            f"buffer.capacity: expected at least {leases * chains * shards}, so that there are "
+            f"chains for the spare rounds that flow.min_steps_per_update asks for, got "
+            f"{config.buffer.capacity}; raise it, or lower flow.min_steps_per_update to {needed}"
         )
 
 

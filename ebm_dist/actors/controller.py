@@ -20,11 +20,14 @@ import numpy as np
 from ebm_dist import checkpoint
 from ebm_dist.actors.checkpointer import Checkpointer
 from ebm_dist.actors.cut import Progress, read_manifest, restore_shards, write_manifest
+from ebm_dist.actors.elastic import Steward
 from ebm_dist.actors.flow import POLL_S, NegativeFlow, RollBack
 from ebm_dist.actors.graph import Graph, Schedule, View
 from ebm_dist.actors.handles import Handle, PartDied, Ref
 from ebm_dist.actors.lookout import Lookout
-from ebm_dist.actors.pool import MAX_ATTEMPTS, RoundPool
+from ebm_dist.actors.pool import RoundPool
+from ebm_dist.actors.rounds import MAX_ATTEMPTS
+from ebm_dist.actors.stall import UPDATES, Stalled
 from ebm_dist.actors.window import MetricWindow
 from ebm_dist.buffer.policy import FlowConfig
 from ebm_dist.errors import NonFinite, RunFailed
@@ -76,10 +79,16 @@ class Controller:
             num_chains=schedule.num_chains,
             depth=2,
             hang_s=2.0 * graph.lease_timeout_s,
+            start_timeout_s=graph.start_timeout_s,
         )
         self._negatives = NegativeFlow(
-            graph, schedule, flow, self._pool, self.progress, self._window.count
+            graph, schedule, flow, self._pool, self.progress, self._window.count, self._tend
         )
+        self._steward = None
+        if graph.elasticity is not None:
+            self._steward = Steward(
+                self._pool.crew, self._negatives.waits, graph.elasticity, view.say
+            )
         self._cuts = Checkpointer(
             graph, schedule, run_dir, meta=meta, timeout=flow.stall_timeout_s, say=view.say
         )
@@ -180,12 +189,13 @@ class Controller:
         """Keep rounds going until `refs` are done; `each` sees them as they come.
 
         Raises:
-            RunFailed: they were not done in `timeout` seconds.
+            Stalled: they were not done in `timeout` seconds.
         """
         start = time.monotonic()
         pending = list(refs)
         while pending:
             done = self._pool.poll(POLL_S, *pending)
+            self._tend()
             for ref in done:
                 if each is not None:
                     each(ref)
@@ -194,10 +204,11 @@ class Controller:
             if ahead and not self._chains_go_back:
                 self._negatives.top_up()
             if time.monotonic() - start > timeout:
-                raise RunFailed(
-                    f"update {self.progress.step}: the learner ranks gave no answer within "
-                    f"{timeout:.0f} s (flow.stall_timeout_s)"
-                )
+                raise Stalled(UPDATES, timeout, f"update {self.progress.step}")
+
+    def _tend(self) -> None:
+        if self._steward is not None:
+            self._steward.tend()
 
     # --- weights ------------------------------------------------------------------------------
 

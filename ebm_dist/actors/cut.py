@@ -28,6 +28,10 @@ class Progress:
     epoch: int = 0
     """Times that the run went back to a checkpoint."""
     next_lease: int = 0
+    updates: int = 0
+    """Made so far, those repeated after a fault included; the limiter's count of one side."""
+    extra_steps: int = 0
+    """Chain steps beyond those of consumed negatives; its count of the other."""
     wall_s: float = 0.0
     rollbacks: int = 0
     """Times that the run went back from numbers that were not finite. Names the noise of the
@@ -58,6 +62,8 @@ class Progress:
         self.rollbacks = newer.get("rollbacks", 0)
         self.lr_factor = newer.get("lr_factor", 1.0)
         self.next_lease = max(int(meta["next_lease"]), self.lease_of(0))
+        self.updates = int(meta.get("updates", step))
+        self.extra_steps = int(meta.get("extra_steps", 0))
 
 
 def write_cut(
@@ -87,6 +93,8 @@ def write_cut(
         **meta,
         **progress.remembered(),
         "next_lease": progress.next_lease,
+        "updates": progress.updates,
+        "extra_steps": progress.extra_steps,
         "wall_s": progress.wall_s,
         "ranks": [rank["data"] for rank in ranks],
         "shards": [shard["meta"] for shard in shards],

@@ -2,21 +2,39 @@
 
 In `sync` mode an update's rounds are started with it, under its own weights. In `async` mode
 rounds run ahead, as far as `flow.max_lag` gives credit, and what has aged past it is repaired,
-reweighted or dropped before the learner sees it.
+reweighted or dropped before the learner sees it. Steps beyond those that the negatives take are
+kept within the band of `flow.min_steps_per_update` and `flow.max_steps_per_update`.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ebm_dist.actors.band import StepBand, num_late
 from ebm_dist.actors.cut import Progress
 from ebm_dist.actors.graph import Graph, Schedule
 from ebm_dist.actors.handles import PartDied, Ref
-from ebm_dist.actors.pool import Committed, RoundPool
+from ebm_dist.actors.locality import ShardChoice
+from ebm_dist.actors.pool import RoundPool
+from ebm_dist.actors.rounds import Committed, Purpose
+from ebm_dist.actors.stall import (
+    CREDITS,
+    FREE_CHAINS,
+    LATE_ROUNDS,
+    NEGATIVES,
+    SHARDS,
+    SPARE_STEPS,
+    WORKERS,
+    Queue,
+    Watchdog,
+    answer,
+)
+from ebm_dist.actors.waits import LearnerWaits
 from ebm_dist.buffer.policy import FlowConfig
-from ebm_dist.errors import RunFailed
 
 POLL_S = 0.2
 
@@ -46,11 +64,13 @@ class NegativeFlow:
         pool: RoundPool,
         progress: Progress,
         count: Callable[[str, int], None],
+        tend: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             progress: the controller's own, read for step and version; lease ids are taken from it.
             count: adds to a counter by metric name.
+            tend: is called while the learner waits.
         """
         self._backend = graph.backend
         self._shards = graph.shards
@@ -59,47 +79,167 @@ class NegativeFlow:
         self._pool = pool
         self._progress = progress
         self._count = count
-        self._leases_per_update = schedule.num_negatives // schedule.num_chains
+        self._tend = tend
+        self._leases_per_update = schedule.batch_size // schedule.num_chains
+        self._round_steps = schedule.num_chains * schedule.num_steps
+        needed = schedule.batch_size * schedule.num_steps
+        self._band = StepBand(
+            low=flow.min_steps_per_update or needed,
+            high=flow.max_steps_per_update or math.inf,
+            needed=needed,
+            round_steps=self._round_steps,
+        )
+        self._choice = ShardChoice(len(graph.shards))
+        self._booked = 0
+        self.waits = LearnerWaits(pool.crew.seats)
         # Inline rounds run where they are started: starting them early would only age them.
         updates_ahead = max(1, flow.max_lag) if graph.backend.concurrent else 1
-        self._ahead = self._leases_per_update * updates_ahead
-        if graph.backend.concurrent:
-            enough = 2 * max(len(graph.workers), self._leases_per_update)
-            self._ahead = min(self._ahead, enough)
+        room = sum(capacity // schedule.num_chains for capacity in graph.capacities)
+        if self._band.low > needed:
+            room -= len(graph.shards)  # or ready chains could fill all of them, and none be spare
+        self._max_ahead = min(self._leases_per_update * updates_ahead, room)
+
+    @property
+    def _ahead(self) -> int:
+        """Leases that may be under way or ready."""
+        if not self._backend.concurrent:
+            return self._max_ahead
+        enough = 2 * max(len(self._pool.crew.seats), self._leases_per_update)
+        return min(self._max_ahead, enough)
 
     def take_negatives(self) -> Consumed:
-        """Leases of one update, moved under its own weights (sync) or within max_lag (async)."""
+        """Leases of one update, moved under its own weights (sync) or within max_lag (async).
+
+        Raises:
+            Stalled: nothing moved for flow.stall_timeout_s.
+        """
         start = time.monotonic()
-        if self._flow.mode == "sync":
-            first = self._progress.lease_of(self._progress.step * self._leases_per_update)
-            wanted = range(first, first + self._leases_per_update)
-            self._progress.next_lease = wanted.stop
-            self._pool.start_together(
-                [(i, self._shard_of(i)) for i in wanted], self._schedule.num_steps
-            )
-            self._poll_until(lambda: all(i in self._pool.committed for i in wanted))
-            chosen = [self._pool.committed.pop(i) for i in wanted]
-            taken = self._take(chosen)
-            if len(taken) < len(chosen):
-                raise RollBack("a shard died with negatives of this update")
-        else:
-            self.top_up()
-            taken: list[tuple[Committed, Ref]] = []
-            while len(taken) < self._leases_per_update:
-                chosen = []
-                while len(taken) + len(chosen) < self._leases_per_update:
-                    self._poll_until(lambda: bool(self._pool.committed))
-                    oldest = self._pool.committed.pop(next(iter(self._pool.committed)))
-                    if self._is_usable(oldest):
-                        chosen.append(oldest)
-                    self.top_up(reserved=len(taken) + len(chosen))
-                taken += self._take(chosen)
+        with self.waits.waiting():
+            taken = self._take_sync() if self._flow.mode == "sync" else self._take_async()
+        self._book()
+        self._progress.updates += 1
         return Consumed(
             leases=[lease for lease, _ in taken],
             negatives=[(lease.num_chains, ref) for lease, ref in taken],
             version=self._progress.version,
             wait_s=time.monotonic() - start,
         )
+
+    def _take_sync(self) -> list[tuple[Committed, Ref]]:
+        step = self._progress.step
+        # Numbered by the update alone: whoever repeats it draws the same.
+        per_update = self._leases_per_update + self._band.max_spare_rounds
+        first = self._progress.lease_of(step * per_update)
+        wanted = range(first, first + self._leases_per_update)
+        spare = range(wanted.stop, wanted.stop + self._band.spare_rounds(step))
+        self._progress.next_lease = spare.stop
+        together = [(i, i % len(self._shards)) for i in (*wanted, *spare)]
+        self._pool.start_together(together, self._schedule.num_steps, spare=spare)
+        pool = self._pool
+        self._poll_until(
+            lambda: pool.outstanding == 0 and all(i in pool.committed for i in wanted),
+            lambda: self._blocked(NEGATIVES),
+        )
+        for ref in pool.releases:  # or the next update might draw before these chains are free
+            answer(
+                self._backend, ref, self._flow.stall_timeout_s, SHARDS, self._waited_for("chains")
+            )
+        pool.releases.clear()
+        chosen = [pool.committed.pop(i) for i in wanted]
+        taken = self._take(chosen)
+        if len(taken) < len(chosen):
+            raise RollBack("a shard died with negatives of this update")
+        return taken
+
+    def _take_async(self) -> list[tuple[Committed, Ref]]:
+        self.top_up()
+        self._pool.releases.clear()
+        taken: list[tuple[Committed, Ref]] = []
+        while len(taken) < self._leases_per_update:
+            chosen: list[Committed] = []
+            while (num := len(taken) + len(chosen)) < self._leases_per_update:
+                left = self._leases_per_update - num
+                lease = self._next(left, reserved=num)
+                if self._is_usable(lease):
+                    chosen.append(lease)
+                self.top_up(reserved=len(taken) + len(chosen))
+            taken += self._take(chosen)
+        self._poll_until(
+            lambda: not self._band.missing(self._progress.updates, self._extra()),
+            lambda: self._blocked(SPARE_STEPS),
+            reserved=len(taken),
+        )
+        return taken
+
+    def _next(self, left: int, reserved: int) -> Committed:
+        """The committed lease to consume, of those that can be had now or, where the band leaves
+        no steps for what would come too late by it, of those that are late already."""
+        found: list[Committed] = []
+
+        def look() -> bool:
+            lease = self._candidate(left)
+            if lease is not None:
+                found.append(lease)
+            return lease is not None
+
+        def blocked() -> tuple[Queue, str]:
+            return self._blocked(LATE_ROUNDS if self._pool.committed else NEGATIVES)
+
+        self._poll_until(look, blocked, reserved=reserved)
+        return self._pool.committed.pop(found[0].lease_id)
+
+    def _candidate(self, left: int) -> Committed | None:
+        committed = self._pool.committed
+        if not committed:
+            return None
+        first = next(iter(committed.values()))
+        if math.isinf(self._band.high) or self._flow.stale == "reweight":
+            return first
+        version = self._progress.version
+        # A round that nobody has begun will have the weights of when somebody does.
+        under_way = Counter(
+            version if round_.version < 0 else round_.version
+            for round_ in self._pool.rounds()
+            if round_.purpose != "spare"
+        )
+        versions = under_way + Counter(lease.version for lease in committed.values())
+        affordable = self._credit() // self._late_cost
+        oldest = min(committed.values(), key=lambda lease: lease.version)
+        for lease in (first, oldest):
+            rest = versions - Counter([lease.version])
+            late = num_late(rest, version, self._flow.max_lag, left - 1, self._leases_per_update)
+            if late <= affordable:
+                return lease
+        # Nothing better can be done than the oldest; a fault has cost more than there was.
+        return oldest if oldest.version <= min(under_way, default=version) else None
+
+    @property
+    def _repair_steps(self) -> int:
+        return self._flow.repair_steps or max(1, self._schedule.num_steps // 4)
+
+    @property
+    def _late_cost(self) -> int:
+        steps = self._repair_steps if self._flow.stale == "repair" else self._schedule.num_steps
+        return steps * self._schedule.num_chains
+
+    def _extra(self) -> int:
+        """Chain steps committed beyond those of consumed negatives."""
+        self._book()
+        return self._progress.extra_steps
+
+    def _book(self, dropped: int = 0) -> None:
+        steps = self._pool.steps["repair"] + self._pool.steps["spare"]
+        self._progress.extra_steps += dropped + steps - self._booked
+        self._booked = steps
+
+    def _in_flight(self, *purposes: str) -> int:
+        """Chain steps of the rounds that are under way for these purposes."""
+        chains = self._schedule.num_chains
+        return sum(r.num_steps * chains for r in self._pool.rounds() if r.purpose in purposes)
+
+    def _credit(self) -> float:
+        extra = self._extra() + self._in_flight("repair", "spare")
+        return self._band.credit(self._progress.updates, extra)
 
     def _take(self, chosen: list[Committed]) -> list[tuple[Committed, Ref]]:
         """References of the negatives of `chosen`, without those whose shard has died.
@@ -112,9 +252,10 @@ class NegativeFlow:
             for lease in chosen
         ]
         taken = []
-        for lease, answer, negatives in replies:
+        for lease, there, negatives in replies:
             try:
-                if self._backend.get(answer, self._flow.stall_timeout_s):
+                timeout = self._flow.stall_timeout_s
+                if answer(self._backend, there, timeout, SHARDS, self._waited_for("negatives")):
                     taken.append((lease, negatives))
             except PartDied as died:
                 if not self._backend.alive(self._shards[lease.shard]):
@@ -130,40 +271,89 @@ class NegativeFlow:
         if self._flow.stale == "drop":
             self._shards[lease.shard].call("release", lease.lease_id)
             self._count("flow/dropped", lease.num_chains)
+            self._book(dropped=lease.num_steps * lease.num_chains)
             return False
-        steps = self._flow.repair_steps or max(1, self._schedule.num_steps // 4)
-        self._pool.start(self._new_lease(), lease.shard, steps, ready_id=lease.lease_id)
+        self._pool.start(
+            self._new_lease(),
+            lease.shard,
+            self._repair_steps,
+            purpose="repair",
+            ready_id=lease.lease_id,
+        )
         self._count("flow/repaired", lease.num_chains)
         return False
 
     def top_up(self, reserved: int = 0) -> None:
-        """Start rounds while there is credit for them and a worker to run them."""
-        while (
-            self._pool.outstanding + len(self._pool.committed) + reserved < self._ahead
-            and self._pool.has_room
-        ):
-            lease_id = self._new_lease()
-            self._pool.start(lease_id, self._shard_of(lease_id), self._schedule.num_steps)
+        """Start rounds while there is credit for them and a worker to run them.
+
+        Args:
+            reserved: leases that the update under way has already.
+        """
+        while self._pool.has_room:
+            if self._spare_is_due():
+                self._start("spare")
+            elif self._num_negatives() + reserved < self._ahead:
+                self._start("negatives")
+            else:
+                return
+
+    def _spare_is_due(self) -> bool:
+        if self._band.low <= self._band.needed:
+            return False
+        under_way = self._extra() + self._in_flight("repair", "spare")
+        return self._band.missing(self._progress.updates, under_way)
+
+    def _num_negatives(self) -> int:
+        """Leases under way or ready that are meant for the learner."""
+        num = self._pool.outstanding + len(self._pool.committed)
+        if self._band.low > self._band.needed:
+            num -= sum(round_.purpose == "spare" for round_ in self._pool.rounds())
+        return num
+
+    def _start(self, purpose: Purpose) -> None:
+        nodes = [getattr(shard, "node", None) for shard in self._shards]
+        shard = self._choice.next(self._pool.idle_node, nodes)
+        self._pool.start(self._new_lease(), shard, self._schedule.num_steps, purpose=purpose)
 
     def _new_lease(self) -> int:
         lease_id = self._progress.next_lease
         self._progress.next_lease += 1
         return lease_id
 
-    def _shard_of(self, lease_id: int) -> int:
-        return lease_id % len(self._shards)
+    # --- waiting ------------------------------------------------------------------------------
 
-    def _poll_until(self, condition: Callable[[], bool]) -> None:
-        last = time.monotonic()
-        seen = (self._pool.mcmc_steps, self._pool.num_rejected, self._pool.restarts)
+    def _poll_until(
+        self,
+        condition: Callable[[], bool],
+        blocked: Callable[[], tuple[Queue, str]],
+        *,
+        reserved: int = 0,
+    ) -> None:
+        watchdog = Watchdog(self._flow.stall_timeout_s)
+        pool = self._pool
         while not condition():
-            self._pool.poll(POLL_S)
-            now = (self._pool.mcmc_steps, self._pool.num_rejected, self._pool.restarts)
-            if now != seen:
-                seen, last = now, time.monotonic()
-            if time.monotonic() - last > self._flow.stall_timeout_s:
-                raise RunFailed(
-                    f"the learner waited {self._flow.stall_timeout_s:.0f} s for negatives "
-                    f"(flow.stall_timeout_s) while {self._pool.outstanding} rounds were with the "
-                    "workers; lower sampler.num_steps or workers.num_chains if they are only slow"
-                )
+            pool.poll(POLL_S)
+            self._tend()
+            if self._flow.mode == "async":
+                self.top_up(reserved)
+            state = (pool.mcmc_steps, pool.num_refused, pool.restarts, pool.crew.seats.num_serving)
+            watchdog.look(state, blocked)
+
+    def _blocked(self, queue: Queue) -> tuple[Queue, str]:
+        """Which queue it is that keeps `queue` from being filled."""
+        pool = self._pool
+        if pool.crew.seats.num_serving == 0:
+            queue = WORKERS
+        elif pool.outstanding == 0:
+            queue = CREDITS
+        elif all(round_.starved for round_ in pool.rounds()):
+            queue = FREE_CHAINS
+        return queue, self._waited_for("negatives")
+
+    def _waited_for(self, what: str) -> str:
+        pool = self._pool
+        return (
+            f"update {self._progress.step}: the learner waits for {what}, with "
+            f"{pool.crew.seats.num_serving} workers, {pool.outstanding} rounds under way and "
+            f"{len(pool.committed)} ready"
+        )

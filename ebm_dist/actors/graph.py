@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ebm_dist.actors.auditor import AuditLink
+from ebm_dist.actors.elastic import Elasticity
 from ebm_dist.actors.handles import Backend, Handle
 from ebm_dist.actors.learners import LearnerGroup
 from ebm_dist.actors.observers import EvaluatorLink, HubLink
@@ -56,5 +57,9 @@ class Graph:
     respawn_shard: Callable[[int], Handle]
     needs_negatives: bool
     lease_timeout_s: float
+    start_timeout_s: float
+    """What a worker that joins or is replaced may take until it holds weights."""
+    elasticity: Elasticity | None = None
+    """None where the pool is as it is: in one process."""
     watch: ShardWatch | None = None
     auditor: AuditLink | None = None

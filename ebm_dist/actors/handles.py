@@ -22,10 +22,23 @@ class PartDied(RunFailed):
     """The process or node of a part is gone; the caller replaces it or stops the run."""
 
 
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine of the cluster, as Ray sees it at the moment."""
+
+    id: str
+    draining: bool
+    """Its end has been announced: what runs there may finish, nothing new starts there."""
+    free: dict[str, float]
+    """Resources that nobody has claimed, by Ray's names."""
+
+
 class Handle(Protocol):
     """One part of the graph, wherever it runs."""
 
     name: str
+    node: str | None
+    """Id of the node that it was put on, None where Ray chose."""
 
     def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         """Start `method(*args)`; returns one reference, or a list of `num_returns`."""
@@ -49,10 +62,12 @@ class Backend(Protocol):
         num_gpus: float = 0.0,
         beside_driver: bool = False,
         any_order: bool = False,
+        node: str | None = None,
     ) -> Handle:
         """Create `factory(**kwargs)`.
 
         Args:
+            node: where; it waits until there is room for it. Ray chooses when left out.
             beside_driver: on the driver's machine, whose disk holds the run directory.
             any_order: run a call when its arguments are there. Otherwise calls run in the order
                 they were made, and one that waits for another part holds up all after it.
@@ -74,6 +89,10 @@ class Backend(Protocol):
 
     def await_started(self, handles: Sequence[Any]) -> None:
         """Wait until each constructor has run; raises what it raised."""
+        ...
+
+    def nodes(self) -> list[Node]:
+        """The cluster's nodes; none where there is one machine or Ray does not tell."""
         ...
 
     def alive(self, handle: Handle, timeout: float = 5.0) -> bool: ...
@@ -123,6 +142,7 @@ class InlineHandle:
     name: str
     part: Any
     num_threads: int | None
+    node: str | None = None
 
     def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         import torch
@@ -169,6 +189,7 @@ class InlineBackend:
         num_gpus: float = 0.0,
         beside_driver: bool = False,
         any_order: bool = False,
+        node: str | None = None,
     ) -> InlineHandle:
         handle = InlineHandle(name, factory(**kwargs), num_threads)
         self._parts.append(handle)
@@ -182,6 +203,9 @@ class InlineBackend:
 
     def get(self, ref: Ref, timeout: float) -> Any:
         return _resolve(ref)
+
+    def nodes(self) -> list[Node]:
+        return []
 
     def rendezvous(self, handle: Handle) -> InlineResult:
         return InlineResult(("127.0.0.1", free_port("127.0.0.1")))

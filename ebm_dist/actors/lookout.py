@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from ebm_dist.actors.cut import Progress
 from ebm_dist.actors.graph import Graph, Schedule
 from ebm_dist.actors.handles import Ref
 from ebm_dist.actors.pool import RoundPool
+from ebm_dist.actors.stall import SHARDS, answer
 from ebm_dist.actors.window import MetricWindow
 
 
@@ -89,6 +91,9 @@ class Lookout:
         values["sampler/temperature"] = self._schedule.temperature
         values["weights/version"] = float(self._progress.version)
         values["fault/restarts"] = float(self.restarts)
+        values["workers/alive"] = float(self._pool.crew.seats.num_serving)
+        if self._pool.num_local:
+            values["flow/local_rounds"] = self._pool.num_local / self._pool.num_started
         counts = self._pool.counts.values()
         for name in ("free", "leased", "ready", "capacity", "late_checkins", "expired_leases"):
             values[f"buffer/{name}"] = float(sum(c[name] for c in counts))
@@ -118,7 +123,7 @@ class Lookout:
 
     def _log_distributions(self, step: int) -> None:
         refs = [shard.call("distribution") for shard in self._graph.shards]
-        parts = [self._backend.get(ref, self._timeout) for ref in refs]
+        parts = [self._ask_shard(ref, "a look at the chains") for ref in refs]
         for key, name in (("energy", "histogram/energy_negative"), ("age", "histogram/age")):
             if parts:
                 values = np.concatenate([part[key] for part in parts])
@@ -135,10 +140,14 @@ class Lookout:
         else:
             worker = self._graph.workers[0]
             refs = [worker.call("sample", num, self._schedule.num_steps, ema, key)]
-        pieces = [np.asarray(self._backend.get(ref, self._timeout)) for ref in refs]
+        pieces = [np.asarray(self._ask_shard(ref, "a picture of the chains")) for ref in refs]
         # Interleaved, so that the first k show every shard.
         order = np.argsort(np.concatenate([np.arange(len(p)) for p in pieces]), kind="stable")
         return np.concatenate(pieces)[order][:num]
+
+    def _ask_shard(self, ref: Ref, what: str) -> Any:
+        detail = f"update {self._progress.step}: waited for {what}"
+        return answer(self._backend, ref, self._timeout, SHARDS, detail)
 
     def finish(self) -> None:
         """Wait for the measurements under way."""

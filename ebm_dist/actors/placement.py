@@ -1,13 +1,17 @@
-"""Which actor gets which cores, threads and devices."""
+"""Which actor gets which cores, threads, devices and, on a cluster, which node."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
+from ebm_dist.actors.handles import Handle, Node
 from ebm_dist.errors import UserError
 from ebm_dist.section import Section
 
@@ -113,3 +117,85 @@ def _fraction(gpus: int, parts: int) -> float:
     """A share of which `parts` fit on `gpus` devices; one actor never straddles two of them."""
     per_device = -(-parts // gpus)
     return int(10_000 / per_device) / 10_000
+
+
+VIEW_S = 5.0
+"""Ray's view of free resources is some 0.1 s old: within this time we keep our own account."""
+
+
+class Placer:
+    """Puts shards on the nodes of a cluster in turn, and each worker beside the fewest others.
+
+    Reserving a placement group for every node would do the same for a pool of fixed size; a group
+    cannot grow, and says only afterwards on which node it is.
+    """
+
+    def __init__(
+        self,
+        look: Callable[[], list[Node]],
+        shards: Sequence[Handle],
+        workers: Sequence[Handle],
+        need: Mapping[str, float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            look: Ray's view of the nodes, empty where there is nothing to choose from.
+            shards, workers: those there are, kept up to date by whoever owns the lists.
+            need: resources that a worker claims, by Ray's names.
+        """
+        self._look = look
+        self._shards = shards
+        self._workers = workers
+        self._need = {name: amount for name, amount in need.items() if amount > 0}
+        self._clock = clock
+        self._seen_at = -VIEW_S
+        self._free: dict[str, dict[str, float]] = {}
+        self.clustered = False
+        """Whether there are nodes to choose from."""
+
+    def for_shard(self) -> str | None:
+        """The node with the fewest shards; of equals the one with room for more workers."""
+        free = self._view()
+        held = Counter(shard.node for shard in self._shards)
+        return min(free, key=lambda node: (held[node], -self._room(free[node])), default=None)
+
+    def for_worker(self, avoid: Collection[str | None] = ()) -> str | None:
+        """A node with room for one more worker: the one with the fewest for each of its shards.
+
+        Args:
+            avoid: nodes that are taken only if there is no other.
+        """
+        free = self._view()
+        shards = Counter(shard.node for shard in self._shards)
+        workers = Counter(worker.node for worker in self._workers)
+        open_ = [node for node, resources in free.items() if self._room(resources) >= 1]
+        if not open_:
+            return None
+
+        def crowd(node: str) -> tuple[bool, float, float]:
+            # Where no shard is, chains come over the network: such nodes fill up last.
+            ratio = (workers[node] + 1) / (shards[node] or 0.1)
+            return node in avoid, ratio, -self._room(free[node])
+
+        node = min(open_, key=crowd)
+        for name, amount in self._need.items():
+            free[node][name] = free[node].get(name, 0.0) - amount
+        return node
+
+    def draining(self) -> set[str]:
+        """Nodes that are about to leave."""
+        return {node.id for node in self._look() if node.draining}
+
+    def _room(self, free: Mapping[str, float]) -> float:
+        rooms = [(free.get(name, 0.0) + 1e-6) // amount for name, amount in self._need.items()]
+        return min(rooms, default=float("inf"))
+
+    def _view(self) -> dict[str, dict[str, float]]:
+        now = self._clock()
+        if now - self._seen_at >= VIEW_S:
+            self._seen_at = now
+            nodes = self._look()
+            self.clustered = bool(nodes)
+            self._free = {node.id: dict(node.free) for node in nodes if not node.draining}
+        return self._free

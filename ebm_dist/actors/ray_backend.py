@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebm_dist.actors.handles import Handle, PartDied, Ref, first_line, free_port, tune_process
+from ebm_dist.actors.handles import Handle, Node, PartDied, Ref, first_line, free_port, tune_process
 from ebm_dist.errors import RunFailed, UserError
 
 log = logging.getLogger("ebm_dist")
@@ -42,6 +42,7 @@ class RayHandle:
     name: str
     actor: Any
     pid: int | None = None
+    node: str | None = None
 
     def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         return self.actor.call.options(num_returns=num_returns).remote(method, *args)
@@ -143,6 +144,7 @@ class RayBackend:
         num_gpus: float = 0.0,
         beside_driver: bool = False,
         any_order: bool = False,
+        node: str | None = None,
     ) -> RayHandle:
         env = {}
         if num_threads is not None:
@@ -150,6 +152,11 @@ class RayBackend:
             env = {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
         # Ray gives a dead actor's name free some time later; a successor has its own.
         count = self._num_spawned[name] = self._num_spawned.get(name, 0) + 1
+        where = "DEFAULT"
+        if beside_driver:
+            where = self._on(self._ray.get_runtime_context().get_node_id())
+        elif node is not None:
+            where = self._on(node)
         actor = (
             self._ray.remote(_Host)
             .options(
@@ -159,13 +166,13 @@ class RayBackend:
                 num_cpus=0 if self.local else num_cpus,
                 num_gpus=num_gpus,
                 max_restarts=0,
-                scheduling_strategy=self._here() if beside_driver else "DEFAULT",
+                scheduling_strategy=where,
                 allow_out_of_order_execution=any_order,
                 runtime_env={"env_vars": env} if env else None,
             )
             .remote(factory, kwargs, num_threads)
         )
-        handle = RayHandle(name, actor)
+        handle = RayHandle(name, actor, node=node)
         self._handles.append(handle)
         self._starting.append((handle, actor.ready.remote()))
         return handle
@@ -180,8 +187,26 @@ class RayBackend:
                 handle.pid = self._ray.get(ref)
                 log.info("%s runs as process %d", handle.name, handle.pid)
 
-    def _here(self) -> Any:
-        return self._beside(node_id=self._ray.get_runtime_context().get_node_id(), soft=False)
+    def _on(self, node: str) -> Any:
+        # A soft affinity has been seen to miss a node that had room.
+        return self._beside(node_id=node, soft=False)
+
+    def nodes(self) -> list[Node]:
+        if self.local:
+            return []
+        try:
+            state = self._ray._private.state
+            draining = state.state.get_draining_nodes()
+            free = state.available_resources_per_node()
+            known = self._ray.nodes()
+        except Exception as error:  # through Ray Client these are out of reach
+            log.debug("the nodes of the cluster are not known: %s", error)
+            return []
+        return [
+            Node(node["NodeID"], node["NodeID"] in draining, free.get(node["NodeID"], {}))
+            for node in known
+            if node["Alive"]
+        ]
 
     def await_started(self, handles: Sequence[Any]) -> None:
         """Wait until each constructor has run; raises what it raised."""

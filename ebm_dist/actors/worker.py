@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from einops import rearrange
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from ebm_dist.actors.weighted_round import GAIN, carried, weighted
 from ebm_dist.buffer.jarzynski import resampling
@@ -23,7 +23,14 @@ class WorkersConfig(Section):
     """The pool that moves the chains."""
 
     num_workers: PositiveInt = 1
-    """Worker actors."""
+    """Worker actors; where an elastic pool begins."""
+
+    min_workers: PositiveInt | None = None
+    """The pool shrinks to this while workers have nothing to do; num_workers when left out."""
+
+    max_workers: PositiveInt | None = None
+    """The pool grows to this while the learner waits for negatives and Ray has room for another
+    worker; num_workers when left out. One process (runtime.backend inline) has num_workers."""
 
     num_chains: PositiveInt = 64
     """Chains a worker moves in one round; the negatives of an update are a multiple of it."""
@@ -31,6 +38,21 @@ class WorkersConfig(Section):
     num_threads: PositiveInt | None = None
     """Torch threads of a worker; the cores shared out when left out. Pin it alike on every
     machine where deterministic runs are to agree bit for bit."""
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        return self.min_workers or self.num_workers, self.max_workers or self.num_workers
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WorkersConfig:
+        low, high = self.bounds
+        if not low <= self.num_workers <= high:
+            raise ValueError(
+                f"expected min_workers <= num_workers <= max_workers, got {low}, "
+                f"{self.num_workers} and {high}; set num_workers to where the pool is to begin"
+            )
+        return self
 
 
 class Worker:
@@ -112,6 +134,11 @@ class Worker:
             ancestors=ancestors,
             stats=round_stats(chain, start),
         )
+
+    def hold(self, weights: np.ndarray, version: int) -> int:
+        """Take weights before any round; answers when the process is up and holds them."""
+        self._use(weights, version)
+        return version
 
     def sample(self, num: int, num_steps: int, weights: np.ndarray, seed: int) -> np.ndarray:
         """`num` fresh chains from noise after `num_steps` steps, (num, *event)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from ebm_dist.section import Section
 
@@ -68,8 +68,26 @@ class FlowConfig(Section):
     repair_steps: PositiveInt | None = None
     """MCMC steps of a repair; a quarter of sampler.num_steps when left out."""
 
+    min_steps_per_update: PositiveFloat | None = None
+    """The learner waits until the workers have taken this many MCMC steps (chains x steps) for each
+    update, as flow/mcmc_steps_per_update counts them. What its negatives do not take goes to
+    chains that stay in the buffer. data.batch_size * sampler.num_steps when left out."""
+
+    max_steps_per_update: PositiveFloat | None = None
+    """Workers take no more MCMC steps than this for each update, on the average of the run. Where
+    repairs and drops would, the learner waits for late rounds instead. No limit when left out."""
+
     stall_timeout_s: PositiveFloat = 300.0
     """Seconds without progress after which the run stops and names what it waited for."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> FlowConfig:
+        low, high = self.min_steps_per_update, self.max_steps_per_update
+        if low is not None and high is not None and low > high:
+            raise ValueError(
+                f"expected min_steps_per_update <= max_steps_per_update, got {low:g} > {high:g}"
+            )
+        return self
 
 
 def first_identity(capacity: int, num_shards: int, index: int) -> int:

@@ -113,6 +113,7 @@ METRICS: dict[str, Metric] = {
     "flow/dropped": _promised("stale chains dropped so far", "chains"),
     "flow/reweighted": Metric("stale chains consumed with an importance weight so far", "chains"),
     "flow/ess_ratio": _promised("effective share of the negatives after their weights, in (0, 1]"),
+    "flow/local_rounds": Metric("share of rounds so far that ran on the node of their shard"),
     "flow/mcmc_steps_per_update": _promised("chain steps taken for one learner update", "steps"),
     "weights/version": _promised("step of the newest published weights", "updates"),
     "weights/publish_s": Metric("time to pack and publish weights", "s"),
@@ -166,7 +167,7 @@ METRICS: dict[str, Metric] = {
     "fault/lost_workers": Metric("workers lost so far", "count"),
     "fault/lost_shards": Metric("shards lost and restored so far", "count"),
     "fault/learner_rebuilds": Metric("times the learner group was rebuilt", "count"),
-    "workers/alive": Metric("workers that answer", "workers"),
+    "workers/alive": Metric("workers that hold weights and take rounds", "workers"),
     "workers/rounds": Metric("rounds committed so far", "rounds"),
     # The hub itself.
     "hub/dropped": Metric("metric rows dropped so far because the queue was full", "rows"),

@@ -30,6 +30,7 @@ class SimHandle:
     name: str
     part: Any
     dead: bool = False
+    node: str | None = None
 
     def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         return self.backend.call(self, method, args, num_returns)
@@ -47,8 +48,16 @@ class SimBackend:
     tick: int = 0
     pending: list[SimRef] = field(default_factory=list)
 
-    def spawn(self, factory: Any, kwargs: dict[str, Any], *, name: str, **_: Any) -> SimHandle:
-        return SimHandle(self, name, factory(**kwargs))
+    def spawn(
+        self,
+        factory: Any,
+        kwargs: dict[str, Any],
+        *,
+        name: str,
+        node: str | None = None,
+        **_: Any,
+    ) -> SimHandle:
+        return SimHandle(self, name, factory(**kwargs), node=node)
 
     def call(self, handle: SimHandle, method: str, args: tuple, num_returns: int) -> Any:
         refs = [a for a in args if isinstance(a, SimRef)]
@@ -59,8 +68,9 @@ class SimBackend:
                 raise PartDied(f"{handle.name} is dead")
             return getattr(handle.part, method)(*(self._value(a) for a in args))
 
-        late = method == "checkin"
-        ref = SimRef(compute, self.tick + (self.delay() if late else 0), involved)
+        late = method in ("checkin", "hold")
+        ticks = self.delay() if method == "checkin" else int(late)
+        ref = SimRef(compute, self.tick + ticks, involved)
         self.pending.append(ref)
         if not late or self.eager():
             self._run(ref)
@@ -116,9 +126,17 @@ class SimBackend:
 class SimWorker:
     """Moves chains by noise of the lease's seed and by the version, as a real round would."""
 
+    def __init__(self) -> None:
+        self.held = -1
+
+    def hold(self, weights: Any, version: int) -> int:
+        self.held = version
+        return version
+
     def run_round(
         self, lease: Lease | None, weights: Any, version: int, num_steps: int
     ) -> MovedChains | None:
+        assert self.held >= 0, "a newcomer was given work before it held weights"
         if lease is None:
             return None
         noise = np.random.default_rng(lease.seed).normal(size=lease.position.shape)

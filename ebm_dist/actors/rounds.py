@@ -1,0 +1,49 @@
+"""A round of MCMC on its way, and what is left of it once its chains are committed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ebm_dist.actors.handles import Ref
+from ebm_dist.actors.seats import Seat
+
+MAX_ATTEMPTS = 5
+"""Starts of one round, and restarts of one worker without a commit between, before giving up."""
+
+Purpose = Literal["negatives", "repair", "spare"]
+"""A round's chains become negatives; become negatives after all; or stay in the buffer."""
+
+
+@dataclass(slots=True)
+class Round:
+    """A round that was started and has not been committed."""
+
+    lease_id: int
+    shard: int
+    num_steps: int
+    purpose: Purpose
+    version: int
+    """Of the weights that it was last started under; -1 while nobody has begun it."""
+    ready_id: int | None = None
+    """Of a repair: the committed lease whose chains are moved again."""
+    lease: Ref = None
+    """What the checkout returned, where it was drawn ahead of the round."""
+    seat: Seat | None = None
+    ref: Ref = None
+    attempts: int = 0
+    starved: bool = False
+    """Its shard had too few free chains when it was last tried."""
+    started: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A lease whose chains are ready to be negatives."""
+
+    lease_id: int
+    shard: int
+    version: int
+    num_steps: int
+    num_chains: int
+    stats: dict[str, float]

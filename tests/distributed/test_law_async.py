@@ -1,0 +1,126 @@
+"""With frozen weights the law of the negatives is the same, however many move them ahead."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ebm_dist.actors.cut import Progress
+from ebm_dist.actors.flow import NegativeFlow
+from ebm_dist.actors.handles import Backend, InlineBackend
+from ebm_dist.actors.pool import RoundPool
+from ebm_dist.actors.ray_backend import RayBackend
+from ebm_dist.actors.worker import Worker
+from ebm_dist.buffer.policy import BufferConfig, FlowConfig
+from ebm_dist.buffer.shard import Shard
+from ebm_dist.energies import EnergyConfig
+from ebm_dist.samplers import SamplerConfig
+from ebm_dist.section import Section
+from ebm_dist.types import EventSpec
+
+PRECISION, STEP, CHAINS, NUM_STEPS, UPDATES = 1.5, 0.3, 2000, 20, 40
+VARIANCE = 2 / (PRECISION * (2 - PRECISION * STEP))
+"""Of Langevin chains on E(x) = a x^2 / 2 at T=1: 2T / (a (2 - a h)), where exp(-E) has 1/a."""
+
+
+class Parts(Section):
+    energy: EnergyConfig
+    sampler: SamplerConfig
+
+
+def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
+    """x (N,) of all updates, and the greatest lag."""
+    spec = EventSpec((1,), "real")
+    parts = Parts.model_validate(
+        {
+            "energy": {"name": "quadratic", "precision": [PRECISION], "learnable": True},
+            "sampler": {"name": "langevin", "step_size": STEP, "temperature": 1.0},
+        }
+    )
+    capacity = 20 * CHAINS
+    buffer = BufferConfig(capacity=2 * capacity, num_shards=2, reinit_prob=0.0)
+    shards = [
+        backend.spawn(
+            Shard,
+            {"config": buffer, "spec": spec, "index": i, "capacity": capacity}
+            | {"max_lease": CHAINS, "seed": 7},
+            name=f"shard-{i}",
+            any_order=True,
+        )
+        for i in range(2)
+    ]
+    kwargs = {"energy": parts.energy, "sampler": parts.sampler, "spec": spec}
+    workers = [
+        backend.spawn(Worker, kwargs, name=f"worker-{i}", num_threads=1) for i in range(num_workers)
+    ]
+    backend.await_started([*shards, *workers])
+    progress = Progress()
+
+    def fail(index: int) -> Any:
+        raise AssertionError(f"part {index} died")
+
+    pool = RoundPool(
+        backend,
+        shards,
+        workers,
+        respawn_worker=fail,
+        respawn_shard=fail,
+        on_rejected=fail,
+        say=print,
+        num_chains=CHAINS,
+        depth=2,
+        hang_s=1e9,
+    )
+    schedule = SimpleNamespace(batch_size=2 * CHAINS, num_chains=CHAINS, num_steps=NUM_STEPS)
+    flow = NegativeFlow(
+        SimpleNamespace(backend=backend, shards=shards, capacities=[capacity] * 2),  # type: ignore[arg-type]
+        schedule,  # type: ignore[arg-type]
+        FlowConfig(mode="async", max_lag=8, stall_timeout_s=120),
+        pool,
+        progress,
+        lambda name, num: None,
+    )
+    weights = backend.put(np.array([PRECISION], np.float32))
+    pool.set_weights(weights, 0)
+    out, lag = [], 0
+    for _ in range(UPDATES):
+        taken = flow.take_negatives()
+        lag = max(lag, *(taken.version - lease.version for lease in taken.leases))
+        out += [backend.get(ref, 60.0)["x"][:, 0] for _, ref in taken.negatives]
+        progress.step += 1
+        progress.version += 1
+        pool.set_weights(weights, progress.version)
+    assert len({seat.index for seat in pool.crew.seats}) == num_workers
+    return np.concatenate(out), lag
+
+
+def assert_stationary(x: np.ndarray) -> None:
+    # Twenty steps forget (1 - a h)^40 = 4e-11 of where a chain was: draws are independent.
+    num = len(x)
+    assert num == 2 * CHAINS * UPDATES
+    assert abs(np.mean(x**2) - VARIANCE) < 4 * VARIANCE * math.sqrt(2 / num)
+    assert abs(VARIANCE - 1 / PRECISION) > 4 * VARIANCE * math.sqrt(2 / num)
+    assert abs(np.mean(x)) < 4 * math.sqrt(VARIANCE / num)
+    assert abs(np.mean(x**4) / VARIANCE**2 - 3) < 4 * math.sqrt(96 / num)
+
+
+def test_inline_negatives_follow_the_law_of_the_unadjusted_chain() -> None:
+    x, lag = negatives(InlineBackend(), 1)
+    assert lag <= 1
+    assert_stationary(x)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_async_with_eight_workers_has_the_law_of_inline() -> None:
+    backend = RayBackend("local", namespace="law", start_timeout_s=300)
+    try:
+        x, lag = negatives(backend, 8)
+    finally:
+        backend.close()
+    assert 1 <= lag <= 8, "rounds ran ahead"
+    assert_stationary(x)

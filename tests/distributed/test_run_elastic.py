@@ -1,0 +1,90 @@
+"""A run on a cluster whose nodes come and go: raylets of one machine stand for the nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from graph_runs import rows, start, wait_for
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    # A token that lies in the home directory would be shown to a cluster that asks for none.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def drain(cluster: Any, node: Any) -> None:
+    """What `ray drain-node` does: the node is announced to leave in ten minutes."""
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int((time.time() + 600) * 1000)
+    accepted, why = GcsClient(address=cluster.address).drain_node(
+        node.node_id, reason, "test", deadline_ms
+    )
+    assert accepted, why
+
+
+def test_a_joined_node_is_used_and_a_draining_one_is_left_without_losing_a_round(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    run_dir = tmp_path / "elastic"
+    process = start(
+        run_dir,
+        "runtime.backend=ray",
+        "run.steps=1000000",
+        "flow.mode=async",
+        "flow.max_lag=4",
+        "workers.num_workers=3",
+        "workers.min_workers=1",
+        "workers.max_workers=3",
+        "checkpoint.every=100000",
+    )
+
+    def log() -> str:
+        path = run_dir / "run.log"
+        return path.read_text() if path.exists() else ""
+
+    def alive() -> int:
+        assert process.poll() is None, log() + (tmp_path / "elastic.out").read_text()
+        return int(
+            next((r["workers/alive"] for r in rows(run_dir)[::-1] if "workers/alive" in r), 0)
+        )
+
+    try:
+        # There is room for one of the three: it is not waited for the others.
+        wait_for(lambda: alive() == 1, 300, "the first worker")
+        node = cluster.add_node(num_cpus=2)
+        wait_for(lambda: alive() == 3, 120, "workers on the node that joined")
+        drain(cluster, node)
+        wait_for(lambda: log().count("its node is about to leave") == 2, 60, "the drain noticed")
+        wait_for(lambda: alive() == 1, 60, "workers that left")
+        seen = rows(run_dir)[-1]["step"]
+        wait_for(lambda: rows(run_dir)[-1]["step"] > seen + 20, 60, "further updates")
+        last = [row for row in rows(run_dir) if "fault/restarts" in row][-1]
+        assert last["fault/restarts"] == 0, "they left, none was lost"
+        assert last["buffer/expired_leases"] == last["buffer/late_checkins"] == 0
+        assert last["flow/local_rounds"] > 0.2
+        process.terminate()
+        assert process.wait(120) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.wait()

@@ -1,0 +1,88 @@
+"""Chains are moved where they lie while the work is dealt evenly, and stolen where it is not."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from worlds import World
+
+from ebm_dist.actors.locality import SLACK, ShardChoice
+from ebm_dist.actors.seats import Seats
+
+
+class Worker:
+    def __init__(self, node: str | None) -> None:
+        self.name, self.node = "worker", node
+
+
+def seats(*nodes: str | None) -> Seats:
+    made = Seats(lambda: 0.0)
+    for index, node in enumerate(nodes):
+        made.open(made.add(index, Worker(node)))  # type: ignore[arg-type]
+    return made
+
+
+def test_of_workers_with_equal_load_the_one_beside_the_shard_is_chosen() -> None:
+    made = seats("a", "a", "b", "b")
+    for _ in range(2):
+        seat = made.first("b")
+        assert seat is not None
+        assert seat.node == "b"
+        made.load(seat, +1)
+    stolen = made.first("b")
+    assert stolen is not None
+    assert stolen.node == "a", "an idle worker elsewhere is sooner done than a busy one here"
+
+
+def test_of_equals_the_one_that_waited_longest_is_chosen() -> None:
+    made = seats(None, None, None)
+    order = []
+    for _ in range(6):
+        seat = made.first()
+        assert seat is not None
+        order.append(seat.index)
+        made.load(seat, +1)
+        made.load(seat, -1)
+    assert order == [0, 1, 2, 0, 1, 2]
+
+
+def test_without_nodes_rounds_are_dealt_out_in_turn() -> None:
+    choice = ShardChoice(3)
+    assert [choice.next(None, [None] * 3) for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("fast", [1, 2, 5])
+def test_a_faster_node_steals_and_no_shard_falls_behind_by_more_than_the_slack(fast: int) -> None:
+    choice, nodes = ShardChoice(4), ["a", "a", "b", "b"]
+    rng = np.random.default_rng(0)
+    rounds: Counter[int] = Counter()
+    local = 0
+    for _ in range(2000):
+        node = "a" if rng.random() < fast / (fast + 1) else "b"
+        shard = choice.next(node, nodes)
+        rounds[shard] += 1
+        local += nodes[shard] == node
+        assert max(rounds.values()) - min(rounds[i] for i in range(4)) <= SLACK
+    # The slower node's share runs where it lies; so does as much of the faster one's.
+    assert local / 2000 >= (2 / (fast + 1) if fast > 1 else 0.95) * 0.9
+
+
+def test_a_flow_over_two_nodes_is_mostly_local_and_uses_every_chain_alike() -> None:
+    world = World(mode="async", max_lag=6, num_workers=4, nodes=("a", "b"), capacity=96)
+    for _ in range(150):
+        world.update(busy_ticks=2)
+    assert world.pool.num_local > 0.85 * world.pool.num_started
+    used = [s.part.snapshot()["arrays"]["generation"].sum() for s in world.shards]
+    assert abs(used[0] - used[1]) <= 2 * SLACK * 4
+
+
+def test_sync_is_bitwise_wherever_shards_and_workers_are() -> None:
+    def run(nodes: tuple[str | None, ...], num_workers: int) -> np.ndarray:
+        world = World(mode="sync", num_workers=num_workers, nodes=nodes)
+        return np.stack([world.update()[1] for _ in range(30)])
+
+    reference = run((None,), 1)
+    for nodes, num_workers in ((("a", "b"), 4), (("a",), 3), (("b", "a"), 5)):
+        assert np.array_equal(reference, run(nodes, num_workers))

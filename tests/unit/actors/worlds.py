@@ -1,0 +1,148 @@
+"""A whole flow of negatives in one thread: shards, workers, the pool, and a learner that counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from simulation import SimBackend, SimHandle, SimWorker
+
+from ebm_dist.actors.cut import Progress
+from ebm_dist.actors.flow import NegativeFlow
+from ebm_dist.actors.pool import RoundPool
+from ebm_dist.buffer.policy import BufferConfig, FlowConfig
+from ebm_dist.buffer.shard import Shard
+from ebm_dist.types import EventSpec
+
+SPEC = EventSpec((3,), "real")
+CAPACITY, CHAINS, BATCH, NUM_STEPS = 48, 4, 8, 10
+
+
+class World:
+    """Two shards, some workers, a pool, a flow, and a learner that only counts versions."""
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        num_workers: int = 3,
+        max_delay: int = 6,
+        kill_worker: float = 0.0,
+        kill_shard: float = 0.0,
+        directory: Path | None = None,
+        capacity: int = CAPACITY,
+        max_ticks: int = 10**6,
+        nodes: tuple[str | None, ...] = (None,),
+        **flow: Any,
+    ) -> None:
+        """
+        Args:
+            max_ticks: of one update; longer is a deadlock.
+            nodes: shards and workers are put on them in turn.
+        """
+        self.config = FlowConfig(**({"stall_timeout_s": 30} | flow))
+        self.max_lag = self.config.max_lag
+        self.capacity = capacity
+        self.max_ticks = max_ticks
+        self.nodes = nodes
+        self.rng = np.random.default_rng(seed)
+        self.kills = (kill_worker, kill_shard)
+        self.directory = directory
+        self.counts: Counter[str] = Counter()
+        self.said: list[str] = []
+        self.now = 0.0
+        self.ticks_left = max_ticks
+        self.backend = SimBackend(
+            delay=lambda: int(self.rng.integers(1, max_delay + 1)),
+            eager=lambda: bool(self.rng.random() < 0.5),
+            on_tick=self.misfortune,
+        )
+        self.shards = [self.spawn_shard(i) for i in range(2)]
+        self.workers = [self.spawn_worker(i) for i in range(num_workers)]
+        self.progress = Progress()
+        self.pool = RoundPool(
+            self.backend,  # type: ignore[arg-type]
+            self.shards,  # type: ignore[arg-type]
+            self.workers,  # type: ignore[arg-type]
+            respawn_worker=self.spawn_worker,  # type: ignore[arg-type]
+            respawn_shard=self.spawn_shard,  # type: ignore[arg-type]
+            on_rejected=lambda shard: None,
+            say=self.said.append,
+            num_chains=CHAINS,
+            depth=2,
+            hang_s=1e9,
+        )
+        graph = SimpleNamespace(
+            backend=self.backend, shards=self.shards, capacities=[capacity // 2] * 2
+        )
+        schedule = SimpleNamespace(batch_size=BATCH, num_chains=CHAINS, num_steps=NUM_STEPS)
+        self.flow = NegativeFlow(
+            graph,  # type: ignore[arg-type]
+            schedule,  # type: ignore[arg-type]
+            self.config,
+            self.pool,
+            self.progress,
+            lambda name, num: self.counts.update({name: num}),
+        )
+        self.pool.set_weights(None, 0)
+
+    def spawn_worker(self, index: int) -> SimHandle:
+        return self.backend.spawn(
+            SimWorker, {}, name=f"worker-{index}", node=self.nodes[index % len(self.nodes)]
+        )
+
+    def spawn_shard(self, index: int) -> SimHandle:
+        options = {
+            "config": BufferConfig(capacity=self.capacity, reinit_prob=0.2),
+            "spec": SPEC,
+            "index": index,
+            "capacity": self.capacity // 2,
+            "max_lease": CHAINS,
+            "seed": 1,
+            "directory": str(self.directory / str(index)) if self.directory else None,
+            "clock": lambda: self.now,
+        }
+        return self.backend.spawn(
+            Shard, options, name=f"shard-{index}", node=self.nodes[index % len(self.nodes)]
+        )
+
+    def misfortune(self) -> None:
+        self.ticks_left -= 1
+        if self.ticks_left < 0:
+            raise AssertionError("deadlock: the update is not made")
+        for parts, chance in ((self.workers, self.kills[0]), (self.shards, self.kills[1])):
+            if self.rng.random() < chance:
+                self.backend.kill(parts[int(self.rng.integers(len(parts)))])
+
+    def update(self, busy_ticks: int = 0) -> tuple[list[int], np.ndarray]:
+        """One update; returns the lags at consumption and the negatives."""
+        self.ticks_left = self.max_ticks
+        taken = self.flow.take_negatives()
+        assert taken.version == self.progress.version
+        x = []
+        for lease, (num, ref) in zip(taken.leases, taken.negatives, strict=True):
+            negatives = self.backend.get(ref, 1.0)
+            assert num == lease.num_chains == len(negatives["x"]) == CHAINS
+            assert (negatives["version"] == lease.version).all()
+            x.append(negatives["x"])
+        for _ in range(busy_ticks):  # the learner computes, rounds go on
+            self.pool.poll(0.0)
+            self.flow.top_up()
+        self.progress.step += 1
+        self.progress.version += 1
+        self.pool.set_weights(None, self.progress.version)
+        self.check()
+        return [taken.version - lease.version for lease in taken.leases], np.concatenate(x)
+
+    def check(self) -> None:
+        identities: list[int] = []
+        for shard in self.shards:
+            if shard.dead:
+                continue
+            counts = shard.part.counts()
+            assert counts["free"] + counts["leased"] + counts["ready"] == self.capacity // 2
+            identities += shard.part.identities().tolist()
+        assert len(set(identities)) == len(identities)
