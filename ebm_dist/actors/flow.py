@@ -91,6 +91,8 @@ class NegativeFlow:
         )
         self._choice = ShardChoice(len(graph.shards))
         self._booked = 0
+        self._num_taken = 0  # leases that learners were given
+        self._in_hand = 0  # and those that the update under way has chosen
         self.waits = LearnerWaits(pool.crew.seats)
         # Inline rounds run where they are started: starting them early would only age them.
         updates_ahead = max(1, flow.max_lag) if graph.backend.concurrent else 1
@@ -114,9 +116,10 @@ class NegativeFlow:
             Stalled: nothing moved for flow.stall_timeout_s.
         """
         start = time.monotonic()
+        self._in_hand = 0
         with self.waits.waiting():
             taken = self._take_sync() if self._flow.mode == "sync" else self._take_async()
-        self._book()
+        self._extra()
         self._progress.updates += 1
         return Consumed(
             leases=[lease for lease, _ in taken],
@@ -162,10 +165,11 @@ class NegativeFlow:
                 lease = self._next(left, reserved=num)
                 if self._is_usable(lease):
                     chosen.append(lease)
+                    self._in_hand += 1
                 self.top_up(reserved=len(taken) + len(chosen))
             taken += self._take(chosen)
         self._poll_until(
-            lambda: not self._band.missing(self._progress.updates, self._extra()),
+            lambda: not (self._has_floor and self._is_missing()),
             lambda: self._blocked(SPARE_STEPS),
             reserved=len(taken),
         )
@@ -223,14 +227,16 @@ class NegativeFlow:
         return steps * self._schedule.num_chains
 
     def _extra(self) -> int:
-        """Chain steps committed beyond those of consumed negatives."""
-        self._book()
+        """Chain steps committed that no negative needed: repairs, spare rounds, and the rounds of
+        leases that were dropped or lost."""
+        pool = self._pool
+        in_repair = sum(round_.purpose == "repair" for round_ in pool.rounds())
+        needed = self._num_taken + self._in_hand + len(pool.committed) + in_repair
+        extra = pool.mcmc_steps - self._round_steps * needed
+        # Added up, since the run may have been resumed from other counts.
+        self._progress.extra_steps += extra - self._booked
+        self._booked = extra
         return self._progress.extra_steps
-
-    def _book(self, dropped: int = 0) -> None:
-        steps = self._pool.steps["repair"] + self._pool.steps["spare"]
-        self._progress.extra_steps += dropped + steps - self._booked
-        self._booked = steps
 
     def _in_flight(self, *purposes: str) -> int:
         """Chain steps of the rounds that are under way for these purposes."""
@@ -260,6 +266,8 @@ class NegativeFlow:
             except PartDied as died:
                 if not self._backend.alive(self._shards[lease.shard]):
                     self._pool.replace_shard(lease.shard, str(died))
+        self._num_taken += len(taken)
+        self._in_hand = 0
         return taken
 
     def _is_usable(self, lease: Committed) -> bool:
@@ -271,7 +279,6 @@ class NegativeFlow:
         if self._flow.stale == "drop":
             self._shards[lease.shard].call("release", lease.lease_id)
             self._count("flow/dropped", lease.num_chains)
-            self._book(dropped=lease.num_steps * lease.num_chains)
             return False
         self._pool.start(
             self._new_lease(),
@@ -297,8 +304,15 @@ class NegativeFlow:
             else:
                 return
 
+    @property
+    def _has_floor(self) -> bool:
+        return self._band.low > self._band.needed
+
+    def _is_missing(self) -> bool:
+        return self._band.missing(self._progress.updates, self._extra())
+
     def _spare_is_due(self) -> bool:
-        if self._band.low <= self._band.needed:
+        if not self._has_floor:
             return False
         under_way = self._extra() + self._in_flight("repair", "spare")
         return self._band.missing(self._progress.updates, under_way)
@@ -306,7 +320,7 @@ class NegativeFlow:
     def _num_negatives(self) -> int:
         """Leases under way or ready that are meant for the learner."""
         num = self._pool.outstanding + len(self._pool.committed)
-        if self._band.low > self._band.needed:
+        if self._has_floor:
             num -= sum(round_.purpose == "spare" for round_ in self._pool.rounds())
         return num
 

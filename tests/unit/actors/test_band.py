@@ -64,7 +64,7 @@ def hold(world: World, num_updates: int, low: float, high: float, busy: int) -> 
         assert max(lags) <= world.max_lag
         assert world.pool.mcmc_steps >= low * made - 1e-3, "the learner did not wait"
         assert world.pool.mcmc_steps <= high * (made + 1) + (ahead + 1) * ROUND, "workers did not"
-    extra = world.progress.extra_steps
+    extra = world.flow._extra()
     consumed = num_updates * NEEDED
     ready = sum(lease.num_steps * lease.num_chains for lease in world.pool.committed.values())
     assert world.pool.mcmc_steps <= consumed + extra + ready + 3 * ROUND
@@ -118,7 +118,8 @@ def test_a_lower_bound_makes_chains_move_that_nobody_consumes() -> None:
     hold(world, 100, 2.5 * NEEDED, math.inf, 2)
     assert world.pool.steps["spare"] == pytest.approx(1.5 * NEEDED * 100, abs=4 * ROUND)
     moves = sum(s.part.snapshot()["arrays"]["generation"].sum() for s in world.shards)
-    assert moves * NUM_STEPS == world.pool.mcmc_steps, "the moves stay in the buffer"
+    unseen = moves * NUM_STEPS - world.pool.mcmc_steps
+    assert 0 <= unseen <= world.pool.outstanding * ROUND, "the moves stay in the buffer"
 
 
 def test_spare_rounds_leave_sync_bitwise_whoever_works() -> None:
