@@ -142,7 +142,7 @@ def simulate(
     leases = max(1, num_workers // 4)
     flow = NegativeFlow(
         SimpleNamespace(backend=backend, shards=shards, capacities=[10**6] * num_shards),  # type: ignore[arg-type]
-        SimpleNamespace(batch_size=leases * CHAINS, num_chains=CHAINS, num_steps=STEPS),  # type: ignore[arg-type]
+        SimpleNamespace(num_negatives=leases * CHAINS, num_chains=CHAINS, num_steps=STEPS),  # type: ignore[arg-type]
         FlowConfig(mode="async", max_lag=8),
         pool,
         progress,

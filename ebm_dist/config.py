@@ -225,16 +225,13 @@ def _check_band(config: RunConfig) -> Iterator[str]:
             "leave it out"
         )
         return
-    batch, steps, chains = (
-        config.data.batch_size,
-        config.sampler.num_steps,
-        config.workers.num_chains,
-    )
+    batch, chains = config.num_negatives, config.workers.num_chains
+    steps = config.sampler.num_steps
     needed = batch * steps
     if high is not None and high < needed:
         yield (
-            f"flow.max_steps_per_update: expected at least data.batch_size * sampler.num_steps = "
-            f"{batch} * {steps} = {needed}, which the negatives of one update take, got {high:g}; "
+            f"flow.max_steps_per_update: expected at least {batch} negatives * sampler.num_steps = "
+            f"{batch} * {steps} = {needed}, which an update cannot do without, got {high:g}; "
             "raise it, or lower sampler.num_steps"
         )
     if low is None or low <= needed:

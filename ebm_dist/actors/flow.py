@@ -80,9 +80,9 @@ class NegativeFlow:
         self._progress = progress
         self._count = count
         self._tend = tend
-        self._leases_per_update = schedule.batch_size // schedule.num_chains
+        self._leases_per_update = schedule.num_negatives // schedule.num_chains
         self._round_steps = schedule.num_chains * schedule.num_steps
-        needed = schedule.batch_size * schedule.num_steps
+        needed = schedule.num_negatives * schedule.num_steps
         self._band = StepBand(
             low=flow.min_steps_per_update or needed,
             high=flow.max_steps_per_update or math.inf,

@@ -71,7 +71,7 @@ class FlowConfig(Section):
     min_steps_per_update: PositiveFloat | None = None
     """The learner waits until the workers have taken this many MCMC steps (chains x steps) for each
     update, as flow/mcmc_steps_per_update counts them. What its negatives do not take goes to
-    chains that stay in the buffer. data.batch_size * sampler.num_steps when left out."""
+    chains that stay in the buffer. Negatives of an update * sampler.num_steps when left out."""
 
     max_steps_per_update: PositiveFloat | None = None
     """Workers take no more MCMC steps than this for each update, on the average of the run. Where

@@ -130,7 +130,7 @@ class Scripted:
         )
         graph = SimpleNamespace(backend=self.backend, shards=[handle], capacities=[capacity])
         schedule = SimpleNamespace(
-            batch_size=num_chains, num_chains=num_chains, num_steps=num_steps
+            num_negatives=num_chains, num_chains=num_chains, num_steps=num_steps
         )
         self.flow = NegativeFlow(
             graph,  # type: ignore[arg-type]

@@ -78,7 +78,7 @@ class World:
         graph = SimpleNamespace(
             backend=self.backend, shards=self.shards, capacities=[capacity // 2] * 2
         )
-        schedule = SimpleNamespace(batch_size=BATCH, num_chains=CHAINS, num_steps=NUM_STEPS)
+        schedule = SimpleNamespace(num_negatives=BATCH, num_chains=CHAINS, num_steps=NUM_STEPS)
         self.flow = NegativeFlow(
             graph,  # type: ignore[arg-type]
             schedule,  # type: ignore[arg-type]
