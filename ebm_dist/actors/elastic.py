@@ -91,12 +91,16 @@ class Steward:
 
     def _leave_draining_nodes(self) -> None:
         seats = [seat for seat in self._crew.seats if seat.state != "retiring" and seat.node]
+        seats.sort(key=lambda seat: seat.state != "serving")
         if not seats or not (draining := self._elastic.draining()):
             return
-        for seat in seats:
-            if seat.node in draining:
-                self._say(f"{seat.handle.name} ends with its round: its node is about to leave")
-                self._crew.retire(seat)
+        leaving = [seat for seat in seats if seat.node in draining]
+        if all(seat.node in draining for seat in seats if seat.state == "serving"):
+            # The last one works on until another serves elsewhere, or its node goes.
+            leaving = leaving[1:]
+        for seat in leaving:
+            self._say(f"{seat.handle.name} ends with its round: its node is about to leave")
+            self._crew.retire(seat)
 
     def _decide(self, now: float) -> None:
         low, high = self._elastic.low, self._elastic.high

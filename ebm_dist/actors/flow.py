@@ -143,11 +143,9 @@ class NegativeFlow:
             lambda: pool.outstanding == 0 and all(i in pool.committed for i in wanted),
             lambda: self._blocked(NEGATIVES),
         )
-        for ref in pool.releases:  # or the next update might draw before these chains are free
-            answer(
-                self._backend, ref, self._flow.stall_timeout_s, SHARDS, self._waited_for("chains")
-            )
-        pool.releases.clear()
+        while pool.releases:  # or the next update might draw before these chains are free
+            ref, timeout = pool.releases.pop(), self._flow.stall_timeout_s
+            answer(self._backend, ref, timeout, SHARDS, self._waited_for("chains"))
         chosen = [pool.committed.pop(i) for i in wanted]
         taken = self._take(chosen)
         if len(taken) < len(chosen):

@@ -173,6 +173,7 @@ class RoundPool:
         self._waiting.clear()
         self._delayed.clear()
         self.committed.clear()
+        self.releases.clear()
 
     def _submit(self, round_: Round) -> None:
         if round_.attempts >= MAX_ATTEMPTS:
@@ -317,7 +318,9 @@ class RoundPool:
             if not self._backend.alive(shard):
                 self.replace_shard(index, "its process is gone")
         for seat in self._seats:
-            if not self._backend.alive(seat.handle):
+            # One that starts has been sent weights, and is found out by its answer; to ask whether
+            # it is alive would wait for Ray to place it.
+            if seat.state != "starting" and not self._backend.alive(seat.handle):
                 self._redo_rounds_of(seat, "its process is gone")
 
     def replace_shard(self, index: int, why: str) -> None:
