@@ -27,7 +27,7 @@ from ebm_dist.actors.handles import Handle, PartDied, Ref
 from ebm_dist.actors.lookout import Lookout
 from ebm_dist.actors.pool import RoundPool
 from ebm_dist.actors.rounds import MAX_ATTEMPTS
-from ebm_dist.actors.stall import UPDATES, Stalled
+from ebm_dist.actors.stall import SHARDS, UPDATES, Stalled, answer
 from ebm_dist.actors.window import MetricWindow
 from ebm_dist.buffer.policy import FlowConfig
 from ebm_dist.errors import NonFinite, RunFailed
@@ -206,6 +206,10 @@ class Controller:
             if time.monotonic() - start > timeout:
                 raise Stalled(UPDATES, timeout, f"update {self.progress.step}")
 
+    def _ask_shard(self, ref: Ref, what: str) -> Any:
+        detail = f"update {self.progress.step}: a shard was told {what}"
+        return answer(self._backend, ref, self._flow.stall_timeout_s, SHARDS, detail)
+
     def _tend(self) -> None:
         if self._steward is not None:
             self._steward.tend()
@@ -242,7 +246,7 @@ class Controller:
     def _load_shards(self, found: checkpoint.CheckpointDir) -> None:
         refs = restore_shards(self._graph.shards, found, self._graph.capacities)
         for ref in refs:
-            self._backend.get(ref, self._flow.stall_timeout_s)
+            self._ask_shard(ref, "to take the chains of a checkpoint")
 
     def _recover(self, trouble: PartDied | NonFinite) -> None:
         """Replace what is dead, and go back to the last checkpoint where state was lost or is
@@ -326,13 +330,13 @@ class Controller:
         shard = self._graph.shards[index] = self._graph.respawn_shard(index)
         if self._flow.mode == "sync":
             raise RollBack(f"shard {index} died with the leases of this update")
-        status = self._backend.get(shard.call("status"), self._flow.stall_timeout_s)
+        status = self._ask_shard(shard.call("status"), "to take its chains over")
         what = f"all {status['counts']['capacity']} chains"
         if not status["attached"]:
             found = self._cuts.latest()
             refs = restore_shards(self._graph.shards, found, self._graph.capacities, only=index)
             for ref in refs:
-                self._backend.get(ref, self._flow.stall_timeout_s)
+                self._ask_shard(ref, "to take the chains of a checkpoint")
             what = f"{status['counts']['capacity']} chains rolled back to update " + (
                 str(found.step) if found is not None and refs else "0"
             )

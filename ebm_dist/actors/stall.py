@@ -55,7 +55,6 @@ UPDATES = Queue(
     "every learner rank (a rank's own wait for the others ends after learner.timeout_s)",
     "raise flow.stall_timeout_s if an update is only slow",
 )
-WEIGHTS = Queue("the learner's weights", "learner rank 0", "see the log of the learner")
 SHARDS = Queue(
     "a shard's answers",
     "the shard's process",
