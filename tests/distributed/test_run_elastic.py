@@ -51,6 +51,7 @@ def test_a_joined_node_is_used_and_a_draining_one_is_left_without_losing_a_round
         "runtime.backend=ray",
         "run.steps=1000000",
         "flow.mode=async",
+        "sampler.num_steps=200",  # the learner waits for rounds, whatever the size of the pool
         "flow.max_lag=4",
         "workers.num_workers=3",
         "workers.min_workers=1",
@@ -77,7 +78,7 @@ def test_a_joined_node_is_used_and_a_draining_one_is_left_without_losing_a_round
         wait_for(lambda: log().count("its node is about to leave") == 2, 60, "the drain noticed")
         wait_for(lambda: alive() == 1, 60, "workers that left")
         seen = rows(run_dir)[-1]["step"]
-        wait_for(lambda: rows(run_dir)[-1]["step"] > seen + 20, 60, "further updates")
+        wait_for(lambda: rows(run_dir)[-1]["step"] > seen + 5, 60, "further updates")
         last = [row for row in rows(run_dir) if "fault/restarts" in row][-1]
         assert last["fault/restarts"] == 0, "they left, none was lost"
         assert last["buffer/expired_leases"] == last["buffer/late_checkins"] == 0
