@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+_CACHE_LINE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +54,53 @@ class FlatLayout:
 
     def load_(self, module: nn.Module, flat: Tensor | np.ndarray) -> None:
         """Copy `flat` (size,) into the parameters and buffers of `module`."""
-        flat = torch.as_tensor(flat)
+        flat = self._checked(flat)
+        tensors = flat_tensors(module)
+        with torch.no_grad():
+            for name, view in self.views(flat).items():
+                tensors[name].copy_(view)
+
+    def bind_(self, module: nn.Module, flat: np.ndarray) -> int:
+        """Let the parameters of `module` be views of `flat` (size,), for a module that only reads.
+
+        On a node the weights then lie in memory once, however many workers it has: `flat` is
+        Ray's own shared memory. It may be read-only, and writing to a parameter afterwards would
+        end the process: for frozen modules. Copied are buffers, what is not on the CPU or not
+        laid out as the view is, and views that do not begin on a cache line: torch's own memory
+        does, and kernels may round otherwise where it does not.
+
+        Returns:
+            How many numbers were copied.
+        """
+        tensors = flat_tensors(module)
+        device = next(iter(tensors.values())).device if tensors else None
+        whole, num_copied = self._checked(flat).to(device), 0  # to a GPU in one piece
+        with torch.no_grad():
+            for name, view in self.views(whole).items():
+                tensor = tensors[name]
+                alike = tensor.dtype == view.dtype and tensor.stride() == view.stride()
+                ours = isinstance(tensor, nn.Parameter) and tensor.device.type == "cpu"
+                if ours and alike and view.data_ptr() % _CACHE_LINE == 0:
+                    assert not tensor.requires_grad, f"{name} is trained: it cannot be bound"
+                    tensor.data = view
+                    continue
+                if ours:  # it may be bound to the weights before
+                    tensor.data = torch.empty_like(tensor)
+                tensor.copy_(view)
+                num_copied += view.numel()
+        return num_copied
+
+    def _checked(self, flat: Tensor | np.ndarray) -> Tensor:
+        with warnings.catch_warnings():
+            # Arrays of Ray's object store are read-only, and nobody here writes to them.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            flat = torch.as_tensor(flat)
         if flat.numel() != self.size:
             raise ValueError(
                 f"flat weights have {flat.numel()} numbers, the energy has {self.size}; "
                 "both must come from the same `energy` section"
             )
-        tensors = flat_tensors(module)
-        with torch.no_grad():
-            for name, view in self.views(flat).items():
-                tensors[name].copy_(view)
+        return flat
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Name -> view into `flat`, shaped like the weight."""

@@ -154,12 +154,14 @@ class Controller:
         lr *= self.progress.lr_factor
         learners = self._graph.learners
         auditor = self._graph.auditor
+        average = self._lookout.reads_average(step + 1)
         replies = learners.update(
             step,
             lr,
             self._schedule.num_negatives,
             consumed.negatives if consumed else None,
             auditor.extra() if auditor and consumed else None,
+            average=average,
         )
         began = time.monotonic()
         self._wait(
@@ -168,7 +170,7 @@ class Controller:
         waited = time.monotonic() - began
         metrics = learners.result(replies[0][0])
         self.progress.step += 1
-        self._publish(replies[0][1], replies[0][2])
+        self._publish(replies[0][1], replies[0][2] if average else self._ema)
         self._window.add_update(metrics)
         self._window.add_wait(consumed.wait_s if consumed else 0.0, waited)
         if consumed is not None:

@@ -65,17 +65,24 @@ class LearnerRank:
         )
 
     def update(
-        self, step: int, lr: float, parts: list[tuple[int, int]], *negatives: dict[str, np.ndarray]
+        self,
+        step: int,
+        lr: float,
+        average: bool,
+        parts: list[tuple[int, int]],
+        *negatives: dict[str, np.ndarray],
     ) -> tuple[dict[str, float], np.ndarray | None, np.ndarray | None]:
         """One update with the next batch of data.
 
         Args:
             step: counts updates; seeds the noise of the objective.
+            average: return the averaged weights as well, which are as large and seldom read.
             parts: (start, stop) of each entry of `negatives` that this rank consumes.
             negatives: leases as the shards handed them over, keys as in `types.Negatives`.
 
         Returns:
-            Metrics averaged over ranks, and on rank 0 the flat weights and their average.
+            Metrics averaged over ranks, and on rank 0 the flat weights and, if asked for, their
+            average.
 
         Raises:
             NonFinite: on every rank alike, with the parameters as they were.
@@ -96,7 +103,7 @@ class LearnerRank:
         if self._ema is None:
             self._ema = self._average(flat)
         self._ema.update(flat)
-        return metrics, flat, self._ema.flat.numpy()
+        return metrics, flat, self._ema.flat.numpy() if average else None
 
     def weights(self) -> np.ndarray | None:
         """The flat weights as they are; None on ranks other than 0. Collective."""

@@ -71,6 +71,8 @@ class LearnerGroup:
         num_negatives: int,
         negatives: Sequence[tuple[int, Ref]] | None,
         extra: tuple[int, Ref] | None = None,
+        *,
+        average: bool = True,
     ) -> list[list[Ref]]:
         """Start an update on every rank.
 
@@ -79,9 +81,10 @@ class LearnerGroup:
             negatives: (number of chains, reference) of each lease; the ranks take consecutive
                 slices of all of them together.
             extra: negatives on top of those, a multiple of the number of ranks.
+            average: have the averaged weights sent as well.
 
         Returns:
-            References of metrics, flat weights and averaged weights, for each rank.
+            References of metrics, flat weights and averaged weights (or None), for each rank.
         """
         per_rank = num_negatives // self._num_ranks
         replies = []
@@ -100,7 +103,7 @@ class LearnerGroup:
                 share = extra[0] // self._num_ranks
                 parts.append((index * share, (index + 1) * share))
                 refs.append(extra[1])
-            replies.append(rank.call("update", step, lr, parts, *refs, num_returns=3))
+            replies.append(rank.call("update", step, lr, average, parts, *refs, num_returns=3))
         return replies
 
     def weights(self, wait: Wait) -> Ref:

@@ -51,6 +51,12 @@ class Lookout:
         self._save_grid = save_grid
         self._backend = graph.backend
 
+    def reads_average(self, step: int) -> bool:
+        """Whether anything looks at the averaged weights as of update `step`."""
+        graph, schedule = self._graph, self._schedule
+        every = [schedule.evaluate_every, graph.auditor.every if graph.auditor else None]
+        return step == schedule.num_updates or any(n is not None and step % n == 0 for n in every)
+
     def observe(self, flat: Ref, ema: Ref) -> None:
         """Do what is due after an update, of which `flat` and `ema` are the weights."""
         step = self._progress.step

@@ -79,3 +79,35 @@ def test_a_buffer_that_is_not_persistent_stays_at_home() -> None:
     module = nn.Linear(2, 1)
     module.register_buffer("table", torch.zeros(9), persistent=False)
     assert FlatLayout.of(module).names == ("weight", "bias")
+
+
+@pytest.mark.parametrize(("name", "params"), NETWORKS)
+def test_bound_weights_are_read_where_they_lie_and_give_the_same_bits(name, params, recwarn):
+    bound, copied = build(name, params, 1).eval().requires_grad_(False), build(name, params, 1)
+    copied.eval()
+    layout, x = FlatLayout.of(bound), events(params)
+    for seed in range(3):
+        flat = layout.pack(build(name, params, seed)).numpy()
+        flat.flags.writeable = False  # as an array of Ray's object store is
+        num_copied = layout.bind_(bound, flat)
+        layout.load_(copied, flat.copy())
+        assert torch.equal(bound(x), copied(x))
+        there = {name for name, p in bound.named_parameters() if _lies_in(p, flat)}
+        assert there
+        assert num_copied == sum(
+            tensor.numel() for name, tensor in flat_tensors(bound).items() if name not in there
+        )
+        # Where torch's own memory would begin as well, so that kernels take the same path.
+        assert all(p.data_ptr() % 64 == 0 for p in bound.parameters())
+    assert not [w for w in recwarn if "writable" in str(w.message)]
+
+
+def test_weights_that_are_trained_are_not_bound() -> None:
+    energy = build("mlp", {"event_shape": (5,)}, 0)
+    layout = FlatLayout.of(energy)
+    with pytest.raises(AssertionError, match="trained"):
+        layout.bind_(energy, layout.pack(energy).numpy())
+
+
+def _lies_in(tensor: torch.Tensor, flat: np.ndarray) -> bool:
+    return 0 <= tensor.data_ptr() - flat.ctypes.data < flat.nbytes
