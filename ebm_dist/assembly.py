@@ -174,6 +174,11 @@ class _Spawner:
         self.tracking: dict[str, Any] = (found.meta.get("tracking") or {}) if found else {}
         self.needs_negatives = bool(config.objective.build().needs_negatives)
         self.capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
+        # Of the rounds that the flow keeps under way: two for each worker or lease of an update.
+        # One more for a round that is redone; a lease that finds no rows goes by value.
+        leases = -(-config.num_negatives // config.workers.num_chains)
+        rounds = 2 * max(config.workers.num_workers, leases)
+        self._num_grants = -(-rounds // config.buffer.num_shards) + 1
         self.trace = TracePlan(
             config.evaluation.trace_chains,
             config.evaluation.trace_records,
@@ -205,6 +210,7 @@ class _Spawner:
                 "resample_threshold": (
                     config.buffer.resample_threshold if config.buffer.jarzynski else None
                 ),
+                "storage": config.buffer.storage,
             },
             name=f"worker-{index}",
             num_threads=self._placement.worker_threads,
@@ -249,6 +255,7 @@ class _Spawner:
                 "seed": config.run.seed,
                 "trace": self.trace if self.trace.num_chains > 0 else None,
                 "directory": str(self._slots / f"shard_{index:04d}") if self._slots else None,
+                "num_grants": self._num_grants,
             },
             name=f"shard-{index}",
             num_threads=1,

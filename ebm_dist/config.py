@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt, model_validator
 from ebm_dist import objectives
 from ebm_dist.actors.placement import RuntimeConfig
 from ebm_dist.actors.worker import WorkersConfig
+from ebm_dist.buffer.codec import Codec
 from ebm_dist.buffer.policy import BufferConfig, FlowConfig
 from ebm_dist.checkpoint import CheckpointConfig
 from ebm_dist.config_text import apply_override, read_yaml, validate, write_yaml
@@ -319,6 +320,11 @@ def _check_jarzynski(config: RunConfig) -> Iterator[str]:
             f"buffer.jarzynski: true, but objective.name {config.objective.name} trains without "  # type: ignore[attr-defined]
             "chains; set it to false"
         )
+    if config.buffer.storage != "float32":
+        yield (
+            f"buffer.storage: {config.buffer.storage}, but rounding moves chains by a law that "
+            "Jarzynski weights do not know; set buffer.storage: float32, or buffer.jarzynski: false"
+        )
     if config.sampler.precision != "fp32":
         yield (
             f"sampler.precision: {config.sampler.precision}, but Jarzynski weights add up energies "
@@ -356,6 +362,7 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
         module = energy.build()
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
+    _check_storage(config, spec)
     if objective.needs_labels and spec.num_classes is None:
         raise UserError(
             f"objective.name: {config.objective.name} reads labels, which {config.data.location} "  # type: ignore[attr-defined]
@@ -370,4 +377,19 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
         raise UserError(
             f"energy.name: {energy.name} has no parameters to train; choose a network such as "  # type: ignore[attr-defined]
             "mlp, or set learnable: true where the energy has it"
+        )
+
+
+def _check_storage(config: RunConfig, spec: EventSpec) -> None:
+    try:
+        Codec.of(config.buffer.storage, spec)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if config.buffer.storage != "uint8" or spec.kind != "image":
+        return
+    low, high = getattr(config.sampler, "clamp", None) or (-math.inf, math.inf)
+    if low < -1 or high > 1:
+        raise UserError(
+            "buffer.storage: uint8 holds images of [-1, 1], but sampler.clamp does not keep chains "
+            "there; set sampler.clamp: [-1, 1], or buffer.storage: bfloat16"
         )

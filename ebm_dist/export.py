@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ebm_dist.buffer.codec import as_float32
 from ebm_dist.energies import EnergySection
 from ebm_dist.errors import UserError
 from ebm_dist.export_reader import (
@@ -94,7 +95,7 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
             },
         ),
     }
-    chains = _last_chains(found)
+    chains = _last_chains(found, spec)
     card = model_card.render(
         name=run.run.name,
         about=about,
@@ -128,7 +129,7 @@ def _recorded_spec(found: Any, run: Any) -> EventSpec:
     return describe(run.data)
 
 
-def _last_chains(found: Any) -> Tensor | None:
+def _last_chains(found: Any, spec: EventSpec) -> Tensor | None:
     """Chains of the checkpoint that have been moved, spread over all shards."""
     parts = []
     for name in found.names:
@@ -136,7 +137,7 @@ def _last_chains(found: Any) -> Tensor | None:
             continue
         shard = found.tensors(name)
         moved = shard["version"] >= 0 if "version" in shard else slice(None)
-        parts.append(shard["position"][moved])
+        parts.append(torch.from_numpy(as_float32(shard["position"][moved].numpy(), spec)))
     if not parts or not any(len(part) for part in parts):
         return None
     x = torch.cat(parts)

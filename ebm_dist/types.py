@@ -69,6 +69,25 @@ class Negatives:
 
 
 @dataclass(frozen=True, slots=True)
+class RowGrant:
+    """Rows of a shard's mapped files that a worker may read, and others that it may write.
+
+    `buffer.rows` opens them, and refuses the writing once the shard has taken the grant back.
+    """
+
+    directory: str
+    files: int
+    """Inode of position.bin: a shard that began anew has other files of the same names."""
+    event_shape: tuple[int, ...]
+    dtype: str
+    source: np.ndarray  # (M,), int64, rows of the chains to move
+    target: np.ndarray  # (M,), int64, rows for the moved chains
+    index: int
+    token: int
+    """Of this grant and no other, in shared memory for as long as it holds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """The right to move some chains of one shard, until `deadline`.
 
@@ -86,12 +105,14 @@ class Lease:
     """Seeds the noise of the round: the chains do not depend on who moves them."""
     deadline: float
     """Wall-clock seconds on the shard's own clock."""
-    position: np.ndarray  # (M, *event), float32
+    position: np.ndarray | None
+    """(M, *event), as `buffer.storage` keeps them; None where they are to be read by `grant`."""
     log_weight: np.ndarray  # (M,), float32
     version: np.ndarray  # (M,), int64
     """Version of the weights that moved each chain last; -1 for a new chain."""
     energy: np.ndarray | None = None
     """(M,), float32, under those weights; what Jarzynski weights are carried on from."""
+    grant: RowGrant | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +125,8 @@ class MovedChains:
     slots: np.ndarray  # (M,), int64
     generations: np.ndarray  # (M,), int64
     chain_id: np.ndarray  # (M,), int64, of the lease
-    position: np.ndarray  # (M, *event), float32
+    position: np.ndarray | None
+    """(M, *event), as `buffer.storage` keeps them; None where they are in the rows granted."""
     energy: np.ndarray  # (M,), float32
     log_weight: np.ndarray  # (M,), float32
     version: int
@@ -116,3 +138,5 @@ class MovedChains:
     """(M,), int64: the chain of the lease that each one continues, where it was resampled."""
     stats: dict[str, float] = field(default_factory=dict)
     """Sampler and chain diagnostics of the round, named as in `metrics/names.py`."""
+    token: int | None = None
+    """Of the grant, where the chains are in its rows."""

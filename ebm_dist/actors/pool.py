@@ -60,6 +60,8 @@ class RoundPool:
         self._on_rejected = on_rejected
         self._say = say
         self._num_chains = num_chains
+        # On one machine the workers read and write the shards' own memory.
+        self._by_rows = bool(getattr(backend, "local", False))
         self._depth = depth
         self._hang_s = hang_s
         self._clock = clock
@@ -156,9 +158,11 @@ class RoundPool:
         for index, shard in enumerate(self._shards):
             ids = [lease_id for lease_id, at in leases if at == index]
             if len(ids) == 1:
-                drawn[ids[0]] = shard.call("checkout", ids[0], self._num_chains)
+                drawn[ids[0]] = shard.call("checkout", ids[0], self._num_chains, self._by_rows)
             elif ids:
-                refs = shard.call("checkout_many", ids, self._num_chains, num_returns=len(ids))
+                refs = shard.call(
+                    "checkout_many", ids, self._num_chains, self._by_rows, num_returns=len(ids)
+                )
                 drawn |= zip(ids, refs)
         for lease_id, shard in leases:
             purpose: Purpose = "spare" if lease_id in spare else "negatives"
@@ -196,9 +200,9 @@ class RoundPool:
         if lease is not None:
             pass
         elif round_.ready_id is None:
-            lease = shard.call("checkout", round_.lease_id, self._num_chains)
+            lease = shard.call("checkout", round_.lease_id, self._num_chains, self._by_rows)
         else:
-            lease = shard.call("checkout_ready", round_.lease_id, round_.ready_id)
+            lease = shard.call("checkout_ready", round_.lease_id, round_.ready_id, self._by_rows)
         moved = seat.handle.call(
             "run_round", lease, self.crew.weights, round_.version, round_.num_steps
         )

@@ -6,9 +6,12 @@ import numpy as np
 import torch
 from einops import rearrange
 from pydantic import PositiveInt, model_validator
+from torch import Tensor
 
 from ebm_dist.actors.weighted_round import GAIN, carried, weighted
+from ebm_dist.buffer.codec import Codec, StorageName
 from ebm_dist.buffer.jarzynski import resampling
+from ebm_dist.buffer.rows import open_rows
 from ebm_dist.diagnostics import autocorrelation_time, effective_sample_size, split_rhat
 from ebm_dist.energies import EnergySection
 from ebm_dist.errors import NonFinite
@@ -66,16 +69,20 @@ class Worker:
         *,
         device: str = "cpu",
         resample_threshold: float | None = None,
+        storage: StorageName = "float32",
     ) -> None:
         """
         Args:
             resample_threshold: the chains carry Jarzynski weights, and are resampled where their
                 effective share falls below this; None for chains without weights.
+            storage: what the shards store chains as.
         """
         self._device = torch.device(device)
         self._spec = spec
         self._energy = energy.build().to(self._device).eval().requires_grad_(False)
         self._layout = FlatLayout.of(self._energy)
+        self._codec = Codec.of(storage, spec)
+        self._landing: Tensor | None = None
         self._sampler = sampler
         self._resample_threshold = resample_threshold
         kernel = sampler.build()
@@ -93,12 +100,16 @@ class Worker:
         if lease is None:  # the shard had too few free chains
             return None
         self._use(weights, version)
-        start, log_weight = lease.position, np.asarray(lease.log_weight)
+        start = self._fetch(lease)
+        if start is None:
+            return _void(lease, version, num_steps)
+        log_weight = np.asarray(lease.log_weight)
         negatives = ancestors = None
         if self._resample_threshold is not None:
-            now, log_weight = self._carried(lease)
+            now, log_weight = self._carried(lease, start)
             negatives = {
-                "x": start,
+                # A copy: what `start` lies in is used again in the next round.
+                "x": np.array(start.cpu().numpy()),
                 "energy": now.astype(np.float32),
                 "version": np.full(len(start), version, np.int64),
                 "log_weight": log_weight.astype(np.float32),
@@ -106,18 +117,23 @@ class Worker:
             seed = derive_seed(lease.seed, "resample")
             if (found := resampling(log_weight, self._resample_threshold, seed)) is not None:
                 ancestors, log_weight = found
-                start = start[ancestors]
+                start = start[torch.from_numpy(ancestors).to(self._device)]
         chain = self._run(start, lease.seed, num_steps)
         if (gain := chain.info.pop(GAIN, None)) is not None:
             log_weight = log_weight + num_steps * gain.double().cpu().numpy()
-        position = chain.position.cpu().numpy()
-        energy = chain.energy.float().cpu().numpy()
-        if not (np.isfinite(energy).all() and np.isfinite(position).all()):
+        stored = self._codec.encode(chain.position, self._generator(lease.seed, "rounding"))
+        energy = self._energy_of(chain, stored).float().cpu().numpy()
+        if not (np.isfinite(energy).all() and chain.position.isfinite().all()):
             raise NonFinite(
                 f"chains left the finite numbers under the weights of version {version}; lower "
                 "sampler.step_size, set sampler.clamp and sampler.grad_clip, or raise "
                 "objective.energy_l2"
             )
+        position, token = stored.cpu().numpy(), None
+        if lease.grant is not None:
+            rows = open_rows(lease.grant)
+            written = rows is not None and rows.write(lease.grant, position, lease.chain_id)
+            position, token = None, lease.grant.token if written else None
         return MovedChains(
             lease_id=lease.lease_id,
             shard=lease.shard,
@@ -133,6 +149,7 @@ class Worker:
             negatives=negatives,
             ancestors=ancestors,
             stats=round_stats(chain, start),
+            token=token,
         )
 
     def hold(self, weights: np.ndarray, version: int) -> int:
@@ -144,16 +161,43 @@ class Worker:
         """`num` fresh chains from noise after `num_steps` steps, (num, *event)."""
         self._use(weights, None)
         generator = torch.Generator().manual_seed(seed)
-        start = self._spec.noise(num, generator).numpy()
+        start = self._spec.noise(num, generator)
         return self._run(start, seed + 1, num_steps).position.cpu().numpy()
 
-    def _run(self, start: np.ndarray, seed: int, num_steps: int) -> Chain:
-        generator = torch.Generator(self._device).manual_seed(seed)
-        # A copy: the array of a Ray object is read-only, and shared with others.
-        x = torch.from_numpy(np.array(start, np.float32)).to(self._device)
+    def _fetch(self, lease: Lease) -> Tensor | None:
+        """The chains of a lease, (M, *event) float32 on the device; None if it is void by now.
+
+        Valid until the next call: they land in memory that is kept.
+        """
+        size = (len(lease.slots), *self._spec.shape)
+        if self._landing is None or self._landing.shape != size:
+            empty = torch.from_numpy(np.empty(size, self._codec.dtype))
+            self._landing = empty.pin_memory() if self._device.type == "cuda" else empty
+        if lease.grant is None:
+            assert lease.position is not None
+            np.copyto(self._landing.numpy(), lease.position)
+        else:
+            rows = open_rows(lease.grant)
+            if rows is None or not rows.read(lease.grant, self._landing.numpy(), lease.chain_id):
+                return None
+        return self._codec.decode(self._landing.to(self._device))
+
+    def _energy_of(self, chain: Chain, stored: Tensor) -> Tensor:
+        """The energies (M,) of chains where they are stored, which rounding has moved."""
+        if self._codec.name == "float32" or self._codec.discrete:
+            return chain.energy
+        with torch.no_grad():
+            return self._energy(self._codec.decode(stored))
+
+    def _generator(self, seed: int, *purpose: str) -> torch.Generator:
+        seed = derive_seed(seed, *purpose) if purpose else seed
+        return torch.Generator(self._device).manual_seed(seed)
+
+    def _run(self, start: Tensor, seed: int, num_steps: int) -> Chain:
+        generator = self._generator(seed)
         return run_chain(
             self._kernel,
-            x,
+            start.to(self._device),
             self._energy,
             num_steps,
             generator,
@@ -161,10 +205,9 @@ class Worker:
             channels_last=self._sampler.channels_last,
         )
 
-    def _carried(self, lease: Lease) -> tuple[np.ndarray, np.ndarray]:
-        """The chains' energies and log-weights under the weights in use, before they move."""
+    def _carried(self, lease: Lease, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The energies and log-weights of the chains x under the weights in use, unmoved."""
         assert lease.energy is not None
-        x = torch.from_numpy(np.array(lease.position)).to(self._device)
         log_weight, recorded = (
             torch.from_numpy(np.array(value)) for value in (lease.log_weight, lease.energy)
         )
@@ -173,17 +216,35 @@ class Worker:
 
     def _use(self, weights: np.ndarray, version: int | None) -> None:
         if version is None or version != self._version:
-            self._layout.load_(self._energy, torch.from_numpy(np.array(weights)))
+            self._layout.bind_(self._energy, weights)
             self._version = version
 
 
-def round_stats(chain: Chain, start: np.ndarray) -> dict[str, float]:
+def _void(lease: Lease, version: int, num_steps: int) -> MovedChains:
+    """The answer to a lease whose rows are another's by now: the shard counts it as late."""
+    nothing = np.zeros(len(lease.slots), np.float32)
+    return MovedChains(
+        lease_id=lease.lease_id,
+        shard=lease.shard,
+        shard_epoch=lease.shard_epoch,
+        slots=lease.slots,
+        generations=lease.generations,
+        chain_id=lease.chain_id,
+        position=None,
+        energy=nothing,
+        log_weight=nothing,
+        version=version,
+        num_steps=num_steps,
+    )
+
+
+def round_stats(chain: Chain, start: Tensor) -> dict[str, float]:
     """Diagnostics of a round, by metric name; one transfer from the device."""
     names, values = [], []
     for key, per_chain in chain.info.items():
         names.append(f"sampler/{key}")
         values.append(per_chain.float().mean())
-    moved = rearrange(chain.position.cpu() - torch.from_numpy(np.array(start)), "b ... -> b (...)")
+    moved = rearrange(chain.position - start, "b ... -> b (...)")
     names.append("sampler/displacement")
     values.append(moved.norm(dim=1).mean())
     stats = dict(zip(names, torch.stack([value.cpu() for value in values]).tolist()))

@@ -36,6 +36,15 @@ class BufferConfig(Section):
     data_noise_std: NonNegativeFloat = 0.0
     """Gaussian noise added to a chain that starts from data, in data units."""
 
+    storage: Literal["float32", "bfloat16", "uint8"] = "float32"
+    """What the numbers of a stored chain are kept as: bfloat16 halves the memory, uint8 quarters
+    it. For images within [-1, 1] (uint8: sampler.clamp keeps them there) and discrete events,
+    which lose nothing. Chains move in float32 and are rounded once a round, at random so that the
+    mean is kept. Rounding to the nearest would undo moves smaller than half a quantum (uint8:
+    .004); what random rounding leaves is noise of variance q^2/6, q = 2/255: nothing beside a
+    round of 40 steps of noise_std .01, but .4 of one step of noise_std .005. Count it as
+    temperature."""
+
     jarzynski: bool = False
     """Chains carry Jarzynski log-weights (Carbone et al. 2023), which keep the negative phase exact
     while the weights move, and log Z is estimated all along. For init: noise, reinit_prob 0, and

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-FREE, LEASED, READY = np.uint8(0), np.uint8(1), np.uint8(2)
+from ebm_dist.buffer.draw import FREE, LEASED, READY
+from ebm_dist.buffer.rows import copy_rows
 
 
 class SlotStorage:
     """Chains by slot, committed one slot at a time by exchanging rows.
 
-    A slot names a row; there are `num_spare` rows more than slots. A commit writes the new
-    chain into a spare row and then stores the row's number in `row_of_slot`, which is one
-    aligned 8-byte write: a process killed half-way leaves each slot with its old chain or
-    its new one, never with a mixture. Under a `directory` the arrays are memory-mapped, so
-    the next process finds them as they were; without one they are ordinary memory.
+    A slot names a row; there are spare rows besides. A commit has the new chain in a spare row
+    and then stores the row's number in `row_of_slot`, which is one aligned 8-byte write: a process
+    killed half-way leaves each slot with its old chain or its new one, never with a mixture.
+    Under a `directory` the arrays are memory-mapped, so the next process finds them as they were,
+    and workers of the machine can read and write rows; without one they are ordinary memory.
     """
 
     row_fields = ("position", "energy", "version", "age", "log_weight", "chain_id")
@@ -26,21 +28,37 @@ class SlotStorage:
     def __init__(
         self,
         capacity: int,
-        num_spare: int,
+        max_lease: int,
         event_shape: tuple[int, ...],
         directory: Path | None = None,
+        *,
+        dtype: np.dtype | type = np.float32,
+        num_grants: int = 0,
     ) -> None:
+        """
+        Args:
+            max_lease: chains of a lease; as many rows are always spare.
+            dtype: what positions are stored as.
+            num_grants: leases whose rows can be lent to workers at a time.
+        """
         self.capacity = capacity
-        self.num_spare = num_spare
-        rows = capacity + num_spare
+        self.max_lease = max_lease
+        num_grants = num_grants if directory is not None else 0
+        rows = capacity + max_lease * (1 + num_grants)
         self._directory = directory
-        self._shape = {"capacity": capacity, "num_spare": num_spare, "event": list(event_shape)}
+        self._shape: dict[str, Any] = {
+            "capacity": capacity,
+            "max_lease": max_lease,
+            "num_grants": num_grants,
+            "event": list(event_shape),
+            "dtype": np.dtype(dtype).str,
+        }
         self.attached = directory is not None and self._matches(directory)
         epoch = _next_epoch(directory) if directory is not None else 0
         if directory is not None and not self.attached:
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
-        self.position = self._array("position", (rows, *event_shape), np.float32)
+        self.position = self._array("position", (rows, *event_shape), dtype)
         self.energy = self._array("energy", (rows,), np.float32)
         self.version = self._array("version", (rows,), np.int64)
         self.age = self._array("age", (rows,), np.int64)
@@ -49,11 +67,17 @@ class SlotStorage:
         self.row_of_slot = self._array("row_of_slot", (capacity,), np.int64)
         self.generation = self._array("generation", (capacity,), np.int64)
         self.state = self._array("state", (capacity,), np.uint8)
+        self.tokens = self._array("tokens", (num_grants + 1,), np.int64)
+        self.granted = self._array("granted", (num_grants, max_lease), np.int64)
         self.epoch = self._array("epoch", (1,), np.int64)
         self.epoch[0] = epoch
         if not self.attached:
             self.row_of_slot[:] = np.arange(capacity)
-        self._spare = np.setdiff1d(np.arange(rows), self.row_of_slot)
+        # A stack: the first `_num_spare` entries.
+        self._spare = np.empty(rows - capacity, np.int64)
+        self._spare[:] = np.setdiff1d(np.arange(rows), self.row_of_slot)
+        self._num_spare = len(self._spare)
+        self.free_all()
 
     def begin_init(self) -> None:
         """Mark the arrays as being written: a successor starts them anew."""
@@ -62,26 +86,78 @@ class SlotStorage:
 
     def finish_init(self) -> None:
         """Mark the arrays as whole: a successor takes them over."""
+        self.count_ages()
         if self._directory is not None:
             marker = self._directory / "shape.json"
             temporary = marker.with_suffix(".tmp")
             temporary.write_text(json.dumps(self._shape))
             temporary.replace(marker)
 
+    # --- states, counted as they change: a count over all slots would cost more than a lease -----
+
+    def free_all(self) -> None:
+        self.state[:] = FREE
+        self.num_in = {FREE: self.capacity, LEASED: 0, READY: 0}
+        self.count_ages()
+
+    def turn(self, slots: np.ndarray, before: np.uint8, after: np.uint8) -> None:
+        """Move `slots`, all of state `before`, to state `after`."""
+        self.state[slots] = after
+        self.num_in[before] -= len(slots)
+        self.num_in[after] += len(slots)
+
+    def count_ages(self) -> None:
+        self.total_age = int(self.age[self.row_of_slot].sum())
+
+    # --- rows ------------------------------------------------------------------------------------
+
     def rows(self, slots: np.ndarray) -> np.ndarray:
         return self.row_of_slot[slots]
 
-    def commit(self, slots: np.ndarray, **fields: np.ndarray) -> None:
-        """Give `slots` (M,) new chains; `fields` holds an (M, ...) array for each row field."""
-        for start in range(0, len(slots), self.num_spare):
-            part = slice(start, start + self.num_spare)
-            chunk = slots[part]
-            fresh = self._spare[: len(chunk)]
-            for name in self.row_fields:
-                getattr(self, name)[fresh] = fields[name][part]
-            old = self.row_of_slot[chunk]
-            self.row_of_slot[chunk] = fresh
-            self._spare = np.concatenate([self._spare[len(chunk) :], old])
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        """Copies of the chains in `rows`, as stored."""
+        out = np.empty((len(rows), *self.position.shape[1:]), self.position.dtype)
+        copy_rows(self.position, rows, out)
+        return out
+
+    def adopt(self, slots: np.ndarray, rows: np.ndarray, **fields: Any) -> None:
+        """Give `slots` (M,) the chains whose positions are in `rows`; their old rows are spare.
+
+        Each of `fields` is (M,), or one number for all; `age` is one of them.
+        """
+        old = self.row_of_slot[slots]
+        self.total_age += int(fields["age"].sum() - self.age[old].sum())
+        for name, field in fields.items():
+            getattr(self, name)[rows] = field
+        self.row_of_slot[slots] = rows
+        self.give_back(old)
+
+    def rows_for(self, num: int) -> np.ndarray:
+        """`num` spare rows for a commit by value, at most max_lease: the rest may be lent."""
+        assert num <= self._num_spare, f"a commit of {num} chains, {self._num_spare} rows to spare"
+        return self._pop(num)
+
+    def lend(self, num: int) -> np.ndarray | None:
+        """`num` spare rows, max_lease at most; None where a commit by value would go short."""
+        enough = num <= self.max_lease <= self._num_spare - num
+        return self._pop(num) if enough else None
+
+    def give_back(self, rows: np.ndarray) -> None:
+        self._spare[self._num_spare : self._num_spare + len(rows)] = rows
+        self._num_spare += len(rows)
+
+    def withhold(self, rows: np.ndarray) -> np.ndarray:
+        """Those of `rows` that are spare, which they no longer are."""
+        spare = self._spare[: self._num_spare]
+        kept = spare[~np.isin(spare, rows)]
+        taken = np.intersect1d(spare, rows)
+        self._num_spare = len(kept)
+        self._spare[: len(kept)] = kept
+        return taken
+
+    def _pop(self, num: int) -> np.ndarray:
+        self._num_spare -= num
+        return self._spare[self._num_spare : self._num_spare + num].copy()
 
     def _matches(self, directory: Path) -> bool:
         try:
@@ -89,11 +165,12 @@ class SlotStorage:
         except (OSError, ValueError):
             return False
 
-    def _array(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        if self._directory is None:
+    def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+        if self._directory is None or 0 in shape:
             return np.zeros(shape, dtype)
         path = self._directory / f"{name}.bin"
-        return np.memmap(path, dtype, mode="r+" if self.attached else "w+", shape=shape)
+        # As a plain array: a memmap makes a Python object of each result of its own class.
+        return np.asarray(np.memmap(path, dtype, mode="r+" if self.attached else "w+", shape=shape))
 
 
 def _next_epoch(directory: Path) -> int:

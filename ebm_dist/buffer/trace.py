@@ -52,13 +52,15 @@ class ChainTrace:
         """The slots that are followed, (num_chains,)."""
         return (self._first + np.arange(self._num)) % self._capacity
 
+    def follows(self, slots: np.ndarray) -> np.ndarray:
+        """Which of `slots` (M,) are followed, as their places in it."""
+        return np.flatnonzero((slots - self._first) % self._capacity < self._num)
+
     def record(self, slots: np.ndarray, position: np.ndarray, fresh: np.ndarray) -> None:
-        """The chains of `slots` (M,) are at `position` (M, *event) after a round."""
+        """The chains of `slots` (M,), all followed, are at `position` (M, *event) after a round."""
         row = (slots - self._first) % self._capacity
-        mine = row < self._num
-        row = row[mine]
-        self._counts[row[fresh[mine]]] = 0
-        self._records[self._counts[row] % self._plan.num_records, row] = position[mine]
+        self._counts[row[fresh]] = 0
+        self._records[self._counts[row] % self._plan.num_records, row] = position
         self._counts[row] += 1
         self._recorded += len(row)
 

@@ -198,6 +198,24 @@ def test_sections_that_fit_the_data_pass(path):
     check_event(load(path, discrete), BINARY)
 
 
+def test_chains_are_stored_in_fewer_bits_only_where_those_can_hold_them(path):
+    for storage in ("bfloat16", "uint8"):
+        stored = [f"buffer.storage={storage}"]
+        real = load(path, [*stored, "energy={name: mlp}"])
+        with pytest.raises(UserError, match=r"^buffer\.storage: .*no bounds.*float32"):
+            check_event(real, EventSpec((2,), "real"))
+        discrete = ["energy={name: mlp}", "sampler={name: gibbs_with_gradients}"]
+        check_event(load(path, [*stored, *discrete]), BINARY)
+    check_event(load(path, ["buffer.storage=bfloat16"]), IMAGE)
+    uint8 = "buffer.storage=uint8"
+    for clamp in ([], ["sampler.clamp=[-1.5, 1]"]):
+        with pytest.raises(UserError, match=r"^buffer\.storage: uint8.*sampler\.clamp"):
+            check_event(load(path, [uint8, *clamp]), IMAGE)
+    check_event(load(path, [uint8, "sampler.clamp=[-1, 1]"]), IMAGE)
+    with pytest.raises(UserError, match=r"buffer\.storage: uint8.*Jarzynski"):
+        load(path, [uint8, "buffer.jarzynski=true", "buffer.reinit_prob=0"])
+
+
 def test_a_missing_file_names_the_one_beside_it(path):
     with pytest.raises(UserError, match=r"did you mean .*run\.yaml"):
         load(path.with_name("rum.yaml"))

@@ -95,7 +95,7 @@ def test_resampled_chains_part_before_they_are_seen_and_keep_the_mean_weight() -
 
 
 def test_a_copy_has_the_age_of_the_chain_that_it_continues() -> None:
-    shard = make_shard(capacity=8, config={"jarzynski": True})
+    shard = make_shard(capacity=8, max_lease=8, config={"jarzynski": True})
     first = shard.checkout(1, 4)
     assert first is not None
     shard.checkin(move(first))

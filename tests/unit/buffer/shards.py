@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.buffer.rows import open_rows
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.types import EventSpec, Lease, MovedChains
 
@@ -31,8 +32,17 @@ def make_shard(capacity: int = 24, max_lease: int = 4, **options: Any) -> Shard:
 
 
 def move(lease: Lease, version: int = 1, **changes: Any) -> MovedChains:
-    """What a worker would return: every number of a chain is a function of its noise and slot."""
-    position = np.asarray(lease.position) + 1.0
+    """What a worker would return: every chain has moved by one. By rows, it is written there."""
+    start = chains_of(lease)
+    position = changes.get(
+        "position", np.zeros((len(lease.slots), 1)) if start is None else start + 1
+    )
+    token = None
+    if lease.grant is not None:
+        rows = open_rows(lease.grant)
+        if start is not None and rows is not None:
+            written = rows.write(lease.grant, position, lease.chain_id)
+            token = lease.grant.token if written else None
     fields: dict[str, Any] = {
         "lease_id": lease.lease_id,
         "shard": lease.shard,
@@ -40,13 +50,26 @@ def move(lease: Lease, version: int = 1, **changes: Any) -> MovedChains:
         "slots": lease.slots,
         "generations": lease.generations,
         "chain_id": lease.chain_id,
-        "position": position,
-        "energy": position.sum(1),
+        "position": position if lease.grant is None else None,
+        "energy": position.reshape(len(position), -1).sum(1),
         "log_weight": lease.log_weight,
         "version": version,
         "num_steps": 3,
+        "token": token,
     }
+    if lease.grant is not None:
+        changes.pop("position", None)
     return MovedChains(**(fields | changes))
+
+
+def chains_of(lease: Lease) -> np.ndarray | None:
+    """The chains (M, *event) of a lease, sent or in the rows; None if those are void."""
+    if lease.grant is None:
+        assert lease.position is not None
+        return np.asarray(lease.position)
+    rows = open_rows(lease.grant)
+    out = np.empty((len(lease.slots), *lease.grant.event_shape), lease.grant.dtype)
+    return out if rows is not None and rows.read(lease.grant, out, lease.chain_id) else None
 
 
 def total(shard: Shard) -> int:

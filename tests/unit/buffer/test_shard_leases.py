@@ -21,6 +21,11 @@ def test_a_lease_takes_slots_that_no_other_lease_has():
     assert shard.counts()["leased"] == 24
 
 
+def test_more_chains_than_a_lease_may_have_are_refused():
+    with pytest.raises(ValueError, match=r"5 chains.*4 at a time.*workers\.num_chains"):
+        make_shard().checkout(0, 5)
+
+
 def test_a_shard_with_too_few_free_chains_gives_none_and_keeps_them():
     shard = make_shard(6)
     shard.checkout(0, 4)
@@ -177,14 +182,14 @@ def test_released_negatives_are_free_again():
 
 
 def test_leases_drawn_together_do_not_depend_on_what_comes_back_when():
-    apart, together = make_shard(), make_shard()
+    apart, together = make_shard(12), make_shard(12)
     drawn = together.checkout_many([0, 1, 2], 4)
     first = [apart.checkout(0, 4), apart.checkout(1, 4)]
     third = apart.checkout(2, 4)
     for a, b in zip(drawn, [*first, third]):
         assert a.slots.tolist() == b.slots.tolist()
     # Drawn one by one with a round back in between, the third has other slots to choose from.
-    late = make_shard()
+    late = make_shard(12)
     late.checkout(0, 4)
     late.cancel(0)
     late.checkout(1, 4)

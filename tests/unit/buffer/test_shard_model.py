@@ -10,7 +10,9 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from shards import Clock, chain_ids, make_shard, move, total
+from shards import Clock, chain_ids, chains_of, make_shard, move, total
+
+from ebm_dist.buffer.rows import open_rows
 
 CAPACITY, SIZE = 12, 3
 
@@ -25,6 +27,7 @@ class ShardMachine(RuleBasedStateMachine):
         self.shard = self.make()
         self.next_id = 0
         self.leases: dict = {}  # all ever given out
+        self.superseded: list = []  # given to a worker whose round another one does again
         self.live: dict[int, float] = {}  # lease id -> deadline
         self.ready: dict[int, np.ndarray] = {}
         self.content = self.snapshot()["position"]
@@ -36,6 +39,7 @@ class ShardMachine(RuleBasedStateMachine):
             SIZE,
             clock=self.clock,
             directory=str(self.directory),
+            num_grants=2,
             config={"reinit_prob": 0.3},
         )
 
@@ -50,12 +54,12 @@ class ShardMachine(RuleBasedStateMachine):
             del self.live[lease_id]
             self.expired += 1
 
-    @rule()
-    def checkout(self) -> None:
+    @rule(by_rows=st.booleans())
+    def checkout(self, by_rows) -> None:
         self.expire()
         busy = [self.leases[i].slots for i in self.live] + list(self.ready.values())
         free = CAPACITY - sum(len(slots) for slots in busy)
-        lease = self.shard.checkout(self.next_id, SIZE)
+        lease = self.shard.checkout(self.next_id, SIZE, by_rows)
         assert (lease is None) == (free < SIZE)
         if lease is not None:
             taken = {int(slot) for slots in busy for slot in slots}
@@ -65,16 +69,33 @@ class ShardMachine(RuleBasedStateMachine):
         self.next_id += 1
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def checkout_again(self, data) -> None:
+    @rule(data=st.data(), by_rows=st.booleans())
+    def checkout_again(self, data, by_rows) -> None:
         self.expire()
         if not self.live:
             return
         lease_id = data.draw(st.sampled_from(sorted(self.live)))
-        again = self.shard.checkout(lease_id, SIZE)
+        before = chains_of(self.leases[lease_id])
+        again = self.shard.checkout(lease_id, SIZE, by_rows)
         assert np.array_equal(again.slots, self.leases[lease_id].slots)
-        assert np.array_equal(again.position, self.leases[lease_id].position)
+        assert np.array_equal(chains_of(again), before)
+        self.superseded.append(self.leases[lease_id])
+        self.leases[lease_id] = again
         self.live[lease_id] = self.clock.now + 10.0
+
+    @precondition(lambda self: self.leases or self.superseded)
+    @rule(data=st.data())
+    def late_write(self, data) -> None:
+        """Of anybody who was ever given rows: nothing but rows that are lent to him changes."""
+        lease = data.draw(st.sampled_from([*self.superseded, *self.leases.values()]))
+        self.expire()
+        current = lease is self.leases[lease.lease_id] and lease.lease_id in self.live
+        if lease.grant is None or current:
+            return
+        rows = open_rows(lease.grant)
+        garbage = np.full((SIZE, 3), 777.0, np.float32)
+        self.shard.expire()
+        assert rows is None or not rows.write(lease.grant, garbage, lease.chain_id)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -83,6 +104,7 @@ class ShardMachine(RuleBasedStateMachine):
         self.expire()
         lease_id = data.draw(st.sampled_from(sorted(self.leases)))
         lease = self.leases[lease_id]
+        start = chains_of(lease)
         moved = move(lease, version=lease_id)
         committed = lease_id in self.committed and lease.shard_epoch == self.shard.epoch
         reply = self.shard.checkin(moved)
@@ -91,7 +113,7 @@ class ShardMachine(RuleBasedStateMachine):
             del self.live[lease_id]
             self.committed.add(lease_id)
             self.ready[lease_id] = lease.slots
-            self.content[lease.slots] = moved.position
+            self.content[lease.slots] = start + np.float32(1)
         elif not committed:
             self.late += 1
 
@@ -112,14 +134,14 @@ class ShardMachine(RuleBasedStateMachine):
             assert np.array_equal(negatives["x"], self.content[slots])
 
     @precondition(lambda self: self.ready)
-    @rule(data=st.data())
-    def repair(self, data) -> None:
+    @rule(data=st.data(), by_rows=st.booleans())
+    def repair(self, data, by_rows) -> None:
         self.expire()
         ready_id = data.draw(st.sampled_from(sorted(self.ready)))
-        lease = self.shard.checkout_ready(self.next_id, ready_id)
+        lease = self.shard.checkout_ready(self.next_id, ready_id, by_rows)
         slots = self.ready.pop(ready_id)
         assert np.array_equal(lease.slots, slots)
-        assert np.array_equal(lease.position, self.content[slots])
+        assert np.array_equal(chains_of(lease), self.content[slots])
         self.leases[self.next_id] = lease
         self.live[self.next_id] = self.clock.now + 10.0
         self.next_id += 1
@@ -154,6 +176,9 @@ class ShardMachine(RuleBasedStateMachine):
             return
         assert total(self.shard) == CAPACITY
         counts = self.shard.counts()
+        states = np.bincount(self.shard._slots.state, minlength=3)
+        assert states.tolist() == [counts["free"], counts["leased"], counts["ready"]]
+        assert counts["age_mean"] == self.snapshot()["age"].mean()
         assert counts["ready"] == sum(len(slots) for slots in self.ready.values())
         assert counts["late_checkins"] == self.late
         assert np.array_equal(self.snapshot()["position"], self.content)

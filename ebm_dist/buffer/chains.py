@@ -1,0 +1,234 @@
+"""The chains of one shard, whoever moves them: filled, looked at, saved and restored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ebm_dist.buffer.codec import Codec
+from ebm_dist.buffer.draw import FREE, LEASED, READY
+from ebm_dist.buffer.jarzynski import start_log_weight
+from ebm_dist.buffer.policy import BufferConfig, first_identity
+from ebm_dist.buffer.starts import Starts, StartSource
+from ebm_dist.buffer.storage import SlotStorage
+from ebm_dist.buffer.trace import ChainTrace, TracePlan
+from ebm_dist.seeds import derive_seed
+from ebm_dist.types import EventSpec
+
+_FILL_CHUNK = 4096
+
+
+class ShardChains:
+    """Chains by slot. `shard.Shard` is one whose chains can be leased."""
+
+    def __init__(
+        self,
+        config: BufferConfig,
+        spec: EventSpec,
+        *,
+        index: int,
+        capacity: int,
+        max_lease: int,
+        seed: int,
+        data: StartSource | None = None,
+        directory: str | None = None,
+        num_grants: int = 0,
+        trace: TracePlan | None = None,
+    ) -> None:
+        self.index = index
+        self._config = config
+        self._spec = spec
+        self._seed = seed
+        self._starts = Starts(config, spec, index=index, seed=seed, data=data)
+        self._codec = Codec.of(config.storage, spec)
+        self._counters = {"late_checkins": 0, "expired_leases": 0, "reinitialised": 0}
+        self._whole_cuts: dict[int, np.ndarray] = {}  # generations by slot at those cuts
+        self._trace = ChainTrace(trace, capacity, spec.shape) if trace is not None else None
+        self._restart = np.zeros(capacity, bool)  # slots whose next lease starts afresh
+        self._slots = SlotStorage(
+            capacity,
+            max_lease,
+            spec.shape,
+            Path(directory) if directory else None,
+            dtype=self._codec.dtype,
+            num_grants=num_grants,
+        )
+        if not self._slots.attached:
+            self._fill()
+            self._slots.finish_init()
+
+    @property
+    def capacity(self) -> int:
+        return self._slots.capacity
+
+    @property
+    def epoch(self) -> int:
+        """Counts the lives of this shard; a lease of an earlier one is void."""
+        return int(self._slots.epoch[0])
+
+    @property
+    def attached(self) -> bool:
+        """Whether the chains are those that a process before this one left."""
+        return self._slots.attached
+
+    def _fill(self) -> None:
+        first = first_identity(self._config.capacity, self._config.num_shards, self.index)
+        for start in range(0, self.capacity, _FILL_CHUNK):
+            slots = np.arange(start, min(start + _FILL_CHUNK, self.capacity))
+            x = self._starts.draw(len(slots), "fill", start)
+            self._slots.position[slots] = self._codec.from_numpy(x)
+            if self._config.jarzynski:
+                self._slots.log_weight[slots] = start_log_weight(self._config, self._spec, x)
+            self._slots.chain_id[slots] = first + slots
+            self._slots.version[slots] = -1
+
+    def _positions(self, rows: np.ndarray) -> np.ndarray:
+        """Copies of the chains in `rows`, (M, *event) float32."""
+        return self._codec.to_numpy(self._slots.positions(rows))
+
+    # --- looking in ---------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Whether the chains were taken over, the epoch, and the counts."""
+        return {"attached": self.attached, "epoch": self.epoch, "counts": self.counts()}
+
+    def counts(self) -> dict[str, int | float]:
+        """free, leased, ready, capacity, counters, and the mean age of chains in rounds."""
+        num = self._slots.num_in
+        return {
+            "free": num[FREE],
+            "leased": num[LEASED],
+            "ready": num[READY],
+            "capacity": self.capacity,
+            "age_mean": self._slots.total_age / self.capacity,
+            **self._counters,
+        }
+
+    def identities(self) -> np.ndarray:
+        """The identity of each slot's chain, (capacity,) int64.
+
+        Numbered at the start over all shards of a run, and kept for good: through leases,
+        checkpoints and other numbers of shards, and where a chain starts afresh, which its age
+        tells. So the identities of all shards together are always the same set.
+        """
+        return self._slots.chain_id[self._slots.row_of_slot]
+
+    def distribution(self) -> dict[str, np.ndarray]:
+        """`energy` as recorded when each chain moved last and `age` in rounds, of moved chains."""
+        rows = self._slots.row_of_slot
+        rows = rows[self._slots.version[rows] >= 0]
+        return {"energy": self._slots.energy[rows], "age": self._slots.age[rows]}
+
+    def peek(self, num: int, key: int) -> np.ndarray:
+        """Copies of `num` chains of the older half, chosen by `key`; fewer if fewer exist."""
+        rng = np.random.default_rng(derive_seed(self._seed, "shard", self.index, "peek", key))
+        # A chain's first rounds are its burn-in: what it shows is still where it started.
+        age = self._slots.age[self._slots.row_of_slot]
+        older = np.flatnonzero((age > 0) & (age >= np.median(age)))
+        pool = older if len(older) >= num else np.argsort(-age, kind="stable")[:num]
+        slots = rng.choice(pool, size=min(num, len(pool)), replace=False)
+        return self._positions(self._slots.rows(slots))
+
+    def health(self, reseed: bool = False) -> dict[str, Any] | None:
+        """What the followed chains show, by `ChainTrace.report`; None where nothing is new.
+
+        Args:
+            reseed: where the alarm sounds, start its stuck chains afresh with their next lease;
+                `num_reseeded` says how many.
+        """
+        report = self._trace.report(f"shard {self.index}") if self._trace is not None else None
+        if report is None:
+            return None
+        stuck = report.pop("stuck") if reseed and report["alarm"] is not None else []
+        self._restart[stuck] = True
+        return {**report, "num_reseeded": len(stuck)}
+
+    def weighted(self) -> dict[str, np.ndarray]:
+        """Every chain with what its Jarzynski weight is carried on from, by slot."""
+        rows = self._slots.row_of_slot
+        return {
+            "x": self._positions(rows),
+            "energy": self._slots.energy[rows],
+            "log_weight": self._slots.log_weight[rows],
+        }
+
+    # --- checkpoint ---------------------------------------------------------------------------
+
+    def snapshot(self, slots: np.ndarray | None = None) -> dict[str, Any]:
+        """Every slot at its last committed generation, as arrays by slot, and the cursor.
+
+        Leased chains are there as they were before the lease, ready ones as committed: a
+        restore frees them all, and no chain is lost or doubled. Positions are as stored.
+
+        Args:
+            slots: those alone, all when left out.
+        """
+        which = np.arange(self.capacity) if slots is None else slots
+        rows = self._slots.row_of_slot[which]
+        arrays = {name: getattr(self._slots, name)[rows] for name in SlotStorage.row_fields}
+        return {
+            "arrays": {**arrays, "generation": self._slots.generation[which]},
+            "meta": {
+                "index": self.index,
+                "capacity": self.capacity,
+                "data": self._starts.state(),
+            },
+        }
+
+    def cut(
+        self, number: int, since: int | None = None
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """The snapshot of cut `number`, as its meta and its arrays.
+
+        Where this process remembers cut `since`, as a whole one, and fewer than half of the slots
+        have changed after it, the arrays are of those slots alone, with their numbers as `row`;
+        meta's `since` says so. A slot has changed where its generation has: every commit moves it.
+        A successor of this process remembers nothing, since a kill may fall between the two.
+        """
+        generation = np.array(self._slots.generation)
+        before = None if since is None else self._whole_cuts.get(since)
+        self._whole_cuts = {} if before is None or since is None else {since: before}
+        if before is not None:
+            changed = np.flatnonzero(generation != before)
+            if 2 * len(changed) < self.capacity:
+                part = self.snapshot(changed)
+                return {**part["meta"], "since": since}, {**part["arrays"], "row": changed}
+        self._whole_cuts[number] = generation
+        whole = self.snapshot()
+        return {**whole["meta"], "since": None}, whole["arrays"]
+
+    def restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+        """Take the chains of a snapshot into the first slots; every slot is free after it.
+
+        Slots beyond them keep the fresh chains they were filled with, under the identities
+        from `meta["next_chain"]` on: those of the fill may be among the ones restored. Positions
+        may have been stored as another type of number than `buffer.storage` says today.
+
+        Raises:
+            ValueError: the snapshot holds more chains than slots, or another event shape.
+        """
+        num = len(arrays["generation"])
+        if num > self.capacity or arrays["position"].shape[1:] != self._spec.shape:
+            raise ValueError(
+                f"the snapshot's chains have shape {arrays['position'].shape}, this shard holds "
+                f"{(self.capacity, *self._spec.shape)}; keep data.source, and buffer.capacity at "
+                "least as it was"
+            )
+        # Killed half-way through, the mixture must not pass for a shard.
+        self._slots.begin_init()
+        self._slots.epoch[0] += 1
+        self._whole_cuts.clear()
+        next_chain = int(meta.get("next_chain", arrays["chain_id"].max() + 1))
+        rows = self._slots.row_of_slot
+        for name in SlotStorage.row_fields:
+            array = arrays[name]
+            if name == "position":
+                array = self._codec.converted(array)
+            getattr(self._slots, name)[rows[:num]] = array
+        self._slots.chain_id[rows[num:]] = next_chain + np.arange(self.capacity - num)
+        self._slots.generation[:num] = arrays["generation"]
+        self._slots.free_all()
+        self._starts.load_state(meta.get("data"))
+        self._slots.finish_init()

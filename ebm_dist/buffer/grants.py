@@ -1,0 +1,110 @@
+"""The shard's side of leases by rows: rows lent for writing, and got back behind the fence."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ebm_dist.buffer.rows import lock_path, locked
+from ebm_dist.buffer.storage import SlotStorage
+from ebm_dist.types import RowGrant
+
+
+@dataclass(slots=True)
+class _Limbo:
+    """Rows whose grant is void while somebody may be in the middle of writing them."""
+
+    index: int
+    rows: np.ndarray
+
+
+class GrantBook:
+    """Who may write which spare rows of one shard.
+
+    Rows and grants that run out are no fault: the lease then goes by value.
+    """
+
+    def __init__(self, slots: SlotStorage, directory: Path, num_grants: int) -> None:
+        self._slots = slots
+        self._directory = str(directory)
+        self._files = (directory / "position.bin").stat().st_ino
+        # The last entry counts the tokens given out, so that a successor repeats none. It starts
+        # anywhere: nor are there two alike in files made anew.
+        self._tokens = slots.tokens
+        self._rows = slots.granted
+        self._free = list(range(num_grants))
+        self._limbo: list[_Limbo] = []
+        for index in self._free:
+            Path(lock_path(directory, index)).touch(mode=0o600)
+        if slots.attached:
+            self._fence_predecessor()
+        else:
+            self._tokens[-1] = secrets.randbits(62)
+
+    @property
+    def num_quarantined(self) -> int:
+        """Rows that are out of use until their writer, stopped half-way, goes on or dies."""
+        return sum(len(item.rows) for item in self._limbo)
+
+    def issue(self, source: np.ndarray) -> RowGrant | None:
+        """The right to write as many rows as `source` has; None if there are not as many."""
+        if self._limbo:
+            self._sweep()
+        if not self._free or (target := self._slots.lend(len(source))) is None:
+            return None
+        index = self._free.pop()
+        self._rows[index] = -1
+        self._rows[index, : len(target)] = target
+        token = self._tokens[-1] = self._tokens[-1] + 1
+        self._tokens[index] = token
+        return RowGrant(
+            directory=self._directory,
+            files=self._files,
+            event_shape=self._slots.position.shape[1:],
+            dtype=self._slots.position.dtype.str,
+            source=source,
+            target=target,
+            index=index,
+            token=int(token),
+        )
+
+    def redeem(self, grant: RowGrant) -> bool:
+        """Close the grant, whose rows go to the caller; False if it is still being written."""
+        self._tokens[grant.index] = 0
+        with locked(self._directory, grant.index, wait=False) as held:
+            if held:
+                self._free.append(grant.index)
+            return held
+
+    def revoke(self, grant: RowGrant) -> None:
+        """Close the grant; its rows are spare again as soon as nobody can be writing them."""
+        if self.redeem(grant):
+            self._slots.give_back(grant.target)
+        else:
+            self._limbo.append(_Limbo(grant.index, grant.target))
+
+    def _sweep(self) -> None:
+        still = []
+        for item in self._limbo:
+            with locked(self._directory, item.index, wait=False) as held:
+                if held:
+                    self._free.append(item.index)
+                    self._slots.give_back(item.rows)
+                else:
+                    still.append(item)
+        self._limbo = still
+
+    def _fence_predecessor(self) -> None:
+        """Void the grants of a process that died; its workers may be writing at this moment."""
+        for index in list(self._free):
+            self._tokens[index] = 0
+            with locked(self._directory, index, wait=False) as held:
+                if held:
+                    continue
+            self._free.remove(index)
+            rows = self._rows[index]
+            rows = self._slots.withhold(rows[rows >= 0])
+            self._limbo.append(_Limbo(index, rows))
