@@ -94,7 +94,7 @@ def open_rows(grant: RowGrant) -> MappedRows | None:
 def _mapped(path: Path, dtype: str | type) -> np.ndarray:
     with path.open("r+b") as file:
         # All pages at once, some tens of milliseconds a gigabyte: met one by one, each row's first
-        # visit faults, which for a large shard is every visit and cost a third of a lease.
+        # visit faults, which for a large shard is nearly every visit.
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, flags=flags), dtype)
 
