@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-slow test-gpu lint format types gallery clean help
+.PHONY: train test test-slow test-cluster test-gpu lint format types gallery clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -27,6 +27,9 @@ test: $(STAMP) lint types ## lint, types and every test that needs no GPU and no
 
 test-slow: $(STAMP) ## the tests that take minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+test-cluster: $(STAMP) ## three machines in network namespaces: cut cables, lost nodes (root)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -s tests/distributed/test_cluster_*.py
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu

@@ -65,6 +65,7 @@ def assemble(
         backend,
         spawn.rank,
         num_ranks=config.learner.num_ranks,
+        port=config.learner.port,
         start_timeout_s=config.runtime.start_timeout_s,
         call_timeout_s=config.flow.stall_timeout_s,
     )
@@ -100,6 +101,16 @@ def assemble(
                 backend.get(ref, 10.0)
 
     stack.callback(close_ranks)
+    early: dict[int, Handle] = {}
+
+    def respawn_shard(index: int) -> Handle:
+        """A successor of the shard, and at once those of all that died with its node."""
+        for other, shard in enumerate(shards):
+            if other not in (index, *early) and not backend.alive(shard, 0.0):
+                early[other] = spawn.shard(other)
+        learners.renew_if_dead()
+        return early.pop(index, None) or spawn.shard(index)
+
     watch = None
     if shards and spawn.trace.num_chains > 0:
         watch = ShardWatch(
@@ -118,7 +129,7 @@ def assemble(
         hub=hub,
         evaluator=evaluator,
         respawn_worker=spawn.worker,
-        respawn_shard=spawn.shard,
+        respawn_shard=respawn_shard,
         needs_negatives=spawn.needs_negatives,
         lease_timeout_s=config.buffer.lease_timeout_s,
         start_timeout_s=config.runtime.start_timeout_s,

@@ -48,11 +48,15 @@ ExportDir = Annotated[
 ]
 
 
+STOPPED = 75
+"""Exit code of a training that a signal stopped: sysexits' EX_TEMPFAIL, "try again later"."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv` (sys.argv when None) and return its exit code.
 
-    0 done, 2 the user's input is wrong, 1 the run failed. `EBM_DIST_DEBUG=1` lets
-    exceptions through with their traceback.
+    0 done, 2 the user's input is wrong, 1 the run failed, 75 a signal stopped the training after
+    it had written a checkpoint. `EBM_DIST_DEBUG=1` lets exceptions through with their traceback.
     """
     try:
         code = app(args=None if argv is None else list(argv), standalone_mode=False)
@@ -117,7 +121,9 @@ def _failures_say_how_to_resume(run_dir: Path) -> Iterator[None]:
 
 
 @app.command(
-    epilog="Example: ebm-dist train configs/digits.yaml learner.lr=2e-4 --run-dir runs/digits"
+    epilog="Example: ebm-dist train configs/digits.yaml learner.lr=2e-4 --run-dir runs/digits\n\n"
+    "Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped by Ctrl-C or SIGTERM "
+    "after a checkpoint; the same command goes on."
 )
 def train(
     config: ConfigFile,
@@ -138,7 +144,9 @@ def train(
 
     directory = run_dir or Path(loaded.run.dir) / loaded.run.name
     with _failures_say_how_to_resume(directory):
-        run(loaded, run_dir=directory, resume=resume)
+        result = run(loaded, run_dir=directory, resume=resume)
+    if not result.finished:
+        raise typer.Exit(STOPPED)
 
 
 @app.command(epilog="Example: ebm-dist sample runs/digits/export --num 64 --steps 1000")

@@ -112,11 +112,13 @@ def check_ray_address() -> Finding:
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
         return Finding("ray address", True, "RAY_ADDRESS is not set: runs start a local Ray")
+    from ebm_dist.actors.access import require_token
     from ebm_dist.errors import UserError
     from ebm_dist.preflight import check_address
 
     todo = "start the cluster (ray start --head), correct RAY_ADDRESS, or unset it for a local Ray"
     try:
+        require_token(address)
         check_address(address)
     except UserError as error:
         return Finding("ray address", False, str(error), todo)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import socket
-from urllib.parse import urlsplit
 
+from ebm_dist.actors.access import chosen_address, require_token, split_address
 from ebm_dist.config import RunConfig
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.dataset import open_dataset
@@ -22,10 +21,12 @@ def preflight(config: RunConfig) -> None:
     """Refuse a run whose shards or Ray cluster are not there.
 
     Raises:
-        UserError: a shard is missing, cut short or altered, or nothing answers at the address.
+        UserError: a shard is missing, cut short or altered, nothing answers at the address, or it
+            is one that must not be joined without a token.
     """
     check_shards(config.data)
     if config.runtime.backend == "ray":
+        require_token(config.runtime.address)
         check_address(config.runtime.address)
 
 
@@ -42,20 +43,10 @@ def check_shards(config: DataConfig) -> None:
 
 def check_address(configured: str) -> None:
     """Whether something answers where Ray is said to be; Ray itself would retry for minutes."""
-    set_outside = os.environ.get("RAY_ADDRESS")
-    address = set_outside or configured
+    address, key = chosen_address(configured)
     if address in ("local", "auto"):
         return
-    key = "RAY_ADDRESS" if set_outside else "runtime.address"
-    try:
-        url = urlsplit(address if "://" in address else f"gcs://{address}")
-        host, port = url.hostname, url.port or (10001 if url.scheme == "ray" else 6379)
-    except ValueError:
-        host, port = None, 0
-    if not host:
-        raise UserError(
-            f"{key}: expected local, auto, HOST:PORT or ray://HOST:PORT, got {address!r}"
-        )
+    host, port = split_address(address, key)
     try:
         socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:

@@ -6,6 +6,7 @@
 # table; the manifests repeat the numbers and a test holds them together.
 EBM_PORT_GCS=6379
 EBM_PORT_DASHBOARD=8265
+EBM_PORT_LEARNERS=6384
 EBM_RAY_PORTS=(
   --node-manager-port=6380
   --object-manager-port=6381
@@ -17,10 +18,15 @@ EBM_RAY_PORTS=(
   --max-worker-port=10999
 )
 
-# A cut cable is noticed after 11 s instead of 63 s. Every node needs the same three values.
+# A node that falls silent is given up after about 37 s; Ray's own values take 63 s. Shorter would end
+# a node whose cable was out for 20 s: TCP doubles its pauses, so that one speaks again only after up
+# to 26 s, and a node once given up does not come back. The last value is how long a server keeps a
+# silent connection: by Ray's 20 s it would forget a client that still waits for its answer. Every
+# node and driver needs the same four values.
 export RAY_health_check_period_ms=1000
 export RAY_health_check_timeout_ms=1000
-export RAY_health_check_failure_threshold=4
+export RAY_health_check_failure_threshold=18
+export RAY_grpc_keepalive_timeout_ms=60000
 export RAY_USAGE_STATS_ENABLED=0
 # Ray kills a stopped job after 3 s by default; a checkpoint may take longer.
 export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-120}"

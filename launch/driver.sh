@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Run a training command so that drain.sh can ask it to stop, and a scheduler can tell
-# "stopped early" from "done".
+# Run a training command so that drain.sh can ask it to stop.
 #
 #   launch/driver.sh COMMAND [ARGUMENT...]
 #
-# Exits as the command does; 75 (try again) where drain.sh asked for the stop and the command, having
-# written its checkpoint, ended well. EBM_DIST_DRIVERS is where drivers of this machine are listed.
+# Exits as the command does: `ebm-dist train` with 75 (try again) where it was asked to stop and has
+# written its checkpoint. EBM_DIST_DRIVERS is where drivers of this machine are listed.
 set -uo pipefail
 
 if (($# == 0)); then
@@ -29,7 +28,4 @@ while kill -0 "$child" 2>/dev/null; do
   code=0
   wait "$child" || code=$?
 done
-if ((code == 0)) && [[ -e $mine/draining ]]; then
-  code=75
-fi
 exit "$code"

@@ -8,11 +8,13 @@ to actor and never through the controller.
 from __future__ import annotations
 
 import contextlib
+import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ebm_dist.errors import RunFailed
+from ebm_dist.errors import RunFailed, UserError
 
 Ref = Any
 """A result that may not be there yet: an `InlineResult`, or Ray's ObjectRef."""
@@ -83,8 +85,12 @@ class Backend(Protocol):
         """The value; raises what the call raised, PartDied, or TimeoutError."""
         ...
 
-    def rendezvous(self, handle: Handle) -> Ref:
-        """Reference of (host, free port) of the machine that `handle` runs on."""
+    def rendezvous(self, handle: Handle, port: int | None = None) -> Ref:
+        """Reference of (host, port) of the machine that `handle` runs on.
+
+        Args:
+            port: to be free there, or a UserError names learner.port; any free one when left out.
+        """
         ...
 
     def await_started(self, handles: Sequence[Any]) -> None:
@@ -95,7 +101,10 @@ class Backend(Protocol):
         """The cluster's nodes; none where there is one machine or Ray does not tell."""
         ...
 
-    def alive(self, handle: Handle, timeout: float = 5.0) -> bool: ...
+    def alive(self, handle: Handle, timeout: float = 0.5) -> bool:
+        """False when the part is known to be gone; one that is busy for `timeout` s is not."""
+        ...
+
     def kill(self, handle: Handle) -> None: ...
     def close(self) -> None: ...
 
@@ -122,13 +131,28 @@ def tune_process(num_threads: int | None) -> None:
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-def free_port(host: str) -> int:
-    """A TCP port that nobody listens on at the moment."""
-    import socket
+def meeting_point(host: str, port: int | None, *, patience_s: float = 15.0) -> tuple[str, int]:
+    """(host, `port`), or with a port that nobody listens on at the moment.
 
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    Raises:
+        UserError: `port` was taken for `patience_s` seconds. The process of a predecessor may
+            hold it a moment longer than Ray says.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            with socket.socket() as probe:
+                # As the rendezvous itself does: connections of a predecessor may linger.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port or 0))
+                return host, probe.getsockname()[1]
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"learner.port: {port} cannot be had on {host} ({error.strerror}); choose "
+                    "another, or leave it out for a free one"
+                ) from None
+            time.sleep(0.2)
 
 
 @dataclass(slots=True, eq=False)
@@ -207,13 +231,13 @@ class InlineBackend:
     def nodes(self) -> list[Node]:
         return []
 
-    def rendezvous(self, handle: Handle) -> InlineResult:
-        return InlineResult(("127.0.0.1", free_port("127.0.0.1")))
+    def rendezvous(self, handle: Handle, port: int | None = None) -> InlineResult:
+        return InlineResult(meeting_point("127.0.0.1", port))
 
     def await_started(self, handles: Sequence[Any]) -> None:
         """They have: `spawn` runs the constructor."""
 
-    def alive(self, handle: Handle, timeout: float = 5.0) -> bool:
+    def alive(self, handle: Handle, timeout: float = 0.5) -> bool:
         return True
 
     def kill(self, handle: Handle) -> None:

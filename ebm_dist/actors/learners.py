@@ -22,6 +22,7 @@ class LearnerGroup:
         spawn: Callable[[int], Handle],
         *,
         num_ranks: int,
+        port: int | None,
         start_timeout_s: float,
         call_timeout_s: float,
     ) -> None:
@@ -31,32 +32,55 @@ class LearnerGroup:
         self._backend = backend
         self._spawn = spawn
         self._num_ranks = num_ranks
+        # A single rank meets nobody, and must not fail for a port that it does not need.
+        self._port = port if num_ranks > 1 else None
+        self._renewed: list[str] | None = None
         self._start_timeout_s = start_timeout_s
         self._call_timeout_s = call_timeout_s
         self.ranks = [spawn(rank) for rank in range(num_ranks)]
 
     def meet(self, wait: Wait) -> None:
         """Form the process group and build the engines."""
-        where = self._backend.rendezvous(self.ranks[0])
+        where = self._backend.rendezvous(self.ranks[0], self._port)
         wait([where], self._start_timeout_s)
         meeting = self._backend.get(where, self._start_timeout_s)
         refs = [rank.call("start", meeting) for rank in self.ranks]
         wait(refs, self._start_timeout_s)
         self._results(refs)
 
+    def renew_if_dead(self) -> None:
+        """Start successors of all ranks if one is dead, for a `rebuild` to find them under way.
+
+        A lost node takes more than one part with it, and each takes seconds to start. Until then
+        every other call raises PartDied.
+        """
+        if self._renewed is None and (dead := self.dead()):
+            self._replace()
+            self._renewed = dead
+
     def rebuild(self, wait: Wait) -> None:
         """Replace every rank; the new ones hold initial weights until `load`."""
         self.restarts += 1
+        if self._renewed is None:
+            self._replace()
+        self._renewed, self.broken = None, False
+        self.meet(wait)
+
+    def _replace(self) -> None:
         for rank in self.ranks:
             self._backend.kill(rank)
         self.ranks = [self._spawn(rank) for rank in range(self._num_ranks)]
-        self.broken = False
-        self.meet(wait)
+
+    def _check_met(self) -> None:
+        """Raises PartDied where the ranks are successors that have not met yet."""
+        if self._renewed is not None:
+            raise PartDied("its process is gone")
 
     def load(
         self, learner: Any, ema: Any, cursors: Sequence[Any], wait: Wait, *, attempt: int = 0
     ) -> None:
         """Continue from a checkpoint of any number of ranks, with the noise of `attempt`."""
+        self._check_met()
         refs = [
             rank.call("load", learner, ema, cursors[i if i < len(cursors) else 0], attempt)
             for i, rank in enumerate(self.ranks)
@@ -86,6 +110,7 @@ class LearnerGroup:
         Returns:
             References of metrics, flat weights and averaged weights (or None), for each rank.
         """
+        self._check_met()
         per_rank = num_negatives // self._num_ranks
         replies = []
         for index, rank in enumerate(self.ranks):
@@ -108,6 +133,7 @@ class LearnerGroup:
 
     def weights(self, wait: Wait) -> Ref:
         """A reference of the flat weights as they are."""
+        self._check_met()
         refs = [rank.call("weights") for rank in self.ranks]
         wait(refs, self._call_timeout_s)
         self._results(refs[1:])
@@ -118,6 +144,7 @@ class LearnerGroup:
 
         As of now: ranks take their calls in order, so an update started later is not in it.
         """
+        self._check_met()
         return [rank.call("state") for rank in self.ranks]
 
     def result(self, ref: Ref) -> Any:
@@ -148,7 +175,9 @@ class LearnerGroup:
 
     def dead(self) -> list[str]:
         """Names of the ranks whose process is gone."""
-        return [rank.name for rank in self.ranks if not self._backend.alive(rank)]
+        if self._renewed is not None:
+            return self._renewed
+        return [rank.name for rank in self.ranks if not self._backend.alive(rank, 0.0)]
 
     def _results(self, refs: Sequence[Ref]) -> list[Any]:
         return [self.result(ref) for ref in refs]

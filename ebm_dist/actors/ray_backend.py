@@ -8,13 +8,24 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ebm_dist.actors.handles import Handle, Node, PartDied, Ref, first_line, free_port, tune_process
+from ebm_dist.actors.access import chosen_address, require_token
+from ebm_dist.actors.handles import (
+    Handle,
+    Node,
+    PartDied,
+    Ref,
+    first_line,
+    meeting_point,
+    tune_process,
+)
 from ebm_dist.errors import RunFailed, UserError
 
 log = logging.getLogger("ebm_dist")
+
+UNREACHABLE_S = 90.0
+"""Longer than Ray takes to give a node up: 63 s by its own settings, 37 s by those of launch."""
 
 
 class _Host:
@@ -27,21 +38,22 @@ class _Host:
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._part, method)(*args)
 
-    def ready(self) -> int:
-        return os.getpid()
-
-    def rendezvous(self, loopback: bool) -> tuple[str, int]:
+    def ready(self) -> tuple[int, str]:
+        """Where the part lives: its process, and the address of its node."""
         import ray
 
-        host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
-        return host, free_port(host)
+        return os.getpid(), ray.util.get_node_ip_address()
+
+    def rendezvous(self, loopback: bool, port: int | None) -> tuple[str, int]:
+        import ray
+
+        return meeting_point("127.0.0.1" if loopback else ray.util.get_node_ip_address(), port)
 
 
 @dataclass(slots=True)
 class RayHandle:
     name: str
     actor: Any
-    pid: int | None = None
     node: str | None = None
 
     def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
@@ -68,15 +80,16 @@ class RayBackend:
         # Workers of Ray inherit this; a hundred lines of DeepSpeed and Ray advice would
         # bury the one line that matters.
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
-        address = os.environ.get("RAY_ADDRESS") or address
+        # As launch/common.sh has it: by Ray's 20 s this process would drop, while a cable is out,
+        # the connections on which others wait for its answers, and they would wait for ever.
+        os.environ.setdefault("RAY_grpc_keepalive_timeout_ms", "60000")
+        require_token(address)
+        address, _ = chosen_address(address)
         self.local = address == "local"
         if self.local:
             # Loopback only: a Ray that others can reach runs anybody's code. Asked for 127.0.0.1,
             # Ray takes the machine's outer address all the same; as on a laptop it does not.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        elif (Path.home() / ".ray" / "auth_token").exists() or "RAY_AUTH_TOKEN" in os.environ:
-            # `ray start --head` asks for the token; a driver that joins must be told to show it.
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
         import ray
         from ray import exceptions
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -184,8 +197,8 @@ class RayBackend:
                 continue
             self._starting.remove((handle, ref))
             with contextlib.suppress(self._errors.RayError):  # whoever calls it will see
-                handle.pid = self._ray.get(ref)
-                log.info("%s runs as process %d", handle.name, handle.pid)
+                pid, node = self._ray.get(ref, timeout=30.0)
+                log.info("%s runs as process %d on %s", handle.name, pid, node)
 
     def _on(self, node: str) -> Any:
         # A soft affinity has been seen to miss a node that had room.
@@ -223,9 +236,9 @@ class RayBackend:
                 ) from None
         self._note_started()
 
-    def rendezvous(self, handle: Handle) -> Ref:
+    def rendezvous(self, handle: Handle, port: int | None = None) -> Ref:
         assert isinstance(handle, RayHandle)
-        return handle.actor.rendezvous.remote(self.local)
+        return handle.actor.rendezvous.remote(self.local, port)
 
     def put(self, value: Any) -> Ref:
         return self._ray.put(value)
@@ -261,16 +274,41 @@ class RayBackend:
                 raise cause from None
             raise PartDied(first_line(error)) from None
 
-    def alive(self, handle: Handle, timeout: float = 5.0) -> bool:
-        """False when Ray knows that the actor is dead; a busy actor counts as alive."""
+    def alive(self, handle: Handle, timeout: float = 0.5) -> bool:
+        """False when Ray knows that the actor is dead; a busy actor counts as alive.
+
+        Of an actor that cannot be reached Ray knows only when it has given up its node: until then
+        this waits, as a shard that was taken for dead would lose its latest chains for nothing.
+
+        Args:
+            timeout: seconds for the actor to answer; 0 asks Ray alone.
+        """
         assert isinstance(handle, RayHandle)
+        deadline = time.monotonic() + UNREACHABLE_S
+        while not self._known_dead(handle):
+            if timeout <= 0:
+                return True
+            try:
+                self._ray.get(handle.actor.ready.remote(), timeout=timeout)
+            except self._errors.GetTimeoutError:
+                return True
+            except self._errors.ActorUnavailableError:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.2)
+            except self._errors.RayError:
+                return False
+            else:
+                return True
+        return False
+
+    def _known_dead(self, handle: RayHandle) -> bool:
+        """What Ray's control store says, which does not wait for a busy actor."""
         try:
-            self._ray.get(handle.actor.ready.remote(), timeout=timeout)
-        except self._errors.GetTimeoutError:
-            return True
-        except self._errors.RayError:
+            known = self._ray._private.state.actors(actor_id=handle.actor._actor_id.hex())
+        except Exception:  # through Ray Client it is out of reach
             return False
-        return True
+        return known.get("State") == "DEAD"
 
     def kill(self, handle: Handle) -> None:
         """End the part's process, if it has not ended yet."""

@@ -90,6 +90,10 @@ class LearnerConfig(Section):
     rollback_lr_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """What each going back multiplies the learning rate by, for the rest of the run."""
 
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """TCP port on the node of rank 0 where the ranks meet, for a firewall between the nodes; a free
+    one when left out. Their collectives then use ephemeral ports."""
+
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further DeepSpeed options, merged into those that this section decides."""
 

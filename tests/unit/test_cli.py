@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -257,6 +259,32 @@ def test_an_interrupt_that_no_command_handles_ends_quietly(monkeypatch, tmp_path
     monkeypatch.setattr(ebm_dist.run, "train", raises(KeyboardInterrupt()))
     assert main(["train", str(tmp_path / "c.yaml")]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_run_that_a_signal_stopped_exits_with_75_once_its_checkpoint_is_written(tmp_path):
+    from ebm_dist import checkpoint
+
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(SMALL))
+    command = [sys.executable, "-m", "ebm_dist", "train", str(tmp_path / "c.yaml")]
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command, "run.steps=1000000", "--run-dir", str(run_dir)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    rows = run_dir / "metrics.jsonl"
+    while process.poll() is None and not (rows.exists() and rows.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert errors == ""
+    found = checkpoint.latest(run_dir)
+    assert found is not None
+    assert found.step > 0
 
 
 def test_debug_mode_lets_the_exception_through(monkeypatch, tmp_path):

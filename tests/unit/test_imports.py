@@ -43,6 +43,10 @@ DOORS = {
     "wandb_workspaces": {"report/dashboard.py"},
 }
 
+# Readers that run what they find. Ray's own messages are pickles too; its token guards them.
+UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+UNPICKLING_CALLS = {"torch.load", "np.load", "numpy.load", "yaml.unsafe_load", "yaml.full_load"}
+
 # What runs in a notebook, or on a GPU machine with nothing else installed.
 LIGHT = {"energies", "samplers", "objectives", "diagnostics"}
 LIGHT_MAY = {"torch", "numpy", "einops", "pydantic", "ebm_dist"}
@@ -113,3 +117,11 @@ def test_each_heavy_package_is_imported_through_its_door(path: Path):
 def test_the_mathematics_needs_torch_einops_and_pydantic_alone(path: Path):
     allowed = LIGHT_MAY | set(sys.stdlib_module_names)
     assert {name.split(".")[0] for name in imports(path)} <= allowed
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_unpickles(path: Path):
+    assert not UNPICKLERS & {name.split(".")[0] for name in imports(path)}
+    tree = ast.parse(path.read_text())
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not UNPICKLING_CALLS & calls

@@ -27,7 +27,8 @@ PAGE_FILES = sorted(PAGES.glob("*.md"))
 HEALTH_CHECKS = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "4",
+    "RAY_health_check_failure_threshold": "18",
+    "RAY_grpc_keepalive_timeout_ms": "60000",
 }
 
 

@@ -114,3 +114,9 @@ def test_passed_options_reach_deepspeed_beside_the_decided_ones():
 def test_buckets_are_no_larger_than_the_weights_need():
     options = deepspeed_options(LearnerConfig(), zero_stage=1, world_size=2, num_parameters=5000)
     assert 5000 <= options["zero_optimization"]["reduce_bucket_size"] <= 6144
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, "x"])
+def test_a_port_that_cannot_be_is_refused(port: Any):
+    with pytest.raises(ValidationError, match="port"):
+        LearnerConfig(port=port)

@@ -1,0 +1,126 @@
+"""What launch/ starts, on real machines of the bed: a SLURM job over two nodes, a submitted job.
+
+SLURM itself is a stand-in: `srun` hands its command to every node, `scontrol` notes the requeue.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster_bed import ROOT, Bed, bed, not_permitted
+from graph_runs import TINY, newest_step, rows, wait_for
+
+from ebm_dist.config import dump, load
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(not_permitted()), reason=str(not_permitted())),
+]
+
+OVERRIDES = ("runtime.backend=ray", "flow.mode=async", "learner.num_ranks=2", "checkpoint.every=5")
+
+# Options go; the command is kept for the other node, with its environment, and run here.
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+env -0 >"$HOME/job.env.part"
+printf '%s\\0' "$@" >"$HOME/job.command.part"
+mv "$HOME/job.env.part" "$HOME/job.env" && mv "$HOME/job.command.part" "$HOME/job.command"
+exec "$@"
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "$*" >>"$HOME/scontrol.calls"
+"""
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Bed]:
+    with bed(tmp_path / "bed", num_nodes=2) as made:
+        (made.directory / "tiny.yaml").write_text(dump(load(TINY)))
+        yield made
+
+
+def slurm_job(machines: Bed, job: int, *overrides: str, stop_at: int | None = None) -> int:
+    """Run train.sbatch as SLURM would, on both nodes; returns its exit code.
+
+    Args:
+        stop_at: send SIGUSR1, as before the time limit, once this update is checkpointed.
+    """
+    home = machines.directory / f"home-{job}"
+    (home / "bin").mkdir(parents=True)
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (home / "bin" / name).write_text(text)
+        (home / "bin" / name).chmod(0o755)
+    run_dir, log = machines.directory / "run", machines.directory / f"slurm-{job}.out"
+    slurm = {
+        "HOME": str(home),
+        "PATH": f"{home / 'bin'}:{machines.environment['PATH']}",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": str(job),
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_ON_NODE": "2",
+        "SLURM_JOB_NODELIST": "head,node-1",
+        # The bed's own token is not the job's.
+        "EBM_DIST_INTERFACE": "eth0",
+        "RAY_AUTH_TOKEN_PATH": "",
+    }
+    command = ["bash", "launch/slurm/train.sbatch", str(machines.directory / "tiny.yaml")]
+    arguments = [*OVERRIDES, *overrides, "--run-dir", str(run_dir)]
+    head, other = machines.nodes
+    batch = machines.start(head, [*command, *arguments], log, **slurm)
+    wait_for(lambda: (home / "job.command").exists() or batch.poll() is not None, 30, "srun")
+    assert batch.poll() is None, log.read_text()
+    handed = (home / "job.command").read_text().split("\0")[:-1]
+    variables = (home / "job.env").read_text().split("\0")[:-1]
+    machines.start(other, handed, log, **dict(item.split("=", 1) for item in variables))
+    if stop_at is not None:
+        wait_for(
+            lambda: newest_step(run_dir) >= stop_at or batch.poll() is not None,
+            240,
+            f"update {stop_at}",
+        )
+        assert batch.poll() is None, log.read_text()
+        machines.signal(batch, signal.SIGUSR1)
+    code = batch.wait(240)
+    print(log.read_text()[-3000:])
+    assert not (home / ".ray" / f"ebm_dist-{job}").exists(), "the job's token goes with the job"
+    return code
+
+
+def test_a_slurm_job_trains_on_two_nodes_stops_in_time_and_goes_on(machines: Bed) -> None:
+    assert slurm_job(machines, 1, "run.steps=100000", stop_at=10) == 75
+    assert "requeue 1" in (machines.directory / "home-1" / "scontrol.calls").read_text()
+    run_dir = machines.directory / "run"
+    log = (run_dir / "run.log").read_text()
+    assert "on 10.77.0.1" in log
+    assert "on 10.77.0.2" in log
+    stopped = newest_step(run_dir)
+    assert slurm_job(machines, 2, f"run.steps={stopped + 10}") == 0
+    assert (run_dir / "export" / "model.safetensors").exists()
+    steps = [row["step"] for row in rows(run_dir) if "flow/lag_max" in row]
+    assert steps == list(range(1, stopped + 11))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("aiohttp") is None, reason="needs ray[default], for its dashboard"
+)
+def test_a_submitted_job_trains_on_two_nodes(machines: Bed) -> None:
+    for node in machines.nodes:
+        options = ["--include-dashboard=true"] if node is machines.nodes[0] else []
+        machines.start_ray(node, 2, *options)
+    run_dir = machines.directory / "run"
+    config = str(machines.directory / "tiny.yaml")
+    done = machines.run(
+        machines.nodes[0],
+        ["launch/submit.sh", "--run-dir", str(run_dir), config, *OVERRIDES, "run.steps=20"],
+        timeout=300,
+        HOME=os.environ["HOME"],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert machines.token not in done.stdout + done.stderr
+    assert (run_dir / "export" / "model.safetensors").exists()

@@ -1,0 +1,102 @@
+"""The ranks are replaced together: early where a node took one along, and never used half-way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from ebm_dist.actors.handles import PartDied
+from ebm_dist.actors.learners import LearnerGroup
+
+
+class FakeRank:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.alive = True
+        self.calls: list[str] = []
+
+    def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
+        self.calls.append(method)
+        return method if num_returns == 1 else [method] * num_returns
+
+
+class FakeBackend:
+    def __init__(self) -> None:
+        self.killed: list[FakeRank] = []
+        self.asked_for_port: list[int | None] = []
+
+    def rendezvous(self, handle: FakeRank, port: int | None = None) -> tuple[str, int]:
+        self.asked_for_port.append(port)
+        return "127.0.0.1", port or 1
+
+    def get(self, ref: Any, timeout: float) -> Any:
+        return ref
+
+    def alive(self, handle: FakeRank, timeout: float = 0.5) -> bool:
+        return handle.alive
+
+    def kill(self, handle: FakeRank) -> None:
+        handle.alive = False
+        self.killed.append(handle)
+
+
+def wait(refs: Sequence[Any], timeout: float) -> None:
+    """Everything here is done at once."""
+
+
+def make(num_ranks: int, port: int | None = None) -> tuple[LearnerGroup, FakeBackend]:
+    backend = FakeBackend()
+    group = LearnerGroup(
+        backend,  # type: ignore[arg-type]
+        lambda rank: FakeRank(f"learner-{rank}"),
+        num_ranks=num_ranks,
+        port=port,
+        start_timeout_s=1.0,
+        call_timeout_s=1.0,
+    )
+    group.meet(wait)
+    return group, backend
+
+
+def test_successors_started_early_are_the_ones_that_meet() -> None:
+    group, backend = make(2)
+    group.renew_if_dead()
+    assert not backend.killed, "nobody had died"
+    before = list(group.ranks)
+    before[1].alive = False
+    group.renew_if_dead()
+    early = list(group.ranks)
+    group.renew_if_dead()
+    assert group.ranks == early, "they are started once"
+    assert backend.killed == before, "the others stood in a collective with the dead one"
+    assert group.lost()
+    assert group.dead() == ["learner-1"]
+    group.rebuild(wait)
+    assert group.ranks == early
+    assert [rank.calls for rank in early] == [["start"], ["start"]]
+    assert (group.restarts, group.lost()) == (1, False)
+
+
+def test_successors_that_have_not_met_are_given_no_work() -> None:
+    group, _ = make(2)
+    group.ranks[0].alive = False
+    group.renew_if_dead()
+    for call in (
+        lambda: group.update(1, 0.1, 4, None),
+        lambda: group.weights(wait),
+        lambda: group.state(),
+        lambda: group.load({}, None, [None], wait),
+    ):
+        with pytest.raises(PartDied):
+            call()
+    assert all(not rank.calls for rank in group.ranks)
+    group.rebuild(wait)
+    group.state()
+    assert [rank.calls for rank in group.ranks] == [["start", "state"]] * 2
+
+
+@pytest.mark.parametrize(("num_ranks", "asked"), [(1, None), (2, 6384)])
+def test_the_pinned_port_is_for_ranks_that_meet(num_ranks: int, asked: int | None) -> None:
+    assert make(num_ranks, port=6384)[1].asked_for_port == [asked]
