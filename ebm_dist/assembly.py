@@ -218,6 +218,7 @@ class _Spawner:
                 "sampler": config.sampler,
                 "spec": self._spec,
                 "device": self._placement.device,
+                "steady": config.flow.mode == "sync",
                 "resample_threshold": (
                     config.buffer.resample_threshold if config.buffer.jarzynski else None
                 ),

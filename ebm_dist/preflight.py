@@ -10,6 +10,7 @@ from ebm_dist.data.config import DataConfig
 from ebm_dist.data.dataset import open_dataset
 from ebm_dist.data.shards import check_shard
 from ebm_dist.errors import UserError
+from ebm_dist.samplers.compiler import missing
 
 MAX_CHECKSUM_BYTES = 256 * 2**20
 """Shards up to this total are read through before the start, in about a second; the readers
@@ -18,13 +19,15 @@ CONNECT_TIMEOUT_S = 5.0
 
 
 def preflight(config: RunConfig) -> None:
-    """Refuse a run whose shards or Ray cluster are not there.
+    """Refuse a run whose shards, Ray cluster or compiler are not there.
 
     Raises:
-        UserError: a shard is missing, cut short or altered, nothing answers at the address, or it
-            is one that must not be joined without a token.
+        UserError: a shard is missing, cut short or altered, nothing answers at the address, it is
+            one that must not be joined without a token, or deterministic chains are to be
+            compiled without a compiler.
     """
     check_shards(config.data)
+    check_compiler(config)
     if config.runtime.backend == "ray":
         require_token(config.runtime.address)
         check_address(config.runtime.address)
@@ -39,6 +42,17 @@ def check_shards(config: DataConfig) -> None:
     if config.verify and sum(s.path.stat().st_size for s in shards) <= MAX_CHECKSUM_BYTES:
         for shard in shards:
             check_shard(shard, checksum=True)
+
+
+def check_compiler(config: RunConfig) -> None:
+    """Of this machine; a worker on another one checks its own, with the same message."""
+    if config.sampler.engine != "compiled" or config.flow.mode != "sync":
+        return  # else rounds fall back to single steps
+    if (why := missing()) is not None:
+        raise UserError(
+            "sampler.engine: compiled, with flow.mode: sync, needs a compiler on every machine, "
+            f"but {why}; or set sampler.engine: eager"
+        )
 
 
 def check_address(configured: str) -> None:

@@ -140,3 +140,5 @@ class MovedChains:
     """Sampler and chain diagnostics of the round, named as in `metrics/names.py`."""
     token: int | None = None
     """Of the grant, where the chains are in its rows."""
+    notes: tuple[str, ...] = ()
+    """What the worker has to say since its last round, for the log of the run."""

@@ -68,6 +68,7 @@ class RoundPool:
         self._rounds: OrderedDict[Ref, Round] = OrderedDict()  # in the order of `started`
         self._waiting: deque[Round] = deque()
         self._delayed: list[tuple[float, Round]] = []
+        self._noted: set[str] = set()
         self._shard_failures = [0] * len(self._shards)
         self._idle_before = (0.0, 0.0)
         self.crew = Crew(
@@ -262,6 +263,10 @@ class RoundPool:
             return
         self.crew.release_if_done(seat)
         self.counts[round_.shard] = reply["counts"]
+        for note in reply.get("notes", ()):
+            if note not in self._noted:  # every worker of a pool chooses alike
+                self._noted.add(note)
+                self._say(note)
         if reply["accepted"]:
             seat.failures = 0
             self._shard_failures[round_.shard] = 0

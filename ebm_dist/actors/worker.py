@@ -15,7 +15,7 @@ from ebm_dist.buffer.rows import open_rows
 from ebm_dist.diagnostics import autocorrelation_time, effective_sample_size, split_rhat
 from ebm_dist.energies import EnergySection
 from ebm_dist.errors import NonFinite
-from ebm_dist.samplers import Chain, KernelSection, run_chain
+from ebm_dist.samplers import Chain, Engine, KernelSection, run_chain
 from ebm_dist.section import Section
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import EventSpec, Lease, MovedChains
@@ -70,12 +70,14 @@ class Worker:
         device: str = "cpu",
         resample_threshold: float | None = None,
         storage: StorageName = "float32",
+        steady: bool = False,
     ) -> None:
         """
         Args:
             resample_threshold: the chains carry Jarzynski weights, and are resampled where their
                 effective share falls below this; None for chains without weights.
             storage: what the shards store chains as.
+            steady: for flow.mode sync, whose rounds may not depend on when a compilation ends.
         """
         self._device = torch.device(device)
         self._spec = spec
@@ -87,6 +89,8 @@ class Worker:
         self._resample_threshold = resample_threshold
         kernel = sampler.build()
         self._kernel = kernel if resample_threshold is None else weighted(kernel)
+        self._notes: list[str] = []
+        self._engine = Engine(sampler.engine, steady=steady, say=self._notes.append)
         self._version: int | None = None
 
     def run_round(
@@ -150,6 +154,7 @@ class Worker:
             ancestors=ancestors,
             stats=round_stats(chain, start),
             token=token,
+            notes=self._new_notes(),
         )
 
     def hold(self, weights: np.ndarray, version: int) -> int:
@@ -203,7 +208,14 @@ class Worker:
             generator,
             precision=self._sampler.precision,
             channels_last=self._sampler.channels_last,
+            engine=self._engine,
         )
+
+    def _new_notes(self) -> tuple[str, ...]:
+        # A compiling thread may add one meanwhile; what is taken is what was counted.
+        taken = tuple(self._notes)
+        del self._notes[: len(taken)]
+        return taken
 
     def _carried(self, lease: Lease, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The energies and log-weights of the chains x under the weights in use, unmoved."""

@@ -213,6 +213,7 @@ class Shard(ShardChains):
             "num_steps": moved.num_steps,
             "num_chains": len(moved.slots),
             "stats": moved.stats,
+            "notes": moved.notes,
         }
         if moved.lease_id in self._done and moved.shard_epoch == self.epoch:
             return {**self._done[moved.lease_id], "counts": self.counts()}

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from ebm_dist.samplers.adapt import adapt_step_size
 from ebm_dist.samplers.annealed_langevin import AnnealedLangevin, AnnealedLangevinSection
-from ebm_dist.samplers.chain import Chain, frozen, run_chain
+from ebm_dist.samplers.chain import Chain, run_chain
 from ebm_dist.samplers.discrete_langevin import DiscreteLangevin, DiscreteLangevinSection
+from ebm_dist.samplers.engine import Engine
 from ebm_dist.samplers.gibbs import Gibbs, GibbsSection, LatentConditionals, LinearBlocks
 from ebm_dist.samplers.gibbs_with_gradients import GibbsWithGradients, GibbsWithGradientsSection
 from ebm_dist.samplers.hmc import Hmc, HmcSection
@@ -30,6 +31,7 @@ from ebm_dist.samplers.preconditioned_langevin import (
 )
 from ebm_dist.samplers.random_walk import RandomWalk, RandomWalkSection
 from ebm_dist.samplers.sghmc import Sghmc, SghmcSection
+from ebm_dist.samplers.standing import frozen
 from ebm_dist.samplers.tempered_transitions import TemperedTransitions, TemperedTransitionsSection
 
 make = FAMILY.make
@@ -46,6 +48,7 @@ __all__ = [
     "Chain",
     "DiscreteLangevin",
     "DiscreteLangevinSection",
+    "Engine",
     "Gibbs",
     "GibbsSection",
     "GibbsWithGradients",

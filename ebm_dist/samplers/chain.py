@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ebm_dist.samplers.block import weights_of
+from ebm_dist.samplers.engine import Engine
 from ebm_dist.samplers.kernel import (
     InPlaceKernel,
     Kernel,
     KernelState,
-    as_float,
     noise_buffer,
     require_finite,
     start,
 )
+from ebm_dist.samplers.standing import Autocast, standing
 from ebm_dist.types import EnergyFn
 
 
@@ -45,6 +46,7 @@ def run_chain(
     *,
     precision: Literal["fp32", "bf16"] = "fp32",
     channels_last: bool = False,
+    engine: Engine | None = None,
 ) -> Chain:
     """Move the chains `x` (B, *event) `num_steps` times.
 
@@ -61,6 +63,10 @@ def run_chain(
             stay float32, but gradients move by about 1%, so the law of the chains does too.
         channels_last: hold images (B, C, H, W) channels-last, which changes the rounding of
             convolutions and nothing else. The energy must not call `.view` on them.
+        engine: may run the steps in compiled blocks, and hold images channels-last: the same
+            seeds give the same chains to rounding, and no longer bit for bit. One engine is
+            kept over many calls, since it keeps what it compiled. Rounds with a trace are
+            run step by step.
 
     Raises:
         ValueError: an argument is not what the kernel can move; the message says which.
@@ -68,10 +74,12 @@ def run_chain(
     """
     _check_arguments(x, num_steps, generator, record_every, precision)
     if precision == "bf16":
-        energy = _Autocast(energy)
+        energy = Autocast(energy)
     # The one copy of the round: the kernel may then work in place. In float32 at least,
     # as `start` would make it, so that there is no second copy.
     position = start(x, energy).clone(memory_format=torch.contiguous_format)
+    if engine is not None and not channels_last:
+        channels_last = engine.channels_last(energy, position)
     if channels_last and position.ndim == 4:
         position = position.contiguous(memory_format=torch.channels_last)
     num_records = num_steps // record_every if record_every else 0
@@ -79,21 +87,32 @@ def run_chain(
     in_place = isinstance(kernel, InPlaceKernel)
     noise = noise_buffer(position)
     totals: dict[str, Tensor] = {}
-    with frozen(energy):
+    with standing(energy, bf16=precision == "bf16", channels_last=channels_last):
         state = kernel.init(position, energy)
         energies = state.energy.new_empty((num_steps, position.shape[0]))
-        for k in range(num_steps):
+        block = None
+        if engine is not None and trace is None:
+            block = engine.block(kernel, energy, state, num_steps)
+        num_compiled = 0
+        if block is not None:
+            weights, size = weights_of(energy), block.num_steps
+            num_compiled = num_steps // size * size
+            for k in range(0, num_compiled, size):
+                state, energies[k : k + size], info = block(state, weights, generator)
+                _add(totals, info)
+        started = time.perf_counter()
+        for k in range(num_compiled, num_steps):
             if in_place:
                 state, info = kernel.step_(state, energy, generator, noise)
             else:
                 state, info = kernel.step(state, energy, generator)
             energies[k] = state.energy
-            if not totals:
-                totals = {f.name: torch.zeros_like(getattr(info, f.name)) for f in fields(info)}
-            for name, total in totals.items():
-                total.add_(getattr(info, name))
+            _add(totals, info)
             if trace is not None and (k + 1) % record_every == 0:
                 trace[(k + 1) // record_every - 1] = state.position
+        if engine is not None and block is None and trace is None:
+            seconds = time.perf_counter() - started
+            engine.took(seconds, kernel, energy, state, num_steps)
     require_finite(state.energy, f"after {num_steps} steps")
     return Chain(
         position=state.position.contiguous(),
@@ -105,44 +124,13 @@ def run_chain(
     )
 
 
-@contextmanager
-def frozen(energy: EnergyFn) -> Iterator[None]:
-    """Within, the parameters of a module energy need no gradient; after it, as before.
-
-    A graph for the parameters would be built at every step and never used.
-    """
-    parameters = [p for p in _parameters(energy) if p.requires_grad]
-    try:
-        for p in parameters:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
-
-
-def _parameters(energy: EnergyFn) -> Iterator[nn.Parameter]:
-    if isinstance(energy, _Autocast):
-        return _parameters(energy.energy)
-    # A bound method of a module, too: `model.energy`.
-    owner = energy if isinstance(energy, nn.Module) else getattr(energy, "__self__", None)
-    return owner.parameters() if isinstance(owner, nn.Module) else iter(())
-
-
-class _Autocast:
-    """An energy evaluated in bf16 where torch deems it safe; float32 in and out."""
-
-    def __init__(self, energy: EnergyFn) -> None:
-        self.energy = energy
-
-    def __call__(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            out = self.energy(x)
-        return as_float(out)
-
-    def __getattr__(self, name: str) -> Any:
-        # Kernels ask an energy for its event and its conditionals.
-        return getattr(self.energy, name)
+def _add(totals: dict[str, Tensor], info: Any) -> None:
+    for f in fields(info):
+        value = getattr(info, f.name)
+        if f.name in totals:
+            totals[f.name].add_(value)
+        else:
+            totals[f.name] = value.clone()
 
 
 def _check_arguments(

@@ -84,6 +84,12 @@ class KernelSection(Section):
     num_steps: PositiveInt = 60
     """Steps that a chain makes in one round, between two looks at the weights."""
 
+    engine: Literal["auto", "eager", "compiled"] = "auto"
+    """How steps are run. compiled: in blocks of up to 20, compiled in the background (in
+    flow.mode sync before the first round). auto: in blocks where an asynchronous run has sampled
+    for a minute and its steps are short, and images channels-last where the energy convolves
+    them. eager: one by one, as they come."""
+
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 evaluates the energy under autocast; positions stay float32 either way."""
 

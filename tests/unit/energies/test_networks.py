@@ -31,6 +31,23 @@ def test_fused_attention_equals_the_formula_to_second_order(causal: bool):
     assert torch.autograd.gradgradcheck(lambda *a: _FusedAttention.apply(*a, causal), (q, k, v))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_attentions_gradient_is_the_same_whether_or_not_it_can_be_differentiated_again(causal):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 3, 50, 8, generator=generator).requires_grad_() for _ in range(3))
+    grad = torch.randn(2, 3, 50, 8, generator=generator)
+    once, twice = (
+        torch.autograd.grad(
+            _FusedAttention.apply(q, k, v, causal), (q, k, v), grad, create_graph=again
+        )
+        for again in (False, True)
+    )
+    assert not once[0].requires_grad
+    assert twice[0].requires_grad
+    for a, b in zip(once, twice):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_fused_attention_keeps_working_under_vmap():
     q, k, v = qkv()
     one_by_one = torch.vmap(lambda a, b, c: _FusedAttention.apply(a, b, c, False))(q, k, v)

@@ -1,0 +1,281 @@
+"""Several steps of a kernel as one compiled function of chains, weights and noise.
+
+The steps are traced once, by torch, into one graph without Python: the energy's forward, its
+gradient in the position and the kernel's own arithmetic. Weights are inputs of that graph, so
+new ones never trigger a compilation, and its noise comes from a `Tape`, so a seed gives the
+chains that it gives in eager mode, to rounding.
+
+Whatever else an energy reads is part of the graph from then on: attributes that are Python
+numbers are taken to stay as they were, and a tensor that is neither a parameter nor a buffer
+makes the steps impossible to compile rather than stale.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.utils.stateless import _reparametrize_module
+
+from ebm_dist.samplers.kernel import Kernel, KernelState
+from ebm_dist.samplers.standing import Autocast, module_of
+from ebm_dist.samplers.tape import CannotCompile, Draw, Tape, record, replay
+from ebm_dist.types import EnergyFn
+
+MAX_STEPS = 20
+"""Steps of one block. The price of a call is gone by then, and the time that a compilation takes
+grows with the number."""
+
+MAX_NODES = 1000
+"""Operations of one block: 20 steps of a small perceptron."""
+
+DEEP_STEP = 150
+"""Operations of a step that is compiled alone: it takes long enough for the price of one call,
+and the compilation of several would take minutes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A tensor's place in what `flatten` took apart."""
+
+    number: int
+
+
+def flatten(value: Any, tensors: list[Tensor]) -> Any:
+    """`value` with its tensors appended to `tensors` and their places in their stead; hashable."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return Leaf(len(tensors) - 1)
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = tuple(flatten(getattr(value, f.name), tensors) for f in fields(value))
+        return (type(value), parts)
+    if isinstance(value, tuple):
+        return (tuple, tuple(flatten(part, tensors) for part in value))
+    return value
+
+
+def rebuild(skeleton: Any, tensors: Sequence[Tensor]) -> Any:
+    """What `flatten` took apart, with other tensors."""
+    if isinstance(skeleton, Leaf):
+        return tensors[skeleton.number]
+    if isinstance(skeleton, tuple):
+        kind, parts = skeleton
+        values = [rebuild(part, tensors) for part in parts]
+        return tuple(values) if kind is tuple else kind(*values)
+    return skeleton
+
+
+def weights_of(energy: EnergyFn) -> list[Tensor]:
+    """Parameters and buffers that `energy` reads, in one order."""
+    module = module_of(energy)
+    return [t.detach() for t in _named(module).values()] if module is not None else []
+
+
+def _named(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """`num_steps` steps of one kernel, compiled for one shape."""
+
+    num_steps: int
+    run: Callable[[list[Tensor]], Sequence[Tensor]]
+    tape: Tape
+    state: Any  # the skeleton of the kernel's state
+    info: Any  # the skeleton of its info
+
+    def __call__(
+        self, state: KernelState, weights: Sequence[Tensor], generator: torch.Generator
+    ) -> tuple[Any, Tensor, Any]:
+        """The state after the steps, the energies (num_steps, B), and the sums of the info."""
+        inputs: list[Tensor] = []
+        flatten(state, inputs)
+        count = len(inputs)
+        inputs += weights
+        inputs += self.tape.fill(generator)
+        out = self.run(inputs)
+        return rebuild(self.state, out[:count]), out[count], rebuild(self.info, out[count + 1 :])
+
+
+def build(
+    kernel: Kernel[Any],
+    energy: EnergyFn,
+    state: KernelState,
+    num_steps: int,
+    compile_graph: Callable[[GraphModule, list[Tensor]], Callable[[list[Tensor]], Any]],
+) -> Block:
+    """Trace and compile at most `num_steps` steps of `kernel` from `state`.
+
+    The compiled steps are run once beside the traced ones, and refused if they differ.
+
+    Args:
+        energy: of a module it is copied, so that another thread may go on using it.
+        compile_graph: makes a function of a list of tensors out of a graph.
+
+    Raises:
+        CannotCompile: the steps have no such form, or the compiler made others out of them.
+    """
+    energy = copied(energy)
+    state = cloned(state)
+    one = _Traced.of(kernel, energy, state, 1)
+    size = max(1, len(one.graph.graph.nodes) - len(one.inputs))
+    num_steps = fitting(num_steps, MAX_NODES // size if size < DEEP_STEP else 1)
+    traced = one if num_steps == 1 else _Traced.of(kernel, energy, state, num_steps)
+    compiled = compile_graph(traced.graph, traced.inputs)
+    block = Block(
+        num_steps,
+        compiled,
+        Tape(traced.draws, state.energy.device),
+        traced.state,
+        traced.info,
+    )
+    _check(traced, compiled, state.energy.shape[0], low=isinstance(energy, Autocast))
+    return block
+
+
+def fitting(num_steps: int, most: int) -> int:
+    """The size of blocks for rounds of `num_steps`: at most `most`, with the least left over."""
+    most = min(most, num_steps, MAX_STEPS)
+    return max(range(max(1, most // 2), most + 1), key=lambda n: (-(num_steps % n), n))
+
+
+@dataclass(frozen=True, slots=True)
+class _Traced:
+    """Steps as a graph, with inputs to try it on."""
+
+    graph: GraphModule
+    inputs: list[Tensor]
+    draws: list[Draw]
+    state: Any
+    info: Any
+
+    @classmethod
+    def of(cls, kernel: Kernel[Any], energy: EnergyFn, state: Any, num_steps: int) -> _Traced:
+        generator = torch.Generator(state.energy.device).manual_seed(0)
+        tensors: list[Tensor] = []
+        skeleton = flatten(state, tensors)
+        with record(generator) as draws:
+            last, info = state, None
+            for _ in range(num_steps):
+                last, info = kernel.step(last, energy, generator)
+        after: list[Tensor] = []
+        if flatten(last, after) != skeleton:
+            raise CannotCompile("its state counts the moves outside of tensors")
+        of_info: list[Tensor] = []
+        info_skeleton = flatten(info, of_info)
+
+        module = module_of(energy)
+        names = list(_named(module)) if module is not None else []
+        num_state, num_weights = len(tensors), len(names)
+
+        def steps(*flat: Tensor) -> list[Tensor]:
+            moved = rebuild(skeleton, flat[:num_state])
+            weights = dict(zip(names, flat[num_state : num_state + num_weights]))
+            energies, sums = [], None
+            with (
+                _reparametrize_module(module or nn.Module(), weights, tie_weights=True),
+                replay(generator, draws, flat[num_state + num_weights :]),
+            ):
+                for _ in range(num_steps):
+                    moved, told = kernel.step(moved, energy, generator)
+                    energies.append(moved.energy)
+                    parts: list[Tensor] = []
+                    flatten(told, parts)
+                    sums = parts if sums is None else [a + b for a, b in zip(sums, parts)]
+            out: list[Tensor] = []
+            flatten(moved, out)
+            return [*out, torch.stack(energies), *(sums or [])]
+
+        tape = Tape(draws, state.energy.device)
+        # Clones: inputs that share memory, as replicas at the start do, would be made one.
+        inputs = [
+            t.detach().clone() for t in (*tensors, *weights_of(energy), *tape.fill(generator))
+        ]
+        # Not at the top: it loads a computer algebra system, which most processes never need.
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        try:
+            graph = make_fx(steps, tracing_mode="fake")(*inputs)
+        except CannotCompile:
+            raise
+        except Exception as error:
+            # The errors of a tracer are of many kinds, and all say the same thing here.
+            raise CannotCompile(f"torch cannot trace it: {_first_line(error)}") from error
+        _refuse_hidden_noise(graph)
+        _scale_before_adding(graph)
+        return cls(graph, inputs, draws, skeleton, info_skeleton)
+
+
+def copied(energy: EnergyFn) -> EnergyFn:
+    """`energy` with a module of its own, in evaluation as it was."""
+    if isinstance(energy, Autocast):
+        return Autocast(copied(energy.energy))
+    module = module_of(energy)
+    if module is None:
+        return energy
+    own = copy.deepcopy(module).requires_grad_(False)
+    if energy is module:
+        return cast(EnergyFn, own)
+    return types.MethodType(cast(Any, energy).__func__, own)
+
+
+def cloned(state: Any) -> Any:
+    tensors: list[Tensor] = []
+    skeleton = flatten(state, tensors)
+    return rebuild(skeleton, [t.detach().clone() for t in tensors])
+
+
+def _refuse_hidden_noise(graph: GraphModule) -> None:
+    """Dropout, say: its numbers would not come from the generator of the round."""
+    for node in graph.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise CannotCompile(f"it draws noise of its own ({node.target})")
+
+
+def _scale_before_adding(graph: GraphModule) -> None:
+    """x + alpha * y as two operations.
+
+    torch's compiler (2.13) fuses `add(x, mm(a, b), alpha=c)` into one product and loses c:
+    seen as a drift h times too large. Two operations are fused as well, and rightly.
+    """
+    aten = torch.ops.aten
+    adds = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
+    for node in list(graph.graph.nodes):
+        if node.target in adds and node.kwargs.get("alpha", 1) != 1:
+            with graph.graph.inserting_before(node):
+                scaled = graph.graph.call_function(
+                    aten.mul.Tensor, (node.args[1], node.kwargs["alpha"])
+                )
+                scaled.meta = dict(node.meta)
+            node.args = (node.args[0], scaled)
+            node.kwargs = {}
+    graph.recompile()
+
+
+def _check(
+    traced: _Traced, compiled: Callable[[list[Tensor]], Any], num_chains: int, *, low: bool
+) -> None:
+    """Refuse a compiled block whose numbers are not those of its own trace, to rounding."""
+    with torch.no_grad():
+        expected = traced.graph(*[t.clone() for t in traced.inputs])
+        came = compiled([t.clone() for t in traced.inputs])
+    for e, c in zip(expected, came):
+        off = (c - e).abs() > (0.1 if low else 1e-3) * (1 + e.abs())
+        # A uniform number that falls between two roundings of one probability decides
+        # another way; that is one chain in thousands, a fault of the compiler is all of them.
+        if off.sum() > (0.02 + 2 / num_chains) * off.numel():
+            raise CannotCompile(
+                f"the compiled steps differ from the traced ones by {(c - e).abs().max():.2g}"
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

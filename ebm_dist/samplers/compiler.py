@@ -1,0 +1,74 @@
+"""The one call of torch's compiler, and what may be missing for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ebm_dist.samplers.tape import CannotCompile
+
+
+class CompilerFailed(CannotCompile):
+    """The compiler is missing or failed: a fault of this machine rather than of the steps."""
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled for the CPU of this machine, or None."""
+    try:
+        from torch._inductor import standalone_compile  # noqa: F401
+        from torch._inductor.cpp_builder import get_cpp_compiler
+    except ImportError:
+        return f"torch {torch.__version__} has no standalone compiler; torch 2.8 does"
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"there is no C++ compiler ({line}); install g++ or name one in CXX"
+    return None
+
+
+def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[[list[Tensor]], Any]:
+    """A function of a list of tensors like `inputs` that computes `graph`.
+
+    Results are kept on disk by torch (TORCHINDUCTOR_CACHE_DIR), so the same steps on the same
+    machine are compiled once. No guards are checked at a call: the caller answers for shapes,
+    strides and types.
+
+    Raises:
+        CompilerFailed: there is no compiler, or it failed.
+    """
+    on_cpu = inputs[0].device.type == "cpu"
+    if on_cpu and (why := missing()) is not None:
+        raise CompilerFailed(why)
+    import torch._inductor as inductor
+
+    patches: dict[str, Any] = {
+        # In this process: a worker's share of cores is one or two, and a pool of compiling
+        # processes would outlive it.
+        "compile_threads": 1,
+        # The calls between kernels in C++ as well: small energies consist of them. It also
+        # compiles in half of the time.
+        "cpp_wrapper": on_cpu,
+    }
+    try:
+        with torch.no_grad():
+            compiled = inductor.standalone_compile(
+                graph,
+                list(inputs),
+                dynamic_shapes="from_example_inputs",
+                options={"config_patches": patches},
+            )
+            compiled(*inputs)
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise CompilerFailed(f"the compiler failed: {line}") from error
+
+    def run(tensors: list[Tensor]) -> Any:
+        with torch.no_grad():
+            return compiled(*tensors)
+
+    return run

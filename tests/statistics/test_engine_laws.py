@@ -1,0 +1,156 @@
+"""The law of chains that the engine moved, against the closed forms of single steps.
+
+In the default suite the traced graph is run as it is; the slow tests put torch's compiler in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import samplers_claims as claims
+import torch
+from samplers_claims import METROPOLIS, NUM_CHAINS, generator, same, same_gaussian_variance
+from torch import Tensor, nn
+
+from ebm_dist import energies, samplers
+from ebm_dist.samplers import Engine, compiler, run_chain
+from ebm_dist.samplers import engine as engine_module
+from ebm_dist.samplers.tape import Tape
+
+needs_compiler = pytest.mark.skipif(
+    compiler.missing() is not None, reason=f"cannot compile: {compiler.missing()}"
+)
+
+LAWS: dict[str, Callable[[], None]] = {
+    "langevin on a quadratic": lambda: claims.langevin_variance_shows_its_known_bias(
+        partial(samplers.make, "langevin"), cases=[(1.0, 1.0, 0.5), (4.0, 0.5, 0.2)]
+    ),
+    "langevin on a skewed target": lambda: claims.langevin_follows_its_exact_law_on_a_skewed_target(
+        partial(samplers.make, "langevin")
+    ),
+    "mala on a Gaussian": lambda: claims.metropolis_samples_a_gaussian(
+        partial(samplers.make, "mala"), METROPOLIS["mala"]
+    ),
+    "hmc on a skewed target": lambda: claims.metropolis_samples_a_skewed_target(
+        partial(samplers.make, "hmc"), METROPOLIS["hmc"]
+    ),
+}
+
+
+@pytest.fixture
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """Every claim's chains go through one engine that runs the traced graphs."""
+    monkeypatch.setattr(
+        engine_module, "compile_graph", lambda graph, inputs: lambda tensors: graph(*tensors)
+    )
+    return through_engine(monkeypatch)
+
+
+def through_engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    engine = Engine("compiled", background=False, say=refuse_to_be_eager)
+    monkeypatch.setattr(claims, "run_chain", partial(run_chain, engine=engine))
+    return engine
+
+
+def refuse_to_be_eager(line: str) -> None:
+    assert "runs blocks" in line, line
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_blocks_keep_the_closed_form(in_blocks, law):
+    LAWS[law]()
+    assert in_blocks.compile_s > 0
+
+
+@pytest.mark.parametrize("law", ["langevin on a quadratic", "mala on a Gaussian"])
+def test_noise_five_percent_off_in_the_tape_is_noticed(in_blocks, monkeypatch, law):
+    filled = Tape.fill
+
+    def louder(self: Tape, generator: torch.Generator) -> list[Tensor]:
+        numbers = filled(self, generator)
+        return [t.mul_(1.05) if t.min() < 0 else t for t in numbers]  # the normal ones
+
+    monkeypatch.setattr(Tape, "fill", louder)
+    with pytest.raises(AssertionError, match="SE away"):
+        LAWS[law]()
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("law", LAWS)
+def test_the_compiler_keeps_the_closed_form(monkeypatch, law):
+    engine = through_engine(monkeypatch)
+    LAWS[law]()
+    assert engine.compile_s > 0
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_compiler_keeps_every_decision_of_discrete_kernels():
+    cases = [
+        ("gibbs", energies.rbm(20, 10, weight_std=0.5)),
+        ("gibbs_with_gradients", energies.ising((6, 6), 0.3)),
+        ("discrete_langevin", energies.ising((6, 6), 0.3)),
+    ]
+    for name, energy in cases:
+        assert energy.event is not None
+        x = energy.event.noise(64, generator(1))
+        params = {"step_size": 0.5} if name == "discrete_langevin" else {}
+        kernel = samplers.make(name, **params)
+        engine = Engine("compiled", background=False, say=refuse_to_be_eager)
+        blocks = run_chain(kernel, x, energy, 8, generator(2), engine=engine)
+        assert torch.equal(blocks.position, run_chain(kernel, x, energy, 8, generator(2)).position)
+
+
+class Bowl(nn.Module):
+    """curvature/2 |x|^2 by a matrix product, which autocast takes in bf16."""
+
+    def __init__(self, curvature: float) -> None:
+        super().__init__()
+        self.root = nn.Linear(2, 2, bias=False)
+        with torch.no_grad():
+            self.root.weight.copy_(curvature**0.5 * torch.eye(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * self.root(x).square().sum(1)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_bf16_chains_have_the_closed_forms_variance(in_blocks, blocks):
+    h, curvature = 0.5, 1.0
+    kernel = samplers.make("langevin", step_size=h, temperature=1.0)
+    chain = run_chain(
+        kernel,
+        torch.zeros(NUM_CHAINS, 2),
+        Bowl(curvature),
+        12,
+        generator(),
+        precision="bf16",
+        engine=in_blocks if blocks else None,
+    )
+    assert chain.position.dtype == torch.float32
+    expected = 2 / (curvature * (2 - curvature * h))
+    same_gaussian_variance(chain.position, expected, "variance in bf16")
+
+
+def test_bf16_chains_of_a_convolutional_energy_have_the_fp32_chains_energies():
+    energy = energies.make("resnet", event_shape=(1, 8, 8), width=16, multipliers=(1, 2)).eval()
+    with torch.no_grad():
+        energy.head.weight.mul_(30)  # type: ignore[union-attr]
+    x = torch.rand(256, 1, 8, 8, generator=generator(1)) * 2 - 1
+    kernel = samplers.make("langevin", step_size=0.02, temperature=0.5, clamp=(-1.0, 1.0))
+
+    def moved(seed: int, **options: Any) -> Tensor:
+        end = run_chain(kernel, x, energy, 30, generator(seed), **options)
+        return torch.stack([energy(end.position).detach(), end.position.flatten(1).std(1)])
+
+    # Other seeds: equal ones would make the two differ by less than their law allows.
+    full, half = moved(2), moved(3, precision="bf16", engine=Engine("auto"))
+    for a, b, what in zip(full, half, ("energy", "spread")):
+        error = ((a.var() + b.var()) / len(a)).sqrt().item()
+        same(b.mean().item(), a.mean().item(), error, f"{what} in bf16")
+    start = energy(x).detach()
+    assert (start.mean() - full[0].mean()).abs() > 8 * full[0].std() / len(x) ** 0.5

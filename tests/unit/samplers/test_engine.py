@@ -1,0 +1,396 @@
+"""The engine: compiled steps are the eager ones to rounding, and who decides when they run.
+
+Most tests run the traced graph itself in place of what torch's compiler makes of it: they are
+about the tracing, the noise and the decisions. A few go through the compiler.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ebm_dist import energies
+from ebm_dist.samplers import FAMILY, Engine, compiler, run_chain
+from ebm_dist.samplers import engine as engine_module
+from ebm_dist.samplers.block import fitting
+from ebm_dist.samplers.standing import standing
+
+needs_compiler = pytest.mark.skipif(
+    compiler.missing() is not None, reason=f"cannot compile: {compiler.missing()}"
+)
+
+DISCRETE = ["gibbs", "gibbs_with_gradients", "discrete_langevin"]
+
+
+def make(name: str, **params: Any) -> Any:
+    return FAMILY.make(name, **{**FAMILY.members[name].example, **params})  # type: ignore[attr-defined]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def mlp(**params: Any) -> energies.Energy:
+    return energies.make("mlp", event_shape=(2,), widths=(16, 16), **params).eval()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The traced graphs, run as they are instead of being compiled."""
+    seen: list[Any] = []
+
+    def keep(graph: Any, inputs: list[Tensor]) -> Any:
+        seen.append(graph)
+        return lambda tensors: graph(*tensors)
+
+    monkeypatch.setattr(engine_module, "compile_graph", keep)
+    return seen
+
+
+def same_chain(a: Any, b: Any, *, exact_positions: bool = False) -> None:
+    if exact_positions:
+        assert torch.equal(a.position, b.position)
+    torch.testing.assert_close(a.position, b.position, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a.energies, b.energies, rtol=1e-4, atol=1e-5)
+    assert a.info.keys() == b.info.keys()
+    for name in a.info:
+        torch.testing.assert_close(a.info[name], b.info[name], rtol=1e-4, atol=1e-5)
+
+
+# Chains and events: fewer numbers than 16, a multiple of 16 and neither, since torch fills
+# each of them by another path.
+SHAPES = {"langevin": (5, 2), "sghmc": (8, 2), "mala": (7, 3), "hmc": (3, 7), "random_walk": (5, 5)}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_blocks_draw_the_noise_that_single_steps_draw(graphs, name):
+    num_chains, size = SHAPES[name]
+    energy = energies.make("mlp", event_shape=(size,), widths=(8,)).eval()
+    x = torch.randn(num_chains, size, generator=generator(1))
+    kernel, alone, together = make(name), generator(2), generator(2)
+    eager = run_chain(kernel, x, energy, 7, alone)
+    engine = Engine("compiled", background=False)
+    blocks = run_chain(kernel, x, energy, 7, together, engine=engine)
+    assert len(graphs) == 1
+    same_chain(eager, blocks)
+    assert torch.equal(alone.get_state(), together.get_state())
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_blocks_of_discrete_kernels_make_the_same_decisions(graphs, name):
+    targets = [energies.rbm(6, 3, weight_std=0.5)]
+    if name != "gibbs":  # how many colours a lattice has is read from a tensor: it stays eager
+        targets.append(energies.ising((4, 4), 0.3))
+        targets.append(energies.make("potts", shape=(3, 3), num_values=3, coupling=0.4))
+    for energy in targets:
+        assert energy.event is not None
+        x = energy.event.noise(12, generator(3))
+        kernel = make(name)
+        eager = run_chain(kernel, x, energy, 4, generator(4))
+        engine = Engine("compiled", background=False)
+        blocks = run_chain(kernel, x, energy, 4, generator(4), engine=engine)
+        same_chain(eager, blocks, exact_positions=True)
+    assert len(graphs) == len(targets)
+
+
+def test_new_weights_reach_the_compiled_steps_without_a_compilation(graphs):
+    energy, kernel, x = mlp(), make("langevin"), torch.randn(8, 2, generator=generator(1))
+    engine = Engine("compiled", background=False)
+    ends = []
+    for scale in (1.0, 1.5, -0.8):
+        with torch.no_grad():
+            for p in energy.parameters():
+                p.mul_(scale)
+        blocks = run_chain(kernel, x, energy, 10, generator(2), engine=engine)
+        same_chain(run_chain(kernel, x, energy, 10, generator(2)), blocks)
+        ends.append(blocks.position)
+    assert len(graphs) == 1
+    assert not torch.allclose(ends[0], ends[1], atol=1e-3)
+
+
+def test_spectral_norm_is_taken_once_a_round_and_is_that_of_todays_weights(graphs):
+    energy, kernel, x = mlp(spectral_norm=True), make("langevin"), torch.randn(8, 2)
+    engine = Engine("compiled", background=False)
+    for _ in range(2):
+        plain, state = x, kernel.init(x, energy)
+        noise = generator(2)
+        for _ in range(10):
+            state, _ = kernel.step(state, energy, noise)
+        plain = state.position
+        assert torch.equal(run_chain(kernel, x, energy, 10, generator(2)).position, plain)
+        blocks = run_chain(kernel, x, energy, 10, generator(2), engine=engine)
+        torch.testing.assert_close(blocks.position, plain, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            for p in energy.parameters():
+                p.add_(0.3 * torch.randn(p.shape, generator=generator(5)))
+    assert len(graphs) == 1
+    assert "vecdot" not in graphs[0].code
+    assert "mv" not in graphs[0].code
+
+
+def test_after_a_round_the_weights_are_the_very_tensors_they_were():
+    energy = energies.make(
+        "resnet", event_shape=(1, 8, 8), width=8, multipliers=(1,), spectral_norm=True
+    ).eval()
+    before = {name: (p, p.data_ptr(), p.stride()) for name, p in energy.named_parameters()}
+    values = {name: t.clone() for name, t in energy.state_dict().items()}
+    x = torch.rand(2, 1, 8, 8, generator=generator())
+    expected = energy(x)
+
+    def fails_half_way() -> None:
+        with standing(energy, bf16=True, channels_last=True):
+            assert any(b.dtype == torch.bfloat16 for b in energy.buffers())
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        fails_half_way()
+    after = {name: (p, p.data_ptr(), p.stride()) for name, p in energy.named_parameters()}
+    assert {n: v[1:] for n, v in before.items()} == {n: v[1:] for n, v in after.items()}
+    assert all(before[name][0] is after[name][0] for name in before)
+    assert all(torch.equal(values[name], t) for name, t in energy.state_dict().items())
+    assert torch.equal(energy(x), expected)
+
+
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_weights_cast_once_a_round_give_autocasts_own_numbers(spectral_norm):
+    energy = energies.make(
+        "resnet", event_shape=(1, 8, 8), width=8, multipliers=(1, 2), spectral_norm=spectral_norm
+    ).eval()
+    x = torch.rand(4, 1, 8, 8, generator=generator())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        each_time = energy(x)
+        with standing(energy, bf16=True, channels_last=False):
+            once = energy(x)
+    torch.testing.assert_close(once, each_time, rtol=1e-5, atol=1e-5)
+
+
+class Reads(nn.Module):
+    """An energy that reads a tensor which is no parameter and no buffer of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = [torch.ones(2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.hidden[0]).square().sum(1)
+
+
+class Branches(nn.Module):
+    """An energy whose formula depends on the numbers it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square().sum(1) if x.sum() > 0 else x.abs().sum(1)
+
+
+class Drops(nn.Module):
+    """An energy with noise of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5).square().sum(1)
+
+
+@pytest.mark.parametrize(
+    ("energy", "kernel", "why"),
+    [
+        (Reads(), "langevin", "cannot trace it"),
+        (Branches(), "langevin", "cannot trace it"),
+        (Drops(), "langevin", "noise of its own"),
+        (mlp(), "annealed_langevin", "counts the moves"),
+        (mlp(), "parallel_tempering", "counts the moves"),
+    ],
+)
+def test_steps_that_cannot_be_compiled_stay_eager_and_say_why_once(graphs, energy, kernel, why):
+    said: list[str] = []
+    engine = Engine("compiled", background=False, say=said.append)
+    x = torch.randn(6, 2, generator=generator(1))
+    for _ in range(2):
+        torch.default_generator.manual_seed(0)
+        chain = run_chain(make(kernel), x, energy, 6, generator(2), engine=engine)
+        torch.default_generator.manual_seed(0)
+        eager = run_chain(make(kernel), x, energy, 6, generator(2))
+        if kernel == "langevin" and not isinstance(energy, Drops):
+            assert torch.equal(chain.position, eager.position)
+    assert len(said) == 1
+    assert said[0].startswith("sampler.engine: eager, because ")
+    assert why in said[0]
+    assert graphs == []
+
+
+def test_a_compiler_that_makes_other_steps_is_noticed_and_not_used(monkeypatch):
+    def wrong(graph: Any, inputs: list[Tensor]) -> Any:
+        return lambda tensors: [t + 0.1 for t in graph(*tensors)]
+
+    monkeypatch.setattr(engine_module, "compile_graph", wrong)
+    said: list[str] = []
+    engine = Engine("compiled", background=False, say=said.append)
+    x = torch.randn(6, 2, generator=generator(1))
+    chain = run_chain(make("langevin"), x, mlp(), 6, generator(2), engine=engine)
+    assert torch.equal(
+        chain.position, run_chain(make("langevin"), x, mlp(), 6, generator(2)).position
+    )
+    assert "differ from the traced ones" in said[0]
+
+
+def test_without_a_compiler_rounds_are_eager_and_a_steady_engine_refuses(monkeypatch):
+    monkeypatch.setattr(compiler, "missing", lambda: "there is no C++ compiler (test)")
+    said: list[str] = []
+    x = torch.randn(6, 2, generator=generator(1))
+    engine = Engine("compiled", background=False, say=said.append)
+    chain = run_chain(make("langevin"), x, mlp(), 6, generator(2), engine=engine)
+    eager = run_chain(make("langevin"), x, mlp(), 6, generator(2))
+    assert torch.equal(chain.position, eager.position)
+    assert said == ["sampler.engine: eager, because there is no C++ compiler (test)"]
+    with pytest.raises(compiler.CompilerFailed, match=r"no C\+\+ compiler"):
+        run_chain(
+            make("langevin"), x, mlp(), 6, generator(2), engine=Engine("compiled", steady=True)
+        )
+
+
+def test_rounds_go_on_eagerly_while_the_compiler_works_and_then_change_over(monkeypatch):
+    released, begun = threading.Event(), threading.Event()
+
+    def slow(graph: Any, inputs: list[Tensor]) -> Any:
+        begun.set()
+        assert released.wait(60)
+        return lambda tensors: [t.clone() for t in graph(*tensors)]
+
+    monkeypatch.setattr(engine_module, "compile_graph", slow)
+    said: list[str] = []
+    engine = Engine("compiled", say=said.append)
+    kernel, energy, x = make("langevin"), mlp(), torch.randn(6, 2, generator=generator(1))
+    eager = run_chain(kernel, x, energy, 10, generator(2)).position
+    for _ in range(3):
+        now = run_chain(kernel, x, energy, 10, generator(2), engine=engine)
+        assert torch.equal(now.position, eager)
+    assert begun.wait(60)
+    with torch.no_grad():
+        for p in energy.parameters():  # weights that arrive while the old ones are traced
+            p.mul_(2)
+    released.set()
+    (thread,) = [t for t in threading.enumerate() if t.name == "compile"]
+    thread.join(60)
+    assert "runs blocks of 10 steps from now on, compiled in" in said[0]
+    state = kernel.init(x, energy)
+    assert engine.block(kernel, energy, state, 10) is not None
+    same_chain(
+        run_chain(kernel, x, energy, 10, generator(2)),
+        run_chain(kernel, x, energy, 10, generator(2), engine=engine),
+    )
+
+
+def test_auto_compiles_only_where_short_steps_have_gone_on_for_a_minute(graphs):
+    kernel, energy, x = make("langevin"), mlp(), torch.randn(6, 2)
+    state = kernel.init(x, energy)
+    said: list[str] = []
+    engine = Engine("auto", background=False, say=said.append)
+    engine.took(engine_module.PAYBACK_S / 2, kernel, energy, state, 10)
+    assert engine.block(kernel, energy, state, 10) is None
+    assert graphs == []
+    assert said == []
+    round_s, half = 10 * engine_module.SHORT_STEP_S / 2, engine_module.PAYBACK_S / 2
+    for _ in range(round(half / round_s) - 2):
+        engine.took(round_s, kernel, energy, state, 10)
+    assert engine.block(kernel, energy, state, 10) is None
+    for _ in range(4):
+        engine.took(round_s, kernel, energy, state, 10)
+    assert engine.block(kernel, energy, state, 10) is not None
+    assert len(graphs) == 1
+    (line,) = said
+    assert "blocks of 10 steps" in line
+    assert "an eager step takes 1.50 ms, most of it dispatch" in line
+
+    said.clear()
+    for _ in range(2):  # rounds of another length, whose steps are long
+        engine.took(2 * engine_module.PAYBACK_S, kernel, energy, state, 20)
+    assert engine.block(kernel, energy, state, 20) is None
+    assert len(said) == 1
+    assert "auto stays eager" in said[0]
+
+
+def test_a_steady_engine_decides_before_the_first_round(graphs):
+    kernel, energy, x = make("langevin"), mlp(), torch.randn(6, 2, generator=generator(1))
+    said: list[str] = []
+    auto = Engine("auto", steady=True, say=said.append)
+    state = kernel.init(x, energy)
+    for _ in range(3):
+        auto.took(1e6, kernel, energy, state, 10)
+        chain = run_chain(kernel, x, energy, 10, generator(2), engine=auto)
+        assert torch.equal(chain.position, run_chain(kernel, x, energy, 10, generator(2)).position)
+    assert graphs == []
+    assert len(said) == 1
+    assert "auto is eager, since flow.mode: sync" in said[0]
+
+    # The history of an engine does not show: other lengths first, or a fresh engine.
+    one, two = Engine("compiled", steady=True), Engine("compiled", steady=True)
+    first = run_chain(kernel, x, energy, 10, generator(2), engine=one).position
+    run_chain(kernel, x, energy, 7, generator(3), engine=two)
+    assert torch.equal(run_chain(kernel, x, energy, 10, generator(2), engine=two).position, first)
+
+
+def test_block_sizes_leave_little_over():
+    assert [fitting(n, 20) for n in (1, 4, 20, 40, 60, 50, 30, 37)] == [
+        1,
+        4,
+        20,
+        20,
+        20,
+        10,
+        15,
+        18,
+    ]
+    assert fitting(60, 3) == 3
+    assert fitting(7, 1) == 1
+
+
+def test_images_are_channels_last_only_where_the_energy_takes_them_so():
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).view(len(x), -1).sum(1)
+
+    resnet = energies.make("resnet", event_shape=(1, 8, 8), width=8, multipliers=(1,)).eval()
+    x = torch.rand(3, 1, 8, 8, generator=generator())
+    for choice in ("auto", "compiled"):
+        assert Engine(choice).channels_last(resnet, x)  # type: ignore[arg-type]
+    assert not Engine("eager").channels_last(resnet, x)
+    assert not Engine("auto").channels_last(Views(), x)
+    assert not Engine("auto").channels_last(lambda x: x.square().flatten(1).sum(1), x)
+    kernel = make("langevin", step_size=0.1)
+    plain = run_chain(kernel, x, resnet, 5, generator(2))
+    last = run_chain(kernel, x, resnet, 5, generator(2), engine=Engine("auto"))
+    same_chain(plain, last)
+
+
+@needs_compiler
+def test_the_compiler_keeps_a_small_networks_chains_to_rounding():
+    energy, kernel = mlp(), make("langevin", clamp=(-2.0, 2.0), grad_clip=0.3)
+    x = torch.randn(32, 2, generator=generator(1))
+    said: list[str] = []
+    engine = Engine("compiled", background=False, say=said.append)
+    for _ in range(2):
+        blocks = run_chain(kernel, x, energy, 4, generator(2), engine=engine)
+        same_chain(run_chain(kernel, x, energy, 4, generator(2)), blocks)
+        with torch.no_grad():
+            for p in energy.parameters():
+                p.mul_(1.5)
+    assert len(said) == 1
+    assert "runs blocks of 4 steps" in said[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_blocks_on_cuda_keep_the_chains_to_rounding():
+    energy, kernel = mlp().cuda(), make("langevin")
+    x = torch.randn(64, 2, generator=generator(1)).cuda()
+    engine = Engine("compiled", background=False)
+    eager = run_chain(kernel, x, energy, 20, torch.Generator("cuda").manual_seed(3))
+    blocks = run_chain(kernel, x, energy, 20, torch.Generator("cuda").manual_seed(3), engine=engine)
+    assert engine.compile_s > 0
+    same_chain(eager, blocks)
