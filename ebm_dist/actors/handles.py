@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,9 +117,9 @@ def first_line(error: BaseException) -> str:
 
 def tune_process(num_threads: int | None) -> None:
     """Settings of a process that hosts a part: threads, and memory kept instead of returned."""
-    import torch
-
-    if num_threads is not None:
+    # Not imported for it: torch takes two seconds, and a part without torch has no threads to set.
+    torch = sys.modules.get("torch")
+    if torch is not None and num_threads is not None:
         torch.set_num_threads(num_threads)
     # glibc gives every block past 128 KiB back to the kernel at once, and each sampler step
     # then faults its activations in again: keeping them was 1.4 times faster in eager mode.

@@ -95,9 +95,9 @@ def pids(run_dir: Path) -> dict[str, int]:
     return {name: int(pid) for name, pid in found}
 
 
-def rows(run_dir: Path) -> list[dict[str, Any]]:
+def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that are whole."""
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / name
     lines = path.read_text().splitlines() if path.exists() else []
     out = []
     for line in lines:

@@ -1,0 +1,304 @@
+"""A chaos soak: a seeded schedule kills a random part of a training run every few seconds.
+
+    python tests/distributed/chaos.py --seconds 600
+
+The run is a real one, asynchronous and on Ray, in a process of its own. A part is a worker, a
+shard, a learner rank or the metric hub; it is killed with SIGKILL whatever it is doing. The
+training goes on in legs of some hundred updates, each of which has to be finished, so that the
+soak lasts as long as it is asked to however fast the machine is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from graph_runs import TINY, newest_step, pids, rows, start
+from rich.console import Console
+from rich.table import Table
+
+from ebm_dist import checkpoint
+from ebm_dist.errors import UserError
+
+MAX_LAG = 4
+OVERRIDES = (
+    "runtime.backend=ray",
+    "workers.num_workers=3",
+    "buffer.num_shards=3",
+    "learner.num_ranks=2",
+    "learner.timeout_s=30",
+    "flow.mode=async",
+    f"flow.max_lag={MAX_LAG}",
+    "checkpoint.every=20",
+)
+CAPACITY = TINY["buffer"]["capacity"]
+MARK = "EBM_DIST_SOAK"
+
+
+@dataclass
+class Kill:
+    part: str
+    at: float
+    """Seconds since the epoch."""
+    back_s: float | None = None
+    """Until its successor was up; None if it was not, because the leg was over."""
+
+    @property
+    def role(self) -> str:
+        return self.part.split("-")[0]
+
+
+@dataclass
+class Report:
+    """What a soak saw. `faults` is empty, or the soak has failed."""
+
+    seconds: float = 0.0
+    updates: int = 0
+    legs: int = 0
+    restarts: int = 0
+    kills: list[Kill] = field(default_factory=list)
+    observations: int = 0
+    identity_checks: int = 0
+    lag_max: int = 0
+    versions: int = 0
+    going_back: int = 0
+    checkpoints: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    def table(self) -> Table:
+        table = Table(title=f"chaos soak: {len(self.kills)} kills in {self.seconds:.0f} s")
+        table.add_column("what")
+        table.add_column("seen")
+        by_role = Counter(kill.role for kill in self.kills)
+        table.add_row("killed", ", ".join(f"{role} {n}" for role, n in sorted(by_role.items())))
+        for role in sorted(by_role):
+            times = [k.back_s for k in self.kills if k.role == role and k.back_s is not None]
+            if times:
+                said = f"median {median(times):.1f} s, longest {max(times):.1f} s"
+                table.add_row(f"another {role} was up after", said)
+        table.add_row("updates finished, in legs", f"{self.updates} in {self.legs}")
+        table.add_row("times the learners went back", str(self.going_back))
+        table.add_row("free + leased + ready == capacity", f"at {self.observations} observations")
+        table.add_row(
+            f"all {CAPACITY} chains there, none twice", f"in {self.identity_checks} checkpoints"
+        )
+        table.add_row("versions monotone", f"over {self.versions} rows")
+        table.add_row("largest lag at consumption", f"{self.lag_max}, bound {MAX_LAG}")
+        table.add_row(
+            "processes and shared memory left", "none" if not self.faults else "see below"
+        )
+        table.add_row("faults", "\n".join(self.faults) or "none")
+        return table
+
+
+def soak(run_dir: Path, *, seconds: float, period_s: float, seed: int, leg: int = 400) -> Report:
+    """Train in `run_dir` and kill a random part every `period_s` seconds on average.
+
+    Args:
+        seconds: from the first update on; then the last leg is finished in peace.
+        leg: updates of a leg.
+    """
+    rng, report = random.Random(seed), Report()
+    mark = uuid.uuid4().hex
+    os.environ[MARK] = mark
+    try:
+        _soak(run_dir, seconds, period_s, leg, rng, mark, report)
+    finally:
+        del os.environ[MARK]
+        _end(mark)
+    return report
+
+
+def _soak(
+    run_dir: Path,
+    seconds: float,
+    period_s: float,
+    leg: int,
+    rng: random.Random,
+    mark: str,
+    report: Report,
+) -> None:
+    goal, began, drivers = leg, 0.0, []
+    next_kill, checked = 0.0, -1
+    process = start(run_dir, *OVERRIDES, f"run.steps={goal}")
+    report.legs = 1
+    drivers.append(process.pid)
+    patience = time.time() + 300
+    while True:
+        time.sleep(0.1)
+        now = time.time()
+        if not began and rows(run_dir):
+            began, patience = now, now + seconds + 400
+            next_kill = now + period_s
+        over = bool(began) and now > began + seconds
+        if now > patience:
+            report.faults.append(f"no end after {seconds + 400:.0f} s\n{_tail(run_dir)}")
+            process.kill()
+            break
+        if process.poll() is not None:
+            if process.returncode:
+                report.faults.append(f"exit code {process.returncode}\n{_tail(run_dir)}")
+                break
+            report.updates = goal
+            if over:
+                break
+            goal += leg
+            process = start(run_dir, *OVERRIDES, f"run.steps={goal}", "--resume", "must")
+            drivers.append(process.pid)
+            report.legs += 1
+        if (step := newest_step(run_dir)) != checked:
+            checked = step
+            _check_identities(run_dir, report)
+        if began and not over and now >= next_kill:
+            part = _kill_one(run_dir, rng, mark)
+            if part is not None:
+                report.kills.append(Kill(part, now))
+                next_kill = now + period_s * rng.uniform(0.5, 1.5)
+    report.seconds = time.time() - began if began else 0.0
+    process.wait()
+    _check_rows(run_dir, report)
+    _check_identities(run_dir, report)
+    _note_successors(run_dir, report)
+    _check_leftovers(mark, drivers, report)
+
+
+def _kill_one(run_dir: Path, rng: random.Random, mark: str) -> str | None:
+    """SIGKILL a part that lives; its name, None if there is none yet."""
+    ours = _marked(mark)
+    alive = sorted(name for name, pid in pids(run_dir).items() if pid in ours)
+    if not alive:
+        return None
+    part = rng.choice(alive)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pids(run_dir)[part], signal.SIGKILL)
+        return part
+    return None
+
+
+def _marked(mark: str) -> set[int]:
+    """Processes that were started by this soak, whoever their parents are now."""
+    wanted, found = f"{MARK}={mark}".encode(), set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if wanted in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.add(int(path.parent.name))
+    return found
+
+
+def _check_identities(run_dir: Path, report: Report) -> None:
+    try:
+        found = checkpoint.latest(run_dir)
+        files = [name for name in found.names if name.startswith("shard_")] if found else []
+        ids = [i for name in files for i in found.arrays(name)["chain_id"].tolist()]  # type: ignore[union-attr]
+    except (UserError, OSError):  # pruned or replaced while it was read
+        return
+    if found is None:
+        return
+    report.identity_checks += 1
+    if sorted(ids) != list(range(CAPACITY)):
+        lost, twice = set(range(CAPACITY)) - set(ids), [i for i, n in Counter(ids).items() if n > 1]
+        report.faults.append(f"{found.path.name}: chains {sorted(lost)} lost, {twice} twice")
+
+
+def _check_rows(run_dir: Path, report: Report) -> None:
+    everything = [row for row in _all_rows(run_dir) if "buffer/capacity" in row]
+    report.observations = report.versions = len(everything)
+    for row in everything:
+        total = row["buffer/free"] + row["buffer/leased"] + row["buffer/ready"]
+        if not total == row["buffer/capacity"] == CAPACITY:
+            report.faults.append(f"update {row['step']}: free + leased + ready is {total}")
+        if not 0 <= row["flow/lag_max"] <= MAX_LAG:
+            report.faults.append(f"update {row['step']}: lag {row['flow/lag_max']}")
+        report.lag_max = max(report.lag_max, int(row["flow/lag_max"]))
+    order = sorted(everything, key=lambda row: (row["epoch"], row["step"]))
+    versions = [row["weights/version"] for row in order]
+    if versions != sorted(versions):
+        report.faults.append("versions went back")
+    steps = {row["step"] for row in everything}
+    if everything and max(steps) < report.updates:
+        report.faults.append(f"the last update logged is {max(steps)} of {report.updates}")
+    if not (run_dir / "export" / "model.safetensors").exists():
+        report.faults.append("the run left no export")
+
+
+def _all_rows(run_dir: Path) -> list[dict[str, Any]]:
+    out = rows(run_dir)
+    superseded = run_dir / "metrics.superseded.jsonl"
+    if superseded.exists():
+        out += rows(run_dir, superseded.name)
+    return out
+
+
+def _note_successors(run_dir: Path, report: Report) -> None:
+    text = (run_dir / "run.log").read_text()
+    report.going_back = text.count("going back")
+    report.checkpoints = len(re.findall(r"checkpoint step_\d+", text))
+    ups = [
+        (datetime.strptime(stamp, "%Y-%m-%d %H:%M:%S,%f").timestamp(), name)
+        for stamp, name in re.findall(r"(?m)^(\S+ \S+) \w+ (\S+) runs as process \d+", text)
+    ]
+    for kill in report.kills:
+        after = [at - kill.at for at, name in ups if name == kill.part and at > kill.at]
+        kill.back_s = min(after, default=None)
+
+
+def _check_leftovers(mark: str, drivers: list[int], report: Report) -> None:
+    deadline = time.time() + 15
+    while (left := _marked(mark)) and time.time() < deadline:
+        time.sleep(0.5)
+    if left:
+        report.faults.append(f"{len(left)} processes left behind: {sorted(left)}")
+    for pid in drivers:
+        for path in Path("/dev/shm").glob(f"ebm_dist-*-{pid}"):
+            report.faults.append(f"shared memory left behind: {path}")
+
+
+def _end(mark: str) -> None:
+    """After a failure: nothing of the soak may go on."""
+    for pid in _marked(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _tail(run_dir: Path) -> str:
+    out = run_dir.parent / f"{run_dir.name}.out"
+    log = run_dir / "run.log"
+    text = log.read_text()[-1500:] if log.exists() else ""
+    return text + (out.read_text()[-1500:] if out.exists() else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--period", type=float, default=5.0, help="mean seconds between kills")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--min-kills", type=int, default=100)
+    parser.add_argument("--run-dir", type=Path, default=None)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ebm_dist-chaos-") as scratch:
+        run_dir = arguments.run_dir or Path(scratch) / "soak"
+        report = soak(
+            run_dir, seconds=arguments.seconds, period_s=arguments.period, seed=arguments.seed
+        )
+    if len(report.kills) < arguments.min_kills:
+        report.faults.append(f"{len(report.kills)} kills, {arguments.min_kills} were asked for")
+    Console().print(report.table())
+    return 1 if report.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
