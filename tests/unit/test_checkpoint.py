@@ -193,3 +193,123 @@ def test_checksums_cannot_name_files_outside(tmp_path: Path) -> None:
     (path / "checksums.json").write_text('{"../../secret": ""}')
     with pytest.raises(UserError, match="outside"):
         open_checkpoint(path)
+
+
+# --- differences --------------------------------------------------------------------------------
+
+
+def write_whole(run_dir: Path, step: int, *, keep: int = 5) -> checkpoint.Base:
+    path = write(run_dir, step, keep=keep)
+    return checkpoint.Base(path.name, checkpoint.checksum(path, "shard_0000"))
+
+
+def write_difference(run_dir: Path, step: int, base: checkpoint.Base, *, keep: int = 5) -> Path:
+    """Rows 3 and 7 of the shard are `step`; the others are as in `base`."""
+    tensors = {
+        "learner": {"w": torch.full((300,), float(step))},
+        "shard_0000": {
+            "position": np.full((2, 2), step, np.float32),
+            "row": np.array([7, 3]),
+        },
+    }
+    return save(run_dir, step, tensors, {"name": "x"}, keep=keep, bases={"shard_0000": base})
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_a_difference_is_read_as_the_whole_it_stands_for(tmp_path: Path) -> None:
+    base = write_whole(tmp_path, 4)
+    write_difference(tmp_path, 8, base)
+    write_difference(tmp_path, 12, base)
+    found = latest(tmp_path)
+    assert found is not None
+    arrays = found.arrays("shard_0000")
+    assert arrays.keys() == {"position"}
+    expected = np.full((50, 2), 4, np.float32)
+    expected[[3, 7]] = 12
+    assert np.array_equal(arrays["position"], expected)
+
+
+def test_what_a_kept_difference_refers_to_is_kept(tmp_path: Path) -> None:
+    base = write_whole(tmp_path, 4, keep=1)
+    for step in (8, 12, 16):
+        write_difference(tmp_path, step, base, keep=1)
+    assert names(tmp_path) == ["step_00000004", "step_00000016"]
+    write(tmp_path, 20, keep=1)
+    assert names(tmp_path) == ["step_00000020"]
+
+
+def test_with_two_or_more_kept_one_shares_no_file_with_the_newest(tmp_path: Path) -> None:
+    first = write_whole(tmp_path, 4)
+    write_difference(tmp_path, 8, first)
+    second = write_whole(tmp_path, 12)
+    for step in (16, 20, 24, 28):
+        write_difference(tmp_path, step, second, keep=2)
+    assert names(tmp_path) == [f"step_{step:08d}" for step in (4, 8, 12, 24, 28)]
+    # Whatever is damaged, something is left.
+    flip_a_bit(tmp_path / "checkpoints" / "step_00000012" / "shard_0000.safetensors")
+    found = latest(tmp_path)
+    assert found is not None
+    assert found.step == 8
+    assert len(found.skipped) == 3
+    assert all("\n" not in line for line in found.skipped)
+    assert "step_00000012/shard_0000.safetensors, to which it refers" in found.skipped[0]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, Path.unlink])
+def test_a_damaged_difference_is_passed_over_and_the_one_before_is_used(
+    damage, file: str, tmp_path: Path
+) -> None:
+    base = write_whole(tmp_path, 4)
+    write_difference(tmp_path, 8, base)
+    damage(write_difference(tmp_path, 12, base) / file)
+    found = latest(tmp_path)
+    assert found is not None
+    assert (found.step, len(found.skipped)) == (8, 1)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, Path.unlink])
+def test_damage_to_the_file_that_differences_refer_to_is_found_from_each_of_them(
+    damage, tmp_path: Path
+) -> None:
+    write(tmp_path, 2)
+    base = write_whole(tmp_path, 4)
+    write_difference(tmp_path, 8, base)
+    damage(tmp_path / "checkpoints" / "step_00000004" / "shard_0000.safetensors")
+    found = latest(tmp_path)
+    assert found is not None
+    assert (found.step, len(found.skipped)) == (2, 2)
+
+
+def test_damage_to_another_file_of_the_base_costs_the_base_alone(tmp_path: Path) -> None:
+    base = write_whole(tmp_path, 4)
+    write_difference(tmp_path, 8, base)
+    truncate(tmp_path / "checkpoints" / "step_00000004" / "learner.safetensors")
+    assert latest(tmp_path).step == 8  # type: ignore[union-attr]
+
+
+def test_a_base_that_was_written_again_is_not_the_base_any_more(tmp_path: Path) -> None:
+    base = write_whole(tmp_path, 4)
+    path = write_difference(tmp_path, 8, base)
+    save(tmp_path, 4, {"shard_0000": {"position": np.zeros((50, 2), np.float32)}}, {}, keep=5)
+    with pytest.raises(UserError, match="does not match its checksum"):
+        open_checkpoint(path)
+
+
+def test_a_base_cannot_lie_outside_the_checkpoints(tmp_path: Path) -> None:
+    write_whole(tmp_path, 4)
+    path = write_difference(tmp_path, 8, checkpoint.Base("../../etc", "0"))
+    with pytest.raises(UserError, match="outside"):
+        open_checkpoint(path)
+
+
+def test_what_killed_writers_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    write(tmp_path, 4)
+    left = tmp_path / "checkpoints" / ".tmp-step_00000008-1"
+    left.mkdir()
+    (left / "learner.safetensors").write_bytes(b"half")
+    write(tmp_path, 8)
+    assert not left.exists()
