@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-slow test-cluster test-gpu lint format types gallery clean help
+.PHONY: train test test-slow test-cluster test-gpu chaos lint format types gallery clean help
+
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -33,6 +34,9 @@ test-cluster: $(STAMP) ## three machines in network namespaces: cut cables, lost
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
+
+chaos: $(STAMP) ## ten minutes of training while a random part is killed every few seconds
+	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed/chaos.py --seconds 600
 
 lint: $(STAMP) ## style and format
 	$(BIN)/ruff check ebm_dist tests benchmarks

@@ -19,6 +19,8 @@ from graph_runs import assert_bitwise_equal, newest_step, run, start, wait_for
 OVERRIDES = ("buffer.capacity=960", "checkpoint.every=3", "checkpoint.keep=2")
 RAY = ("runtime.backend=ray", "workers.num_workers=2")
 
+MOMENTS = ("writing", "any", "writing", "start")
+
 # Forked off a process that has torch and DeepSpeed, a run starts in a fraction of a second.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["ebm_dist.run", "ebm_dist.learner.engine", "deepspeed", "graph_runs"])
@@ -32,8 +34,12 @@ def alive(process: BaseProcess | Popen[bytes]) -> bool:
     return process.poll() is None if isinstance(process, Popen) else process.is_alive()
 
 
-def kill_one_life(run_dir: Path, rng: random.Random, *, writing: bool, ray: bool) -> bool:
-    """Start a driver and kill it, once it is writing a checkpoint or at any moment.
+def kill_one_life(run_dir: Path, rng: random.Random, *, moment: str, ray: bool) -> bool:
+    """Start a driver and kill it.
+
+    Args:
+        moment: `start`, while it starts or resumes; `any`, in its first seconds of training;
+            `writing`, once a checkpoint is half-written.
 
     Returns:
         Whether a checkpoint was half-written when it died.
@@ -47,20 +53,19 @@ def kill_one_life(run_dir: Path, rng: random.Random, *, writing: bool, ray: bool
         process = FORKS.Process(target=run, args=(run_dir, *options))
         process.start()
     try:
-        if writing or ray:  # after a resume the first cut is a new one
+        if moment != "start":  # after a resume the first cut is a new one
             wait_for(
                 lambda: newest_step(run_dir) > begun or not alive(process),
                 120,
                 "a first checkpoint",
             )
-        if writing:
+        time.sleep(rng.uniform(0.0, 2.0))
+        if moment == "writing":
             deadline = time.monotonic() + 60
             while not half_written(run_dir):
                 assert time.monotonic() < deadline, "no checkpoint is being written"
                 assert alive(process), "the run ended by itself"
             time.sleep(rng.uniform(0.0, 0.02))
-        else:
-            time.sleep(rng.uniform(0.0, 2.0))
         assert alive(process), (run_dir.parent / f"{run_dir.name}.txt").read_text()
     finally:
         assert process.pid is not None
@@ -79,7 +84,8 @@ def survive(tmp_path: Path, *, num_kills: int, ray: set[int], seed: int) -> int:
     rng, torn = random.Random(seed), 0
     run_dir = tmp_path / "killed"
     for kill in range(num_kills):
-        torn += kill_one_life(run_dir, rng, writing=kill % 2 == 0, ray=kill in ray)
+        moment = MOMENTS[kill % len(MOMENTS)]
+        torn += kill_one_life(run_dir, rng, moment=moment, ray=kill in ray)
     steps = f"run.steps={max(newest_step(run_dir), 0) + 4}"
     assert run(run_dir, *OVERRIDES, steps, resume="auto").finished
     assert not half_written(run_dir)
@@ -100,5 +106,5 @@ def test_a_driver_killed_three_times_ends_with_the_weights_of_one_left_alone(
 def test_a_driver_killed_twenty_times_ends_with_the_weights_of_one_left_alone(
     tmp_path: Path,
 ) -> None:
-    """Three of the lives are on Ray, one of them killed while it writes."""
+    """Three of the lives are on Ray: killed at any moment, while writing, and while it starts."""
     assert survive(tmp_path, num_kills=20, ray={5, 10, 15}, seed=2) >= 5
