@@ -14,7 +14,7 @@ from typing import Any
 from ebm_dist import checkpoint
 from ebm_dist.actors.cut import Progress, shard_file, write_cut
 from ebm_dist.actors.graph import Graph, Schedule
-from ebm_dist.actors.handles import Ref, first_line
+from ebm_dist.actors.handles import PartDied, Ref, first_line
 from ebm_dist.errors import NonFinite, RunFailed
 
 PATIENCE_S = 5.0
@@ -24,12 +24,17 @@ FINAL_TRIES = 3
 """Writes of a cut that the run ends with, a second and more apart."""
 
 
-@dataclass(frozen=True, slots=True)
+MAX_DIFFERENCES = 10
+"""Checkpoints that refer to one file: its damage on the disk would cost all of them."""
+
+
+@dataclass(slots=True)
 class _WholeCut:
     """A cut that holds a shard whole: what later ones may be differences to."""
 
     number: int
     base: checkpoint.Base
+    num_differences: int = 0
 
 
 @dataclass(slots=True)
@@ -94,7 +99,7 @@ class Checkpointer:
         At update 0 as well: whatever dies before the second cut has one to go back to.
 
         Raises:
-            PartDied: a shard is gone.
+            PartDied: a part of the graph is gone, of this cut or of the one before.
             NonFinite: the cut before holds numbers that nothing can go on from.
         """
         self.settle(0.0)
@@ -118,18 +123,17 @@ class Checkpointer:
             RunFailed: it cannot be written; the checkpoints before it stay.
             PartDied, NonFinite: as `take_if_due`.
         """
-        for attempt in range(FINAL_TRIES):
-            if not self.settle(self._timeout):
-                break
-            if self._written == progress.step:
-                if attempt == 0 and why:
-                    self._say(why)
-                return
-            if attempt:
-                time.sleep(attempt)
-            self.take(progress, why)
         if self.settle(self._timeout) and self._written == progress.step:
+            if why:
+                self._say(why)
             return
+        for attempt in range(FINAL_TRIES):
+            if self._write is not None:  # a disk that hangs
+                break
+            time.sleep(attempt)
+            self.take(progress, why)
+            if self.settle(self._timeout) and self._written == progress.step:
+                return
         raise RunFailed(
             f"the checkpoint of update {progress.step} could not be written to {self._run_dir}; "
             "make room, or see to the disk, and go on from the one before with --resume auto"
@@ -137,9 +141,12 @@ class Checkpointer:
 
     def latest(self) -> checkpoint.CheckpointDir | None:
         """The newest valid checkpoint, that under way included."""
-        with contextlib.suppress(NonFinite):  # then it has not become one
+        with contextlib.suppress(NonFinite, PartDied):  # then it has not become one
             self.settle(self._timeout)
-        return checkpoint.latest(self._run_dir)
+        found = checkpoint.latest(self._run_dir)
+        if found is not None and found.skipped:  # what is damaged may be what the next refers to
+            self._wholes = [None] * len(self._wholes)
+        return found
 
     # --- how ------------------------------------------------------------------------------------
 
@@ -174,6 +181,7 @@ class Checkpointer:
         """Book what has been written; False if a write is still under way after `timeout`.
 
         Raises:
+            PartDied: a part died before its state was there; the cut is owed.
             NonFinite: what was to be written is not finite.
         """
         write = self._write
@@ -194,11 +202,9 @@ class Checkpointer:
                 f"{self._run_dir}; the one before it is still valid, training goes on"
             )
         else:
-            # A part that died is replaced by who misses it; the next update has another cut.
-            self._owed = True
             assert write.error is not None
-            reason = first_line(write.error)
-            self._say(f"checkpoint at update {write.step} not written ({reason})")
+            self._owed = True
+            raise write.error
         return True
 
     def _book(self, write: _Write, path: Path) -> None:
@@ -207,6 +213,8 @@ class Checkpointer:
             if meta["since"] is None:
                 base = checkpoint.Base(path.name, checkpoint.checksum(path, shard_file(index)))
                 self._wholes[index] = _WholeCut(write.number, base)
+            elif (whole := self._wholes[index]) is not None:
+                whole.num_differences += 1
         changed = sum(meta["since"] is not None for meta in write.metas)
         what = f", {changed} of {len(write.metas)} shards by what changed" if changed else ""
         why = f" ({write.why})" if write.why else ""
@@ -218,8 +226,10 @@ class Checkpointer:
     def _since(self, index: int, name: str) -> int | None:
         """The cut that shard `index` may refer to in the checkpoint `name`."""
         whole = self._wholes[index]
+        if whole is None or whole.num_differences >= MAX_DIFFERENCES:
+            return None
         # An update that is done again replaces its checkpoint, which then cannot be referred to.
-        return whole.number if whole is not None and whole.base.checkpoint != name else None
+        return whole.number if whole.base.checkpoint != name else None
 
     def _run(
         self,
@@ -233,7 +243,9 @@ class Checkpointer:
         write, began = self._write, time.monotonic()
         assert write is not None
         try:
-            states = [self._backend.get(ref, self._timeout) for ref in ranks]
+            for ref in ranks:
+                self._backend.wait([ref], self._timeout)
+            states = [self._graph.learners.result(ref) for ref in ranks]
             shards = [
                 {"meta": about, "arrays": self._backend.get(ref, self._timeout)}
                 for about, ref in zip(metas, arrays)

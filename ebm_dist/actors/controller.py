@@ -33,6 +33,9 @@ from ebm_dist.buffer.policy import FlowConfig
 from ebm_dist.errors import NonFinite, RunFailed
 from ebm_dist.learner import LearnerConfig, learning_rate
 
+LEAVING_S = 30.0
+"""A run that fails waits this long for the checkpoint that is being written."""
+
 
 class Controller:
     """Runs in the driver process and owns the weight references: a learner that dies takes
@@ -129,10 +132,10 @@ class Controller:
                 f"update {self.progress.step}: a part gave no answer within "
                 f"{self._flow.stall_timeout_s:.0f} s (flow.stall_timeout_s): {error}"
             ) from error
-        except NonFinite:
-            # The cut under way is from before.
-            with contextlib.suppress(NonFinite):
-                self._cuts.settle(self._flow.stall_timeout_s)
+        except BaseException:
+            # The cut under way is whole, whatever came after it.
+            with contextlib.suppress(Exception):
+                self._cuts.settle(LEAVING_S)
             raise
         self._lookout.finish()
         return True

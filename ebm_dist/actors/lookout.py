@@ -97,6 +97,7 @@ class Lookout:
         values["sampler/temperature"] = self._schedule.temperature
         values["weights/version"] = float(self._progress.version)
         values["fault/restarts"] = float(self.restarts)
+        values["fault/rollbacks"] = float(self._progress.rollbacks)
         values["workers/alive"] = float(self._pool.crew.seats.num_serving)
         if self._pool.num_local:
             values["flow/local_rounds"] = self._pool.num_local / self._pool.num_started

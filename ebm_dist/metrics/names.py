@@ -164,6 +164,7 @@ METRICS: dict[str, Metric] = {
     "audit/fed_back": Metric("spurious minima handed back as negatives so far", "chains"),
     # Faults.
     "fault/restarts": _promised("actors restarted so far", "count"),
+    "fault/rollbacks": Metric("times the run went back from numbers that were not finite", "count"),
     "fault/lost_workers": Metric("workers lost so far", "count"),
     "fault/lost_shards": Metric("shards lost and restored so far", "count"),
     "fault/learner_rebuilds": Metric("times the learner group was rebuilt", "count"),

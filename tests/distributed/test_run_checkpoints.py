@@ -204,3 +204,12 @@ def _by_identity(found: checkpoint.CheckpointDir) -> dict[int, bytes]:
                 out[identity] = b"".join(arrays[key][i].tobytes() for key in keys)
     assert len(out) == 96
     return out
+
+
+def test_no_more_than_ten_checkpoints_refer_to_one_file(tmp_path: Path) -> None:
+    few = ("buffer.capacity=9600", "checkpoint.every=1", "checkpoint.keep=30")
+    run(tmp_path / "x", *few, "run.steps=14")
+    refers = [bases(tmp_path / "x", step) for step in range(15)]
+    assert [step for step, found in enumerate(refers) if not found] == [0, 11]
+    assert refers[10] == {"step_00000000"}
+    assert refers[14] == {"step_00000011"}
