@@ -6,6 +6,10 @@ The run is a real one, asynchronous and on Ray, in a process of its own. A part 
 shard, a learner rank or the metric hub; it is killed with SIGKILL whatever it is doing. The
 training goes on in legs of some hundred updates, each of which has to be finished, so that the
 soak lasts as long as it is asked to however fast the machine is.
+
+No more than `MAX_DOWN` parts are down at once, and learners that are coming back are left to: a
+machine that is killed faster than it can start processes shows nothing but that. A run ends when
+it has failed five times to make one update, and it says so.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ OVERRIDES = (
 )
 CAPACITY = TINY["buffer"]["capacity"]
 MARK = "EBM_DIST_SOAK"
+MAX_DOWN = 4
 
 
 @dataclass
@@ -77,6 +82,7 @@ class Report:
     versions: int = 0
     going_back: int = 0
     checkpoints: int = 0
+    leftovers: int = 0
     faults: list[str] = field(default_factory=list)
 
     def table(self) -> Table:
@@ -98,25 +104,28 @@ class Report:
         )
         table.add_row("versions monotone", f"over {self.versions} rows")
         table.add_row("largest lag at consumption", f"{self.lag_max}, bound {MAX_LAG}")
-        table.add_row(
-            "processes and shared memory left", "none" if not self.faults else "see below"
-        )
-        table.add_row("faults", "\n".join(self.faults) or "none")
+        table.add_row("processes and shared memory left", str(self.leftovers or "none"))
+        table.add_row("faults", str(len(self.faults) or "none"))
+        load = ", ".join(f"{value:.0f}" for value in os.getloadavg())
+        table.add_row("load average, cores", f"{load}; {len(os.sched_getaffinity(0))}")
         return table
 
 
-def soak(run_dir: Path, *, seconds: float, period_s: float, seed: int, leg: int = 400) -> Report:
+def soak(
+    run_dir: Path, *, seconds: float, period_s: float, seed: int, leg: int = 400, min_kills: int = 0
+) -> Report:
     """Train in `run_dir` and kill a random part every `period_s` seconds on average.
 
     Args:
         seconds: from the first update on; then the last leg is finished in peace.
         leg: updates of a leg.
+        min_kills: go on until there were so many, for at most as long again.
     """
     rng, report = random.Random(seed), Report()
     mark = uuid.uuid4().hex
     os.environ[MARK] = mark
     try:
-        _soak(run_dir, seconds, period_s, leg, rng, mark, report)
+        _soak(run_dir, seconds, period_s, leg, min_kills, rng, mark, report)
     finally:
         del os.environ[MARK]
         _end(mark)
@@ -128,6 +137,7 @@ def _soak(
     seconds: float,
     period_s: float,
     leg: int,
+    min_kills: int,
     rng: random.Random,
     mark: str,
     report: Report,
@@ -142,11 +152,12 @@ def _soak(
         time.sleep(0.1)
         now = time.time()
         if not began and rows(run_dir):
-            began, patience = now, now + seconds + 400
+            began, patience = now, now + 2 * seconds + 400
             next_kill = now + period_s
-        over = bool(began) and now > began + seconds
+        enough = len(report.kills) >= min_kills or now > began + 2 * seconds
+        over = bool(began) and now > began + seconds and enough
         if now > patience:
-            report.faults.append(f"no end after {seconds + 400:.0f} s\n{_tail(run_dir)}")
+            report.faults.append(f"no end after {now - began:.0f} s\n{_tail(run_dir)}")
             process.kill()
             break
         if process.poll() is not None:
@@ -177,14 +188,19 @@ def _soak(
 
 
 def _kill_one(run_dir: Path, rng: random.Random, mark: str) -> str | None:
-    """SIGKILL a part that lives; its name, None if there is none yet."""
-    ours = _marked(mark)
-    alive = sorted(name for name, pid in pids(run_dir).items() if pid in ours)
-    if not alive:
+    """SIGKILL a part that lives; its name, None if too many are down as it is."""
+    ours, known = _marked(mark), pids(run_dir)
+    log = (run_dir / "run.log").read_text()
+    coming_back = log.rfind(": going back") > log.rfind("the learners go on")
+    alive = sorted(name for name, pid in known.items() if pid in ours)
+    if len(known) - len(alive) >= MAX_DOWN:
         return None
-    part = rng.choice(alive)
+    choice = [name for name in alive if not (coming_back and name.startswith("learner"))]
+    if not choice:
+        return None
+    part = rng.choice(choice)
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pids(run_dir)[part], signal.SIGKILL)
+        os.kill(known[part], signal.SIGKILL)
         return part
     return None
 
@@ -260,10 +276,12 @@ def _check_leftovers(mark: str, drivers: list[int], report: Report) -> None:
     deadline = time.time() + 15
     while (left := _marked(mark)) and time.time() < deadline:
         time.sleep(0.5)
+    report.leftovers += len(left)
     if left:
         report.faults.append(f"{len(left)} processes left behind: {sorted(left)}")
     for pid in drivers:
         for path in Path("/dev/shm").glob(f"ebm_dist-*-{pid}"):
+            report.leftovers += 1
             report.faults.append(f"shared memory left behind: {path}")
 
 
@@ -292,11 +310,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ebm_dist-chaos-") as scratch:
         run_dir = arguments.run_dir or Path(scratch) / "soak"
         report = soak(
-            run_dir, seconds=arguments.seconds, period_s=arguments.period, seed=arguments.seed
+            run_dir,
+            seconds=arguments.seconds,
+            period_s=arguments.period,
+            seed=arguments.seed,
+            min_kills=arguments.min_kills,
         )
     if len(report.kills) < arguments.min_kills:
         report.faults.append(f"{len(report.kills)} kills, {arguments.min_kills} were asked for")
     Console().print(report.table())
+    for fault in report.faults:
+        print(fault)
     return 1 if report.faults else 0
 
 
