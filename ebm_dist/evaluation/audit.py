@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from ebm_dist.errors import NonFinite
@@ -216,6 +215,9 @@ def _compare(
     num_projections: int = 16,
 ) -> tuple[float, str, float]:
     """Largest KS distance over all quantities, which one, and its corrected p-value."""
+    # Half a second to import, which every process that measures anything would pay at its start.
+    from scipy import stats
+
     a, b = short.flatten(1).double(), long.flatten(1).double()
     centre = data.flatten(1).double().mean(dim=0).to(a.device)
     num_dims = a.shape[1]

@@ -176,9 +176,9 @@ def _soak(
             _check_identities(run_dir, report)
         if began and not over and now >= next_kill:
             part = _kill_one(run_dir, rng, mark)
+            next_kill = now + (period_s * rng.uniform(0.5, 1.5) if part else 0.5)
             if part is not None:
                 report.kills.append(Kill(part, now))
-                next_kill = now + period_s * rng.uniform(0.5, 1.5)
     report.seconds = time.time() - began if began else 0.0
     process.wait()
     _check_rows(run_dir, report)
