@@ -159,6 +159,7 @@ def check(config: RunConfig) -> Iterator[str]:
     yield from _check_band(config)
     yield from _check_temperature(config)
     yield from _check_jarzynski(config)
+    yield from _check_recompute(config)
     yield from _check_audit(config)
     if config.runtime.backend == "inline" and config.learner.num_ranks > 1:
         yield (
@@ -268,6 +269,27 @@ def _check_temperature(config: RunConfig) -> Iterator[str]:
             f"({' and '.join(reads)} reads it), got {stated:g}; set objective.temperature: "
             f"{temperature:g}"
         )
+
+
+def _check_recompute(config: RunConfig) -> Iterator[str]:
+    if config.learner.recompute_activations and not _names(config.energy.model_dump()) & {
+        "vit",
+        "transformer_lm",
+    }:
+        yield (
+            "learner.recompute_activations: true, but energy.name "
+            f"{config.energy.name} has no transformer blocks; set it to false"  # type: ignore[attr-defined]
+        )
+
+
+def _names(section: object) -> set[str]:
+    """Every `name` in a section and those nested in it: a composed energy names its parts."""
+    if isinstance(section, Mapping):
+        own = {section["name"]} if isinstance(section.get("name"), str) else set()
+        return own.union(*(_names(value) for value in section.values()))
+    if isinstance(section, list | tuple):
+        return set().union(*(_names(value) for value in section))
+    return set()
 
 
 def _check_audit(config: RunConfig) -> Iterator[str]:

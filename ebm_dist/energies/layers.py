@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from ebm_dist.energies.family import Activation
 
@@ -163,3 +164,23 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(x)
         return x + self.mlp(x)
+
+
+class TransformerBlocks(nn.Sequential):
+    """Blocks one after the other, which a learner may ask to keep less for the backward."""
+
+    recompute: bool = False
+    """Keep each block's input alone where parameters need a gradient, and run the block again in
+    the backward (Chen et al. 2016, arXiv:1604.06174): memory of one block in place of all, for a
+    third more time. A sampler, whose parameters need none, is not slowed down."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
+        for block in self:
+            if self.recompute and any(p.requires_grad for p in block.parameters()):
+                # Not the reentrant kind: it has no second derivative, which penalties on dE/dx
+                # take. Blocks draw no random numbers, so there is no generator to put back.
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
+        return x

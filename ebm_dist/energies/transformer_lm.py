@@ -9,7 +9,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ebm_dist.energies.family import FAMILY, Activation, AnalyticEnergy, Energy
-from ebm_dist.energies.layers import Head, TransformerBlock
+from ebm_dist.energies.layers import Head, TransformerBlock, TransformerBlocks
 from ebm_dist.energies.network import NetworkSection
 from ebm_dist.types import EventKind, EventSpec
 
@@ -28,7 +28,7 @@ class TokenBody(nn.Module):
         self.embed = nn.Linear(num_values, section.width, bias=False)
         self.position = nn.Parameter(torch.randn(length, section.width) * 0.02)
         self.start = nn.Parameter(torch.randn(1, 1, section.width) * 0.02)
-        self.blocks = nn.Sequential(
+        self.blocks = TransformerBlocks(
             *(
                 TransformerBlock(
                     section.width,

@@ -10,7 +10,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from ebm_dist.energies.family import FAMILY, Activation, Energy
-from ebm_dist.energies.layers import TransformerBlock, image_channels
+from ebm_dist.energies.layers import TransformerBlock, TransformerBlocks, image_channels
 from ebm_dist.energies.network import NetworkSection
 
 
@@ -24,7 +24,7 @@ class VitBody(nn.Module):
         num_tokens = (height // self.patch) * (width // self.patch)
         self.embed = nn.Linear(num_channels * self.patch**2, section.width)
         self.position = nn.Parameter(torch.randn(num_tokens, section.width) * 0.02)
-        self.blocks = nn.Sequential(
+        self.blocks = TransformerBlocks(
             *(
                 TransformerBlock(
                     section.width,

@@ -69,6 +69,10 @@ class LearnerConfig(Section):
     accumulation: PositiveInt = 1
     """Micro-batches an update. They must divide each rank's batch and its negatives."""
 
+    recompute_activations: bool = False
+    """Transformers: keep each block's input alone for the backward and run the block again there.
+    Memory of one block in place of all, for about a third more time."""
+
     num_threads: PositiveInt | None = None
     """CPU threads of each rank; None shares the cores out."""
 

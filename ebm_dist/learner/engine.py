@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ebm_dist.energies.layers import TransformerBlocks
 from ebm_dist.errors import NonFinite, RunFailed
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.learner.micro_batch import micro_batches
@@ -61,7 +62,8 @@ class Engine:
             device: this rank's device. The process must not have used DeepSpeed on another kind.
 
         Raises:
-            ValueError: the energy and objective have nothing to train.
+            ValueError: the energy and objective have nothing to train, or
+                `recompute_activations` finds nothing to recompute.
             RunFailed: the ranks did not find each other within `timeout_s`.
         """
         self.config = config
@@ -78,6 +80,8 @@ class Engine:
                 f"energy {type(energy).__name__} has no parameters to train; choose a network, "
                 "such as energy.name: mlp"
             )
+        if config.recompute_activations:
+            _recompute(energy)
         # Before DeepSpeed has it: ZeRO-3 leaves parameters of shape (0,).
         self.layout = FlatLayout.of(energy)
         self._module = LearningStep(
@@ -417,6 +421,17 @@ def _quiet_deepspeed(device: torch.device) -> Any:
     known = deepspeed.ops.__dict__.setdefault("__compatible_ops__", defaultdict(bool))
     known["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _recompute(energy: nn.Module) -> None:
+    blocks = [m for m in energy.modules() if isinstance(m, TransformerBlocks)]
+    if not blocks:
+        raise ValueError(
+            f"learner.recompute_activations: energy {type(energy).__name__} has no transformer "
+            "blocks; set it to false, or choose energy.name: vit or transformer_lm"
+        )
+    for part in blocks:
+        part.recompute = True
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -84,6 +84,15 @@ def test_networks_that_share_or_hide_weights_match_plain_torch(
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_recomputed_activations_match_plain_torch_that_kept_them(stage: int):
+    energy, objective = ("vit", {"depth": 2}), ("contrastive", PENALTY)
+    plain = run_plain(SGD, energy, objective, 3)
+    recomputed = {"zero_stage": stage, "recompute_activations": True, **SGD}
+    first, _ = start().run(run_engine, recomputed, energy, objective, 3)
+    assert_same_weights(first["state"], plain["state"], 1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     "objective",
     [
