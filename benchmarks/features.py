@@ -2,8 +2,8 @@
 
     python benchmarks/features.py [--quick] [--out FILE.json]
 
-Whole runs in one process, in turn, on the network and shapes of configs/digits.yaml; each arm differs
-from the bare one in the feature alone. The time is that of the updates, by the run's own clock.
+Whole runs in one process, in turn, on the network and shapes of configs/digits.yaml; each arm
+differs from the bare one in the feature alone. The time is that of the updates, by the run's clock.
 """
 
 from __future__ import annotations
