@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: train test test-slow test-cluster test-gpu chaos lint format types gallery clean help
 
+.PHONY: train test test-slow test-gpu lint format types gallery bench clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -52,5 +53,16 @@ types: $(STAMP) ## static types
 gallery: $(STAMP) ## the pictures of the documentation
 	$(BIN)/python -m ebm_dist.report.gallery docs/gallery
 
+# The peers get an environment of their own: what they pin is not ours to carry.
+PEERS := .venv-peers
+$(PEERS)/.installed: benchmarks/peers.txt constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	touch $@
+
+bench: $(STAMP) $(PEERS)/.installed ## ours against the peers and the limits; writes benchmarks/results/DATE
+	$(BIN)/python benchmarks/report.py benchmarks/results/$(shell date +%F) \
+		--peer-python $(PEERS)/bin/python
+
 clean: ## the environment and what tools left behind
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache build dist *.egg-info
