@@ -4,9 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-slow test-cluster test-gpu chaos lint format types gallery clean help
-
-.PHONY: train test test-slow test-gpu lint format types gallery bench clean help
+.PHONY: train test test-slow test-cluster test-gpu chaos lint format types gallery bench clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
