@@ -160,6 +160,7 @@ def check(config: RunConfig) -> Iterator[str]:
     yield from _check_temperature(config)
     yield from _check_jarzynski(config)
     yield from _check_recompute(config)
+    yield from _check_warm_up(config)
     yield from _check_audit(config)
     if config.runtime.backend == "inline" and config.learner.num_ranks > 1:
         yield (
@@ -268,6 +269,15 @@ def _check_temperature(config: RunConfig) -> Iterator[str]:
             f"objective.temperature: expected the sampler's temperature {temperature:g} "
             f"({' and '.join(reads)} reads it), got {stated:g}; set objective.temperature: "
             f"{temperature:g}"
+        )
+
+
+def _check_warm_up(config: RunConfig) -> Iterator[str]:
+    sampler = config.sampler
+    if sampler.adapt_steps and not hasattr(sampler.build(), "target_acceptance"):
+        yield (
+            f"sampler.adapt_steps: {sampler.adapt_steps}, but {sampler.name} has no acceptance "  # type: ignore[attr-defined]
+            "to aim at; set it to 0, or use mala, hmc, nuts, random_walk or discrete_langevin"
         )
 
 

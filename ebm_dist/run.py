@@ -33,6 +33,7 @@ from ebm_dist.preflight import preflight
 from ebm_dist.report.grid import save_grid
 from ebm_dist.run_dir import Resume, check_resumable, claimed, replace_text, run_log, starting_point
 from ebm_dist.types import EventSpec
+from ebm_dist.warm_up import warmed_up
 
 log = logging.getLogger("ebm_dist")
 
@@ -80,10 +81,11 @@ def train(
         found = starting_point(directory, resume)
         if found is not None:
             check_resumable(config, found)
+        config, said = warmed_up(config, spec, found)
         replace_text(directory / "config.yaml", dump(config))
         with run_log(directory):
             try:
-                return _train(config, spec, directory, found, console or Console())
+                return _train(config, spec, directory, found, console or Console(), said)
             except Exception:
                 log.exception("the run failed")
                 raise
@@ -110,10 +112,13 @@ def _train(
     run_dir: Path,
     found: checkpoint.CheckpointDir | None,
     console: Console,
+    said: str | None,
 ) -> RunResult:
     with contextlib.ExitStack() as stack:
         stop, listen = stack.enter_context(_signals_ask_to_stop())
         view = stack.enter_context(Progress(config.run.steps, config.run.name, console))
+        if said is not None:
+            _Logged(view).say(said)
         view.say("starting " + ("in this process" if config.runtime.backend == "inline" else "Ray"))
         backend = _backend(config, spec, run_dir)
         stack.callback(backend.close)

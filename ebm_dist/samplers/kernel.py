@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from ebm_dist.errors import NonFinite
@@ -83,6 +83,10 @@ class KernelSection(Section):
 
     num_steps: PositiveInt = 60
     """Steps that a chain makes in one round, between two looks at the weights."""
+
+    adapt_steps: NonNegativeInt = 0
+    """Steps of warm-up before a new run, in which the step size follows the acceptance; it then
+    stays. For samplers with an accept step; the step size given is where it starts from."""
 
     engine: Literal["auto", "eager", "compiled"] = "auto"
     """How steps are run. compiled: in blocks of up to 20, compiled in the background (in

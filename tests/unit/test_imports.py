@@ -27,7 +27,7 @@ ROWS = [
     {"config"},
     {"report"},
     {"draw", "model_card", "export", "export_reader"},
-    {"suites", "preflight", "run_dir", "assembly"},
+    {"suites", "preflight", "run_dir", "assembly", "warm_up"},
     {"run"},
     {"doctor"},
     {"cli", "__main__"},
