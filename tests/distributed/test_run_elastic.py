@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +11,19 @@ from typing import Any
 import pytest
 from graph_runs import rows, start, wait_for
 
+from ebm_dist.actors.access import find_token, make_token
+
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
-    # The nodes have an outer address, and a run joins none of those without a token.
+    # The nodes have an outer address, and a run joins none of those without a token. It is the
+    # user's own: a process reads its token once, and this one may have done so already.
+    if find_token() is None:
+        make_token()
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
