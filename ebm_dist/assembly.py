@@ -19,6 +19,7 @@ from ebm_dist.actors.learner import LearnerRank
 from ebm_dist.actors.learners import LearnerGroup
 from ebm_dist.actors.observers import EvaluatorLink, HubLink
 from ebm_dist.actors.placement import Placer, available_cores, plan
+from ebm_dist.actors.pool import MAX_ATTEMPTS
 from ebm_dist.actors.shard_host import ShardHost
 from ebm_dist.actors.shared_memory import slots_directory
 from ebm_dist.actors.watch import ShardWatch
@@ -92,7 +93,7 @@ def assemble(
             with contextlib.suppress(PartDied):  # told by who reads it
                 backend.get(ref, timeout)
 
-    learners.meet(wait)
+    _meet(learners, wait)
 
     def close_ranks() -> None:
         # DeepSpeed's process group outlives the actor call that made it; leave it in order.
@@ -141,6 +142,19 @@ def assemble(
         watch=watch,
         auditor=auditor,
     )
+
+
+def _meet(learners: LearnerGroup, wait: Callable[[Sequence[Ref], float], None]) -> None:
+    """Have the ranks meet; a group that loses one meanwhile is replaced, as it is later on."""
+    try:
+        learners.meet(wait)
+        return
+    except PartDied:
+        for _ in range(MAX_ATTEMPTS - 1):
+            with contextlib.suppress(PartDied):
+                learners.rebuild(wait)
+                return
+    learners.rebuild(wait)
 
 
 class _Spawner:

@@ -36,6 +36,9 @@ from ebm_dist.learner import LearnerConfig, learning_rate
 LEAVING_S = 30.0
 """A run that fails waits this long for the checkpoint that is being written."""
 
+RETRY_S = 0.5
+"""Between two attempts to go back: what has just died is known to be dead a moment later."""
+
 
 class Controller:
     """Runs in the driver process and owns the weight references: a learner that dies takes
@@ -110,7 +113,10 @@ class Controller:
     def run(self) -> bool:
         """Train to the last update; returns False if told to stop before it."""
         start = time.monotonic() - self.progress.wall_s
-        self._publish_current()
+        try:
+            self._publish_current()
+        except PartDied as died:
+            self._recover(died)
         self._window.reset()
         try:
             while True:
@@ -237,10 +243,14 @@ class Controller:
         """Continue from `found`, whatever its numbers of ranks and shards were."""
         # First: it names the noise of this attempt. In place: the flow of negatives holds it.
         self.progress.resume(found.step, found.meta, read_manifest(self._run_dir))
-        self._load_learners(found)
-        self._load_shards(found)
         self._farthest = found.step
         self._cuts.stands_at(found.step)
+        try:
+            self._load_learners(found)
+            self._load_shards(found)
+        except PartDied as died:
+            self._chains_go_back = True
+            self._recover(RollBack(f"while the run was restored: {died}"))
 
     def _load_learners(self, found: checkpoint.CheckpointDir) -> None:
         learner, ema = found.tensors("learner"), found.tensors("ema") or None
@@ -282,6 +292,7 @@ class Controller:
                 return
             except (PartDied, NonFinite) as again:
                 trouble = again
+                time.sleep(RETRY_S)
 
     def _try_otherwise(self, trouble: NonFinite) -> None:
         """Count a roll-back from `trouble`; the next attempt has other noise and a smaller rate."""
@@ -306,6 +317,11 @@ class Controller:
         if self._chains_go_back:
             self._pool.forget_all()
         found = self._cuts.latest()
+        if found is None and self.progress.step == 0 and not self._chains_go_back:
+            # Nothing is learnt yet: the ranks begin with the weights that the seed gives them.
+            self._graph.learners.rebuild(self._wait)
+            self._publish_current()
+            return
         if found is None:
             raise RunFailed(f"{trouble}, and there is no checkpoint to go back to") from trouble
         lost = self.progress.step - found.step
@@ -316,6 +332,7 @@ class Controller:
             self._graph.learners.rebuild(self._wait)
         self._load_learners(found)
         if self._chains_go_back:
+            self._replace_dead_shards()
             self._load_shards(found)
             self._chains_go_back = False
         progress = self.progress
@@ -328,6 +345,13 @@ class Controller:
         rate = f", learning rate x {progress.lr_factor:g}" if progress.rollbacks else ""
         seconds = time.monotonic() - start
         self._view.say(f"the learners go on after {seconds:.1f} s{rate}")
+
+    def _replace_dead_shards(self) -> None:
+        for index, shard in enumerate(self._graph.shards):
+            if not self._backend.alive(shard):
+                # What it asks for, to go back as a whole, is under way.
+                with contextlib.suppress(RollBack):
+                    self._pool.replace_shard(index, "its process is gone")
 
     def _respawn_shard(self, index: int) -> Handle:
         """A process that takes over the chains of shard `index`, or what the last cut had."""
