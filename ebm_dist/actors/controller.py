@@ -113,10 +113,11 @@ class Controller:
     def run(self) -> bool:
         """Train to the last update; returns False if told to stop before it."""
         start = time.monotonic() - self.progress.wall_s
-        try:
-            self._publish_current()
-        except PartDied as died:
-            self._recover(died)
+        while self._flat is None:
+            try:
+                self._publish_current()
+            except PartDied as died:
+                self._recover(died)
         self._window.reset()
         try:
             while True:

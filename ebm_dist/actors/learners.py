@@ -46,7 +46,14 @@ class LearnerGroup:
         meeting = self._backend.get(where, self._start_timeout_s)
         refs = [rank.call("start", meeting) for rank in self.ranks]
         wait(refs, self._start_timeout_s)
-        self._results(refs)
+        try:
+            self._results(refs)
+        except RunFailed as error:
+            # What is left of a group says that nobody came; who did not has died on the way.
+            if dead := self.dead():
+                self.broken = True
+                raise PartDied(f"{' and '.join(dead)} died while the ranks met") from error
+            raise
 
     def renew_if_dead(self) -> None:
         """Start successors of all ranks if one is dead, for a `rebuild` to find them under way.

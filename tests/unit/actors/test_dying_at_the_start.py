@@ -1,0 +1,61 @@
+"""Parts that die before the first update: while the ranks meet, or a checkpoint is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from small_runs import run
+from torch import Tensor
+
+from ebm_dist.actors.controller import Controller
+from ebm_dist.actors.handles import PartDied
+from ebm_dist.actors.learners import LearnerGroup
+
+
+def weights(run_dir: Path) -> dict[str, Tensor]:
+    return load_file(run_dir / "export" / "model.safetensors")
+
+
+def fails_once(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[str]:
+    """The first call of `owner.name` finds a part dead; returns what was called."""
+    calls: list[str] = []
+    real = getattr(owner, name)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 1:
+            raise PartDied("killed by the test")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("step", ["_load_shards", "_load_learners", "_publish_current"])
+def test_a_part_that_dies_while_a_run_is_restored_leaves_the_result_as_it_is(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole", "run.steps=6", "checkpoint.every=3")
+    run(tmp_path / "parts", "run.steps=3", "checkpoint.every=3")
+    calls = fails_once(monkeypatch, Controller, step)
+    assert run(tmp_path / "parts", "run.steps=6", "checkpoint.every=3")[0].finished
+    assert len(calls) > 1
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all((whole[name] == parts[name]).all() for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(LearnerGroup, "meet"), (Controller, "_publish_current")]
+)
+def test_a_part_that_dies_before_the_first_checkpoint_costs_nothing_but_its_start(
+    owner: type, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole", "run.steps=3", "flow.mode=async")
+    calls = fails_once(monkeypatch, owner, name)
+    assert run(tmp_path / "hit", "run.steps=3", "flow.mode=async")[0].finished
+    assert len(calls) > 1
+    whole, hit = weights(tmp_path / "whole"), weights(tmp_path / "hit")
+    assert all((whole[key] == hit[key]).all() for key in whole)
