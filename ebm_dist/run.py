@@ -24,7 +24,8 @@ from ebm_dist.actors.graph import Schedule
 from ebm_dist.actors.handles import Backend, InlineBackend
 from ebm_dist.actors.ray_backend import RayBackend
 from ebm_dist.assembly import assemble
-from ebm_dist.config import RunConfig, check_event, dump, load
+from ebm_dist.config import RunConfig, dump, load
+from ebm_dist.config_checks import check_event
 from ebm_dist.data import describe
 from ebm_dist.errors import RunFailed, UserError
 from ebm_dist.export import export_run

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from ebm_dist import config, energies, objectives, samplers
-from ebm_dist.config import RunConfig, check_event, dump, load, schema
+from ebm_dist.config import RunConfig, dump, load, schema
+from ebm_dist.config_checks import check_event
 from ebm_dist.errors import UserError
 from ebm_dist.types import EventSpec
 

@@ -24,7 +24,7 @@ ROWS = [
     {"learner"},
     {"evaluation"},
     {"actors"},
-    {"config"},
+    {"config", "config_checks"},
     {"report"},
     {"draw", "model_card", "export", "export_reader"},
     {"suites", "preflight", "run_dir", "assembly", "warm_up"},
