@@ -84,13 +84,8 @@ def shard_arm(shard: Shard, codec: Codec, ids: Iterator[int], *, rows: bool, con
 def _moved(
     lease: Lease, position: Any, energy: np.ndarray, weight: np.ndarray, token: int | None
 ) -> MovedChains:
-    return MovedChains(
-        lease_id=lease.lease_id,
-        shard=lease.shard,
-        shard_epoch=lease.shard_epoch,
-        slots=lease.slots,
-        generations=lease.generations,
-        chain_id=lease.chain_id,
+    return MovedChains.of(
+        lease,
         position=position,
         energy=energy,
         log_weight=weight,

@@ -53,13 +53,8 @@ class Mover:
             assert lease.position is not None
             np.copyto(self._landing, lease.position)
             position = self._landing
-        return MovedChains(
-            lease_id=lease.lease_id,
-            shard=lease.shard,
-            shard_epoch=lease.shard_epoch,
-            slots=lease.slots,
-            generations=lease.generations,
-            chain_id=lease.chain_id,
+        return MovedChains.of(
+            lease,
             position=position,
             energy=self._zeros,
             log_weight=self._zeros,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -142,3 +142,16 @@ class MovedChains:
     """Of the grant, where the chains are in its rows."""
     notes: tuple[str, ...] = ()
     """What the worker has to say since its last round, for the log of the run."""
+
+    @classmethod
+    def of(cls, lease: Lease, **moved: Any) -> MovedChains:
+        """The answer to `lease`: its own fields as they went out, the others as given."""
+        return cls(
+            lease_id=lease.lease_id,
+            shard=lease.shard,
+            shard_epoch=lease.shard_epoch,
+            slots=lease.slots,
+            generations=lease.generations,
+            chain_id=lease.chain_id,
+            **moved,
+        )

@@ -138,13 +138,8 @@ class Worker:
             rows = open_rows(lease.grant)
             written = rows is not None and rows.write(lease.grant, position, lease.chain_id)
             position, token = None, lease.grant.token if written else None
-        return MovedChains(
-            lease_id=lease.lease_id,
-            shard=lease.shard,
-            shard_epoch=lease.shard_epoch,
-            slots=lease.slots,
-            generations=lease.generations,
-            chain_id=lease.chain_id,
+        return MovedChains.of(
+            lease,
             position=position,
             energy=energy,
             log_weight=log_weight.astype(np.float32),
@@ -235,13 +230,8 @@ class Worker:
 def _void(lease: Lease, version: int, num_steps: int) -> MovedChains:
     """The answer to a lease whose rows are another's by now: the shard counts it as late."""
     nothing = np.zeros(len(lease.slots), np.float32)
-    return MovedChains(
-        lease_id=lease.lease_id,
-        shard=lease.shard,
-        shard_epoch=lease.shard_epoch,
-        slots=lease.slots,
-        generations=lease.generations,
-        chain_id=lease.chain_id,
+    return MovedChains.of(
+        lease,
         position=None,
         energy=nothing,
         log_weight=nothing,

@@ -141,13 +141,8 @@ class SimWorker:
             return None
         noise = np.random.default_rng(lease.seed).normal(size=lease.position.shape)
         position = (0.5 * lease.position + noise + 0.01 * version).astype(np.float32)
-        return MovedChains(
-            lease_id=lease.lease_id,
-            shard=lease.shard,
-            shard_epoch=lease.shard_epoch,
-            slots=lease.slots,
-            generations=lease.generations,
-            chain_id=lease.chain_id,
+        return MovedChains.of(
+            lease,
             position=position,
             energy=position.sum(1),
             log_weight=lease.log_weight,

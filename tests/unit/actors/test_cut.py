@@ -54,13 +54,8 @@ def work(shards, *, first_lease: int, rounds: int = 12) -> None:
 
 def move(lease: Lease, version: int) -> MovedChains:
     position = lease.position + np.float32(1 / 3)
-    return MovedChains(
-        lease_id=lease.lease_id,
-        shard=lease.shard,
-        shard_epoch=lease.shard_epoch,
-        slots=lease.slots,
-        generations=lease.generations,
-        chain_id=lease.chain_id,
+    return MovedChains.of(
+        lease,
         position=position,
         energy=position.sum((1, 2)),
         log_weight=lease.log_weight + np.float32(0.1),
