@@ -219,11 +219,14 @@ def test_repair_leaves_of_the_error_what_its_steps_do_not_forget(
         assert taken.version - taken.leases[0].version <= max_lag
         if taken.leases[0].num_steps != repair_steps:
             continue
-        target = without_lag(step)
+        # Repaired chains wait their turn like others: what the repair did is judged by the weights
+        # that it ran with, `version`, and not by those of the update that took them.
+        version = taken.leases[0].version
+        target = without_lag(version)
         ratios.append(float(np.mean(negatives["x"] ** 2)) / target)
-        stale = after(without_lag(step - lag), alpha(step - lag), num_steps)
+        stale = after(without_lag(version - lag), alpha(version - lag), num_steps)
         unrepaired.append(stale / target)
-        repaired.append(after(stale, alpha(step), repair_steps) / target)
+        repaired.append(after(stale, alpha(version), repair_steps) / target)
     error = math.sqrt(2 / (num_chains * len(ratios)))
     ratio, predicted = float(np.mean(ratios)), float(np.mean(repaired))
     assert len(ratios) > 20
