@@ -26,6 +26,7 @@ def check(config: RunConfig) -> Iterator[str]:
     yield from _check_temperature(config)
     yield from _check_jarzynski(config)
     yield from _check_recompute(config)
+    yield from _check_wire(config)
     yield from _check_warm_up(config)
     yield from _check_audit(config)
     if config.runtime.backend == "inline" and config.learner.num_ranks > 1:
@@ -138,6 +139,15 @@ def _check_temperature(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _check_wire(config: RunConfig) -> Iterator[str]:
+    reweights = config.flow.stale == "reweight" and config.flow.mode == "async"
+    if reweights and config.learner.wire != "float32":
+        yield (
+            f"learner.wire: {config.learner.wire}, but flow.stale: reweight compares the energies "
+            "of workers with the learner's own; set learner.wire: float32, or flow.stale: repair"
+        )
+
+
 def _check_warm_up(config: RunConfig) -> Iterator[str]:
     sampler = config.sampler
     if sampler.adapt_steps and not hasattr(sampler.build(), "target_acceptance"):
@@ -227,6 +237,12 @@ def _check_jarzynski(config: RunConfig) -> Iterator[str]:
         yield (
             f"sampler.precision: {config.sampler.precision}, but Jarzynski weights add up energies "
             "over the whole run; set sampler.precision: fp32, or buffer.jarzynski: false"
+        )
+    if config.learner.wire != "float32":
+        yield (
+            f"learner.wire: {config.learner.wire}, but the learner compares its own energies with "
+            "those that Jarzynski weights began with; set learner.wire: float32, or "
+            "buffer.jarzynski: false"
         )
     if config.learner.accumulation > 1:
         yield (

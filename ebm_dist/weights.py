@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+WireName = Literal["float32", "bfloat16"]
 
 _CACHE_LINE = 64
 
@@ -53,7 +56,7 @@ class FlatLayout:
         return flat
 
     def load_(self, module: nn.Module, flat: Tensor | np.ndarray) -> None:
-        """Copy `flat` (size,) into the parameters and buffers of `module`."""
+        """Copy `flat` (size,), `as_sent` or not, into the parameters and buffers of `module`."""
         flat = self._checked(flat)
         tensors = flat_tensors(module)
         with torch.no_grad():
@@ -67,7 +70,8 @@ class FlatLayout:
         Ray's own shared memory. It may be read-only, and writing to a parameter afterwards would
         end the process: for frozen modules. Copied are buffers, what is not on the CPU or not
         laid out as the view is, and views that do not begin on a cache line: torch's own memory
-        does, and kernels may round otherwise where it does not.
+        does, and kernels may round otherwise where it does not. Weights in bfloat16 are unpacked
+        into memory of this process first.
 
         Returns:
             How many numbers were copied.
@@ -95,6 +99,8 @@ class FlatLayout:
             # Arrays of Ray's object store are read-only, and nobody here writes to them.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             flat = torch.as_tensor(flat)
+        if flat.dtype == torch.uint16:
+            flat = flat.view(torch.bfloat16).float()
         if flat.numel() != self.size:
             raise ValueError(
                 f"flat weights have {flat.numel()} numbers, the energy has {self.size}; "
@@ -110,6 +116,16 @@ class FlatLayout:
             out[name] = flat[offset : offset + count].view(shape)
             offset += count
         return out
+
+
+def as_sent(flat: np.ndarray, wire: WireName) -> np.ndarray:
+    """`flat` (N,) float32 as it crosses to the workers: itself, or bfloat16's bits as uint16.
+
+    To the nearest bfloat16, a relative error of at most 2^-9 a weight.
+    """
+    if wire == "float32":
+        return flat
+    return torch.from_numpy(flat).bfloat16().view(torch.uint16).numpy()
 
 
 def flat_tensors(module: nn.Module) -> dict[str, Tensor]:

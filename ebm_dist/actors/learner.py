@@ -13,6 +13,7 @@ from ebm_dist.learner import Ema, LearnerConfig
 from ebm_dist.objectives import ObjectiveSection, ess_ratio
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import Negatives
+from ebm_dist.weights import as_sent
 
 
 class LearnerRank:
@@ -103,14 +104,17 @@ class LearnerRank:
         if self._ema is None:
             self._ema = self._average(flat)
         self._ema.update(flat)
-        return metrics, flat, self._ema.flat.numpy() if average else None
+        sent = as_sent(flat, self._config.wire)
+        return metrics, sent, self._ema.flat.numpy() if average else None
 
     def weights(self) -> np.ndarray | None:
-        """The flat weights as they are; None on ranks other than 0. Collective."""
+        """The flat weights as they are, for the wire; None on ranks other than 0. Collective."""
         flat = self._engine.flat_weights()
-        if flat is not None and self._ema is None:
+        if flat is None:
+            return None
+        if self._ema is None:
             self._ema = self._average(flat)
-        return flat
+        return as_sent(flat, self._config.wire)
 
     def state(self) -> dict[str, Any]:
         """Whole arrays (rank 0), the average (rank 0), and this rank's data cursor. Collective."""

@@ -17,6 +17,7 @@ from pydantic import (
 
 from ebm_dist.learner.options import check_options
 from ebm_dist.section import Section
+from ebm_dist.weights import WireName
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -62,6 +63,11 @@ class LearnerConfig(Section):
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes the networks in bfloat16; weights, gradients and optimiser stay float32."""
+
+    wire: WireName = "float32"
+    """What weights travel to workers as. bfloat16 halves the bytes between machines, for chains
+    that move under weights rounded to 8 bits; on one machine float32 is faster, as it is read where
+    it lies."""
 
     ema_decay: Fraction = 0.999
     """Decay an update of the averaged weights; 0 makes the average the weights themselves."""

@@ -217,6 +217,16 @@ def test_chains_are_stored_in_fewer_bits_only_where_those_can_hold_them(path):
         load(path, [uint8, "buffer.jarzynski=true", "buffer.reinit_prob=0"])
 
 
+def test_rounded_weights_are_refused_where_energies_are_compared_with_the_learners_own(path):
+    wire = "learner.wire=bfloat16"
+    assert load(path, [wire]).learner.wire == "bfloat16"
+    with pytest.raises(UserError, match=r"learner\.wire: bfloat16.*Jarzynski"):
+        load(path, [wire, "buffer.jarzynski=true", "buffer.reinit_prob=0"])
+    reweight = ["flow.stale=reweight", "objective.temperature=1.25e-05"]
+    with pytest.raises(UserError, match=r"learner\.wire: bfloat16.*reweight"):
+        load(path, [wire, *reweight])
+
+
 def test_a_missing_file_names_the_one_beside_it(path):
     with pytest.raises(UserError, match=r"did you mean .*run\.yaml"):
         load(path.with_name("rum.yaml"))

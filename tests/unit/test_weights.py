@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ebm_dist import energies
-from ebm_dist.weights import FlatLayout, flat_tensors
+from ebm_dist.weights import FlatLayout, as_sent, flat_tensors
 
 NETWORKS = [
     ("mlp", {"event_shape": (5,)}),
@@ -100,6 +100,24 @@ def test_bound_weights_are_read_where_they_lie_and_give_the_same_bits(name, para
         # Where torch's own memory would begin as well, so that kernels take the same path.
         assert all(p.data_ptr() % 64 == 0 for p in bound.parameters())
     assert not [w for w in recwarn if "writable" in str(w.message)]
+
+
+@pytest.mark.parametrize(("name", "params"), NETWORKS)
+def test_weights_sent_as_bfloat16_arrive_as_the_nearest_of_them(name, params) -> None:
+    source, bound = build(name, params, 1), build(name, params, 2).requires_grad_(False)
+    layout = FlatLayout.of(source)
+    flat = layout.pack(source).numpy()
+    sent = as_sent(flat, "bfloat16")
+    assert sent.nbytes == flat.nbytes // 2
+    sent.flags.writeable = False
+    layout.bind_(bound, sent)
+    copied = build(name, params, 3)
+    layout.load_(copied, sent)
+    for energy in (bound, copied):
+        received = flat_tensors(energy)
+        for key, tensor in flat_tensors(source).items():
+            assert torch.equal(received[key], tensor.bfloat16().float()), key
+    assert as_sent(flat, "float32") is flat
 
 
 def test_weights_that_are_trained_are_not_bound() -> None:

@@ -1,0 +1,126 @@
+"""What a learner's update costs beside its forward, backward and optimiser step.
+
+    python benchmarks/learner.py [--quick] [--out FILE.json]
+
+One rank on the network and shapes of configs/fashion_mnist.yaml, in turn: `LearnerRank.update`
+as the run calls it (the next batch of data, the negatives of two leases, metrics, the finite check,
+clipping, flat weights, their average), DeepSpeed's forward, backward and step alone, and the same
+three in plain torch. The last rows say what the parts of the difference cost by themselves, with
+Ray's copy of the weights into shared memory among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from common import interleaved, keep, medians, seconds, spread
+from end_to_end import BATCH, config, write_images
+from rich.console import Console
+from rich.table import Table
+
+from ebm_dist.actors.learner import LearnerRank
+from ebm_dist.config import RunConfig
+from ebm_dist.data import describe, prepare
+from ebm_dist.learner import Ema
+from ebm_dist.run import bind
+from ebm_dist.types import Batch, Negatives
+
+LR = 1e-5
+
+
+def leases(rng: np.random.Generator) -> list[dict[str, np.ndarray]]:
+    """The negatives of an update as two shards hand them over."""
+    half = BATCH // 2
+    return [
+        {
+            "x": rng.uniform(-1, 1, (half, 1, 28, 28)).astype(np.float32),
+            "energy": np.zeros(half, np.float32),
+            "version": np.zeros(half, np.int64),
+            "log_weight": np.zeros(half, np.float32),
+        }
+        for _ in range(2)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--out", type=Path, help="also write the result there, as JSON")
+    options = parser.parse_args()
+    number, repetitions = (3, 5) if options.quick else (10, 15)
+    with tempfile.TemporaryDirectory() as directory:
+        write_images(Path(directory) / "images", 512)
+        prepare("imagefolder", Path(directory) / "shards", Path(directory) / "images")
+        measure(Path(directory) / "shards", number, repetitions, options.out)
+
+
+def measure(source: Path, number: int, repetitions: int, out: Path | None) -> None:
+    run = RunConfig.model_validate(config(source, 1))
+    run = bind(run, describe(run.data))
+    rank = LearnerRank(
+        run.learner, run.data, run.energy, run.objective, rank=0, seed=0, device="cpu"
+    )
+    rank.start(("127.0.0.1", 0))
+    negatives = leases(np.random.default_rng(0))
+    slices = [(0, BATCH // 2)] * 2
+    engine = rank._engine
+    wrapped, module = engine._engine, engine._module
+    x = torch.rand(BATCH, 1, 28, 28) * 2 - 1
+    batch = Batch(x)
+    joined = {k: np.concatenate([lease[k] for lease in negatives]) for k in negatives[0]}
+    negative = Negatives(**{name: torch.from_numpy(array) for name, array in joined.items()})
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    plain = torch.optim.Adam(trainable, lr=LR, fused=True)
+
+    def deepspeed() -> None:
+        wrapped.set_gradient_accumulation_boundary(True)
+        loss, _ = wrapped(batch, negative, 0)
+        wrapped.backward(loss)
+        wrapped.step()
+
+    def torch_alone() -> None:
+        loss, _ = module(batch, negative, 0)
+        loss.backward()
+        plain.step()
+        plain.zero_grad()
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    flat = rank.weights()
+    assert flat is not None
+    ema = Ema(0.999, flat)
+    arms: dict[str, Any] = {
+        "the run's update": lambda: rank.update(0, LR, False, slices, *negatives),
+        "DeepSpeed's forward, backward, step": deepspeed,
+        "torch's": torch_alone,
+        "of it: next batch of data": lambda: rank._data.next_batch(BATCH),
+        "of it: flat weights": engine.flat_weights,
+        "of it: their average": lambda: ema.update(flat),
+        "after it: Ray's copy of the weights": lambda: ray.put(flat),
+    }
+    for arm in arms.values():
+        arm()
+    results = interleaved(
+        {name: lambda a=arm: seconds(a, number) for name, arm in arms.items()}, repetitions
+    )
+    rank.close()
+    ray.shutdown()
+    times = medians(results)
+    base = times["DeepSpeed's forward, backward, step"]
+    table = Table(f"{flat.size / 1e6:.2f}M weights, batch {BATCH} and {BATCH}", "ms", "of it", "±")
+    rows = []
+    for name, value in times.items():
+        noise = spread(results[name])
+        rows.append({"what": name, "ms": 1e3 * value, "of_the_step": value / base, "spread": noise})
+        table.add_row(name, f"{1e3 * value:.2f}", f"{value / base:.1%}", f"{noise:.0%}")
+    Console().print(table)
+    keep("learner", rows, out, repetitions=repetitions, weights=int(flat.size))
+
+
+if __name__ == "__main__":
+    main()
