@@ -18,6 +18,7 @@ import argparse
 import heapq
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from rich.table import Table
 from ebm_dist import energies, samplers
 from ebm_dist.samplers import run_chain
 
-BATCH, NUM_STEPS = 128, 20
+BATCH, NUM_STEPS = 128, 40
 ENERGY = {"name": "resnet", "width": 16, "multipliers": [1, 2]}
 SAMPLER = {"name": "langevin", "step_size": 10.0, "noise_std": 0.01, "grad_clip": 0.05}
 
@@ -68,10 +69,11 @@ def config(updates: int) -> dict[str, Any]:
 
 
 class HalfSpeed:
-    """Stops the worker process of a run for half of the time, as a slow device would be."""
+    """Stops a part of a run for half of the time, as a slow device would be."""
 
-    def __init__(self, parent: int, name: str) -> None:
-        self._parent, self._name = parent, name
+    def __init__(self, log: Path, name: str) -> None:
+        self._log, self._name = log, name
+        self.stops = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -86,30 +88,20 @@ class HalfSpeed:
                 os.kill(pid, signal.SIGSTOP)
                 time.sleep(0.02)
                 os.kill(pid, signal.SIGCONT)
+                self.stops += 1
             except ProcessLookupError:
-                pid = None
+                return
 
     def _find(self) -> int | None:
-        """A descendant of the run whose Ray title names the actor."""
-        found = subprocess.run(["pgrep", "-f", self._name], capture_output=True, text=True)
-        for pid in map(int, found.stdout.split()):
-            ancestor = pid
-            while ancestor > 1:
-                if ancestor == self._parent:
-                    return pid
-                ancestor = _parent_of(ancestor)
-        return None
+        """The process of the part, which the run notes in its log."""
+        if not self._log.exists():
+            return None
+        found = re.search(rf"{self._name} runs as process (\d+)", self._log.read_text())
+        return int(found[1]) if found else None
 
     def stop(self) -> None:
         self._done.set()
         self._thread.join()
-
-
-def _parent_of(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
 
 
 def measured_rate(name: str, updates: int, *, straggler: bool) -> float:
@@ -124,7 +116,7 @@ def measured_rate(name: str, updates: int, *, straggler: bool) -> float:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        slow = HalfSpeed(run.pid, "ray::Worker|ray::worker-1") if straggler else None
+        slow = HalfSpeed(Path(directory) / "run/run.log", "worker-1") if straggler else None
         try:
             output, _ = run.communicate()
         finally:
@@ -132,6 +124,8 @@ def measured_rate(name: str, updates: int, *, straggler: bool) -> float:
                 slow.stop()
         if run.returncode:
             raise SystemExit(f"{name}: {output}")
+        if slow is not None and not slow.stops:
+            raise SystemExit(f"{name}: worker-1 was never slowed down")
         rows = [json.loads(x) for x in (Path(directory) / "run/metrics.jsonl").open()]
     rates = [r["throughput/updates_per_s"] for r in rows if r["step"] > updates // 3]
     return len(rates) / sum(1 / rate for rate in rates)
