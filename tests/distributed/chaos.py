@@ -119,7 +119,7 @@ def soak(
     Args:
         seconds: from the first update on; then the last leg is finished in peace.
         leg: updates of a leg.
-        min_kills: go on until there were so many, for at most as long again.
+        min_kills: go on until there were so many, for at most four times as long.
     """
     rng, report = random.Random(seed), Report()
     mark = uuid.uuid4().hex
@@ -152,9 +152,9 @@ def _soak(
         time.sleep(0.1)
         now = time.time()
         if not began and rows(run_dir):
-            began, patience = now, now + 2 * seconds + 400
+            began, patience = now, now + 4 * seconds + 400
             next_kill = now + period_s
-        enough = len(report.kills) >= min_kills or now > began + 2 * seconds
+        enough = len(report.kills) >= min_kills or now > began + 4 * seconds
         over = bool(began) and now > began + seconds and enough
         if now > patience:
             report.faults.append(f"no end after {now - began:.0f} s\n{_tail(run_dir)}")
