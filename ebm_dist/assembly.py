@@ -242,6 +242,8 @@ class _Spawner:
             num_threads=self._placement.worker_threads,
             num_cpus=config.runtime.cpus_per_worker,
             num_gpus=self._placement.worker_gpus,
+            # A round whose lease was lost with a node must not hold up those after it.
+            any_order=True,
             node=node,
         )
 
@@ -311,6 +313,8 @@ class _Spawner:
             name=f"learner-{rank}",
             num_threads=self._placement.learner_threads,
             num_gpus=self._placement.learner_gpus,
+            # Negatives that are lost on their way must not hold up the others in their place.
+            any_order=self._backend.scattered,
         )
 
     def evaluator(self) -> Handle:

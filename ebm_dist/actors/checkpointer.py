@@ -15,6 +15,7 @@ from ebm_dist import checkpoint
 from ebm_dist.actors.cut import Progress, shard_file, write_cut
 from ebm_dist.actors.graph import Graph, Schedule
 from ebm_dist.actors.handles import PartDied, Ref, first_line
+from ebm_dist.actors.stall import SHARDS, answer
 from ebm_dist.errors import NonFinite, RunFailed
 
 PATIENCE_S = 5.0
@@ -163,7 +164,10 @@ class Checkpointer:
             for index, shard in enumerate(self._graph.shards)
         ]
         # The small half of the answer: with it the shard has copied what the cut is to hold.
-        metas = [self._backend.get(small, self._timeout) for small, _ in calls]
+        metas = [
+            answer(self._backend, small, self._timeout, SHARDS, self._waits(progress, shard.name))
+            for shard, (small, _) in zip(self._graph.shards, calls)
+        ]
         arrays = [large for _, large in calls]
         meta = {**self._meta, "tracking": self._graph.hub.known}
         thread = threading.Thread(
@@ -243,12 +247,10 @@ class Checkpointer:
         write, began = self._write, time.monotonic()
         assert write is not None
         try:
-            for ref in ranks:
-                self._backend.wait([ref], self._timeout)
-            states = [self._graph.learners.result(ref) for ref in ranks]
+            states = [self._state(rank, ref) for rank, ref in enumerate(ranks)]
             shards = [
-                {"meta": about, "arrays": self._backend.get(ref, self._timeout)}
-                for about, ref in zip(metas, arrays)
+                {"meta": about, "arrays": self._chains(index, ref)}
+                for index, (about, ref) in enumerate(zip(metas, arrays))
             ]
             bases = {
                 shard_file(index): whole.base
@@ -261,3 +263,21 @@ class Checkpointer:
         except Exception as error:  # whatever it is, who settles has to be told
             write.error = error
         write.seconds = time.monotonic() - began
+
+    def _state(self, rank: int, ref: Ref) -> Any:
+        if not self._backend.wait([ref], self._timeout):
+            raise TimeoutError(self._late(f"learner-{rank}"))
+        return self._graph.learners.result(ref)
+
+    def _chains(self, index: int, ref: Ref) -> Any:
+        try:
+            return self._backend.get(ref, self._timeout)
+        except TimeoutError:
+            raise TimeoutError(self._late(self._graph.shards[index].name)) from None
+
+    def _late(self, name: str) -> str:
+        return f"the state of {name} did not come in {self._timeout:.0f} s (flow.stall_timeout_s)"
+
+    @staticmethod
+    def _waits(progress: Progress, name: str) -> str:
+        return f"update {progress.step}: the checkpoint waits for {name}"

@@ -20,6 +20,7 @@ import numpy as np
 from ebm_dist import checkpoint
 from ebm_dist.actors.checkpointer import Checkpointer
 from ebm_dist.actors.cut import Progress, read_manifest, restore_shards, write_manifest
+from ebm_dist.actors.delivery import Delivery
 from ebm_dist.actors.elastic import Steward
 from ebm_dist.actors.flow import POLL_S, NegativeFlow, RollBack
 from ebm_dist.actors.graph import Graph, Schedule, View
@@ -89,6 +90,15 @@ class Controller:
         )
         self._negatives = NegativeFlow(
             graph, schedule, flow, self._pool, self.progress, self._window.count, self._tend
+        )
+        self._delivery = Delivery(
+            graph.backend,
+            graph.learners,
+            self._pool,
+            self._negatives,
+            num_negatives=schedule.num_negatives,
+            timeout=flow.stall_timeout_s,
+            meanwhile=self._meanwhile,
         )
         self._steward = None
         if graph.elasticity is not None:
@@ -160,6 +170,8 @@ class Controller:
     def _update(self) -> None:
         step = self.progress.step
         consumed = self._negatives.take_negatives() if self._graph.needs_negatives else None
+        if consumed is not None:
+            self._delivery.bring(consumed, step)
         lr = learning_rate(self._learner, step, self._schedule.num_updates)
         lr *= self.progress.lr_factor
         learners = self._graph.learners
@@ -207,20 +219,24 @@ class Controller:
         pending = list(refs)
         while pending:
             done = self._pool.poll(POLL_S, *pending)
-            self._tend()
+            self._meanwhile()
             for ref in done:
                 if each is not None:
                     each(ref)
             pending = [ref for ref in pending if ref not in done]
-            ahead = self._flow.mode == "async" and self._graph.needs_negatives
-            if ahead and not self._chains_go_back:
-                self._negatives.top_up()
             if time.monotonic() - start > timeout:
                 raise Stalled(UPDATES, timeout, f"update {self.progress.step}")
 
     def _ask_shard(self, ref: Ref, what: str) -> Any:
         detail = f"update {self.progress.step}: a shard was told {what}"
         return answer(self._backend, ref, self._flow.stall_timeout_s, SHARDS, detail)
+
+    def _meanwhile(self) -> None:
+        """What goes on while something is waited for."""
+        self._tend()
+        ahead = self._flow.mode == "async" and self._graph.needs_negatives
+        if ahead and not self._chains_go_back:
+            self._negatives.top_up()
 
     def _tend(self) -> None:
         if self._steward is not None:
@@ -322,6 +338,7 @@ class Controller:
             # Nothing is learnt yet: the ranks begin with the weights that the seed gives them.
             self._graph.learners.rebuild(self._wait)
             self._publish_current()
+            self._pool.redo_lost()
             return
         if found is None:
             raise RunFailed(f"{trouble}, and there is no checkpoint to go back to") from trouble
@@ -343,6 +360,7 @@ class Controller:
         self._cuts.stands_at(found.step)
         write_manifest(self._run_dir, found.path.name, progress, self._meta["name"])
         self._publish_current()
+        self._pool.redo_lost()
         rate = f", learning rate x {progress.lr_factor:g}" if progress.rollbacks else ""
         seconds = time.monotonic() - start
         self._view.say(f"the learners go on after {seconds:.1f} s{rate}")

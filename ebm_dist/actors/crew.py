@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
+from ebm_dist.actors.handles import Backend, Handle, ObjectLost, PartDied, Ref
 from ebm_dist.actors.rounds import MAX_ATTEMPTS
 from ebm_dist.actors.seats import Seat, Seats
 from ebm_dist.errors import RunFailed
@@ -43,6 +43,8 @@ class Crew:
         self._next_index = len(workers)
         self.arriving: dict[Ref, Seat] = {}
         """Seats whose process has been sent weights, by the reference of its answer."""
+        self._empty_handed: list[Seat] = []
+        """Newcomers whose weights were lost on the way; the next ones are sent to them."""
 
     def set_weights(self, weights: Ref, version: int) -> None:
         """Weights of the rounds started from now on.
@@ -56,6 +58,8 @@ class Crew:
         if first:
             for seat in self.seats:
                 self._send_weights(seat)
+        while self._empty_handed:
+            self._send_weights(self._empty_handed.pop())
 
     @property
     def next_index(self) -> int:
@@ -89,10 +93,20 @@ class Crew:
         seat = self.arriving.pop(ref)
         try:
             self._backend.get(ref, timeout=30.0)
+        except ObjectLost:
+            self._empty_handed.append(seat)
+            return None
         except PartDied:
             return seat
         self.seats.open(seat)
         return None
+
+    def send_again(self) -> None:
+        """Send the weights to the newcomers that still wait for some that are lost."""
+        for ref, seat in list(self.arriving.items()):
+            if seat.sent is not self.weights and self._backend.lost(seat.sent):
+                del self.arriving[ref]
+                self._send_weights(seat)
 
     def give_up_the_overdue(self, now: float) -> None:
         """Do without the workers that Ray has not started by now."""
@@ -128,6 +142,7 @@ class Crew:
 
     def _send_weights(self, seat: Seat) -> None:
         if self.version >= 0:
+            seat.sent = self.weights
             self.arriving[seat.handle.call("hold", self.weights, self.version)] = seat
 
     def _remove(self, seat: Seat) -> None:
@@ -137,6 +152,8 @@ class Crew:
         self._backend.kill(seat.handle)
 
     def _forget(self, seat: Seat) -> None:
+        if seat in self._empty_handed:
+            self._empty_handed.remove(seat)
         self.arriving = {ref: other for ref, other in self.arriving.items() if other is not seat}
 
     def _list(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ebm_dist.actors.band import StepBand, num_late
@@ -118,7 +118,11 @@ class NegativeFlow:
         start = time.monotonic()
         self._in_hand = 0
         with self.waits.waiting():
-            taken = self._take_sync() if self._flow.mode == "sync" else self._take_async()
+            taken = (
+                self._take_sync()
+                if self._flow.mode == "sync"
+                else self._take_async(self._leases_per_update)
+            )
         self._extra()
         self._progress.updates += 1
         return Consumed(
@@ -127,6 +131,28 @@ class NegativeFlow:
             version=self._progress.version,
             wait_s=time.monotonic() - start,
         )
+
+    def replace(self, consumed: Consumed, lost: Sequence[int]) -> None:
+        """Other negatives in place of those that were lost on their way to the learner.
+
+        The slots of those are free by now: a shard lets go of what it hands over.
+
+        Raises:
+            RollBack: in sync mode, where no others would do.
+        """
+        if self._flow.mode == "sync":
+            raise RollBack("negatives of this update were lost with the node that held them")
+        self._num_taken -= len(lost)
+        for index in lost:
+            self._count("flow/lost", consumed.leases[index].num_chains)
+        start = time.monotonic()
+        with self.waits.waiting():
+            taken = self._take_async(len(lost))
+        for index, (lease, ref) in zip(lost, taken):
+            consumed.leases[index] = lease
+            consumed.negatives[index] = (lease.num_chains, ref)
+        self._extra()
+        consumed.wait_s += time.monotonic() - start
 
     def _take_sync(self) -> list[tuple[Committed, Ref]]:
         step = self._progress.step
@@ -152,24 +178,25 @@ class NegativeFlow:
             raise RollBack("a shard died with negatives of this update")
         return taken
 
-    def _take_async(self) -> list[tuple[Committed, Ref]]:
-        self.top_up()
+    def _take_async(self, wanted: int) -> list[tuple[Committed, Ref]]:
+        """Negatives of `wanted` leases; the others of the update have been taken already."""
+        before = self._leases_per_update - wanted
+        self.top_up(reserved=before)
         self._pool.releases.clear()
         taken: list[tuple[Committed, Ref]] = []
-        while len(taken) < self._leases_per_update:
+        while len(taken) < wanted:
             chosen: list[Committed] = []
-            while (num := len(taken) + len(chosen)) < self._leases_per_update:
-                left = self._leases_per_update - num
-                lease = self._next(left, reserved=num)
+            while (num := len(taken) + len(chosen)) < wanted:
+                lease = self._next(wanted - num, reserved=before + num)
                 if self._is_usable(lease):
                     chosen.append(lease)
                     self._in_hand += 1
-                self.top_up(reserved=len(taken) + len(chosen))
+                self.top_up(reserved=before + len(taken) + len(chosen))
             taken += self._take(chosen)
         self._poll_until(
             lambda: not (self._has_floor and self._is_missing()),
             lambda: self._blocked(SPARE_STEPS),
-            reserved=len(taken),
+            reserved=before + len(taken),
         )
         return taken
 

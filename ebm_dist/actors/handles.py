@@ -25,6 +25,14 @@ class PartDied(RunFailed):
     """The process or node of a part is gone; the caller replaces it or stops the run."""
 
 
+class ObjectLost(PartDied):
+    """What a call was given, or its result, was held by a node that is gone.
+
+    The part that was called may be well. Nothing brings the object back: a call is not repeated
+    by itself, and results do not outlive the object store of the node that computed them.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """A machine of the cluster, as Ray sees it at the moment."""
@@ -53,6 +61,9 @@ class Backend(Protocol):
 
     concurrent: bool
     """Whether parts work at the same time, or each where it is called."""
+    scattered: bool
+    """Whether they are on several nodes: an object may then be lost with the one that holds it,
+    and the others live on."""
 
     def spawn(
         self,
@@ -84,6 +95,10 @@ class Backend(Protocol):
 
     def get(self, ref: Ref, timeout: float) -> Any:
         """The value; raises what the call raised, PartDied, or TimeoutError."""
+        ...
+
+    def lost(self, ref: Ref) -> bool:
+        """Whether the value of a finished call is known to be gone with the node that held it."""
         ...
 
     def rendezvous(self, handle: Handle, port: int | None = None) -> Ref:
@@ -198,6 +213,7 @@ class InlineBackend:
     """Every part in this process: for debugging, notebooks and as the reference in tests."""
 
     concurrent = False
+    scattered = False
 
     def __init__(self) -> None:
         tune_process(None)
@@ -228,6 +244,9 @@ class InlineBackend:
 
     def get(self, ref: Ref, timeout: float) -> Any:
         return _resolve(ref)
+
+    def lost(self, ref: Ref) -> bool:
+        return False
 
     def nodes(self) -> list[Node]:
         return []

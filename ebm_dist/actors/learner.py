@@ -70,6 +70,7 @@ class LearnerRank:
         step: int,
         lr: float,
         average: bool,
+        after: Any,
         parts: list[tuple[int, int]],
         *negatives: dict[str, np.ndarray],
     ) -> tuple[dict[str, float], np.ndarray | None, np.ndarray | None]:
@@ -78,6 +79,7 @@ class LearnerRank:
         Args:
             step: counts updates; seeds the noise of the objective.
             average: return the averaged weights as well, which are as large and seldom read.
+            after: what had to be there before this is called.
             parts: (start, stop) of each entry of `negatives` that this rank consumes.
             negatives: leases as the shards handed them over, keys as in `types.Negatives`.
 
@@ -116,10 +118,16 @@ class LearnerRank:
             self._ema = self._average(flat)
         return as_sent(flat, self._config.wire)
 
-    def state(self) -> dict[str, Any]:
-        """Whole arrays (rank 0), the average (rank 0), and this rank's data cursor. Collective."""
+    def fetched(self, *negatives: dict[str, np.ndarray]) -> None:
+        """Called when `negatives` are on this node; of several ranks each by itself."""
+
+    def state(self) -> tuple[bool, dict[str, Any]]:
+        """True, and whole arrays (rank 0), the average (rank 0) and this rank's data cursor.
+
+        Collective. The first half is small: it says that the second has been taken.
+        """
         learner = self._engine.state()
-        return {
+        return True, {
             # Arrays and not tensors: Ray copies the memory of arrays, and pickles tensors.
             "learner": _arrays(learner) if learner is not None else None,
             "ema": _arrays(self._ema.state()) if self._ema is not None else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref, first_line
+from ebm_dist.actors.handles import Backend, Handle, ObjectLost, PartDied, Ref, first_line
 from ebm_dist.errors import RunFailed
 
 Wait = Callable[[Sequence[Ref], float], None]
@@ -35,6 +35,7 @@ class LearnerGroup:
         # A single rank meets nobody, and must not fail for a port that it does not need.
         self._port = port if num_ranks > 1 else None
         self._renewed: list[str] | None = None
+        self._asked: list[Ref] = [None] * num_ranks
         self._start_timeout_s = start_timeout_s
         self._call_timeout_s = call_timeout_s
         self.ranks = [spawn(rank) for rank in range(num_ranks)]
@@ -77,6 +78,7 @@ class LearnerGroup:
         for rank in self.ranks:
             self._backend.kill(rank)
         self.ranks = [self._spawn(rank) for rank in range(self._num_ranks)]
+        self._asked = [None] * self._num_ranks
 
     def _check_met(self) -> None:
         """Raises PartDied where the ranks are successors that have not met yet."""
@@ -118,25 +120,59 @@ class LearnerGroup:
             References of metrics, flat weights and averaged weights (or None), for each rank.
         """
         self._check_met()
-        per_rank = num_negatives // self._num_ranks
         replies = []
         for index, rank in enumerate(self.ranks):
-            low, high = index * per_rank, (index + 1) * per_rank
-            parts: list[tuple[int, int]] = []
-            refs: list[Ref] = []
-            offset = 0
-            for num, ref in negatives or ():
-                first, last = max(low, offset), min(high, offset + num)
-                if first < last:
-                    parts.append((first - offset, last - offset))
-                    refs.append(ref)
-                offset += num
+            parts, refs = self._slice(index, num_negatives, negatives)
             if extra is not None:
                 share = extra[0] // self._num_ranks
                 parts.append((index * share, (index + 1) * share))
                 refs.append(extra[1])
-            replies.append(rank.call("update", step, lr, average, parts, *refs, num_returns=3))
+            after, self._asked[index] = self._asked[index], None
+            replies.append(
+                rank.call("update", step, lr, average, after, parts, *refs, num_returns=3)
+            )
         return replies
+
+    def fetch(self, num_negatives: int, negatives: Sequence[tuple[int, Ref]]) -> list[Ref]:
+        """Have the negatives of an update brought to the nodes of the ranks.
+
+        Returns:
+            References, done when they are there. An argument that is lost keeps a call from
+            being made, and in an update the other ranks would wait for it in a collective.
+        """
+        self._check_met()
+        return [
+            rank.call("fetched", *self._slice(index, num_negatives, negatives)[1])
+            for index, rank in enumerate(self.ranks)
+        ]
+
+    def came(self, ref: Ref) -> bool:
+        """Whether the negatives of a finished `fetch` are there; False if some are lost."""
+        try:
+            self._backend.get(ref, 30.0)
+        except ObjectLost:
+            return False  # no rank has begun anything: they are in step
+        except PartDied:
+            self.broken = True
+            raise
+        return True
+
+    def _slice(
+        self, index: int, num_negatives: int, negatives: Sequence[tuple[int, Ref]] | None
+    ) -> tuple[list[tuple[int, int]], list[Ref]]:
+        """What rank `index` takes of each lease that it takes something of."""
+        per_rank = num_negatives // self._num_ranks
+        low, high = index * per_rank, (index + 1) * per_rank
+        parts: list[tuple[int, int]] = []
+        refs: list[Ref] = []
+        offset = 0
+        for num, ref in negatives or ():
+            first, last = max(low, offset), min(high, offset + num)
+            if first < last:
+                parts.append((first - offset, last - offset))
+                refs.append(ref)
+            offset += num
+        return parts, refs
 
     def weights(self, wait: Wait) -> Ref:
         """A reference of the flat weights as they are."""
@@ -149,10 +185,12 @@ class LearnerGroup:
     def state(self) -> list[Ref]:
         """References of what a checkpoint keeps of each rank; the model is with the first.
 
-        As of now: ranks take their calls in order, so an update started later is not in it.
+        As of now: the next update is given the small half of the answer, and is not in it.
         """
         self._check_met()
-        return [rank.call("state") for rank in self.ranks]
+        replies = [rank.call("state", num_returns=2) for rank in self.ranks]
+        self._asked = [asked for asked, _ in replies]
+        return [state for _, state in replies]
 
     def result(self, ref: Ref) -> Any:
         """The value of a finished call.

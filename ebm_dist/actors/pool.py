@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ebm_dist.actors.crew import Crew
-from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
+from ebm_dist.actors.handles import Backend, Handle, ObjectLost, PartDied, Ref
 from ebm_dist.actors.rounds import MAX_ATTEMPTS, Committed, Purpose, Round
 from ebm_dist.actors.seats import Seat
 from ebm_dist.errors import RunFailed
@@ -197,6 +197,7 @@ class RoundPool:
         round_.seat = seat
         round_.version = self.crew.version
         round_.started = self._clock()
+        round_.weights = self.crew.weights
         lease, round_.lease = round_.lease, None
         if lease is not None:
             pass
@@ -205,7 +206,7 @@ class RoundPool:
         else:
             lease = shard.call("checkout_ready", round_.lease_id, round_.ready_id, self._by_rows)
         moved = seat.handle.call(
-            "run_round", lease, self.crew.weights, round_.version, round_.num_steps
+            "run_round", lease, round_.weights, round_.version, round_.num_steps
         )
         round_.ref = shard.call("checkin", moved, round_.lease_id)
         self._rounds[round_.ref] = round_
@@ -318,8 +319,27 @@ class RoundPool:
             self._redo_rounds_of(seat, str(died))
         else:  # unreachable for a moment
             failed.version = -1
+            if isinstance(died, ObjectLost):
+                failed.attempts -= 1  # no fault of the round: there will be other weights
             self._delayed.append((self._clock() + 0.25 * 2**failed.attempts, failed))
         self.crew.release_if_done(seat)
+
+    def redo_lost(self) -> None:
+        """Start again, under the present weights, what waits for weights that are lost.
+
+        It is done when there are others: a worker is told late that what it waits for is gone.
+        """
+        for ref, round_ in list(self._rounds.items()):
+            if round_.weights is self.crew.weights or not self._backend.lost(round_.weights):
+                continue
+            del self._rounds[ref]
+            seat = round_.seat
+            assert seat is not None
+            self._seats.load(seat, -1)
+            self.crew.release_if_done(seat)
+            round_.attempts -= 1
+            self._submit(round_)
+        self.crew.send_again()
 
     def check(self) -> None:
         """Replace the shards and workers that are known to be dead."""

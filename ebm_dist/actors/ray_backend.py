@@ -14,6 +14,7 @@ from ebm_dist.actors.access import chosen_address, require_token
 from ebm_dist.actors.handles import (
     Handle,
     Node,
+    ObjectLost,
     PartDied,
     Ref,
     first_line,
@@ -86,6 +87,7 @@ class RayBackend:
         require_token(address)
         address, _ = chosen_address(address)
         self.local = address == "local"
+        self.scattered = not self.local
         if self.local:
             # Loopback only: a Ray that others can reach runs anybody's code. Asked for 127.0.0.1,
             # Ray takes the machine's outer address all the same; as on a laptop it does not.
@@ -262,17 +264,44 @@ class RayBackend:
             raise TimeoutError(str(error)) from None
         except errors.RayTaskError as error:
             cause = error.cause
+            # An argument that failed wraps its own error in that of the call which was given it.
+            while isinstance(cause, errors.RayTaskError) and cause.cause is not None:
+                cause = cause.cause
             # Ray wraps what a part raised; the controller decides by its type.
             if isinstance(cause, (UserError, RunFailed, ValueError)):
                 raise cause from None
             if isinstance(cause, errors.RayError):
-                raise PartDied(first_line(cause)) from None
+                raise self._gone(cause) from None
             raise
         except errors.RayError as error:
             cause = _init_cause(error)
             if isinstance(cause, (UserError, RunFailed, ValueError)):
                 raise cause from None
-            raise PartDied(first_line(error)) from None
+            raise self._gone(error) from None
+
+    def _gone(self, error: Exception) -> PartDied:
+        # Of results the driver is the owner, so they are lost with the node that holds them:
+        # ObjectReconstructionFailedError. The others of the family are for what parts own.
+        if isinstance(error, self._errors.ObjectLostError):
+            return ObjectLost(f"an object was lost with its node ({first_line(error)})")
+        return PartDied(first_line(error))
+
+    def lost(self, ref: Ref) -> bool:
+        """See `Backend.lost`; does not wait.
+
+        A part on another node learns of the loss late: its raylet asks where an object is after
+        10 s, 20 s more, 40 s more, and so on. Here, where the object is owned, it is known as
+        soon as Ray has given the node up.
+        """
+        try:
+            self._ray.get(ref, timeout=0)
+        except self._errors.GetTimeoutError:  # on its way, or somewhere else
+            return False
+        except self._errors.ObjectLostError:
+            return True
+        except self._errors.RayError:
+            return False
+        return False
 
     def alive(self, handle: Handle, timeout: float = 0.5) -> bool:
         """False when Ray knows that the actor is dead; a busy actor counts as alive.

@@ -30,6 +30,8 @@ class Round:
     lease: Ref = None
     """What the checkout returned, where it was drawn ahead of the round."""
     seat: Seat | None = None
+    weights: Ref = None
+    """What it was last started under."""
     ref: Ref = None
     attempts: int = 0
     starved: bool = False

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ebm_dist.actors.handles import Handle
+from ebm_dist.actors.handles import Handle, Ref
 
 State = Literal["starting", "serving", "retiring"]
 
@@ -25,6 +25,8 @@ class Seat:
     since: float
     """When its present process was asked for, on the pool's clock."""
     state: State = "starting"
+    sent: Ref = None
+    """The weights that its present process was sent to begin with."""
     load: int = 0
     """Rounds before it."""
     failures: int = 0

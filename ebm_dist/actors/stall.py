@@ -50,6 +50,11 @@ CREDITS = Queue(
     "the learner's updates",
     "raise flow.max_lag; if it does not help, this is a fault of ebm_dist",
 )
+DELIVERY = Queue(
+    "the object stores of the learner ranks' nodes",
+    "the shards' nodes, over the network",
+    "raise flow.stall_timeout_s if the network is only slow",
+)
 UPDATES = Queue(
     "the learner ranks' answers to an update",
     "every learner rank (a rank's own wait for the others ends after learner.timeout_s)",

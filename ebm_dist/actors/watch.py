@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from ebm_dist.actors.handles import Backend, Handle
+from ebm_dist.actors.stall import SHARDS, answer
 
 
 class ShardWatch:
@@ -45,7 +46,8 @@ class ShardWatch:
         sums: dict[str, list[float]] = defaultdict(list)
         refs = [shard.call("health", self._reseed) for shard in self._shards]
         for index, ref in enumerate(refs):
-            report = self._backend.get(ref, self._timeout)
+            detail = f"{self._shards[index].name} was asked how its chains move"
+            report = answer(self._backend, ref, self._timeout, SHARDS, detail)
             if report is None:
                 continue
             for name, value in report["values"].items():

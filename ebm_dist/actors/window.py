@@ -63,6 +63,7 @@ class MetricWindow:
             "flow/lag_max": float(self._lag_max),
             "flow/repaired": self._totals["flow/repaired"],
             "flow/dropped": self._totals["flow/dropped"],
+            "flow/lost": self._totals["flow/lost"],
             "flow/mcmc_steps_per_update": done / updates,
             "throughput/updates_per_s": self._num_updates / seconds,
             "throughput/mcmc_steps_per_s": done / seconds,

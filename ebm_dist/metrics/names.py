@@ -111,6 +111,7 @@ METRICS: dict[str, Metric] = {
     "flow/lag_max": _promised("greatest lag of a consumed negative", "updates"),
     "flow/repaired": _promised("stale chains given more steps so far", "chains"),
     "flow/dropped": _promised("stale chains dropped so far", "chains"),
+    "flow/lost": Metric("negatives lost so far with the node that held them", "chains"),
     "flow/reweighted": Metric("stale chains consumed with an importance weight so far", "chains"),
     "flow/ess_ratio": _promised("effective share of the negatives after their weights, in (0, 1]"),
     "flow/local_rounds": Metric("share of rounds so far that ran on the node of their shard"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ebm_dist.actors.handles import PartDied
+from ebm_dist.actors.handles import ObjectLost, PartDied
 from ebm_dist.types import Lease, MovedChains
 
 
@@ -45,6 +45,7 @@ class SimBackend:
     """Whether a checkin is carried out at once and its reply comes late, or all of it late."""
     on_tick: Callable[[], None] = lambda: None
     concurrent: bool = True
+    scattered: bool = True
     tick: int = 0
     pending: list[SimRef] = field(default_factory=list)
 
@@ -111,6 +112,9 @@ class SimBackend:
 
     def get(self, ref: SimRef, timeout: float) -> Any:
         return self._value(ref)
+
+    def lost(self, ref: SimRef) -> bool:
+        return isinstance(ref, SimRef) and isinstance(ref.error, ObjectLost)
 
     def alive(self, handle: SimHandle, timeout: float = 5.0) -> bool:
         return not handle.dead

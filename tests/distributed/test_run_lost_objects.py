@@ -1,0 +1,252 @@
+"""Nodes die with negatives and weights that others wait for: raylets stand for the nodes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ebm_dist.actors.access import find_token, make_token
+from ebm_dist.actors.cut import Progress
+from ebm_dist.actors.delivery import Delivery
+from ebm_dist.actors.flow import NegativeFlow
+from ebm_dist.actors.handles import Handle, ObjectLost
+from ebm_dist.actors.learners import LearnerGroup
+from ebm_dist.actors.pool import RoundPool
+from ebm_dist.actors.ray_backend import RayBackend
+from ebm_dist.buffer.policy import BufferConfig, FlowConfig
+from ebm_dist.buffer.shard import Shard
+from ebm_dist.types import EventSpec, Lease, MovedChains
+
+pytestmark = pytest.mark.ray
+
+# A lease is 800 KiB: what is under 100 KiB rides along with Ray's answers and is never lost.
+CAPACITY, CHAINS, BATCH, SPEC = 256, 64, 128, EventSpec((3200,), "real")
+NUM_WEIGHTS = 100_000
+
+
+class Mover:
+    """A worker without a network."""
+
+    def hold(self, weights: np.ndarray, version: int) -> int:
+        return version
+
+    def run_round(
+        self, lease: Lease | None, weights: np.ndarray, version: int, num_steps: int
+    ) -> MovedChains | None:
+        if lease is None:
+            return None
+        assert lease.position is not None
+        assert weights.shape == (NUM_WEIGHTS,)
+        position = (lease.position + 1).astype(np.float32)
+        return MovedChains.of(
+            lease,
+            position=position,
+            energy=position.sum(1),
+            log_weight=lease.log_weight,
+            version=version,
+            num_steps=num_steps,
+        )
+
+
+class Rank:
+    """A learner rank without a model; its weights lie in the store of its node."""
+
+    def fetched(self, *negatives: dict[str, np.ndarray]) -> None:
+        assert all(part["x"].shape == (CHAINS, *SPEC.shape) for part in negatives)
+
+    def update(
+        self, step: int, lr: float, average: bool, after: Any, parts: Any, *negatives: Any
+    ) -> tuple[dict[str, float], np.ndarray, None]:
+        return {}, np.zeros(NUM_WEIGHTS), None
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    # As in test_run_elastic: the user's own token, which this process may have read already.
+    if find_token() is None:
+        make_token()
+    for name, value in {
+        "RAY_AUTH_MODE": "token",
+        "RAY_health_check_period_ms": "500",
+        "RAY_health_check_timeout_ms": "1000",
+        "RAY_health_check_failure_threshold": "4",
+    }.items():
+        monkeypatch.setenv(name, value)
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        made.add_node(num_cpus=1)
+        made.add_node(num_cpus=1)
+        made.wait_for_nodes()
+        yield made
+    finally:
+        made.shutdown()
+
+
+class Graph:
+    """Two shards and two workers on the nodes beside the head, ranks where they are told."""
+
+    def __init__(self, backend: RayBackend, nodes: list[str], rank_nodes: list[str]) -> None:
+        self.backend, self.nodes = backend, list(nodes)
+        self.counts: Counter[str] = Counter()
+        self.said: list[str] = []
+        self.progress = Progress()
+        self.shards = [self.shard(i) for i in range(2)]
+        self.workers = [self.worker(i) for i in range(2)]
+        self.learners = LearnerGroup(
+            backend,
+            lambda rank: backend.spawn(
+                Rank, {}, name=f"learner-{rank}", node=rank_nodes[rank], any_order=True
+            ),
+            num_ranks=len(rank_nodes),
+            port=None,
+            start_timeout_s=60.0,
+            call_timeout_s=60.0,
+        )
+        backend.await_started([*self.shards, *self.workers, *self.learners.ranks])
+        self.pool = RoundPool(
+            backend,
+            self.shards,
+            self.workers,
+            respawn_worker=self.worker,
+            respawn_shard=self.shard,
+            on_rejected=lambda shard: None,
+            say=self.said.append,
+            num_chains=CHAINS,
+            depth=2,
+            hang_s=120.0,
+        )
+        schedule: Any = SimpleNamespace(num_negatives=BATCH, num_chains=CHAINS, num_steps=10)
+        graph: Any = SimpleNamespace(
+            backend=backend, shards=self.shards, capacities=[CAPACITY // 2] * 2
+        )
+        config = FlowConfig(mode="async", max_lag=4, stall_timeout_s=60)
+        self.flow = NegativeFlow(
+            graph,
+            schedule,
+            config,
+            self.pool,
+            self.progress,
+            lambda name, num: self.counts.update({name: num}),
+        )
+        self.delivery = Delivery(
+            backend,
+            self.learners,
+            self.pool,
+            self.flow,
+            num_negatives=BATCH,
+            timeout=60.0,
+            meanwhile=self.flow.top_up,
+        )
+        self.weights = backend.put(np.zeros(NUM_WEIGHTS))
+        self.pool.set_weights(self.weights, 0)
+
+    def shard(self, index: int) -> Handle:
+        config = BufferConfig(capacity=CAPACITY, num_shards=2, reinit_prob=0.0)
+        options = {"index": index, "capacity": CAPACITY // 2, "max_lease": CHAINS, "seed": 1}
+        return self.backend.spawn(
+            Shard,
+            {"config": config, "spec": SPEC, **options},
+            name=f"shard-{index}",
+            any_order=True,
+            node=self.nodes[index % len(self.nodes)],
+        )
+
+    def worker(self, index: int) -> Handle:
+        node = self.nodes[index % len(self.nodes)]
+        return self.backend.spawn(Mover, {}, name=f"worker-{index}", any_order=True, node=node)
+
+    def update(self, kill: Callable[[], None] = lambda: None) -> list[int]:
+        """One update, `kill` being called with its negatives in flight; the lags."""
+        consumed = self.flow.take_negatives()
+        kill()
+        self.delivery.bring(consumed, self.progress.step)
+        replies = self.learners.update(self.progress.step, 0.1, BATCH, consumed.negatives)
+        for reply in replies:
+            self.backend.get(reply[0], 20.0)
+        self.progress.step += 1
+        self.progress.version += 1
+        self.pool.set_weights(self.weights, self.progress.version)
+        return [consumed.version - lease.version for lease in consumed.leases]
+
+    def check(self) -> None:
+        for ref in [shard.call("counts") for shard in self.shards]:
+            counts = self.backend.get(ref, 30.0)
+            assert counts["free"] + counts["leased"] + counts["ready"] == CAPACITY // 2
+
+
+@pytest.fixture
+def backend(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayBackend]:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes know no tests
+    made = RayBackend(cluster.address, namespace="lost", start_timeout_s=120.0)
+    try:
+        yield made
+    finally:
+        made.close()
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def test_negatives_and_weights_lost_with_their_nodes_cost_neither_the_ranks_nor_the_run(
+    cluster: Any, backend: RayBackend
+) -> None:
+    head = cluster.head_node.node_id
+    first, second = (node for node in cluster.list_all_nodes() if node.node_id != head)
+    graph = Graph(backend, [first.node_id, second.node_id], rank_nodes=[head, second.node_id])
+    for _ in range(4):
+        graph.update()
+    graph.check()
+
+    def kill(node: Any) -> None:
+        # The store of a node is in its raylet. Ray notices two seconds later.
+        cluster.remove_node(node, allow_graceful=False)
+        graph.nodes = [n for n in graph.nodes if n != node.node_id]
+
+    began = time.monotonic()
+    graph.update(kill=lambda: kill(first))
+    took = time.monotonic() - began
+    assert graph.counts["flow/lost"] in (CHAINS, 2 * CHAINS), "a node's shard had handed some over"
+    assert took < 30
+    for _ in range(10):
+        assert max(graph.update()) <= 4
+    graph.check()
+    assert not graph.learners.lost()
+    assert sum(line.startswith("shard-0 died") for line in graph.said) == 1
+    assert not any("worker-1" in line for line in graph.said)
+
+    # Weights that nobody has fetched before their node goes: its rank was the first to hold them.
+    # Rounds and newcomers under them wait for the next; no round is given up for it.
+    lost = backend.spawn(Rank, {}, name="source", node=second.node_id).call(
+        "update", 0, 0.1, False, None, [], num_returns=3
+    )
+    backend.get(lost[0], 20.0)
+    graph.nodes = [head]
+    cluster.remove_node(second, allow_graceful=False)
+    graph.progress.version += 1
+    graph.pool.set_weights(lost[1], graph.progress.version)
+    began = time.monotonic()
+    while not backend.lost(lost[1]):
+        graph.pool.poll(0.2)
+        graph.flow.top_up()
+        assert time.monotonic() - began < 30, "Ray has not noticed"
+    with pytest.raises(ObjectLost):
+        backend.get(lost[1], 20.0)
+    for _ in range(20):  # past as many tries as a round has
+        graph.pool.poll(0.2)
+        graph.flow.top_up()
+    graph.progress.version += 1
+    graph.pool.set_weights(graph.weights, graph.progress.version)
+    graph.pool.redo_lost()
+    consumed = graph.flow.take_negatives()
+    assert len(consumed.negatives) == BATCH // CHAINS
+    graph.check()
