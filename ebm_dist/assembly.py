@@ -13,7 +13,7 @@ from ebm_dist import checkpoint
 from ebm_dist.actors.auditor import SHORT_RUN_REINIT, AuditLink, Auditor
 from ebm_dist.actors.elastic import Elasticity
 from ebm_dist.actors.evaluator import Evaluator
-from ebm_dist.actors.graph import Graph
+from ebm_dist.actors.graph import Graph, Leave
 from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
 from ebm_dist.actors.learner import LearnerRank
 from ebm_dist.actors.learners import LearnerGroup
@@ -139,6 +139,7 @@ def assemble(
         )
         if backend.concurrent
         else None,
+        leave=Leave(spawn.placer.draining, spawn.shard_elsewhere) if backend.scattered else None,
         watch=watch,
         auditor=auditor,
     )
@@ -268,7 +269,12 @@ class _Spawner:
             beside_driver=True,
         )
 
-    def shard(self, index: int) -> Handle:
+    def shard_elsewhere(self, index: int) -> Handle | None:
+        """A process for a shard that has to leave its node; None where no node stays."""
+        node = self.placer.for_shard()
+        return self.shard(index, node) if node is not None else None
+
+    def shard(self, index: int, node: str | None = None) -> Handle:
         config = self._config
         return self._backend.spawn(
             ShardHost,
@@ -289,7 +295,7 @@ class _Spawner:
             num_threads=1,
             # A checkin waits for its worker; the next checkout must not wait for the checkin.
             any_order=True,
-            node=self.placer.for_shard(),
+            node=node or self.placer.for_shard(),
         )
 
     def rank(self, rank: int) -> Handle:

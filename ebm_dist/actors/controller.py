@@ -26,6 +26,7 @@ from ebm_dist.actors.flow import POLL_S, NegativeFlow, RollBack
 from ebm_dist.actors.graph import Graph, Schedule, View
 from ebm_dist.actors.handles import Handle, PartDied, Ref
 from ebm_dist.actors.lookout import Lookout
+from ebm_dist.actors.moving import Mover
 from ebm_dist.actors.pool import RoundPool
 from ebm_dist.actors.rounds import MAX_ATTEMPTS
 from ebm_dist.actors.stall import SHARDS, UPDATES, Stalled, answer
@@ -92,19 +93,14 @@ class Controller:
             graph, schedule, flow, self._pool, self.progress, self._window.count, self._tend
         )
         self._delivery = Delivery(
-            graph.backend,
-            graph.learners,
-            self._pool,
-            self._negatives,
-            num_negatives=schedule.num_negatives,
-            timeout=flow.stall_timeout_s,
-            meanwhile=self._meanwhile,
+            graph, schedule, flow, self._pool, self._negatives, self._meanwhile
         )
         self._steward = None
         if graph.elasticity is not None:
             self._steward = Steward(
                 self._pool.crew, self._negatives.waits, graph.elasticity, view.say
             )
+        self._mover = Mover(graph, self._pool, say=view.say, timeout=flow.stall_timeout_s)
         self._cuts = Checkpointer(
             graph, schedule, run_dir, meta=meta, timeout=flow.stall_timeout_s, say=view.say
         )
@@ -139,6 +135,7 @@ class Controller:
                         self._cuts.finish(self.progress)
                         break
                     self._cuts.take_if_due(self.progress)
+                    self._mover.between_updates()
                     self._update()
                     self.progress.wall_s = time.monotonic() - start
                     self._lookout.observe(self._flat, self._ema)

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 
 from ebm_dist.actors.flow import POLL_S, Consumed, NegativeFlow
-from ebm_dist.actors.handles import Backend, Ref
-from ebm_dist.actors.learners import LearnerGroup
+from ebm_dist.actors.graph import Graph, Schedule
+from ebm_dist.actors.handles import Ref
 from ebm_dist.actors.pool import RoundPool
 from ebm_dist.actors.stall import DELIVERY, Stalled
+from ebm_dist.buffer.policy import FlowConfig
 
 LOOK_S = 1.0
 """What is not there by then is looked after: the node that holds it may be gone."""
@@ -25,27 +26,23 @@ class Delivery:
 
     def __init__(
         self,
-        backend: Backend,
-        learners: LearnerGroup,
+        graph: Graph,
+        schedule: Schedule,
+        flow: FlowConfig,
         pool: RoundPool,
         negatives: NegativeFlow,
-        *,
-        num_negatives: int,
-        timeout: float,
         meanwhile: Callable[[], None],
     ) -> None:
         """
         Args:
-            num_negatives: of an update.
-            timeout: seconds without a change after which the run ends.
             meanwhile: is called while the negatives are on their way.
         """
-        self._backend = backend
-        self._learners = learners
+        self._backend = graph.backend
+        self._learners = graph.learners
         self._pool = pool
         self._negatives = negatives
-        self._num_negatives = num_negatives
-        self._timeout = timeout
+        self._num_negatives = schedule.num_negatives
+        self._timeout = flow.stall_timeout_s
         self._meanwhile = meanwhile
 
     def bring(self, consumed: Consumed, step: int) -> None:

@@ -41,6 +41,16 @@ class Schedule:
     jarzynski: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """How shards get away from nodes."""
+
+    draining: Callable[[], set[str]]
+    """Nodes whose end has been announced."""
+    start_elsewhere: Callable[[int], Handle | None]
+    """Starts a process for the shard of that number on a node that stays; None if there is none."""
+
+
 @dataclass(slots=True)
 class Graph:
     """The parts, wired."""
@@ -61,5 +71,7 @@ class Graph:
     """What a worker that joins or is replaced may take until it holds weights."""
     elasticity: Elasticity | None = None
     """None where the pool is as it is: in one process."""
+    leave: Leave | None = None
+    """None where shards have nowhere else to go."""
     watch: ShardWatch | None = None
     auditor: AuditLink | None = None

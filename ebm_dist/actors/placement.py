@@ -185,7 +185,10 @@ class Placer:
 
     def draining(self) -> set[str]:
         """Nodes that are about to leave."""
-        return {node.id for node in self._look() if node.draining}
+        leaving = {node.id for node in self._look() if node.draining}
+        for node in leaving:  # whatever comes now goes elsewhere, however old the view is
+            self._free.pop(node, None)
+        return leaving
 
     def _room(self, free: Mapping[str, float]) -> float:
         rooms = [(free.get(name, 0.0) + 1e-6) // amount for name, amount in self._need.items()]

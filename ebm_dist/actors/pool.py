@@ -325,10 +325,8 @@ class RoundPool:
         self.crew.release_if_done(seat)
 
     def redo_lost(self) -> None:
-        """Start again, under the present weights, what waits for weights that are lost.
-
-        It is done when there are others: a worker is told late that what it waits for is gone.
-        """
+        """Start again, under the present weights, what waits for weights that are lost: who waits
+        is told of it late."""
         for ref, round_ in list(self._rounds.items()):
             if round_.weights is self.crew.weights or not self._backend.lost(round_.weights):
                 continue
@@ -364,6 +362,16 @@ class RoundPool:
             raise RunFailed(f"{shard.name} died {MAX_ATTEMPTS} times without a commit: {why}")
         self._say(f"{shard.name} died ({why}); another process takes its chains over")
         self.restarts += 1
+        self._forget_shard(index)
+        self._shards[index] = self._respawn_shard(index)
+
+    def move_shard(self, index: int, successor: Handle) -> None:
+        """Go on with `successor`, which holds the chains of the shard, without its rounds."""
+        self._forget_shard(index)
+        self._shards[index] = successor
+
+    def _forget_shard(self, index: int) -> None:
+        """End a shard's process, and give up the rounds and negatives that it knows of."""
         for ref in [ref for ref, round_ in self._rounds.items() if round_.shard == index]:
             seat = self._rounds.pop(ref).seat
             assert seat is not None
@@ -373,8 +381,7 @@ class RoundPool:
         self._delayed = [item for item in self._delayed if item[1].shard != index]
         for lease_id in [k for k, v in self.committed.items() if v.shard == index]:
             del self.committed[lease_id]
-        self._backend.kill(shard)
-        self._shards[index] = self._respawn_shard(index)
+        self._backend.kill(self._shards[index])
 
     def _redo_rounds_of(self, seat: Seat, why: str) -> None:
         lost = [ref for ref, round_ in self._rounds.items() if round_.seat is seat]

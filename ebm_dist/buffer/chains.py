@@ -204,7 +204,8 @@ class ShardChains:
 
         Slots beyond them keep the fresh chains they were filled with, under the identities
         from `meta["next_chain"]` on: those of the fill may be among the ones restored. Positions
-        may have been stored as another type of number than `buffer.storage` says today.
+        may have been stored as another type of number than `buffer.storage` says today. Of a
+        predecessor that handed over, `meta` has the epoch and the counts to go on from.
 
         Raises:
             ValueError: the snapshot holds more chains than slots, or another event shape.
@@ -218,7 +219,7 @@ class ShardChains:
             )
         # Killed half-way through, the mixture must not pass for a shard.
         self._slots.begin_init()
-        self._slots.epoch[0] += 1
+        self._slots.epoch[0] = max(self.epoch, meta.get("epoch", 0)) + 1
         self._whole_cuts.clear()
         next_chain = int(meta.get("next_chain", arrays["chain_id"].max() + 1))
         rows = self._slots.row_of_slot
@@ -230,5 +231,21 @@ class ShardChains:
         self._slots.chain_id[rows[num:]] = next_chain + np.arange(self.capacity - num)
         self._slots.generation[:num] = arrays["generation"]
         self._slots.free_all()
+        self._counters |= meta.get("counters", {})
+        if "restart" in meta:
+            self._restart[:] = meta["restart"]
         self._starts.load_state(meta.get("data"))
         self._slots.finish_init()
+
+    def hand_over(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """The meta and the arrays from which a successor on another node goes on by `restore`.
+
+        Every chain is as last committed. What was leased of this process is void from here on, and
+        the leases of the successor are of a later epoch.
+        """
+        whole = self.snapshot()
+        self._slots.free_all()
+        self._slots.epoch[0] += 1
+        counters, restart = dict(self._counters), self._restart.copy()
+        meta = {"epoch": self.epoch, "counters": counters, "restart": restart}
+        return {**whole["meta"], **meta}, whole["arrays"]

@@ -370,13 +370,21 @@ class Shard(ShardChains):
 
     def restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
         """As `ShardChains.restore`; the leases that are out are void."""
+        self._forget_leases()
+        super().restore(arrays, meta)
+
+    def hand_over(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """As `ShardChains.hand_over`; the leases that are out are void."""
+        self._forget_leases()
+        return super().hand_over()
+
+    def _forget_leases(self) -> None:
         for out in self._leases.values():
             self._revoke(out)
         self._leases.clear()
         self._ready.clear()
         self._shown.clear()
         self._done.clear()
-        super().restore(arrays, meta)
 
 
 def _few(identities: np.ndarray) -> str:

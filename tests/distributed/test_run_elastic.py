@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from graph_runs import rows, start, wait_for
 
+from ebm_dist import checkpoint
 from ebm_dist.actors.access import find_token, make_token
 
 pytestmark = pytest.mark.ray
@@ -89,6 +92,53 @@ def test_a_joined_node_is_used_and_a_draining_one_is_left_without_losing_a_round
         assert last["flow/local_rounds"] > 0.2
         process.terminate()
         assert process.wait(120) == 75  # stopped by a signal, after a checkpoint
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.wait()
+
+
+def test_a_shard_leaves_a_draining_node_before_it_goes_and_no_chain_is_rolled_back(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    node = cluster.add_node(num_cpus=1)
+    run_dir = tmp_path / "leaving"
+    process = start(
+        run_dir,
+        *("runtime.backend=ray", "run.steps=1000000", "flow.mode=async", "flow.max_lag=4"),
+        *("workers.num_workers=2", "checkpoint.every=100000"),
+    )
+
+    def log() -> str:
+        path = run_dir / "run.log"
+        return path.read_text() if path.exists() else ""
+
+    def step() -> int:
+        assert process.poll() is None, log() + (tmp_path / "leaving.out").read_text()
+        return max((row["step"] for row in rows(run_dir)), default=0)
+
+    try:
+        wait_for(lambda: step() > 10, 300, "the first updates")
+        drain(cluster, node)
+        wait_for(lambda: log().count("has left its node") == 1, 60, "the shard's move")
+        seen = step()
+        wait_for(lambda: step() > seen + 10, 60, "further updates")
+        last = [row for row in rows(run_dir) if "fault/restarts" in row][-1]
+        assert last["fault/restarts"] == 0
+        cluster.remove_node(node, allow_graceful=False)
+        seen = step()
+        wait_for(lambda: step() > seen + 10, 120, "updates without the node")
+        assert "rolled back" not in log()
+        assert not re.search(r"shard-\d died", log())
+        process.terminate()
+        assert process.wait(120) == 75
+        found = checkpoint.latest(run_dir)
+        assert found is not None
+        ids = [found.arrays(name)["chain_id"] for name in found.names if name.startswith("shard_")]
+        assert sorted(np.concatenate(ids).tolist()) == list(range(96))
+        ages = [row["chain/age_mean"] for row in rows(run_dir) if "chain/age_mean" in row]
+        assert ages[-1] > 0.5 * max(ages), "none began anew but by buffer.reinit_prob"
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

@@ -126,7 +126,10 @@ class Graph:
         )
         schedule: Any = SimpleNamespace(num_negatives=BATCH, num_chains=CHAINS, num_steps=10)
         graph: Any = SimpleNamespace(
-            backend=backend, shards=self.shards, capacities=[CAPACITY // 2] * 2
+            backend=backend,
+            learners=self.learners,
+            shards=self.shards,
+            capacities=[CAPACITY // 2] * 2,
         )
         config = FlowConfig(mode="async", max_lag=4, stall_timeout_s=60)
         self.flow = NegativeFlow(
@@ -137,15 +140,7 @@ class Graph:
             self.progress,
             lambda name, num: self.counts.update({name: num}),
         )
-        self.delivery = Delivery(
-            backend,
-            self.learners,
-            self.pool,
-            self.flow,
-            num_negatives=BATCH,
-            timeout=60.0,
-            meanwhile=self.flow.top_up,
-        )
+        self.delivery = Delivery(graph, schedule, config, self.pool, self.flow, self.flow.top_up)
         self.weights = backend.put(np.zeros(NUM_WEIGHTS))
         self.pool.set_weights(self.weights, 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,15 +44,9 @@ def deliver(world: World, num_ranks: int = 2) -> Delivery:
         start_timeout_s=1.0,
         call_timeout_s=1.0,
     )
-    return Delivery(
-        backend,
-        learners,
-        world.pool,
-        world.flow,
-        num_negatives=BATCH,
-        timeout=30.0,
-        meanwhile=world.flow.top_up,
-    )
+    graph: Any = SimpleNamespace(backend=backend, learners=learners)
+    schedule: Any = SimpleNamespace(num_negatives=BATCH)
+    return Delivery(graph, schedule, world.config, world.pool, world.flow, world.flow.top_up)
 
 
 @pytest.mark.parametrize("lost", [[0], [1], [0, 1]])

@@ -1,0 +1,132 @@
+"""Shards leave nodes that are about to go, between two updates and with every chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from simulation import SimHandle
+from worlds import CAPACITY, CHAINS, World
+
+from ebm_dist.actors.graph import Leave
+from ebm_dist.actors.handles import PartDied
+from ebm_dist.actors.moving import LOOK_S, Mover
+
+
+class Leaving:
+    """A world on nodes a and b, a mover, and a clock that goes a look further at each update."""
+
+    def __init__(self, draining: set[str], other: str | None = "a", **world: Any) -> None:
+        self.world = World(nodes=("a", "b"), **world)
+        self.draining, self.other = draining, other
+        self.started: list[SimHandle] = []
+        self.now = 0.0
+        graph: Any = type("G", (), {})()
+        graph.backend, graph.shards = self.world.backend, self.world.shards
+        graph.leave = Leave(lambda: self.draining, self.start)
+        self.mover = Mover(
+            graph, self.world.pool, say=self.world.said.append, timeout=30.0, clock=self.clock
+        )
+
+    def clock(self) -> float:
+        return self.now
+
+    def start(self, index: int) -> SimHandle | None:
+        if self.other is None:
+            return None
+        handle = self.world.spawn_shard(index)
+        handle.node = self.other
+        self.started.append(handle)
+        return handle
+
+    def update(self) -> tuple[list[int], np.ndarray]:
+        self.now += LOOK_S
+        self.mover.between_updates()
+        busy = 2 if self.world.config.mode == "async" else 0
+        return self.world.update(busy_ticks=busy)
+
+    def identities(self) -> list[int]:
+        return [k for shard in self.world.shards for k in shard.part.identities().tolist()]
+
+
+def test_a_shard_leaves_a_draining_node_with_every_chain_as_it_is() -> None:
+    leaving = Leaving(set(), mode="async", max_lag=3)
+    world = leaving.world
+    identities = sorted(leaving.identities())
+    assert len(set(identities)) == CAPACITY
+    for _ in range(5):
+        leaving.update()
+    leaving.draining = {"b"}
+    leaving.now += LOOK_S
+    leaving.mover.between_updates()  # a successor is asked for
+    old, epoch = world.shards[1], world.shards[1].part.epoch
+    assert [shard.node for shard in world.shards] == ["a", "b"]
+    lease = old.part.checkout(10**6, CHAINS)
+    leaving.mover.between_updates()
+    assert [shard.node for shard in world.shards] == ["a", "a"]
+    assert old.dead
+    assert sorted(leaving.identities()) == identities
+    new = world.shards[1].part
+    assert new.epoch > old.part.epoch > epoch
+    # What the old one committed until then, and nothing of what was under way.
+    before, after = old.part.snapshot()["arrays"], new.snapshot()["arrays"]
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert new.counts()["free"] == CAPACITY // 2
+    counts = old.part.counts()
+    for name in ("reinitialised", "late_checkins", "expired_leases"):
+        assert new.counts()[name] == counts[name]
+    # A worker that comes back with a lease of before commits nothing, here or there.
+    moved = leaving.world.workers[0].part.run_round(lease, None, 1, 1)
+    assert not old.part.checkin(moved)["accepted"]
+    assert not new.checkin(moved)["accepted"]
+    for _ in range(30):
+        assert max(leaving.update()[0]) <= 3
+    assert world.pool.restarts == 0
+    assert len(leaving.started) == 1, "it is moved once"
+
+
+def test_a_sync_run_draws_the_same_wherever_its_shards_move() -> None:
+    def negatives(draining_at: int) -> np.ndarray:
+        leaving = Leaving(set(), mode="sync", num_workers=2, max_delay=4)
+        out = []
+        for step in range(20):
+            if step == draining_at:
+                leaving.draining = {"b"}
+            out.append(leaving.update()[1])
+        assert len(leaving.started) == int(draining_at < 20)
+        return np.stack(out)
+
+    stayed = negatives(20)
+    for step in (0, 7, 15):
+        assert np.array_equal(stayed, negatives(step))
+
+
+def test_where_no_node_stays_a_shard_stays_too() -> None:
+    leaving = Leaving({"a", "b"}, other=None, mode="async", max_lag=3)
+    for _ in range(10):
+        leaving.update()
+    assert [shard.node for shard in leaving.world.shards] == ["a", "b"]
+    assert leaving.world.pool.restarts == 0
+
+
+@pytest.mark.parametrize("who", ["old", "new"])
+def test_a_death_during_a_move_leaves_one_shard_and_no_process(who: str) -> None:
+    leaving = Leaving({"b"}, mode="async", max_lag=3)
+    world = leaving.world
+    leaving.update()
+    old = world.shards[1]
+    dies: Callable[[], SimHandle] = lambda: {"old": old, "new": leaving.started[0]}[who]  # noqa: E731
+    world.backend.kill(dies())
+    if who == "old":
+        with pytest.raises(PartDied):
+            leaving.mover.between_updates()
+        world.pool.check()  # what the controller does then
+    for _ in range(10):
+        leaving.update()
+    world.check()
+    assert [shard.node for shard in world.shards] == ["a", "a"]
+    alive = [handle for handle in (old, *leaving.started) if not handle.dead]
+    assert alive == [world.shards[1]]
