@@ -135,6 +135,8 @@ class Controller:
                         self._cuts.finish(self.progress)
                         break
                     self._cuts.take_if_due(self.progress)
+                    if self.progress.step == 0:  # from here on there is one to go back to
+                        self._cuts.settle(self._flow.stall_timeout_s)
                     self._mover.between_updates()
                     self._update()
                     self.progress.wall_s = time.monotonic() - start
@@ -331,9 +333,12 @@ class Controller:
         if self._chains_go_back:
             self._pool.forget_all()
         found = self._cuts.latest()
-        if found is None and self.progress.step == 0 and not self._chains_go_back:
-            # Nothing is learnt yet: the ranks begin with the weights that the seed gives them.
+        untouched = not self._chains_go_back or self._pool.num_started == 0
+        if found is None and self.progress.step == 0 and untouched:
+            # Nothing is learnt or moved yet: ranks and chains begin with what the seed gives them.
             self._graph.learners.rebuild(self._wait)
+            self._replace_dead_shards()
+            self._chains_go_back = False
             self._publish_current()
             self._pool.redo_lost()
             return

@@ -219,6 +219,14 @@ class Bed:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
         os.kill(int(children.split()[0]), number)
 
+    def end_all(self, node: Node) -> None:
+        """Kill whatever runs on the node, as a batch system does after a job."""
+        space = os.readlink(f"/proc/{node.pid}/ns/pid")
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if int(process.name) != node.pid and os.readlink(process / "ns/pid") == space:
+                    os.kill(int(process.name), signal.SIGKILL)
+
     def _run(self, command: list[str], env: Mapping[str, str] | None = None, **options):
         # Whatever ends the tests, SIGKILL included, ends the nodes.
         process = subprocess.Popen(

@@ -5,9 +5,11 @@ SLURM itself is a stand-in: `srun` hands its command to every node, `scontrol` n
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,7 +79,7 @@ def slurm_job(machines: Bed, job: int, *overrides: str, stop_at: int | None = No
     assert batch.poll() is None, log.read_text()
     handed = (home / "job.command").read_text().split("\0")[:-1]
     variables = (home / "job.env").read_text().split("\0")[:-1]
-    machines.start(other, handed, log, **dict(item.split("=", 1) for item in variables))
+    step = machines.start(other, handed, log, **dict(item.split("=", 1) for item in variables))
     if stop_at is not None:
         wait_for(
             lambda: newest_step(run_dir) >= stop_at or batch.poll() is not None,
@@ -87,6 +89,11 @@ def slurm_job(machines: Bed, job: int, *overrides: str, stop_at: int | None = No
         assert batch.poll() is None, log.read_text()
         machines.signal(batch, signal.SIGUSR1)
     code = batch.wait(240)
+    # As with `srun --wait=60`, a step ends on all its nodes before another job gets them. Ray on a
+    # node whose head is gone may take longer, and the next job's needs the same ports.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        step.wait(60)
+    machines.end_all(other)
     print(log.read_text()[-3000:])
     assert not (home / ".ray" / f"ebm_dist-{job}").exists(), "the job's token goes with the job"
     return code

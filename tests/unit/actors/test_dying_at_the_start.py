@@ -11,7 +11,7 @@ from small_runs import run
 from torch import Tensor
 
 from ebm_dist.actors.controller import Controller
-from ebm_dist.actors.handles import PartDied
+from ebm_dist.actors.handles import InlineBackend, InlineHandle, InlineResult, PartDied
 from ebm_dist.actors.learners import LearnerGroup
 
 
@@ -47,15 +47,43 @@ def test_a_part_that_dies_while_a_run_is_restored_leaves_the_result_as_it_is(
     assert all((whole[name] == parts[name]).all() for name in whole)
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize(
     ("owner", "name"), [(LearnerGroup, "meet"), (Controller, "_publish_current")]
 )
 def test_a_part_that_dies_before_the_first_checkpoint_costs_nothing_but_its_start(
-    owner: type, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: type, name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tmp_path / "whole", "run.steps=3", "flow.mode=async")
+    run(tmp_path / "whole", "run.steps=3", f"flow.mode={mode}")
     calls = fails_once(monkeypatch, owner, name)
-    assert run(tmp_path / "hit", "run.steps=3", "flow.mode=async")[0].finished
+    assert run(tmp_path / "hit", "run.steps=3", f"flow.mode={mode}")[0].finished
     assert len(calls) > 1
     whole, hit = weights(tmp_path / "whole"), weights(tmp_path / "hit")
     assert all((whole[key] == hit[key]).all() for key in whole)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_rank_that_dies_before_its_state_is_in_the_first_checkpoint_is_replaced(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole", "run.steps=3", f"flow.mode={mode}")
+    real, kill, asked = LearnerGroup.state, InlineBackend.kill, []
+
+    def state(self: LearnerGroup) -> list[Any]:
+        asked.append(len(asked))
+        refs = real(self)
+        return [InlineResult(error=PartDied("killed by the test"))] if len(asked) == 1 else refs
+
+    def end(self: InlineBackend, handle: InlineHandle) -> None:
+        kill(self, handle)
+        if hasattr(handle.part, "close"):
+            handle.part.close()  # as its process would: one engine a process
+
+    monkeypatch.setattr(LearnerGroup, "state", state)
+    monkeypatch.setattr(InlineBackend, "kill", end)
+    result, _ = run(tmp_path / "hit", "run.steps=3", f"flow.mode={mode}")
+    assert result.finished
+    assert len(asked) > 1
+    whole, hit = weights(tmp_path / "whole"), weights(tmp_path / "hit")
+    if mode == "sync":
+        assert all((whole[key] == hit[key]).all() for key in whole)
