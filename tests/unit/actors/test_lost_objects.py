@@ -18,6 +18,7 @@ from ebm_dist.actors.flow import RollBack
 from ebm_dist.actors.handles import InlineBackend, InlineHandle, InlineResult, ObjectLost
 from ebm_dist.actors.learners import LearnerGroup
 from ebm_dist.actors.rounds import MAX_ATTEMPTS
+from ebm_dist.errors import RunFailed
 
 LEASES = BATCH // CHAINS
 
@@ -176,3 +177,29 @@ def test_a_run_goes_on_from_negatives_that_are_lost(
         )
     ):
         assert free + leased + ready == capacity
+
+
+@pytest.mark.parametrize(("half", "ends"), [(0, True), (1, False)])
+def test_a_checkpoint_that_waits_in_vain_names_the_shard(
+    half: int, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, cuts = InlineHandle.call, []
+
+    def call(self: InlineHandle, method: str, *args: Any, num_returns: int = 1) -> Any:
+        reply = real(self, method, *args, num_returns=num_returns)
+        if method == "cut" and self.name == "shard-1":
+            cuts.append(reply)
+            if len(cuts) == 2:
+                reply[half] = InlineResult(error=TimeoutError("not ready"))
+        return reply
+
+    monkeypatch.setattr(InlineHandle, "call", call)
+    options = ("checkpoint.every=3", "run.steps=6", "flow.stall_timeout_s=7")
+    if ends:  # the shard does not answer at all
+        with pytest.raises(RunFailed, match=r"update 3: the checkpoint waits for shard-1.* 7 s"):
+            run(tmp_path / "r", *options)
+        return
+    result, screen = run(tmp_path / "r", *options)
+    assert result.finished
+    said = "checkpoint at update 3 not written (the state of shard-1 did not come in 7 s"
+    assert said in " ".join(screen.split())
