@@ -10,8 +10,13 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+PEERS = ("torchebm", "ebmkit", "torchrl")
+
+_LOAD = os.getloadavg()[0]  # at import, when nothing of the benchmark has run yet
 
 
 def machine() -> dict[str, Any]:
@@ -32,8 +37,16 @@ def machine() -> dict[str, Any]:
         "allocator": "LD_PRELOAD=" + os.environ["LD_PRELOAD"]
         if os.environ.get("LD_PRELOAD")
         else "libc, default thresholds",
-        "load_before": round(os.getloadavg()[0], 2),
+        "peers": {name: version for name in PEERS if (version := _version(name)) is not None},
+        "load_before": round(_LOAD, 2),
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def commit() -> str:

@@ -52,11 +52,13 @@ def as_markdown(record: dict[str, Any], command: str) -> str:
     """A record's rows as tables; rows with other keys begin another one."""
     machine = record["machine"]
     hardware = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
+    peers = "".join(f", {name} {version}" for name, version in machine["peers"].items())
     lines = [
         f"## {record['benchmark']}",
         "",
         f"`{command}`, commit {record['commit']}, {record['date']}; {hardware}, torch "
-        f"{machine['torch']}, {machine['threads']} threads, allocator: {machine['allocator']}, "
+        f"{machine['torch']}{peers}, {machine['threads']} threads, allocator: "
+        f"{machine['allocator']}, "
         f"load before: {machine['load_before']}",
     ]
     header: list[str] | None = None
@@ -70,7 +72,8 @@ def as_markdown(record: dict[str, Any], command: str) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        # Three figures are all that a benchmark holds, but thousands are no power of ten.
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return "" if value is None else str(value)
 
 

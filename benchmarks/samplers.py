@@ -20,19 +20,14 @@ close a step is to it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import interleaved, keep, machine, medians, seconds, spread
 from torch import Tensor, nn
 
 from ebm_dist import energies, samplers
@@ -50,8 +45,6 @@ class Case:
     name: str
     num_steps: int
     ways: dict[str, Round]
-    base: str
-    """The way that ratios are taken against."""
     flops: float | None = None
     """Of one step, where convolutions dominate it."""
 
@@ -167,7 +160,7 @@ def langevin_case(name: str, energy: nn.Module, x: Tensor, *, convolutions: bool
     elif compiler.missing() is None:
         ways["ours, compiled"] = compiled(kernel, energy, x, num_steps)
     flops = count_flops(energy, x) if convolutions else None
-    return Case(name, num_steps, present(ways), "torchebm", flops)
+    return Case(name, num_steps, present(ways), flops)
 
 
 def digits_network(num_chains: int) -> Case:
@@ -198,7 +191,7 @@ def rbm_gibbs(num_chains: int) -> Case:
         ways = {"ebmkit": ebmkit_sampler("GibbsSampler", theirs, x, NUM_STEPS), **ways}
     if compiler.missing() is None:
         ways["ours, compiled"] = compiled(kernel, energy, x, NUM_STEPS)
-    return Case(f"RBM 784-256 block Gibbs, {num_chains} chains", NUM_STEPS, present(ways), "ebmkit")
+    return Case(f"RBM 784-256 block Gibbs, {num_chains} chains", NUM_STEPS, present(ways))
 
 
 def ising_gwg(num_chains: int) -> Case:
@@ -214,7 +207,7 @@ def ising_gwg(num_chains: int) -> Case:
     if compiler.missing() is None:
         ways["ours, compiled"] = compiled(kernel, energy, x, NUM_STEPS)
     name = f"Ising 16x16 Gibbs with gradients, {num_chains} chains"
-    return Case(name, NUM_STEPS, present(ways), "ebmkit")
+    return Case(name, NUM_STEPS, present(ways))
 
 
 class Squeeze(nn.Module):
@@ -245,7 +238,7 @@ def count_flops(energy: nn.Module, x: Tensor) -> float:
 
 
 class Roofline:
-    """FLOP/s of one bare convolution of 256 channels on 64 images of 16x16."""
+    """One bare convolution of 256 channels on 64 images of 16x16."""
 
     flops = 2 * 64 * 256 * 256 * 9 * 16 * 16
 
@@ -253,80 +246,67 @@ class Roofline:
         last = torch.channels_last
         self._x = torch.randn(64, 256, 16, 16).to(dtype).contiguous(memory_format=last)
         self._weight = torch.randn(256, 256, 3, 3).to(dtype).contiguous(memory_format=last)
-        self.times: list[float] = []
 
-    def __call__(self) -> None:
-        for _ in range(3):
-            started = time.perf_counter()
-            torch.conv2d(self._x, self._weight, padding=1)
-            self.times.append(time.perf_counter() - started)
-
-    @property
-    def flops_per_s(self) -> float:
-        return self.flops / statistics.median(self.times)
+    def __call__(self) -> object:
+        return torch.conv2d(self._x, self._weight, padding=1)
 
 
 # --- the run -------------------------------------------------------------------------------
 
+BASES = {"torchebm": "times_torchebm", "ebmkit": "times_ebmkit", "plain loop": "times_plain_loop"}
+"""What each way's speed is a multiple of, where it takes part."""
+
 
 def measure(
-    case: Case, repetitions: int, seconds: float, peaks: dict[str, Roofline]
-) -> dict[str, list[float]]:
-    """Seconds of one step, by way; every way runs once in each repetition, and the rooflines
-    where arithmetic is the limit."""
-    for peak in peaks.values():
-        peak.times.clear()
-    counts = {}
-    for name, way in case.ways.items():
-        way()  # compiles, and warms memory up
-        started = time.perf_counter()
-        way()
-        counts[name] = max(1, round(seconds / (time.perf_counter() - started)))
-    times: dict[str, list[float]] = {name: [] for name in case.ways}
-    for _ in range(repetitions):
-        for name, way in case.ways.items():
-            started = time.perf_counter()
-            for _ in range(counts[name]):
-                way()
-            took = time.perf_counter() - started
-            times[name].append(took / counts[name] / case.num_steps)
-        if case.flops is not None:
-            for peak in peaks.values():
-                peak()
-    return times
-
-
-def report(case: Case, times: dict[str, list[float]], peaks: dict[str, Roofline]) -> dict[str, Any]:
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    base = medians.get(case.base)
-    rows = {}
-    print(f"\n{case.name}")
-    limits = {}
+    case: Case, repetitions: int, about: float, peaks: dict[str, Roofline]
+) -> list[dict[str, Any]]:
+    """A row for every way: each runs for `about` seconds in each repetition, and so do the
+    rooflines where arithmetic is the limit."""
+    arms = {name: timed(way, about, case.num_steps) for name, way in case.ways.items()}
     if case.flops is not None:
-        limits = {dtype: peak.flops_per_s for dtype, peak in peaks.items()}
-        told = ", ".join(f"{dtype} {peak / 1e9:.0f} GFLOP/s" for dtype, peak in limits.items())
-        print(f"  bare convolution: {told}; a step: {case.flops / 1e9:.1f} GFLOP")
-    for name, median in medians.items():
-        row: dict[str, Any] = {"step_us": 1e6 * median, "all_us": [1e6 * t for t in times[name]]}
-        text = f"  {name:18} {1e6 * median:10.1f} us"
-        if base is not None:
-            row[f"times_{case.base}"] = base / median
-            text += f"   {base / median:5.2f} x {case.base}"
-        if "plain loop" in medians:
-            row["times_plain_loop"] = medians["plain loop"] / median
-            text += f"   {medians['plain loop'] / median:5.2f} x plain loop"
-        if case.flops is not None:
-            dtype = "bf16" if "bf16" in name else "fp32"
-            row["of_roofline"] = case.flops / median / limits[dtype]
-            text += f"   {100 * row['of_roofline']:3.0f}% of a bare {dtype} convolution"
+        # As long as the step would take if all of it ran at that rate.
+        for dtype, peak in peaks.items():
+            arms[f"bare {dtype} convolution"] = timed(peak, 0.05, peak.flops / case.flops)
+    results = interleaved(arms, repetitions)
+    step_s = medians(results)
+    rows = []
+    for name, times in results.items():
+        own = step_s[name]
+        dtype = "bf16" if "bf16" in name else "fp32"
+        limit = step_s.get(f"bare {dtype} convolution")
+        rows.append(
+            {
+                "case": case.name,
+                "way": name,
+                "step_us": 1e6 * own,
+                "spread": spread(times),
+                **{
+                    ratio: step_s[base] / own if base in step_s else None
+                    for base, ratio in BASES.items()
+                },
+                "of_roofline": None if limit is None else limit / own,
+            }
+        )
+    return rows
+
+
+def timed(way: Round, about: float, num_steps: float) -> Callable[[], float]:
+    """Seconds of one of the `num_steps` steps of `way`, over calls that take `about` seconds."""
+    way()  # compiles, and warms memory up
+    number = max(1, round(about / seconds(way, 1)))
+    return lambda: seconds(way, number) / num_steps
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    print(f"\n{rows[0]['case']}")
+    for row in rows:
+        text = f"  {row['way']:22} {row['step_us']:10.1f} us"
+        for base, ratio in BASES.items():
+            if row[ratio] is not None:
+                text += f"   {row[ratio]:5.2f} x {base}"
+        if row["of_roofline"] is not None:
+            text += f"   {100 * row['of_roofline']:3.0f}% of a bare convolution"
         print(text, flush=True)
-        rows[name] = row
-    return {
-        "name": case.name,
-        "num_steps": case.num_steps,
-        "roofline_flops_per_s": limits,
-        "ways": rows,
-    }
 
 
 def main() -> None:
@@ -335,18 +315,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    repetitions, seconds = (5, 0.2) if args.quick else (7, 0.6)
-
-    machine = {
-        "cpu": cpu_name(),
-        "threads": args.threads,
-        "allocator": allocator(),
-        "versions": {name: version(name) for name in ("torch", "torchebm", "ebmkit")},
-        "load": os.getloadavg(),
-    }
-    print(json.dumps(machine))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    repetitions, about = (5, 0.2) if options.quick else (7, 0.6)
+    print(machine())
     peaks = {"fp32": Roofline(torch.float32), "bf16": Roofline(torch.bfloat16)}
     cases: list[Callable[[], Case]] = [
         lambda: small_network(64),
@@ -357,36 +329,16 @@ def main() -> None:
         lambda: rbm_gibbs(64),
         lambda: ising_gwg(64),
     ]
-    if not args.quick:
+    if not options.quick:
         cases += [lambda: rbm_gibbs(1024), lambda: ising_gwg(1024)]
-    results = []
+    rows: list[dict[str, Any]] = []
     for make in cases:
         case = make()
-        if args.only in case.name:
-            results.append(report(case, measure(case, repetitions, seconds, peaks), peaks))
-    if args.out is not None:
-        data = {"machine": machine, "cases": results}
-        args.out.write_text(json.dumps(data, indent=1))
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def allocator() -> str:
-    preload = os.environ.get("LD_PRELOAD", "")
-    tuned = {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
-    return f"{preload or platform.libc_ver()[0]} {tuned or '(defaults)'}"
-
-
-def version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+        if options.only in case.name:
+            rows += measure(case, repetitions, about, peaks)
+            show([row for row in rows if row["case"] == case.name])
+    keep("samplers", rows, options.out, repetitions=repetitions)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 from torch.nn.utils.stateless import _reparametrize_module
 
 from ebm_dist.samplers.kernel import Kernel, KernelState
+from ebm_dist.samplers.rewrite import DECOMPOSITIONS, scale_before_adding, share_sigmoids
 from ebm_dist.samplers.standing import Autocast, module_of
 from ebm_dist.samplers.tape import CannotCompile, Draw, Tape, record, replay
 from ebm_dist.types import EnergyFn
@@ -202,14 +203,15 @@ class _Traced:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         try:
-            graph = make_fx(steps, tracing_mode="fake")(*inputs)
+            graph = make_fx(steps, DECOMPOSITIONS, tracing_mode="fake")(*inputs)
         except CannotCompile:
             raise
         except Exception as error:
             # The errors of a tracer are of many kinds, and all say the same thing here.
             raise CannotCompile(f"torch cannot trace it: {_first_line(error)}") from error
         _refuse_hidden_noise(graph)
-        _scale_before_adding(graph)
+        scale_before_adding(graph)
+        share_sigmoids(graph)
         return cls(graph, inputs, draws, skeleton, info_skeleton)
 
 
@@ -237,26 +239,6 @@ def _refuse_hidden_noise(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise CannotCompile(f"it draws noise of its own ({node.target})")
-
-
-def _scale_before_adding(graph: GraphModule) -> None:
-    """x + alpha * y as two operations.
-
-    torch's compiler (2.13) fuses `add(x, mm(a, b), alpha=c)` into one product and loses c:
-    seen as a drift h times too large. Two operations are fused as well, and rightly.
-    """
-    aten = torch.ops.aten
-    adds = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
-    for node in list(graph.graph.nodes):
-        if node.target in adds and node.kwargs.get("alpha", 1) != 1:
-            with graph.graph.inserting_before(node):
-                scaled = graph.graph.call_function(
-                    aten.mul.Tensor, (node.args[1], node.kwargs["alpha"])
-                )
-                scaled.meta = dict(node.meta)
-            node.args = (node.args[0], scaled)
-            node.kwargs = {}
-    graph.recompile()
 
 
 def _check(

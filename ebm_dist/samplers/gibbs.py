@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
 from ebm_dist.samplers.discrete import Kind, draw, one_hot_like, start_discrete
-from ebm_dist.samplers.kernel import FAMILY, KernelSection, uniform, value, value_and_grad
+from ebm_dist.samplers.kernel import (
+    FAMILY,
+    KernelSection,
+    as_float,
+    uniform,
+    value,
+    value_and_grad,
+)
 from ebm_dist.types import EnergyFn, EventSpec
 
 
@@ -25,6 +32,27 @@ class LatentConditionals(Protocol):
 
     def sample_visible(self, h: Tensor, generator: torch.Generator) -> Tensor:
         """v (B, *event) given the latent units, from the joint law at temperature 1."""
+        ...
+
+
+@runtime_checkable
+class SharedInput(LatentConditionals, Protocol):
+    """Latent conditionals whose input is also what costs in the energy.
+
+    An RBM's energy and the law of its hidden units are both made of c + W v. A sweep evaluates
+    that once, where it ends, and the next one begins with it: two products instead of three.
+    """
+
+    def latent_input(self, v: Tensor) -> Tensor:
+        """What the latent units see of v (B, *event); any shape that begins with B."""
+        ...
+
+    def draw_latent(self, latent_input: Tensor, generator: torch.Generator) -> Tensor:
+        """As `sample_hidden(v, generator)`, bit for bit, with `latent_input(v)` at hand."""
+        ...
+
+    def energy_given(self, v: Tensor, latent_input: Tensor) -> Tensor:
+        """E(v), (B,), bit for bit, with `latent_input(v)` at hand."""
         ...
 
 
@@ -55,6 +83,7 @@ class GibbsState:
     energy: Tensor  # (B,), E(position)
     categorical: bool  # one-hot in the last axis, else binary
     scan: Scan
+    latent_input: Tensor | None = None  # at position, of an energy with a `SharedInput`
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +98,10 @@ class Gibbs:
     """Redraws every site once a step, each from its law given all others.
 
     An energy with `sample_hidden` and `sample_visible` moves in two blocks, all latent
-    units and then all visible ones; one with `gibbs_blocks` moves block by block, at one
-    gradient a block; any other callable moves site by site, at one evaluation a site (one
-    of q times the batch where sites have q values). Geman & Geman (1984).
+    units and then all visible ones, the more cheaply as a `SharedInput`; one with
+    `gibbs_blocks` moves block by block, at one gradient a block; any other callable moves
+    site by site, at one evaluation a site (one of q times the batch where sites have q
+    values). Geman & Geman (1984).
     """
 
     temperature: float = 1.0
@@ -80,12 +110,25 @@ class Gibbs:
     def init(self, x: Tensor, energy: EnergyFn) -> GibbsState:
         position, categorical = start_discrete(x, energy, self.kind)
         scan = self._scan(energy)
-        return GibbsState(position, value(energy, position, first=True), categorical, scan)
+        current = value(energy, position, first=True)
+        shared = None
+        if scan == "latent" and isinstance(energy, SharedInput):
+            with torch.no_grad():
+                shared = energy.latent_input(position)
+        return GibbsState(position, current, categorical, scan, shared)
 
     def step(
         self, state: GibbsState, energy: EnergyFn, generator: torch.Generator
     ) -> tuple[GibbsState, GibbsInfo]:
-        if state.scan == "latent":
+        shared = None
+        if state.latent_input is not None:
+            sharing = cast(SharedInput, energy)
+            with torch.no_grad():
+                hidden = sharing.draw_latent(state.latent_input, generator)
+                position = sharing.sample_visible(hidden, generator).to(state.position.dtype)
+                shared = sharing.latent_input(position)
+                current = as_float(sharing.energy_given(position, shared))
+        elif state.scan == "latent":
             joint = cast(LatentConditionals, energy)
             hidden = joint.sample_hidden(state.position, generator)
             position = joint.sample_visible(hidden, generator).to(state.position.dtype)
@@ -100,7 +143,7 @@ class Gibbs:
             position, current = sweep(
                 state.position, state.energy, energy, self.temperature, generator
             )
-        new = GibbsState(position, current, state.categorical, state.scan)
+        new = GibbsState(position, current, state.categorical, state.scan, shared)
         return new, GibbsInfo(_changed(state.position, position, state.categorical))
 
     def _scan(self, energy: EnergyFn) -> Scan:

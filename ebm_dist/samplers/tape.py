@@ -26,13 +26,17 @@ class CannotCompile(Exception):
 class Draw:
     """One call that filled memory with random numbers."""
 
-    method: str  # of a tensor: normal_ or uniform_
+    method: str  # of a tensor: normal_, uniform_ or random_
     shape: tuple[int, ...]
     dtype: torch.dtype
-    arguments: tuple[Any, ...]  # mean and deviation, or the interval
+    arguments: tuple[Any, ...]  # mean and deviation, or the ends of the interval
 
 
-_IN_PLACE = {torch.Tensor.normal_: "normal_", torch.Tensor.uniform_: "uniform_"}
+_IN_PLACE = {
+    torch.Tensor.normal_: "normal_",
+    torch.Tensor.uniform_: "uniform_",
+    torch.Tensor.random_: "random_",
+}
 # torch fills the result of these by the method named, so the numbers are the same.
 _NEW = {torch.randn: "normal_", torch.rand: "uniform_"}
 
@@ -97,7 +101,7 @@ def record(generator: torch.Generator) -> Iterator[list[Draw]]:
     """Within, what is drawn from `generator` is added to the list that is yielded.
 
     Raises:
-        CannotCompile: within, at a draw of another kind than normal or uniform numbers.
+        CannotCompile: within, at a draw of another kind than normal, uniform or whole numbers.
     """
     with _Record(generator) as mode:
         yield mode.draws

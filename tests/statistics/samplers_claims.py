@@ -16,7 +16,9 @@ import torch
 from scipy import integrate, optimize, special
 from torch import Tensor
 
+from ebm_dist import energies
 from ebm_dist.samplers import Kernel, run_chain
+from ebm_dist.types import EnergyFn
 
 Make = Callable[..., Kernel[Any]]
 NUM_CHAINS = 20_000
@@ -644,12 +646,24 @@ class Machine:
         return (torch.rand(p.shape, generator=generator) < p).float()
 
 
-def rbm_has_its_enumerated_law(make: Make) -> None:
+def as_rbm(machine: Machine) -> EnergyFn:
+    """The project's own energy with these weights, whose sweeps share a product."""
+    energy = energies.rbm(machine.weight.shape[1], machine.weight.shape[0])
+    with torch.no_grad():
+        for name in ("weight", "visible_bias", "hidden_bias"):
+            getattr(energy, name).copy_(getattr(machine, name))
+    return energy
+
+
+def rbm_has_its_enumerated_law(
+    make: Make, of: Callable[[Machine], EnergyFn] = lambda machine: machine
+) -> None:
     """More and fewer hidden units than visible ones, at temperatures below and above 1."""
     for num_visible, num_hidden in ((6, 3), (5, 8)):
-        energy = Machine(num_visible, num_hidden, seed=num_hidden)
+        machine = Machine(num_visible, num_hidden, seed=num_hidden)
+        energy = of(machine)
         for t in (1.0, 0.7, 2.0):
-            probability = (-energy(energy.states).double() / t).softmax(0)
+            probability = (-machine(machine.states).double() / t).softmax(0)
             x = torch.zeros(5000, num_visible)
             end = run_chain(make(temperature=t), x, energy, 25, generator(1)).position
             index = (end.long() * 2 ** torch.arange(num_visible)).sum(-1)

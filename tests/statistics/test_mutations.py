@@ -277,6 +277,11 @@ MUTATIONS = [
         claims.rbm_has_its_enumerated_law,
         ("latent units at any T", "self.temperature == 1.0 and", ""),
     ),
+    *of(
+        "gibbs",
+        partial(claims.rbm_has_its_enumerated_law, of=claims.as_rbm),
+        ("last sweep's input", "sharing.latent_input(position)", "state.latent_input"),
+    ),
     *of("gibbs_with_gradients", enumerated(62, Coupled), *GRADIENT_GIBBS),
     *of("gibbs_with_gradients", enumerated(62, CoupledBits), *GRADIENT_GIBBS),
     *of("discrete_langevin", enumerated(30, Coupled), *DISCRETE_LANGEVIN),

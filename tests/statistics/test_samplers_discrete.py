@@ -150,8 +150,9 @@ def test_categories_move_by_colour_where_the_energy_offers_it():
         same_chi_square(torch.bincount(index, minlength=81).double(), probability, f"T={t}")
 
 
-def test_gibbs_on_an_rbm_samples_the_enumerated_law():
-    claims.rbm_has_its_enumerated_law(partial(samplers.make, "gibbs"))
+@pytest.mark.parametrize("of", [lambda machine: machine, claims.as_rbm], ids=["callable", "ours"])
+def test_gibbs_on_an_rbm_samples_the_enumerated_law(of):
+    claims.rbm_has_its_enumerated_law(partial(samplers.make, "gibbs"), of)
 
 
 def test_gibbs_moves_an_rbm_in_blocks_only_where_the_joint_law_has_that_marginal():
