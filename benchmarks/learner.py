@@ -95,7 +95,7 @@ def measure(source: Path, number: int, repetitions: int, out: Path | None) -> No
     assert flat is not None
     ema = Ema(0.999, flat)
     arms: dict[str, Any] = {
-        "the run's update": lambda: rank.update(0, LR, False, slices, *negatives),
+        "the run's update": lambda: rank.update(0, LR, False, None, slices, *negatives),
         "DeepSpeed's forward, backward, step": deepspeed,
         "torch's": torch_alone,
         "of it: next batch of data": lambda: rank._data.next_batch(BATCH),
