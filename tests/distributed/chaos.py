@@ -51,6 +51,9 @@ OVERRIDES = (
 )
 CAPACITY = TINY["buffer"]["capacity"]
 MARK = "EBM_DIST_SOAK"
+PEACE_S = 5.0
+"""Between the last kill and the end of the last leg, at the least."""
+
 MAX_DOWN = 4
 
 
@@ -165,7 +168,9 @@ def _soak(
                 report.faults.append(f"exit code {process.returncode}\n{_tail(run_dir)}")
                 break
             report.updates = goal
-            if over:
+            # A hub that is killed takes the rows along that it had not written yet; were they the
+            # last of all, no later leg would show that the log goes on.
+            if over and now > max((kill.at for kill in report.kills), default=0.0) + PEACE_S:
                 break
             goal += leg
             process = start(run_dir, *OVERRIDES, f"run.steps={goal}", "--resume", "must")
