@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 from torch.nn.utils.stateless import _reparametrize_module
 
 from ebm_dist.samplers.kernel import Kernel, KernelState
+from ebm_dist.samplers.products import mkl_holds_back, products_by_onednn
 from ebm_dist.samplers.rewrite import DECOMPOSITIONS, scale_before_adding, share_sigmoids
 from ebm_dist.samplers.standing import Autocast, module_of
 from ebm_dist.samplers.tape import CannotCompile, Draw, Tape, record, replay
@@ -212,6 +213,8 @@ class _Traced:
         _refuse_hidden_noise(graph)
         scale_before_adding(graph)
         share_sigmoids(graph)
+        if mkl_holds_back():
+            products_by_onednn(graph)
         return cls(graph, inputs, draws, skeleton, info_skeleton)
 
 
