@@ -6,8 +6,8 @@ Fashion-MNIST shapes (1x28x28), the network of configs/fashion_mnist.yaml, K=40,
 same cores for all. The plain loop is JEM's, written well: data and buffer in memory, one gradient
 in x a step, two forwards and Adam an update; it logs, saves and averages nothing.
 
-Ours runs blocks of steps, `sampler.engine: compiled`, which `auto` comes to after five minutes; what
-is measured is the second half of each run, when they are compiled.
+Ours runs blocks of steps, `sampler.engine: compiled`, which `auto` comes to after five minutes;
+what is measured is the second half of each run, when they are compiled.
 """
 
 from __future__ import annotations
