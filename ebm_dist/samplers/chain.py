@@ -110,10 +110,11 @@ def run_chain(
             _add(totals, info)
             if trace is not None and (k + 1) % record_every == 0:
                 trace[(k + 1) // record_every - 1] = state.position
+        # Before the clock is read: a GPU has only been told what to do by now.
+        require_finite(state.energy, f"after {num_steps} steps")
         if engine is not None and block is None and trace is None:
             seconds = time.perf_counter() - started
             engine.took(seconds, kernel, energy, state, num_steps)
-    require_finite(state.energy, f"after {num_steps} steps")
     return Chain(
         position=state.position.contiguous(),
         energy=state.energy,

@@ -23,12 +23,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ebm_dist.samplers.block import Block, build, cloned, copied, flatten, weights_of
+from ebm_dist.samplers.capture import Captured
 from ebm_dist.samplers.compiler import CompilerFailed, compile_graph
 from ebm_dist.samplers.kernel import Kernel, KernelState, value_and_grad
 from ebm_dist.samplers.standing import Autocast, has_convolutions, module_of, standing
@@ -68,6 +70,9 @@ class Engine:
             say that it pays.
         background: compile while rounds go on eagerly; else the round that asks for it waits.
         steady: decide before the first round of each shape; see the module's docstring.
+        fused_noise: blocks draw their noise themselves; None: on CUDA, unless the engine is steady,
+            whose chains then are those of single steps to rounding.
+        captured: blocks are replayed as CUDA graphs; None: on CUDA.
         say: is told, in one line each, what was chosen and why.
     """
 
@@ -77,6 +82,8 @@ class Engine:
         *,
         background: bool = True,
         steady: bool = False,
+        fused_noise: bool | None = None,
+        captured: bool | None = None,
         say: Callable[[str], None] = log.info,
     ) -> None:
         self.choice = choice
@@ -84,6 +91,8 @@ class Engine:
         """Seconds spent on compilations so far."""
         self._background = background and not steady
         self._steady = steady
+        self._fused_noise = fused_noise
+        self._captured = captured
         self._say = say
         self._entries: dict[Any, _Entry] = {}
         self._layouts: dict[int, tuple[nn.Module, bool]] = {}
@@ -193,7 +202,7 @@ class Engine:
         def work() -> None:
             started = time.perf_counter()
             try:
-                built = build(kernel, energy, state, num_steps, compile_graph)
+                built, how = self._built(kernel, energy, state, num_steps)
             except CannotCompile as error:
                 entry.status = "refused"
                 if self._steady and isinstance(error, CompilerFailed):
@@ -205,7 +214,7 @@ class Engine:
             entry.block = built  # one assignment: the rounds that go on meanwhile see all or none
             self._say(
                 f"sampler.engine: {self.choice} runs blocks of {built.num_steps} steps from now "
-                f"on, compiled in {seconds:.1f} s: {why}"
+                f"on, compiled in {seconds:.1f} s{how}: {why}"
             )
 
         if not self._background:
@@ -215,6 +224,24 @@ class Engine:
         energy, state = copied(energy), cloned(state)
         # No daemon: the interpreter would tear itself down around a running compiler.
         threading.Thread(target=work, name="compile", daemon=False).start()
+
+    def _built(
+        self, kernel: Kernel[Any], energy: EnergyFn, state: KernelState, num_steps: int
+    ) -> tuple[Block, str]:
+        """A block, and what is to be said of how it runs."""
+        on_cuda = state.energy.device.type == "cuda"
+        captured = on_cuda if self._captured is None else self._captured
+        capture = partial(Captured, say=self._say) if captured else None
+        build_ = partial(build, kernel, energy, state, num_steps, compile_graph, capture=capture)
+        fused = self._fused_noise
+        if not (on_cuda and not self._steady if fused is None else fused):
+            return build_(), ""
+        try:
+            built = build_(fused_noise=True)
+            return built, ", noise and all" if built.num_fused else ""
+        except CannotCompile as error:
+            # The steps may be sound, and the compiler's noise alone be another than ours.
+            return build_(), f", their noise drawn beforehand since, fused, {error}"
 
 
 def _identity(energy: EnergyFn) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ebm_dist import energies, samplers
 from ebm_dist.samplers import Engine, compiler, run_chain
 from ebm_dist.samplers import engine as engine_module
+from ebm_dist.samplers.fused_noise import SeededNoise, in_torch
 from ebm_dist.samplers.tape import Tape
 
 needs_compiler = pytest.mark.skipif(
@@ -43,26 +44,68 @@ LAWS: dict[str, Callable[[], None]] = {
 @pytest.fixture
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> Engine:
     """Every claim's chains go through one engine that runs the traced graphs."""
-    monkeypatch.setattr(
-        engine_module, "compile_graph", lambda graph, inputs: lambda tensors: graph(*tensors)
-    )
+    without_a_compiler(monkeypatch)
     return through_engine(monkeypatch)
 
 
-def through_engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    engine = Engine("compiled", background=False, say=refuse_to_be_eager)
+@pytest.fixture
+def in_fused_blocks(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The same with blocks that draw their noise themselves."""
+    without_a_compiler(monkeypatch)
+    return through_engine(monkeypatch, fused_noise=True)
+
+
+def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def traced(graph: Any, inputs: list[Tensor]) -> Any:
+        graph = in_torch(graph)
+        return lambda tensors: graph(*tensors)
+
+    monkeypatch.setattr(engine_module, "compile_graph", traced)
+
+
+def through_engine(monkeypatch: pytest.MonkeyPatch, *, fused_noise: bool = False) -> Engine:
+    engine = Engine("compiled", background=False, fused_noise=fused_noise, say=refuse_to_be_eager)
     monkeypatch.setattr(claims, "run_chain", partial(run_chain, engine=engine))
     return engine
 
 
 def refuse_to_be_eager(line: str) -> None:
     assert "runs blocks" in line, line
+    assert "beforehand" not in line, line
 
 
 @pytest.mark.parametrize("law", LAWS)
 def test_blocks_keep_the_closed_form(in_blocks, law):
     LAWS[law]()
     assert in_blocks.compile_s > 0
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_blocks_that_draw_their_noise_keep_the_closed_form(in_fused_blocks, law):
+    LAWS[law]()
+    assert in_fused_blocks.compile_s > 0
+
+
+def test_blocks_that_draw_their_noise_keep_an_rbms_enumerated_law(in_fused_blocks):
+    # At temperature 1 its bits come from a tape; at others its sites' noise is in the graph.
+    claims.rbm_has_its_enumerated_law(partial(samplers.make, "gibbs"), claims.as_rbm)
+    assert in_fused_blocks.compile_s > 0
+
+
+@pytest.mark.parametrize("law", ["langevin on a quadratic", "mala on a Gaussian"])
+def test_noise_five_percent_off_in_the_graph_is_noticed(in_fused_blocks, monkeypatch, law):
+    drawn = SeededNoise.numbers
+
+    def louder(self: SeededNoise, inputs: list[Tensor]) -> list[Tensor]:
+        assert all(draw.method in ("normal_", "uniform_") for draw in self._draws)
+        numbers = drawn(self, inputs)
+        return [
+            t * 1.05 if draw.method == "normal_" else t for t, draw in zip(numbers, self._draws)
+        ]
+
+    monkeypatch.setattr(SeededNoise, "numbers", louder)
+    with pytest.raises(AssertionError, match="SE away"):
+        LAWS[law]()
 
 
 @pytest.mark.parametrize("law", ["langevin on a quadratic", "mala on a Gaussian"])
@@ -80,9 +123,10 @@ def test_noise_five_percent_off_in_the_tape_is_noticed(in_blocks, monkeypatch, l
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.parametrize("fused_noise", [False, True])
 @pytest.mark.parametrize("law", LAWS)
-def test_the_compiler_keeps_the_closed_form(monkeypatch, law):
-    engine = through_engine(monkeypatch)
+def test_the_compiler_keeps_the_closed_form(monkeypatch, law, fused_noise):
+    engine = through_engine(monkeypatch, fused_noise=fused_noise)
     LAWS[law]()
     assert engine.compile_s > 0
 

@@ -382,15 +382,3 @@ def test_the_compiler_keeps_a_small_networks_chains_to_rounding():
                 p.mul_(1.5)
     assert len(said) == 1
     assert "runs blocks of 4 steps" in said[0]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_blocks_on_cuda_keep_the_chains_to_rounding():
-    energy, kernel = mlp().cuda(), make("langevin")
-    x = torch.randn(64, 2, generator=generator(1)).cuda()
-    engine = Engine("compiled", background=False)
-    eager = run_chain(kernel, x, energy, 20, torch.Generator("cuda").manual_seed(3))
-    blocks = run_chain(kernel, x, energy, 20, torch.Generator("cuda").manual_seed(3), engine=engine)
-    assert engine.compile_s > 0
-    same_chain(eager, blocks)
