@@ -136,6 +136,7 @@ def test_the_compiler_keeps_the_closed_form(monkeypatch, law, fused_noise):
 def test_the_compiler_keeps_every_decision_of_discrete_kernels():
     cases = [
         ("gibbs", energies.rbm(20, 10, weight_std=0.5)),
+        ("gibbs", energies.ising((6, 6), 0.3)),
         ("gibbs_with_gradients", energies.ising((6, 6), 0.3)),
         ("discrete_langevin", energies.ising((6, 6), 0.3)),
     ]

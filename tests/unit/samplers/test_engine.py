@@ -82,10 +82,11 @@ def test_blocks_draw_the_noise_that_single_steps_draw(graphs, name):
 
 @pytest.mark.parametrize("name", DISCRETE)
 def test_blocks_of_discrete_kernels_make_the_same_decisions(graphs, name):
-    targets = [energies.rbm(6, 3, weight_std=0.5)]
-    if name != "gibbs":  # how many colours a lattice has is read from a tensor: it stays eager
-        targets.append(energies.ising((4, 4), 0.3))
-        targets.append(energies.make("potts", shape=(3, 3), num_values=3, coupling=0.4))
+    targets = [
+        energies.rbm(6, 3, weight_std=0.5),
+        energies.ising((4, 4), 0.3),
+        energies.make("potts", shape=(3, 3), num_values=3, coupling=0.4),
+    ]
     for energy in targets:
         assert energy.event is not None
         x = energy.event.noise(12, generator(3))
