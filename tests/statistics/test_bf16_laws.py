@@ -1,4 +1,4 @@
-"""`precision: bf16`: the law of the chains is fp32's, in standard errors; that of bf16 positions is not.
+"""`precision: bf16` keeps the law of fp32, in standard errors; bf16 positions would not.
 
 This is what lets the option exist: whoever changes what is cast has to pass here. The two
 precisions get different noise, since equal noise would make them differ by less than their law
