@@ -93,6 +93,7 @@ def run_chain(
         block = None
         if engine is not None and trace is None:
             block = engine.block(kernel, energy, state, num_steps)
+        started = time.perf_counter()
         num_compiled = 0
         if block is not None:
             weights, size = weights_of(energy), block.num_steps
@@ -100,7 +101,6 @@ def run_chain(
             for k in range(0, num_compiled, size):
                 state, energies[k : k + size], info = block(state, weights, generator)
                 _add(totals, info)
-        started = time.perf_counter()
         for k in range(num_compiled, num_steps):
             if in_place:
                 state, info = kernel.step_(state, energy, generator, noise)
@@ -110,11 +110,11 @@ def run_chain(
             _add(totals, info)
             if trace is not None and (k + 1) % record_every == 0:
                 trace[(k + 1) // record_every - 1] = state.position
-        # Before the clock is read: a GPU has only been told what to do by now.
+        # Waits for the device, so that the time is that of the steps and not of their dispatch.
         require_finite(state.energy, f"after {num_steps} steps")
-        if engine is not None and block is None and trace is None:
-            seconds = time.perf_counter() - started
-            engine.took(seconds, kernel, energy, state, num_steps)
+        if engine is not None and trace is None:
+            seconds, in_blocks = time.perf_counter() - started, block is not None
+            engine.took(seconds, kernel, energy, state, num_steps, in_blocks=in_blocks)
     return Chain(
         position=state.position.contiguous(),
         energy=state.energy,

@@ -2,7 +2,8 @@
 
 Small energies are bound by the dispatch of single operations, not by arithmetic: there a block
 of steps compiled into one function is several times faster. An energy bound by its arithmetic,
-as convolutions are, gains nothing from that and stays eager.
+as convolutions are, gains between nothing and a quarter, by what stands between the
+convolutions: so it is tried once, and the faster of the two stays.
 
 Compiled and eager steps agree to rounding and not bit for bit. So what a round returns depends
 on whether its block was ready, and there are two kinds of engine:
@@ -21,8 +22,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -39,15 +41,25 @@ from ebm_dist.types import EnergyFn
 
 Choice = Literal["auto", "eager", "compiled"]
 
-PAYBACK_S = 60.0
-"""Seconds of eager sampling at one shape before `auto` compiles. A compilation takes 8 to 30 s
-and about halves what follows at the least, so a run pays at most about as much again as it would
-have, knowing its own length; one that is over within a minute pays nothing."""
-
 SHORT_STEP_S = 3e-3
 """An eager step that takes longer is bound by arithmetic. MLP 2-64-64-1, 2 AVX-512 cores: 0.16 ms
 at 64 chains (5.4 times faster compiled), 1.4 ms at 4096 (1.9 times); convolutional networks of
-10 to 150 ms: 0.9 to 1.2 times."""
+5 to 150 ms: 0.9 to 1.27 times."""
+
+PAYBACK_S = 60.0
+"""Seconds of eager sampling at one shape before `auto` compiles short steps. A compilation takes
+8 to 30 s and about halves what follows at the least, so a run pays at most about as much again
+as it would have, knowing its own length; one that is over within a minute pays nothing."""
+
+LONG_PAYBACK_S = 300.0
+"""The same where steps are long: a tenth gained pays for a compilation within minutes, and a run
+that ends before that has lost a twentieth at most."""
+
+TRIAL_ROUNDS = 5
+"""Rounds of each kind that are compared, by the fastest: others on the machine only add time."""
+
+WORTHWHILE = 0.97
+"""Share of the eager time that blocks may take and stay."""
 
 log = logging.getLogger("ebm_dist")
 
@@ -59,15 +71,22 @@ class _Entry:
     energy: EnergyFn  # held, so that its id stays its own
     status: Literal["eager", "compiling", "refused"] = "eager"
     block: Block | None = None
+    compile_s: float = 0.0
+    how: str = ""
+    """What is to be said of how the block runs."""
     eager_s: float = 0.0
+    """Of all rounds of single steps so far."""
+    eager_rounds_s: deque[float] = field(default_factory=lambda: deque(maxlen=TRIAL_ROUNDS))
+    """Of the latest before the compilation."""
+    block_rounds_s: list[float] = field(default_factory=list)
 
 
 class Engine:
     """Runs the rounds of one place: a worker keeps one, and with it what was compiled.
 
     Args:
-        choice: eager, compiled, or auto, which compiles where `SHORT_STEP_S` and `PAYBACK_S`
-            say that it pays.
+        choice: eager, compiled, or auto, which compiles once it has sampled for so long that it
+            may pay, and keeps what is faster.
         background: compile while rounds go on eagerly; else the round that asks for it waits.
         steady: decide before the first round of each shape; see the module's docstring.
         fused_noise: blocks draw their noise themselves; None: on CUDA, unless the engine is steady,
@@ -114,7 +133,7 @@ class Engine:
             return None
         entry = self._entry(kernel, energy, state, num_steps)
         if self.choice == "compiled" and entry.status == "eager":
-            self._compile(entry, kernel, energy, state, num_steps, "as asked")
+            self._compile(entry, kernel, energy, state, num_steps)
         return entry.block
 
     def took(
@@ -124,24 +143,41 @@ class Engine:
         energy: EnergyFn,
         state: KernelState,
         num_steps: int,
+        *,
+        in_blocks: bool,
     ) -> None:
-        """A round of single steps took `seconds`: `auto` may now want to compile."""
+        """A round took `seconds`: `auto` may now want to compile, or know what is faster."""
         if self.choice != "auto" or not self._may_compile:
             return
         entry = self._entry(kernel, energy, state, num_steps)
+        if in_blocks:
+            entry.block_rounds_s.append(seconds)
+            if len(entry.block_rounds_s) == TRIAL_ROUNDS:
+                self._decide(entry, num_steps)
+            return
         entry.eager_s += seconds
-        if entry.status != "eager" or entry.eager_s < PAYBACK_S:
+        if entry.status != "eager":
             return
-        step_ms = 1e3 * seconds / num_steps
-        if step_ms > 1e3 * SHORT_STEP_S:
-            entry.status = "refused"
+        entry.eager_rounds_s.append(seconds)
+        short = min(entry.eager_rounds_s) <= num_steps * SHORT_STEP_S
+        if entry.eager_s >= (PAYBACK_S if short else LONG_PAYBACK_S):
+            self._compile(entry, kernel, energy, state, num_steps)
+
+    def _decide(self, entry: _Entry, num_steps: int) -> None:
+        assert entry.block is not None
+        eager, block = min(entry.eager_rounds_s), min(entry.block_rounds_s)
+        times = (
+            f"a step takes {1e3 * block / num_steps:.2f} ms in blocks of {entry.block.num_steps} "
+            f"and {1e3 * eager / num_steps:.2f} ms alone"
+        )
+        if block > WORTHWHILE * eager:
+            entry.block, entry.status = None, "refused"
+            self._say(f"sampler.engine: auto stays eager, {times}")
+        else:
             self._say(
-                f"sampler.engine: auto stays eager, a step takes {step_ms:.1f} ms, which is "
-                "arithmetic and not dispatch"
+                f"sampler.engine: auto runs compiled blocks, {times}; compiled in "
+                f"{entry.compile_s:.1f} s{entry.how}"
             )
-            return
-        why = f"an eager step takes {step_ms:.2f} ms, most of it dispatch"
-        self._compile(entry, kernel, energy, state, num_steps, why)
 
     def channels_last(self, energy: EnergyFn, position: Tensor) -> bool:
         """Whether these images (B, C, H, W) are held channels-last without being told to.
@@ -195,27 +231,27 @@ class Engine:
         energy: EnergyFn,
         state: KernelState,
         num_steps: int,
-        why: str,
     ) -> None:
         entry.status = "compiling"
 
         def work() -> None:
             started = time.perf_counter()
             try:
-                built, how = self._built(kernel, energy, state, num_steps)
+                built, entry.how = self._built(kernel, energy, state, num_steps)
             except CannotCompile as error:
                 entry.status = "refused"
                 if self._steady and isinstance(error, CompilerFailed):
                     raise
                 self._say(f"sampler.engine: eager, because {error}")
                 return
-            seconds = time.perf_counter() - started
-            self.compile_s += seconds
+            entry.compile_s = time.perf_counter() - started
+            self.compile_s += entry.compile_s
             entry.block = built  # one assignment: the rounds that go on meanwhile see all or none
-            self._say(
-                f"sampler.engine: {self.choice} runs blocks of {built.num_steps} steps from now "
-                f"on, compiled in {seconds:.1f} s{how}: {why}"
-            )
+            if self.choice == "compiled":
+                self._say(
+                    f"sampler.engine: compiled runs blocks of {built.num_steps} steps from now "
+                    f"on, compiled in {entry.compile_s:.1f} s{entry.how}"
+                )
 
         if not self._background:
             work()
@@ -228,7 +264,7 @@ class Engine:
     def _built(
         self, kernel: Kernel[Any], energy: EnergyFn, state: KernelState, num_steps: int
     ) -> tuple[Block, str]:
-        """A block, and what is to be said of how it runs."""
+        """A block, and what is to be said of it."""
         on_cuda = state.energy.device.type == "cuda"
         captured = on_cuda if self._captured is None else self._captured
         capture = partial(Captured, say=self._say) if captured else None

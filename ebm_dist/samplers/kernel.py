@@ -90,9 +90,9 @@ class KernelSection(Section):
 
     engine: Literal["auto", "eager", "compiled"] = "auto"
     """How steps are run. compiled: in blocks of up to 20, compiled in the background (in
-    flow.mode sync before the first round). auto: in blocks where an asynchronous run has sampled
-    for a minute and its steps are short, and images channels-last where the energy convolves
-    them. eager: one by one, as they come."""
+    flow.mode sync before the first round). auto: where an asynchronous run has sampled for a
+    minute (five where steps take over 3 ms) both are timed and the faster stays; images
+    channels-last where the energy convolves them. eager: one by one, as they come."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 evaluates the energy under autocast; positions stay float32 either way."""

@@ -283,33 +283,73 @@ def test_rounds_go_on_eagerly_while_the_compiler_works_and_then_change_over(monk
     )
 
 
-def test_auto_compiles_only_where_short_steps_have_gone_on_for_a_minute(graphs):
-    kernel, energy, x = make("langevin"), mlp(), torch.randn(6, 2)
-    state = kernel.init(x, energy)
-    said: list[str] = []
-    engine = Engine("auto", background=False, say=said.append)
-    engine.took(engine_module.PAYBACK_S / 2, kernel, energy, state, 10)
-    assert engine.block(kernel, energy, state, 10) is None
-    assert graphs == []
-    assert said == []
-    round_s, half = 10 * engine_module.SHORT_STEP_S / 2, engine_module.PAYBACK_S / 2
-    for _ in range(round(half / round_s) - 2):
-        engine.took(round_s, kernel, energy, state, 10)
-    assert engine.block(kernel, energy, state, 10) is None
-    for _ in range(4):
-        engine.took(round_s, kernel, energy, state, 10)
-    assert engine.block(kernel, energy, state, 10) is not None
-    assert len(graphs) == 1
-    (line,) = said
-    assert "blocks of 10 steps" in line
-    assert "an eager step takes 1.50 ms, most of it dispatch" in line
+class Auto:
+    """An engine told how long rounds of 10 steps took, which nobody ran."""
 
-    said.clear()
-    for _ in range(2):  # rounds of another length, whose steps are long
-        engine.took(2 * engine_module.PAYBACK_S, kernel, energy, state, 20)
-    assert engine.block(kernel, energy, state, 20) is None
-    assert len(said) == 1
-    assert "auto stays eager" in said[0]
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.engine = Engine("auto", background=False, say=self.said.append)
+        self.kernel, self.energy = make("langevin"), mlp()
+        self.state = self.kernel.init(torch.randn(6, 2), self.energy)
+
+    def rounds(self, num: int, step_s: float) -> None:
+        for _ in range(num):
+            in_blocks = self.compiled
+            self.engine.took(
+                10 * step_s, self.kernel, self.energy, self.state, 10, in_blocks=in_blocks
+            )
+
+    @property
+    def compiled(self) -> bool:
+        return self.engine.block(self.kernel, self.energy, self.state, 10) is not None
+
+
+@pytest.mark.parametrize(
+    ("step_s", "patience_s"),
+    [
+        (engine_module.SHORT_STEP_S / 2, engine_module.PAYBACK_S),
+        (engine_module.SHORT_STEP_S * 2, engine_module.LONG_PAYBACK_S),
+    ],
+)
+def test_auto_compiles_only_what_has_gone_on_for_so_long_that_it_may_pay(
+    graphs, step_s, patience_s
+):
+    auto = Auto()
+    auto.rounds(round(patience_s / (10 * step_s)) - 2, step_s)
+    assert not auto.compiled
+    assert graphs == []
+    auto.rounds(4, step_s)
+    assert auto.compiled
+    assert len(graphs) == 1
+
+
+def test_auto_keeps_blocks_that_are_faster_and_says_by_how_much(graphs):
+    auto = Auto()
+    auto.rounds(1, 20.0)  # slower by an accident, as the last of these
+    auto.rounds(1, 12.0)
+    assert auto.said == []
+    auto.rounds(engine_module.TRIAL_ROUNDS - 1, 10.0)
+    auto.rounds(1, 30.0)
+    (line,) = auto.said
+    assert "auto runs compiled blocks" in line
+    assert "10000.00 ms in blocks of 10 and 12000.00 ms alone" in line
+    auto.rounds(20, 1e3)
+    assert auto.compiled
+    assert len(auto.said) == 1
+
+
+def test_auto_goes_back_to_single_steps_where_blocks_are_no_faster(graphs):
+    auto = Auto()
+    auto.rounds(100, engine_module.SHORT_STEP_S * 1.5)
+    auto.rounds(1, engine_module.LONG_PAYBACK_S)
+    assert auto.compiled
+    auto.rounds(engine_module.TRIAL_ROUNDS, engine_module.SHORT_STEP_S * 1.48)
+    assert not auto.compiled
+    (line,) = auto.said
+    assert "auto stays eager, a step takes 4.44 ms in blocks of 10 and 4.50 ms alone" in line
+    auto.rounds(50, engine_module.LONG_PAYBACK_S)
+    assert not auto.compiled
+    assert len(graphs) == 1
 
 
 def test_a_steady_engine_decides_before_the_first_round(graphs):
@@ -318,7 +358,7 @@ def test_a_steady_engine_decides_before_the_first_round(graphs):
     auto = Engine("auto", steady=True, say=said.append)
     state = kernel.init(x, energy)
     for _ in range(3):
-        auto.took(1e6, kernel, energy, state, 10)
+        auto.took(1e6, kernel, energy, state, 10, in_blocks=False)
         chain = run_chain(kernel, x, energy, 10, generator(2), engine=auto)
         assert torch.equal(chain.position, run_chain(kernel, x, energy, 10, generator(2)).position)
     assert graphs == []
