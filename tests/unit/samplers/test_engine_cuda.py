@@ -104,6 +104,7 @@ def test_the_noise_of_blocks_has_the_closed_forms_variance():
     assert len(end.flatten().unique()) > 0.9 * end.numel()
 
 
+@torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_images_are_captured_channels_last(precision):
     energy, x = images()
