@@ -49,20 +49,22 @@ class SeededNoise:
         self._draws = draws
         self.num_fused = sum(map(_is_fused, draws))
         """Draws that the graph makes itself."""
-        self._seeds = torch.empty(self.num_fused, dtype=torch.int64, device=device)
+        seeds = torch.empty(self.num_fused, dtype=torch.int64, device=device)
+        self._seeds = [seeds][: self.num_fused]
         self._rest = _Gathered([d for d in draws if not _is_fused(d)], device)
 
     def fill(self, generator: torch.Generator) -> list[Tensor]:
         """New inputs; `generator` is advanced, so the next call's are others."""
-        self._seeds.random_(-(2**63), None, generator=generator)
-        return [self._seeds, *self._rest.fill(generator)]
+        for seeds in self._seeds:
+            seeds.random_(-(2**63), None, generator=generator)
+        return [*self._seeds, *self._rest.fill(generator)]
 
     def numbers(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The numbers of each draw, from `inputs` as `fill` gives them; for tracing."""
         # It registers the two operations below.
         import torch._inductor.inductor_prims
 
-        seeds, rest = inputs[0], iter(inputs[1:])
+        seeds, rest = inputs[: len(self._seeds)], iter(inputs[len(self._seeds) :])
         out: list[Tensor] = []
         num_seeds = 0
         for draw in self._draws:
@@ -71,7 +73,7 @@ class SeededNoise:
                 continue
             # Looked up by the one and not sliced: the steps' kernels are then alike but for
             # an argument, and compiled once.
-            seed = torch.ops.prims.inductor_lookup_seed.default(seeds, num_seeds)
+            seed = torch.ops.prims.inductor_lookup_seed.default(*seeds, num_seeds)
             size = list(draw.shape)
             whole = torch.ops.prims.inductor_randint.default(0, _RANGE, size, seed)
             out.append(_normal(draw, whole) if draw.method == "normal_" else _uniform(draw, whole))

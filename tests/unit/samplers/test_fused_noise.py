@@ -155,6 +155,25 @@ def test_an_engine_fuses_noise_where_it_is_told_to_and_a_seed_still_says_all(mon
     assert ["noise and all" in line for line in said] == [True, False]
 
 
+def test_steps_without_noise_and_steps_with_raw_bits_alone_are_those_of_a_tape(monkeypatch):
+    monkeypatch.setattr(engine_module, "compile_graph", written_out)
+    cold = samplers.make("langevin", step_size=0.05, temperature=0.0)
+    rbm = energies.rbm(6, 3, weight_std=0.5)
+    assert rbm.event is not None
+    cases = [
+        (cold, energies.ring(1.0, 0.2), torch.randn(8, 2, generator=generator(1))),
+        (samplers.make("gibbs"), rbm, rbm.event.noise(8, generator(1))),
+    ]
+    for kernel, energy, x in cases:
+        said: list[str] = []
+        engine = Engine("compiled", background=False, fused_noise=True, say=said.append)
+        blocks = run_chain(kernel, x, energy, 10, generator(2), engine=engine)
+        again = run_chain(kernel, x, energy, 10, generator(2), engine=engine)
+        assert torch.equal(blocks.position, again.position)
+        assert len(said) == 1
+        assert "noise" not in said[0]
+
+
 def test_a_compiler_with_other_noise_gets_it_from_a_tape(monkeypatch):
     # The graph as it is: its draws are then torch's own, of no seed.
     monkeypatch.setattr(
