@@ -75,11 +75,28 @@ def interleaved(
     return results
 
 
+def fastest_device() -> str:
+    """Where a benchmark without a choice of its own runs: a GPU where torch finds one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def wait() -> None:
+    """Until a GPU, if this process uses one, has done what it was told to."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def seconds(function: Callable[[], Any], number: int) -> float:
     """Seconds a call, over `number` calls."""
+    wait()
     start = time.perf_counter()
     for _ in range(number):
         function()
+    wait()
     return (time.perf_counter() - start) / number
 
 

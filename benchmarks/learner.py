@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from common import interleaved, keep, medians, seconds, spread
+from common import fastest_device, interleaved, keep, medians, seconds, spread
 from end_to_end import BATCH, config, write_images
 from rich.console import Console
 from rich.table import Table
@@ -64,19 +64,20 @@ def main() -> None:
 def measure(source: Path, number: int, repetitions: int, out: Path | None) -> None:
     run = RunConfig.model_validate(config(source, 1))
     run = bind(run, describe(run.data))
+    device = fastest_device()
     tune_process(None)  # memory is kept, as in a learner's own process
     rank = LearnerRank(
-        run.learner, run.data, run.energy, run.objective, rank=0, seed=0, device="cpu"
+        run.learner, run.data, run.energy, run.objective, rank=0, seed=0, device=device
     )
     rank.start(("127.0.0.1", 0))
     negatives = leases(np.random.default_rng(0))
     slices = [(0, BATCH // 2)] * 2
     engine = rank._engine
     wrapped, module = engine._engine, engine._module
-    x = torch.rand(BATCH, 1, 28, 28) * 2 - 1
+    x = (torch.rand(BATCH, 1, 28, 28) * 2 - 1).to(device)
     batch = Batch(x)
     joined = {k: np.concatenate([lease[k] for lease in negatives]) for k in negatives[0]}
-    negative = Negatives(**{name: torch.from_numpy(array) for name, array in joined.items()})
+    negative = Negatives(**{k: torch.from_numpy(v).to(device) for k, v in joined.items()})
     trainable = [p for p in module.parameters() if p.requires_grad]
     plain = torch.optim.Adam(trainable, lr=LR, fused=True)
 
@@ -114,14 +115,16 @@ def measure(source: Path, number: int, repetitions: int, out: Path | None) -> No
     ray.shutdown()
     times = medians(results)
     base = times["DeepSpeed's forward, backward, step"]
-    table = Table(f"{flat.size / 1e6:.2f}M weights, batch {BATCH} and {BATCH}", "ms", "of it", "±")
+    table = Table(
+        f"{flat.size / 1e6:.2f}M weights, batch {BATCH} and {BATCH}, {device}", "ms", "of it", "±"
+    )
     rows = []
     for name, value in times.items():
         noise = spread(results[name])
         rows.append({"what": name, "ms": 1e3 * value, "of_the_step": value / base, "spread": noise})
         table.add_row(name, f"{1e3 * value:.2f}", f"{value / base:.1%}", f"{noise:.0%}")
     Console().print(table)
-    keep("learner", rows, out, repetitions=repetitions, weights=int(flat.size))
+    keep("learner", rows, out, repetitions=repetitions, weights=int(flat.size), device=device)
 
 
 if __name__ == "__main__":

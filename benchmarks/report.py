@@ -4,6 +4,8 @@
 
 Writes OUT_DIR/NAME.json by benchmark and OUT_DIR/report.md, whose tables name hardware, commit and
 command. A benchmark that fails is named in the report with its last line, and the others still run.
+Where torch finds a GPU, whole runs and the learner's parts are measured on it, and the samplers on
+both.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import fastest_device
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
-# By name: the script, and whether it imports the peers.
+# By name: the script and its options, and whether it imports the peers.
 BENCHMARKS: dict[str, tuple[str, bool]] = {
     "samplers": ("samplers.py", True),
+    "samplers_gpu": ("samplers.py --device cuda", True),
     "buffers": ("buffers.py", True),
     "end_to_end": ("end_to_end.py", False),
     "pool": ("pool.py", False),
@@ -33,11 +38,11 @@ BENCHMARKS: dict[str, tuple[str, bool]] = {
 
 def run(name: str, out: Path, peer_python: str | None, *, quick: bool) -> tuple[str, str]:
     """Run one; returns the command as a reader would type it, and what went wrong, if anything."""
-    script, needs_peers = BENCHMARKS[name]
+    words, needs_peers = BENCHMARKS[name]
+    script, *arguments = words.split() + (["--quick"] if quick else [])
     python = peer_python if needs_peers and peer_python else sys.executable
-    command = [python, str(HERE / script), "--out", str(out / f"{name}.json")]
-    command += ["--quick"] if quick else []
-    typed = f"python benchmarks/{script}" + (" --quick" if quick else "")
+    command = [python, str(HERE / script), *arguments, "--out", str(out / f"{name}.json")]
+    typed = " ".join(["python", f"benchmarks/{script}", *arguments])
     print(f"\n{typed}", flush=True)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True)
@@ -51,10 +56,11 @@ def run(name: str, out: Path, peer_python: str | None, *, quick: bool) -> tuple[
 def as_markdown(record: dict[str, Any], command: str) -> str:
     """A record's rows as tables; rows with other keys begin another one."""
     machine = record["machine"]
-    hardware = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
+    on_gpu = record.get("device") == "cuda"
+    hardware = machine["gpu"] if on_gpu else f"{machine['cores']} cores of {machine['cpu']}"
     peers = "".join(f", {name} {version}" for name, version in machine["peers"].items())
     lines = [
-        f"## {record['benchmark']}",
+        f"## {record['benchmark']}" + (", on a GPU" if on_gpu else ""),
         "",
         f"`{command}`, commit {record['commit']}, {record['date']}; {hardware}, torch "
         f"{machine['torch']}{peers}, {machine['threads']} threads, allocator: "
@@ -82,7 +88,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--peer-python", help="an interpreter that has the peers")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--only", nargs="*", choices=[*BENCHMARKS], default=[*BENCHMARKS])
+    here = [name for name in BENCHMARKS if name != "samplers_gpu" or fastest_device() == "cuda"]
+    parser.add_argument("--only", nargs="*", choices=[*BENCHMARKS], default=here)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()

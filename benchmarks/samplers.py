@@ -1,6 +1,6 @@
 """Samplers against torchebm, ebmkit and a plain loop: time of one step, interleaved in one run.
 
-    python benchmarks/samplers.py [--quick] [--out samplers.json] [--threads N]
+    python benchmarks/samplers.py [--quick] [--out samplers.json] [--threads N] [--device cuda]
 
 The peers are installed beside this package, in an environment of their own:
 
@@ -15,6 +15,9 @@ repetitions. Ratios compare within one run; absolute times do not compare betwee
 Where arithmetic is the limit, the floating-point operations of one forward and input gradient,
 over what one bare convolution of the same type reaches in the same run (the roofline), say how
 close a step is to it.
+
+On a GPU everything lies there, peers and roofline too, and the clock is read when it is done.
+Ours then has more ways: blocks without a CUDA graph, blocks with noise drawn beforehand, and bf16.
 """
 
 from __future__ import annotations
@@ -36,6 +39,9 @@ from ebm_dist.samplers import Engine, compiler, run_chain
 Round = Callable[[], object]
 
 STEP_SIZE, NUM_STEPS = 0.01, 40
+
+DEVICE = "cpu"
+"""Of chains and networks; `--device` sets it."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def torchebm_langevin(energy: nn.Module, x: Tensor, num_steps: int) -> Round | N
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x)
 
-    sampler = LangevinDynamics(Wrapped(), step_size=STEP_SIZE, noise_scale=1.0)
+    sampler = LangevinDynamics(Wrapped(), step_size=STEP_SIZE, noise_scale=1.0, device=x.device)
     return lambda: sampler.sample(x=x, n_steps=num_steps)
 
 
@@ -95,14 +101,42 @@ def ebmkit_sampler(name: str, energy: nn.Module, x: Tensor, num_steps: int) -> R
 
 
 def ours(kernel: Any, energy: nn.Module, x: Tensor, num_steps: int, **options: Any) -> Round:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(x.device).manual_seed(0)
     return lambda: run_chain(kernel, x, energy, num_steps, generator, **options)
 
 
-def compiled(kernel: Any, energy: nn.Module, x: Tensor, num_steps: int, **options: Any) -> Round:
+def compiled(
+    kernel: Any,
+    energy: nn.Module,
+    x: Tensor,
+    num_steps: int,
+    *,
+    captured: bool | None = None,
+    fused_noise: bool | None = None,
+    **options: Any,
+) -> Round:
     """Ours with the engine's blocks, compiled before the first measurement."""
-    engine = Engine("compiled", background=False, say=lambda line: print(f"  {line}", flush=True))
+    engine = Engine(
+        "compiled",
+        background=False,
+        captured=captured,
+        fused_noise=fused_noise,
+        say=lambda line: print(f"  {line}", flush=True),
+    )
     return ours(kernel, energy, x, num_steps, engine=engine, **options)
+
+
+def compiled_on_a_gpu(
+    kernel: Any, energy: nn.Module, x: Tensor, num_steps: int
+) -> dict[str, Round | None]:
+    """Blocks as a run has them there, with each part left out, and in bf16."""
+    args = (kernel, energy, x, num_steps)
+    return {
+        "ours, compiled": compiled(*args),
+        "ours, not captured": compiled(*args, captured=False),
+        "ours, noise beforehand": compiled(*args, fused_noise=False),
+        "ours, compiled, bf16": compiled(*args, precision="bf16"),
+    }
 
 
 # --- the tasks -----------------------------------------------------------------------------
@@ -114,7 +148,7 @@ def small_network(num_chains: int) -> Case:
             nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1), Squeeze()
         )
     )
-    x = torch.randn(num_chains, 2, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(num_chains, 2, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     return langevin_case(f"MLP 2-64-64-1, {num_chains} chains", energy, x)
 
 
@@ -136,7 +170,7 @@ def images(shape: tuple[int, int, int], num_chains: int = 64) -> Case:
             Squeeze(),
         )
     )
-    x = torch.rand(num_chains, *shape, generator=torch.Generator().manual_seed(1))
+    x = torch.rand(num_chains, *shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     name = "conv " + "x".join(map(str, shape)) + f", {num_chains} chains"
     return langevin_case(name, energy, x, convolutions=True)
 
@@ -157,7 +191,9 @@ def langevin_case(name: str, energy: nn.Module, x: Tensor, *, convolutions: bool
         ways["ours, auto, bf16"] = ours(
             kernel, energy, x, num_steps, engine=Engine("auto"), precision="bf16"
         )
-    elif compiler.missing() is None:
+    if x.is_cuda:
+        ways |= compiled_on_a_gpu(kernel, energy, x, num_steps)
+    elif not convolutions and compiler.missing() is None:
         ways["ours, compiled"] = compiled(kernel, energy, x, num_steps)
     flops = count_flops(energy, x) if convolutions else None
     return Case(name, num_steps, present(ways), flops)
@@ -166,18 +202,19 @@ def langevin_case(name: str, energy: nn.Module, x: Tensor, *, convolutions: bool
 def digits_network(num_chains: int) -> Case:
     """The residual network of `configs/digits.yaml`: between dispatch and arithmetic."""
     energy = energies.make("resnet", event_shape=(1, 8, 8), width=24).eval()
-    energy.requires_grad_(False)
-    x = torch.rand(num_chains, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    energy.requires_grad_(False).to(DEVICE)
+    x = torch.rand(num_chains, 1, 8, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     kernel = samplers.make("langevin", step_size=STEP_SIZE, temperature=1.0)
     case = langevin_case(f"resnet 1x8x8, {num_chains} chains", energy, x, convolutions=True)
-    if compiler.missing() is None:
+    if not x.is_cuda and compiler.missing() is None:
         case.ways["ours, compiled"] = compiled(kernel, energy, x, case.num_steps)
     return case
 
 
 def rbm_gibbs(num_chains: int) -> Case:
-    energy = energies.rbm(784, 256, weight_std=0.05)
-    x = torch.randint(0, 2, (num_chains, 784), generator=torch.Generator().manual_seed(1)).float()
+    energy = energies.rbm(784, 256, weight_std=0.05).to(DEVICE)
+    x = torch.randint(0, 2, (num_chains, 784), generator=torch.Generator().manual_seed(1))
+    x = x.float().to(DEVICE)
     kernel = samplers.make("gibbs")
     ways: dict[str, Round | None] = {"ours, eager": ours(kernel, energy, x, NUM_STEPS)}
     try:
@@ -185,7 +222,7 @@ def rbm_gibbs(num_chains: int) -> Case:
     except ImportError:
         pass
     else:
-        theirs = RBM(784, 256)
+        theirs = RBM(784, 256).to(DEVICE)
         with torch.no_grad():
             theirs.W.copy_(energy.weight)  # type: ignore[arg-type]
         ways = {"ebmkit": ebmkit_sampler("GibbsSampler", theirs, x, NUM_STEPS), **ways}
@@ -195,9 +232,9 @@ def rbm_gibbs(num_chains: int) -> Case:
 
 
 def ising_gwg(num_chains: int) -> Case:
-    energy = energies.ising((16, 16), 0.4)
+    energy = energies.ising((16, 16), 0.4).to(DEVICE)
     x = torch.randint(0, 2, (num_chains, 16, 16), generator=torch.Generator().manual_seed(1))
-    x = x.float()
+    x = x.float().to(DEVICE)
     kernel = samplers.make("gibbs_with_gradients")
     ways: dict[str, Round | None] = {
         # The same energy for both: ours, on a periodic lattice.
@@ -220,7 +257,7 @@ class Squeeze(nn.Module):
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        return make().eval().requires_grad_(False)
+        return make().eval().requires_grad_(False).to(DEVICE)
 
 
 def present(ways: dict[str, Round | None]) -> dict[str, Round]:
@@ -244,8 +281,9 @@ class Roofline:
 
     def __init__(self, dtype: torch.dtype) -> None:
         last = torch.channels_last
-        self._x = torch.randn(64, 256, 16, 16).to(dtype).contiguous(memory_format=last)
-        self._weight = torch.randn(256, 256, 3, 3).to(dtype).contiguous(memory_format=last)
+        self._x = torch.randn(64, 256, 16, 16).to(DEVICE, dtype).contiguous(memory_format=last)
+        weight = torch.randn(256, 256, 3, 3).to(DEVICE, dtype)
+        self._weight = weight.contiguous(memory_format=last)
 
     def __call__(self) -> object:
         return torch.conv2d(self._x, self._weight, padding=1)
@@ -314,8 +352,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and cases")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
+    global DEVICE
+    DEVICE = options.device
     torch.set_num_threads(options.threads)
     repetitions, about = (5, 0.2) if options.quick else (7, 0.6)
     print(machine())
@@ -337,7 +378,7 @@ def main() -> None:
         if options.only in case.name:
             rows += measure(case, repetitions, about, peaks)
             show([row for row in rows if row["case"] == case.name])
-    keep("samplers", rows, options.out, repetitions=repetitions)
+    keep("samplers", rows, options.out, repetitions=repetitions, device=DEVICE)
 
 
 if __name__ == "__main__":

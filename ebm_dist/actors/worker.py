@@ -180,7 +180,8 @@ class Worker:
             rows = open_rows(lease.grant)
             if rows is None or not rows.read(lease.grant, self._landing.numpy(), lease.chain_id):
                 return None
-        return self._codec.decode(self._landing.to(self._device))
+        # Not waited for: the landing is written to again after the round, whose end is.
+        return self._codec.decode(self._landing.to(self._device, non_blocking=True))
 
     def _energy_of(self, chain: Chain, stored: Tensor) -> Tensor:
         """The energies (M,) of chains where they are stored, which rounding has moved."""
@@ -241,7 +242,7 @@ def _void(lease: Lease, version: int, num_steps: int) -> MovedChains:
 
 
 def round_stats(chain: Chain, start: Tensor) -> dict[str, float]:
-    """Diagnostics of a round, by metric name; one transfer from the device."""
+    """Diagnostics of a round, by metric name; two transfers from the device."""
     names, values = [], []
     for key, per_chain in chain.info.items():
         names.append(f"sampler/{key}")
@@ -249,7 +250,7 @@ def round_stats(chain: Chain, start: Tensor) -> dict[str, float]:
     moved = rearrange(chain.position - start, "b ... -> b (...)")
     names.append("sampler/displacement")
     values.append(moved.norm(dim=1).mean())
-    stats = dict(zip(names, torch.stack([value.cpu() for value in values]).tolist()))
+    stats = dict(zip(names, torch.stack(values).tolist()))
     trace = chain.energies.cpu()
     if trace.shape[0] >= 4:
         stats["chain/autocorrelation"] = float(autocorrelation_time(trace))

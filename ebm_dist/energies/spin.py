@@ -64,7 +64,7 @@ class Potts(FiniteEnergy):
     @property
     def gibbs_blocks(self) -> tuple[Tensor, ...]:
         """Masks (*lattice) of the colours: no bond joins two sites of one colour."""
-        return _blocks(self.colour)
+        return _blocks(self.colour, self.lattice)
 
     def energy(self, x: Tensor) -> Tensor:
         # The field first, over whole sites: x . (J * neighbours + h) in one product.
@@ -117,7 +117,8 @@ class Ising(FiniteEnergy):
     @property
     def gibbs_blocks(self) -> tuple[Tensor, ...]:
         """Masks (*shape) of the colours: no bond joins two sites of one colour."""
-        return _blocks(self.colour)
+        assert self.event is not None
+        return _blocks(self.colour, self.event.shape)
 
     def energy(self, x: Tensor) -> Tensor:
         spin = 2 * x - 1
@@ -158,18 +159,23 @@ def _colour(lattice: tuple[int, ...]) -> Tensor:
     bond moves along one axis alone, so the sum over the axes changes with it, and still
     does modulo the number of colours.
     """
-    num_colours = 3 if any(side % 2 for side in lattice) else 2
     total = torch.zeros(lattice, dtype=torch.long)
     for dim, side in enumerate(lattice):
         ring = torch.arange(side) % 2
         if side % 2:
             ring[-1] = 2
         total += ring.reshape([-1 if i == dim else 1 for i in range(len(lattice))])
-    return total % num_colours
+    return total % _num_colours(lattice)
 
 
-def _blocks(colour: Tensor) -> tuple[Tensor, ...]:
-    return tuple(colour == value for value in range(int(colour.max()) + 1))
+def _num_colours(lattice: tuple[int, ...]) -> int:
+    return 3 if any(side % 2 for side in lattice) else 2
+
+
+def _blocks(colour: Tensor, lattice: tuple[int, ...]) -> tuple[Tensor, ...]:
+    # Counted by the lattice and not by the tensor: reading that would wait for a GPU in every
+    # sweep, and a compiler cannot.
+    return tuple(colour == value for value in range(_num_colours(lattice)))
 
 
 def _successors(x: Tensor, num_axes: int) -> Tensor:

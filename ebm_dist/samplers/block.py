@@ -2,8 +2,9 @@
 
 The steps are traced once, by torch, into one graph without Python: the energy's forward, its
 gradient in the position and the kernel's own arithmetic. Weights are inputs of that graph, so
-new ones never trigger a compilation, and its noise comes from a `Tape`, so a seed gives the
-chains that it gives in eager mode, to rounding.
+new ones never trigger a compilation. Its noise comes from a `Tape`, so a seed gives the chains
+that it gives in eager mode, to rounding; or the graph draws it, as `SeededNoise`, and a seed gives
+other chains of the same law.
 
 Whatever else an energy reads is part of the graph from then on: attributes that are Python
 numbers are taken to stay as they were, and a tensor that is neither a parameter nor a buffer
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils.stateless import _reparametrize_module
 
+from ebm_dist.samplers.fused_noise import SeededNoise, in_torch
 from ebm_dist.samplers.kernel import Kernel, KernelState
 from ebm_dist.samplers.products import mkl_holds_back, products_by_onednn
 from ebm_dist.samplers.rewrite import DECOMPOSITIONS, scale_before_adding, share_sigmoids
 from ebm_dist.samplers.standing import Autocast, module_of
-from ebm_dist.samplers.tape import CannotCompile, Draw, Tape, record, replay
+from ebm_dist.samplers.tape import CannotCompile, Tape, record, replay
 from ebm_dist.types import EnergyFn
 
 MAX_STEPS = 20
@@ -89,9 +91,14 @@ class Block:
 
     num_steps: int
     run: Callable[[list[Tensor]], Sequence[Tensor]]
-    tape: Tape
+    noise: Tape | SeededNoise
     state: Any  # the skeleton of the kernel's state
     info: Any  # the skeleton of its info
+
+    @property
+    def num_fused(self) -> int:
+        """Draws that it makes itself, of all its noise."""
+        return self.noise.num_fused if isinstance(self.noise, SeededNoise) else 0
 
     def __call__(
         self, state: KernelState, weights: Sequence[Tensor], generator: torch.Generator
@@ -101,7 +108,7 @@ class Block:
         flatten(state, inputs)
         count = len(inputs)
         inputs += weights
-        inputs += self.tape.fill(generator)
+        inputs += self.noise.fill(generator)
         out = self.run(inputs)
         return rebuild(self.state, out[:count]), out[count], rebuild(self.info, out[count + 1 :])
 
@@ -112,6 +119,10 @@ def build(
     state: KernelState,
     num_steps: int,
     compile_graph: Callable[[GraphModule, list[Tensor]], Callable[[list[Tensor]], Any]],
+    *,
+    fused_noise: bool = False,
+    capture: Callable[[Callable[[list[Tensor]], Any], int], Callable[[list[Tensor]], Any]]
+    | None = None,
 ) -> Block:
     """Trace and compile at most `num_steps` steps of `kernel` from `state`.
 
@@ -120,6 +131,9 @@ def build(
     Args:
         energy: of a module it is copied, so that another thread may go on using it.
         compile_graph: makes a function of a list of tensors out of a graph.
+        fused_noise: the block draws its noise itself.
+        capture: makes one launch out of such a function; its second argument says how many of
+            the tensors, the last ones, are the same memory at every call.
 
     Raises:
         CannotCompile: the steps have no such form, or the compiler made others out of them.
@@ -129,17 +143,13 @@ def build(
     one = _Traced.of(kernel, energy, state, 1)
     size = max(1, len(one.graph.graph.nodes) - len(one.inputs))
     num_steps = fitting(num_steps, MAX_NODES // size if size < DEEP_STEP else 1)
-    traced = one if num_steps == 1 else _Traced.of(kernel, energy, state, num_steps)
+    traced = one
+    if num_steps > 1 or fused_noise:
+        traced = _Traced.of(kernel, energy, state, num_steps, fused_noise=fused_noise)
     compiled = compile_graph(traced.graph, traced.inputs)
-    block = Block(
-        num_steps,
-        compiled,
-        Tape(traced.draws, state.energy.device),
-        traced.state,
-        traced.info,
-    )
     _check(traced, compiled, state.energy.shape[0], low=isinstance(energy, Autocast))
-    return block
+    run = compiled if capture is None else capture(compiled, traced.num_noise)
+    return Block(num_steps, run, traced.noise, traced.state, traced.info)
 
 
 def fitting(num_steps: int, most: int) -> int:
@@ -154,12 +164,21 @@ class _Traced:
 
     graph: GraphModule
     inputs: list[Tensor]
-    draws: list[Draw]
+    noise: Tape | SeededNoise
+    num_noise: int  # inputs that are the noise's, after all others
     state: Any
     info: Any
 
     @classmethod
-    def of(cls, kernel: Kernel[Any], energy: EnergyFn, state: Any, num_steps: int) -> _Traced:
+    def of(
+        cls,
+        kernel: Kernel[Any],
+        energy: EnergyFn,
+        state: Any,
+        num_steps: int,
+        *,
+        fused_noise: bool = False,
+    ) -> _Traced:
         generator = torch.Generator(state.energy.device).manual_seed(0)
         tensors: list[Tensor] = []
         skeleton = flatten(state, tensors)
@@ -176,6 +195,7 @@ class _Traced:
         module = module_of(energy)
         names = list(_named(module)) if module is not None else []
         num_state, num_weights = len(tensors), len(names)
+        noise = (SeededNoise if fused_noise else Tape)(draws, state.energy.device)
 
         def steps(*flat: Tensor) -> list[Tensor]:
             moved = rebuild(skeleton, flat[:num_state])
@@ -183,7 +203,7 @@ class _Traced:
             energies, sums = [], None
             with (
                 _reparametrize_module(module or nn.Module(), weights, tie_weights=True),
-                replay(generator, draws, flat[num_state + num_weights :]),
+                replay(generator, draws, noise.numbers(flat[num_state + num_weights :])),
             ):
                 for _ in range(num_steps):
                     moved, told = kernel.step(moved, energy, generator)
@@ -195,11 +215,9 @@ class _Traced:
             flatten(moved, out)
             return [*out, torch.stack(energies), *(sums or [])]
 
-        tape = Tape(draws, state.energy.device)
+        of_noise = noise.fill(generator)
         # Clones: inputs that share memory, as replicas at the start do, would be made one.
-        inputs = [
-            t.detach().clone() for t in (*tensors, *weights_of(energy), *tape.fill(generator))
-        ]
+        inputs = [t.detach().clone() for t in (*tensors, *weights_of(energy), *of_noise)]
         # Not at the top: it loads a computer algebra system, which most processes never need.
         from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -215,7 +233,7 @@ class _Traced:
         share_sigmoids(graph)
         if mkl_holds_back():
             products_by_onednn(graph)
-        return cls(graph, inputs, draws, skeleton, info_skeleton)
+        return cls(graph, inputs, noise, len(of_noise), skeleton, info_skeleton)
 
 
 def copied(energy: EnergyFn) -> EnergyFn:
@@ -249,7 +267,7 @@ def _check(
 ) -> None:
     """Refuse a compiled block whose numbers are not those of its own trace, to rounding."""
     with torch.no_grad():
-        expected = traced.graph(*[t.clone() for t in traced.inputs])
+        expected = in_torch(traced.graph)(*[t.clone() for t in traced.inputs])
         came = compiled([t.clone() for t in traced.inputs])
     for e, c in zip(expected, came):
         off = (c - e).abs() > (0.1 if low else 1e-3) * (1 + e.abs())

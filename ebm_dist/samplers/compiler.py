@@ -53,6 +53,10 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[[list[Te
         # The calls between kernels in C++ as well: small energies consist of them. It also
         # compiles in half of the time.
         "cpp_wrapper": on_cpu,
+        # Whatever the environment says: blocks are recorded by `capture`, and noise that the
+        # graph draws has no other form.
+        "triton.cudagraphs": False,
+        "fallback_random": False,
     }
     try:
         with torch.no_grad():

@@ -25,12 +25,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ebm_dist.samplers.block import Block, build, cloned, copied, flatten, weights_of
+from ebm_dist.samplers.capture import Captured
 from ebm_dist.samplers.compiler import CompilerFailed, compile_graph
 from ebm_dist.samplers.kernel import Kernel, KernelState, value_and_grad
 from ebm_dist.samplers.standing import Autocast, has_convolutions, module_of, standing
@@ -70,6 +72,8 @@ class _Entry:
     status: Literal["eager", "compiling", "refused"] = "eager"
     block: Block | None = None
     compile_s: float = 0.0
+    how: str = ""
+    """What is to be said of how the block runs."""
     eager_s: float = 0.0
     """Of all rounds of single steps so far."""
     eager_rounds_s: deque[float] = field(default_factory=lambda: deque(maxlen=TRIAL_ROUNDS))
@@ -85,6 +89,9 @@ class Engine:
             may pay, and keeps what is faster.
         background: compile while rounds go on eagerly; else the round that asks for it waits.
         steady: decide before the first round of each shape; see the module's docstring.
+        fused_noise: blocks draw their noise themselves; None: on CUDA, unless the engine is steady,
+            whose chains then are those of single steps to rounding.
+        captured: blocks are replayed as CUDA graphs; None: on CUDA.
         say: is told, in one line each, what was chosen and why.
     """
 
@@ -94,6 +101,8 @@ class Engine:
         *,
         background: bool = True,
         steady: bool = False,
+        fused_noise: bool | None = None,
+        captured: bool | None = None,
         say: Callable[[str], None] = log.info,
     ) -> None:
         self.choice = choice
@@ -101,6 +110,8 @@ class Engine:
         """Seconds spent on compilations so far."""
         self._background = background and not steady
         self._steady = steady
+        self._fused_noise = fused_noise
+        self._captured = captured
         self._say = say
         self._entries: dict[Any, _Entry] = {}
         self._layouts: dict[int, tuple[nn.Module, bool]] = {}
@@ -165,7 +176,7 @@ class Engine:
         else:
             self._say(
                 f"sampler.engine: auto runs compiled blocks, {times}; compiled in "
-                f"{entry.compile_s:.1f} s"
+                f"{entry.compile_s:.1f} s{entry.how}"
             )
 
     def channels_last(self, energy: EnergyFn, position: Tensor) -> bool:
@@ -226,7 +237,7 @@ class Engine:
         def work() -> None:
             started = time.perf_counter()
             try:
-                built = build(kernel, energy, state, num_steps, compile_graph)
+                built, entry.how = self._built(kernel, energy, state, num_steps)
             except CannotCompile as error:
                 entry.status = "refused"
                 if self._steady and isinstance(error, CompilerFailed):
@@ -239,7 +250,7 @@ class Engine:
             if self.choice == "compiled":
                 self._say(
                     f"sampler.engine: compiled runs blocks of {built.num_steps} steps from now "
-                    f"on, compiled in {entry.compile_s:.1f} s"
+                    f"on, compiled in {entry.compile_s:.1f} s{entry.how}"
                 )
 
         if not self._background:
@@ -249,6 +260,24 @@ class Engine:
         energy, state = copied(energy), cloned(state)
         # No daemon: the interpreter would tear itself down around a running compiler.
         threading.Thread(target=work, name="compile", daemon=False).start()
+
+    def _built(
+        self, kernel: Kernel[Any], energy: EnergyFn, state: KernelState, num_steps: int
+    ) -> tuple[Block, str]:
+        """A block, and what is to be said of it."""
+        on_cuda = state.energy.device.type == "cuda"
+        captured = on_cuda if self._captured is None else self._captured
+        capture = partial(Captured, say=self._say) if captured else None
+        build_ = partial(build, kernel, energy, state, num_steps, compile_graph, capture=capture)
+        fused = self._fused_noise
+        if not (on_cuda and not self._steady if fused is None else fused):
+            return build_(), ""
+        try:
+            built = build_(fused_noise=True)
+            return built, ", noise and all" if built.num_fused else ""
+        except CannotCompile as error:
+            # The steps may be sound, and the compiler's noise alone be another than ours.
+            return build_(), f", their noise drawn beforehand since, fused, {error}"
 
 
 def _identity(energy: EnergyFn) -> Any:

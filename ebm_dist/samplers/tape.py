@@ -124,14 +124,18 @@ class Tape:
     """Memory for `draws`, filled as often as wanted."""
 
     def __init__(self, draws: Sequence[Draw], device: torch.device) -> None:
-        self.numbers = [torch.empty(d.shape, dtype=d.dtype, device=device) for d in draws]
+        self.memory = [torch.empty(d.shape, dtype=d.dtype, device=device) for d in draws]
         # Bound beforehand: a small energy's step takes no longer than ten look-ups like these.
         self._fills = [
-            (getattr(numbers, d.method), d.arguments) for numbers, d in zip(self.numbers, draws)
+            (getattr(numbers, d.method), d.arguments) for numbers, d in zip(self.memory, draws)
         ]
 
     def fill(self, generator: torch.Generator) -> list[Tensor]:
         """New numbers, those that the kernel would have drawn from `generator` itself."""
         for draw, arguments in self._fills:
             draw(*arguments, generator=generator)
-        return self.numbers
+        return self.memory
+
+    def numbers(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What each draw gets of `fill`'s answer: for a tape, that is the numbers themselves."""
+        return inputs

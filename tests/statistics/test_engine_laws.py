@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import samplers_claims as claims
 import torch
-from samplers_claims import METROPOLIS, NUM_CHAINS, generator, same, same_gaussian_variance
+from samplers_claims import METROPOLIS, NUM_CHAINS, generator, same_gaussian_variance
 from torch import Tensor, nn
 
 from ebm_dist import energies, samplers
 from ebm_dist.samplers import Engine, compiler, run_chain
 from ebm_dist.samplers import engine as engine_module
+from ebm_dist.samplers.fused_noise import SeededNoise, in_torch
 from ebm_dist.samplers.tape import Tape
 
 needs_compiler = pytest.mark.skipif(
@@ -43,26 +44,68 @@ LAWS: dict[str, Callable[[], None]] = {
 @pytest.fixture
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> Engine:
     """Every claim's chains go through one engine that runs the traced graphs."""
-    monkeypatch.setattr(
-        engine_module, "compile_graph", lambda graph, inputs: lambda tensors: graph(*tensors)
-    )
+    without_a_compiler(monkeypatch)
     return through_engine(monkeypatch)
 
 
-def through_engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    engine = Engine("compiled", background=False, say=refuse_to_be_eager)
+@pytest.fixture
+def in_fused_blocks(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The same with blocks that draw their noise themselves."""
+    without_a_compiler(monkeypatch)
+    return through_engine(monkeypatch, fused_noise=True)
+
+
+def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def traced(graph: Any, inputs: list[Tensor]) -> Any:
+        graph = in_torch(graph)
+        return lambda tensors: graph(*tensors)
+
+    monkeypatch.setattr(engine_module, "compile_graph", traced)
+
+
+def through_engine(monkeypatch: pytest.MonkeyPatch, *, fused_noise: bool = False) -> Engine:
+    engine = Engine("compiled", background=False, fused_noise=fused_noise, say=refuse_to_be_eager)
     monkeypatch.setattr(claims, "run_chain", partial(run_chain, engine=engine))
     return engine
 
 
 def refuse_to_be_eager(line: str) -> None:
     assert "runs blocks" in line, line
+    assert "beforehand" not in line, line
 
 
 @pytest.mark.parametrize("law", LAWS)
 def test_blocks_keep_the_closed_form(in_blocks, law):
     LAWS[law]()
     assert in_blocks.compile_s > 0
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_blocks_that_draw_their_noise_keep_the_closed_form(in_fused_blocks, law):
+    LAWS[law]()
+    assert in_fused_blocks.compile_s > 0
+
+
+def test_blocks_that_draw_their_noise_keep_an_rbms_enumerated_law(in_fused_blocks):
+    # At temperature 1 its bits come from a tape; at others its sites' noise is in the graph.
+    claims.rbm_has_its_enumerated_law(partial(samplers.make, "gibbs"), claims.as_rbm)
+    assert in_fused_blocks.compile_s > 0
+
+
+@pytest.mark.parametrize("law", ["langevin on a quadratic", "mala on a Gaussian"])
+def test_noise_five_percent_off_in_the_graph_is_noticed(in_fused_blocks, monkeypatch, law):
+    drawn = SeededNoise.numbers
+
+    def louder(self: SeededNoise, inputs: list[Tensor]) -> list[Tensor]:
+        assert all(draw.method in ("normal_", "uniform_") for draw in self._draws)
+        numbers = drawn(self, inputs)
+        return [
+            t * 1.05 if draw.method == "normal_" else t for t, draw in zip(numbers, self._draws)
+        ]
+
+    monkeypatch.setattr(SeededNoise, "numbers", louder)
+    with pytest.raises(AssertionError, match="SE away"):
+        LAWS[law]()
 
 
 @pytest.mark.parametrize("law", ["langevin on a quadratic", "mala on a Gaussian"])
@@ -80,9 +123,10 @@ def test_noise_five_percent_off_in_the_tape_is_noticed(in_blocks, monkeypatch, l
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.parametrize("fused_noise", [False, True])
 @pytest.mark.parametrize("law", LAWS)
-def test_the_compiler_keeps_the_closed_form(monkeypatch, law):
-    engine = through_engine(monkeypatch)
+def test_the_compiler_keeps_the_closed_form(monkeypatch, law, fused_noise):
+    engine = through_engine(monkeypatch, fused_noise=fused_noise)
     LAWS[law]()
     assert engine.compile_s > 0
 
@@ -92,6 +136,7 @@ def test_the_compiler_keeps_the_closed_form(monkeypatch, law):
 def test_the_compiler_keeps_every_decision_of_discrete_kernels():
     cases = [
         ("gibbs", energies.rbm(20, 10, weight_std=0.5)),
+        ("gibbs", energies.ising((6, 6), 0.3)),
         ("gibbs_with_gradients", energies.ising((6, 6), 0.3)),
         ("discrete_langevin", energies.ising((6, 6), 0.3)),
     ]
@@ -134,23 +179,3 @@ def test_bf16_chains_have_the_closed_forms_variance(in_blocks, blocks):
     assert chain.position.dtype == torch.float32
     expected = 2 / (curvature * (2 - curvature * h))
     same_gaussian_variance(chain.position, expected, "variance in bf16")
-
-
-def test_bf16_chains_of_a_convolutional_energy_have_the_fp32_chains_energies():
-    energy = energies.make("resnet", event_shape=(1, 8, 8), width=16, multipliers=(1, 2)).eval()
-    with torch.no_grad():
-        energy.head.weight.mul_(30)  # type: ignore[union-attr]
-    x = torch.rand(256, 1, 8, 8, generator=generator(1)) * 2 - 1
-    kernel = samplers.make("langevin", step_size=0.02, temperature=0.5, clamp=(-1.0, 1.0))
-
-    def moved(seed: int, **options: Any) -> Tensor:
-        end = run_chain(kernel, x, energy, 30, generator(seed), **options)
-        return torch.stack([energy(end.position).detach(), end.position.flatten(1).std(1)])
-
-    # Other seeds: equal ones would make the two differ by less than their law allows.
-    full, half = moved(2), moved(3, precision="bf16", engine=Engine("auto"))
-    for a, b, what in zip(full, half, ("energy", "spread")):
-        error = ((a.var() + b.var()) / len(a)).sqrt().item()
-        same(b.mean().item(), a.mean().item(), error, f"{what} in bf16")
-    start = energy(x).detach()
-    assert (start.mean() - full[0].mean()).abs() > 8 * full[0].std() / len(x) ** 0.5

@@ -82,10 +82,11 @@ def test_blocks_draw_the_noise_that_single_steps_draw(graphs, name):
 
 @pytest.mark.parametrize("name", DISCRETE)
 def test_blocks_of_discrete_kernels_make_the_same_decisions(graphs, name):
-    targets = [energies.rbm(6, 3, weight_std=0.5)]
-    if name != "gibbs":  # how many colours a lattice has is read from a tensor: it stays eager
-        targets.append(energies.ising((4, 4), 0.3))
-        targets.append(energies.make("potts", shape=(3, 3), num_values=3, coupling=0.4))
+    targets = [
+        energies.rbm(6, 3, weight_std=0.5),
+        energies.ising((4, 4), 0.3),
+        energies.make("potts", shape=(3, 3), num_values=3, coupling=0.4),
+    ]
     for energy in targets:
         assert energy.event is not None
         x = energy.event.noise(12, generator(3))
@@ -422,15 +423,3 @@ def test_the_compiler_keeps_a_small_networks_chains_to_rounding():
                 p.mul_(1.5)
     assert len(said) == 1
     assert "runs blocks of 4 steps" in said[0]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_blocks_on_cuda_keep_the_chains_to_rounding():
-    energy, kernel = mlp().cuda(), make("langevin")
-    x = torch.randn(64, 2, generator=generator(1)).cuda()
-    engine = Engine("compiled", background=False)
-    eager = run_chain(kernel, x, energy, 20, torch.Generator("cuda").manual_seed(3))
-    blocks = run_chain(kernel, x, energy, 20, torch.Generator("cuda").manual_seed(3), engine=engine)
-    assert engine.compile_s > 0
-    same_chain(eager, blocks)
