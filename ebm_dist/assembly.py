@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ebm_dist import checkpoint
+from ebm_dist.actors.attempts import Attempts
 from ebm_dist.actors.auditor import SHORT_RUN_REINIT, AuditLink, Auditor
 from ebm_dist.actors.elastic import Elasticity
 from ebm_dist.actors.evaluator import Evaluator
@@ -19,7 +20,6 @@ from ebm_dist.actors.learner import LearnerRank
 from ebm_dist.actors.learners import LearnerGroup
 from ebm_dist.actors.observers import EvaluatorLink, HubLink
 from ebm_dist.actors.placement import Placer, available_cores, plan
-from ebm_dist.actors.pool import MAX_ATTEMPTS
 from ebm_dist.actors.shard_host import ShardHost
 from ebm_dist.actors.shared_memory import slots_directory
 from ebm_dist.actors.watch import ShardWatch
@@ -139,7 +139,9 @@ def assemble(
         )
         if backend.concurrent
         else None,
-        leave=Leave(spawn.placer.draining, spawn.shard_elsewhere) if backend.scattered else None,
+        leave=Leave(spawn.placer.draining, spawn.shard_elsewhere, spawn.ranks_elsewhere)
+        if backend.scattered
+        else None,
         watch=watch,
         auditor=auditor,
     )
@@ -147,15 +149,15 @@ def assemble(
 
 def _meet(learners: LearnerGroup, wait: Callable[[Sequence[Ref], float], None]) -> None:
     """Have the ranks meet; a group that loses one meanwhile is replaced, as it is later on."""
-    try:
-        learners.meet(wait)
-        return
-    except PartDied:
-        for _ in range(MAX_ATTEMPTS - 1):
-            with contextlib.suppress(PartDied):
-                learners.rebuild(wait)
-                return
-    learners.rebuild(wait)
+    attempts, form = Attempts(), learners.meet
+    attempts.begin_start()
+    while True:
+        try:
+            form(wait)
+            return
+        except PartDied as died:
+            attempts.failed(died)
+            form = learners.rebuild
 
 
 class _Spawner:
@@ -298,7 +300,11 @@ class _Spawner:
             node=node or self.placer.for_shard(),
         )
 
-    def rank(self, rank: int) -> Handle:
+    def ranks_elsewhere(self, held: Sequence[str | None]) -> list[str] | None:
+        """Nodes for the learner ranks, none of which is about to leave; None where none fit."""
+        return self.placer.for_ranks(held, self._placement.learner_gpus)
+
+    def rank(self, rank: int, node: str | None = None) -> Handle:
         config = self._config
         return self._backend.spawn(
             LearnerRank,
@@ -321,6 +327,7 @@ class _Spawner:
             num_gpus=self._placement.learner_gpus,
             # Negatives that are lost on their way must not hold up the others in their place.
             any_order=self._backend.scattered,
+            node=node,
         )
 
     def evaluator(self) -> Handle:

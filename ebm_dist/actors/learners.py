@@ -19,16 +19,21 @@ class LearnerGroup:
     def __init__(
         self,
         backend: Backend,
-        spawn: Callable[[int], Handle],
+        spawn: Callable[[int, str | None], Handle],
         *,
         num_ranks: int,
         port: int | None,
         start_timeout_s: float,
         call_timeout_s: float,
     ) -> None:
+        """
+        Args:
+            spawn: starts a rank, on a node or where Ray likes.
+        """
         self.restarts = 0
         self.broken = False
-        """Whether a call failed, so that the ranks may be out of step with each other."""
+        """Whether a call failed, so that the ranks may be out of step with each other, or they
+        have not met."""
         self._backend = backend
         self._spawn = spawn
         self._num_ranks = num_ranks
@@ -38,10 +43,11 @@ class LearnerGroup:
         self._asked: list[Ref] = [None] * num_ranks
         self._start_timeout_s = start_timeout_s
         self._call_timeout_s = call_timeout_s
-        self.ranks = [spawn(rank) for rank in range(num_ranks)]
+        self.ranks = [spawn(rank, None) for rank in range(num_ranks)]
 
     def meet(self, wait: Wait) -> None:
         """Form the process group and build the engines."""
+        self.broken = True  # until they have met, whatever cuts it short
         where = self._backend.rendezvous(self.ranks[0], self._port)
         wait([where], self._start_timeout_s)
         meeting = self._backend.get(where, self._start_timeout_s)
@@ -52,9 +58,9 @@ class LearnerGroup:
         except RunFailed as error:
             # What is left of a group says that nobody came; who did not has died on the way.
             if dead := self.dead():
-                self.broken = True
                 raise PartDied(f"{' and '.join(dead)} died while the ranks met") from error
             raise
+        self.broken = False
 
     def renew_if_dead(self) -> None:
         """Start successors of all ranks if one is dead, for a `rebuild` to find them under way.
@@ -71,13 +77,24 @@ class LearnerGroup:
         self.restarts += 1
         if self._renewed is None:
             self._replace()
-        self._renewed, self.broken = None, False
+        self._renewed = None
         self.meet(wait)
 
-    def _replace(self) -> None:
+    def replace(self, wait: Wait, nodes: Sequence[str] | None) -> None:
+        """As `rebuild`, for ranks that are well: no fault is counted.
+
+        Args:
+            nodes: where each is started; Ray chooses when left out.
+        """
+        self._replace(nodes)
+        self._renewed = None
+        self.meet(wait)
+
+    def _replace(self, nodes: Sequence[str] | None = None) -> None:
         for rank in self.ranks:
             self._backend.kill(rank)
-        self.ranks = [self._spawn(rank) for rank in range(self._num_ranks)]
+        where = nodes if nodes is not None else [None] * self._num_ranks
+        self.ranks = [self._spawn(rank, node) for rank, node in enumerate(where)]
         self._asked = [None] * self._num_ranks
 
     def _check_met(self) -> None:
@@ -191,6 +208,12 @@ class LearnerGroup:
         replies = [rank.call("state", num_returns=2) for rank in self.ranks]
         self._asked = [asked for asked, _ in replies]
         return [state for _, state in replies]
+
+    def read(self, wait: Wait) -> list[dict[str, Any]]:
+        """The whole state, as `state` of each rank, in this process."""
+        refs = self.state()
+        wait(refs, self._call_timeout_s)
+        return self._results(refs)
 
     def result(self, ref: Ref) -> Any:
         """The value of a finished call.

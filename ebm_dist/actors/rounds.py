@@ -11,6 +11,9 @@ from ebm_dist.actors.seats import Seat
 MAX_ATTEMPTS = 5
 """Starts of one round, and restarts of one worker without a commit between, before giving up."""
 
+RETRY_S = 0.5
+"""Between two tries of a round whose parts are alive as far as Ray knows."""
+
 Purpose = Literal["negatives", "repair", "spare"]
 """A round's chains become negatives; become negatives after all; or stay in the buffer."""
 

@@ -103,7 +103,7 @@ class Graph:
         self.workers = [self.worker(i) for i in range(2)]
         self.learners = LearnerGroup(
             backend,
-            lambda rank: backend.spawn(
+            lambda rank, node: backend.spawn(
                 Rank, {}, name=f"learner-{rank}", node=rank_nodes[rank], any_order=True
             ),
             num_ranks=len(rank_nodes),

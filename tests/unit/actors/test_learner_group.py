@@ -50,7 +50,7 @@ def make(num_ranks: int, port: int | None = None) -> tuple[LearnerGroup, FakeBac
     backend = FakeBackend()
     group = LearnerGroup(
         backend,  # type: ignore[arg-type]
-        lambda rank: FakeRank(f"learner-{rank}"),
+        lambda rank, node: FakeRank(f"learner-{rank}"),
         num_ranks=num_ranks,
         port=port,
         start_timeout_s=1.0,
