@@ -109,7 +109,7 @@ def check_agreement(configured: str) -> None:
     ours, none = _knock(gcs), _knock(gcs, RAY_AUTH_MODE="disabled")
     if _answer(ours) == _REFUSED:
         none.kill()
-        none.wait()
+        none.wait(KNOCK_S)
         shown = f"shows the wrong one ({token})" if mode == "token" else "shows none"
         what = "put the cluster's token there" if mode == "token" else "set RAY_AUTH_MODE=token"
         raise UserError(
@@ -157,7 +157,7 @@ def _answer(knock: subprocess.Popen[bytes]) -> int | None:
         return None
     finally:
         knock.kill()
-        knock.wait()
+        knock.wait(KNOCK_S)
 
 
 def _listens(gcs: str, key: str) -> bool:
