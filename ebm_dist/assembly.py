@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ebm_dist.actors.evaluator import Evaluator
 from ebm_dist.actors.graph import Graph, Leave
 from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
 from ebm_dist.actors.learner import LearnerRank
-from ebm_dist.actors.learners import LearnerGroup
+from ebm_dist.actors.learners import LearnerGroup, Wait
 from ebm_dist.actors.observers import EvaluatorLink, HubLink
 from ebm_dist.actors.placement import Placer, available_cores, plan
 from ebm_dist.actors.shard_host import ShardHost
@@ -27,6 +28,7 @@ from ebm_dist.actors.worker import Worker
 from ebm_dist.buffer.policy import shard_capacities
 from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.config import RunConfig
+from ebm_dist.errors import RunFailed
 from ebm_dist.metrics.hub import MetricHub
 from ebm_dist.types import EventSpec
 
@@ -88,10 +90,21 @@ def assemble(
     parts = [hub.handle, *shards, *workers, *learners.ranks]
     backend.await_started([*parts, *(link.handle for link in (evaluator, auditor) if link)])
 
-    def wait(refs: Sequence[Ref], timeout: float) -> None:
-        for ref in refs:
-            with contextlib.suppress(PartDied):  # told by who reads it
-                backend.get(ref, timeout)
+    def wait(
+        refs: Sequence[Ref], timeout: float, *, each: Callable[[Ref], Any] | None = None
+    ) -> None:
+        pending, deadline = list(refs), time.monotonic() + timeout
+        while pending:
+            done = backend.wait(pending, 1.0)
+            for ref in done:
+                if each is not None:
+                    each(ref)
+            pending = [ref for ref in pending if ref not in done]
+            if pending and time.monotonic() > deadline:
+                raise RunFailed(
+                    f"the learner ranks did not meet in {timeout:.0f} s "
+                    "(runtime.start_timeout_s); see their logs, or raise it if they are only slow"
+                )
 
     _meet(learners, wait)
 
@@ -147,7 +160,7 @@ def assemble(
     )
 
 
-def _meet(learners: LearnerGroup, wait: Callable[[Sequence[Ref], float], None]) -> None:
+def _meet(learners: LearnerGroup, wait: Wait) -> None:
     """Have the ranks meet; a group that loses one meanwhile is replaced, as it is later on."""
     attempts, form = Attempts(), learners.meet
     attempts.begin_start()

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from ebm_dist.actors.handles import PartDied
-from ebm_dist.actors.rounds import MAX_ATTEMPTS
+from ebm_dist.actors.rounds import MAX_ATTEMPTS, MAX_STARTS
 from ebm_dist.errors import RunFailed
-
-MAX_STARTS = 20
-"""Starts in a row. Each takes some 10 s, so where something dies every few seconds most are in
-vain, and the one that is not goes on; 20 are over in minutes where none can come through."""
 
 
 class Attempts:

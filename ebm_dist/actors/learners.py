@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ebm_dist.actors.handles import Backend, Handle, ObjectLost, PartDied, Ref, first_line
 from ebm_dist.errors import RunFailed
 
-Wait = Callable[[Sequence[Ref], float], None]
-"""Returns when every reference is done, or raises TimeoutError; the rest of the graph goes on."""
+
+class Wait(Protocol):
+    """Returns when every reference is done, or raises: it took too long. The graph goes on."""
+
+    def __call__(
+        self, refs: Sequence[Ref], timeout: float, *, each: Callable[[Ref], Any] | None = None
+    ) -> None:
+        """
+        Args:
+            each: sees them as they come; what it raises ends the wait.
+        """
+        ...
 
 
 class LearnerGroup:
@@ -52,15 +62,18 @@ class LearnerGroup:
         wait([where], self._start_timeout_s)
         meeting = self._backend.get(where, self._start_timeout_s)
         refs = [rank.call("start", meeting) for rank in self.ranks]
-        wait(refs, self._start_timeout_s)
+        # As they come: who is left of a group waits for the dead until learner.timeout_s.
+        wait(refs, self._start_timeout_s, each=self._came_to_meet)
+        self.broken = False
+
+    def _came_to_meet(self, ref: Ref) -> None:
         try:
-            self._results(refs)
+            self.result(ref)
         except RunFailed as error:
             # What is left of a group says that nobody came; who did not has died on the way.
             if dead := self.dead():
                 raise PartDied(f"{' and '.join(dead)} died while the ranks met") from error
             raise
-        self.broken = False
 
     def renew_if_dead(self) -> None:
         """Start successors of all ranks if one is dead, for a `rebuild` to find them under way.
@@ -111,8 +124,7 @@ class LearnerGroup:
             rank.call("load", learner, ema, cursors[i if i < len(cursors) else 0], attempt)
             for i, rank in enumerate(self.ranks)
         ]
-        wait(refs, self._call_timeout_s)
-        self._results(refs)
+        wait(refs, self._call_timeout_s, each=self.result)
 
     def update(
         self,

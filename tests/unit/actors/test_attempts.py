@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from small_runs import run
 
-from ebm_dist.actors.attempts import MAX_STARTS, Attempts
+from ebm_dist.actors.attempts import Attempts
 from ebm_dist.actors.flow import RollBack
 from ebm_dist.actors.handles import PartDied
 from ebm_dist.actors.learners import LearnerGroup
-from ebm_dist.actors.rounds import MAX_ATTEMPTS
+from ebm_dist.actors.rounds import MAX_ATTEMPTS, MAX_STARTS
 from ebm_dist.errors import RunFailed
 
 DIED = PartDied("killed by the test")

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from small_runs import curve, run
 
 from ebm_dist import assembly
-from ebm_dist.actors.attempts import MAX_STARTS
 from ebm_dist.actors.graph import Graph, Leave
 from ebm_dist.actors.handles import InlineBackend, InlineHandle, Node, PartDied
 from ebm_dist.actors.learners import LearnerGroup
 from ebm_dist.actors.placement import Placer
+from ebm_dist.actors.rounds import MAX_STARTS
 
 
 class Nodes:
