@@ -7,6 +7,10 @@ reach, and the share of the ideal one (workers / round-s).
 
     python benchmarks/control_plane.py --workers 256
     python benchmarks/control_plane.py --workers 256 --call-us 150   # with the cost of Ray's calls
+    python benchmarks/control_plane.py --workers 256 --ray           # through Ray, in real time
+
+With `--ray` the workers are threads of a few actors that sleep, the shards real ones of a million
+slots each, and chains go by value; the machine is shared by all of them.
 """
 
 from __future__ import annotations
@@ -14,8 +18,11 @@ from __future__ import annotations
 import argparse
 import cProfile
 import heapq
+import os
 import pstats
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +30,12 @@ from typing import Any
 from ebm_dist.actors.cut import Progress
 from ebm_dist.actors.flow import NegativeFlow
 from ebm_dist.actors.pool import RoundPool
-from ebm_dist.buffer.policy import FlowConfig
+from ebm_dist.actors.ray_backend import RayBackend
+from ebm_dist.buffer.policy import BufferConfig, FlowConfig
+from ebm_dist.buffer.shard import Shard
+from ebm_dist.types import EventSpec, Lease, MovedChains
 
-CHAINS, STEPS = 64, 40
+CHAINS, STEPS, SLOTS = 64, 40, 10**6
 COUNTS = {"free": 0, "leased": 0, "ready": 0, "capacity": 0, "age_mean": 0.0}
 
 
@@ -118,6 +128,39 @@ class Simulated:
     def kill(self, handle: Part) -> None: ...
 
 
+def _flow(
+    backend: Any, shards: list[Any], workers: list[Any], num_workers: int, **options: Any
+) -> tuple[RoundPool, Progress, Callable[[], None]]:
+    """A pool, its progress, and what makes an update of a quarter as many leases as workers."""
+    progress = Progress()
+    pool = RoundPool(
+        backend,
+        shards,
+        workers,
+        respawn_worker=lambda index: workers[index],
+        respawn_shard=lambda index: shards[index],
+        on_rejected=lambda shard: None,
+        say=print,
+        num_chains=CHAINS,
+        depth=2,
+        hang_s=1e9,
+        **options,
+    )
+    graph: Any = SimpleNamespace(backend=backend, shards=shards, capacities=[SLOTS] * len(shards))
+    negatives = max(1, num_workers // 4) * CHAINS
+    schedule: Any = SimpleNamespace(num_negatives=negatives, num_chains=CHAINS, num_steps=STEPS)
+    config = FlowConfig(mode="async", max_lag=8)
+    flow = NegativeFlow(graph, schedule, config, pool, progress, lambda name, num: None)
+
+    def update() -> None:
+        flow.take_negatives()
+        progress.step += 1
+        progress.version += 1
+        pool.set_weights(pool.crew.weights, progress.version)
+
+    return pool, progress, update
+
+
 def simulate(
     num_workers: int, num_shards: int, num_updates: int, round_s: float, call_s: float
 ) -> dict[str, float]:
@@ -125,29 +168,7 @@ def simulate(
     backend = Simulated(round_s, call_s)
     shards = [Part(backend, f"shard-{i}") for i in range(num_shards)]
     workers = [Part(backend, f"worker-{i}") for i in range(num_workers)]
-    progress = Progress()
-    pool = RoundPool(
-        backend,  # type: ignore[arg-type]
-        shards,  # type: ignore[arg-type]
-        workers,  # type: ignore[arg-type]
-        respawn_worker=lambda index: workers[index],  # type: ignore[arg-type]
-        respawn_shard=lambda index: shards[index],  # type: ignore[arg-type]
-        on_rejected=lambda shard: None,
-        say=print,
-        num_chains=CHAINS,
-        depth=2,
-        hang_s=1e9,
-        clock=backend.now,
-    )
-    leases = max(1, num_workers // 4)
-    flow = NegativeFlow(
-        SimpleNamespace(backend=backend, shards=shards, capacities=[10**6] * num_shards),  # type: ignore[arg-type]
-        SimpleNamespace(num_negatives=leases * CHAINS, num_chains=CHAINS, num_steps=STEPS),  # type: ignore[arg-type]
-        FlowConfig(mode="async", max_lag=8),
-        pool,
-        progress,
-        lambda name, num: None,
-    )
+    pool, _, make_update = _flow(backend, shards, workers, num_workers, clock=backend.now)
     pool.set_weights(None, 0)
     start, first = backend.now(), 0
     computed = waits = calls = 0.0
@@ -155,10 +176,7 @@ def simulate(
         if update == 8:  # every worker has two rounds before it from here on
             start, first = backend.now(), pool.mcmc_steps
             computed, waits, calls = backend.computed(), backend.num_waits, backend.num_calls
-        flow.take_negatives()
-        progress.step += 1
-        progress.version += 1
-        pool.set_weights(None, progress.version)
+        make_update()
     rounds = (pool.mcmc_steps - first) / (CHAINS * STEPS)
     cost = (backend.computed() - computed) / rounds
     calls = (backend.num_calls - calls) / rounds
@@ -173,6 +191,101 @@ def simulate(
     }
 
 
+class Host:
+    """Some workers of a pool, as threads of one actor; each does one round at a time."""
+
+    def __init__(self, num: int, round_s: float) -> None:
+        self._locks = [threading.Lock() for _ in range(num)]
+        self._round_s = round_s
+
+    def hold(self, index: int, weights: Any, version: int) -> int:
+        return version
+
+    def run_round(
+        self, index: int, lease: Lease | None, weights: Any, version: int, num_steps: int
+    ) -> MovedChains | None:
+        if lease is None:
+            return None
+        with self._locks[index]:
+            time.sleep(self._round_s)
+        assert lease.position is not None
+        return MovedChains.of(
+            lease,
+            position=lease.position,
+            energy=lease.position.sum(1),
+            log_weight=lease.log_weight,
+            version=version,
+            num_steps=num_steps,
+        )
+
+
+@dataclass(slots=True)
+class Hosted:
+    """The handle of one of a host's workers."""
+
+    actor: Any
+    index: int
+    name: str
+    node: str | None = None
+
+    def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
+        return getattr(self.actor, method).remote(self.index, *args)
+
+
+def through_ray(
+    num_workers: int, num_shards: int, num_updates: int, round_s: float, num_hosts: int
+) -> dict[str, float]:
+    """The same on a local Ray, in real time."""
+    backend = RayBackend("local", namespace="control-plane", start_timeout_s=300.0)
+    try:
+        backend.local = False  # chains go by value, as between machines
+        import ray
+
+        share = -(-num_workers // num_hosts)
+        host = ray.remote(Host).options(num_cpus=0, max_concurrency=2 * share + 2)
+        hosts = [host.remote(share, round_s) for _ in range(num_hosts)]
+        workers = [
+            Hosted(hosts[i % num_hosts], i // num_hosts, f"worker-{i}") for i in range(num_workers)
+        ]
+        config = BufferConfig(capacity=num_shards * SLOTS, num_shards=num_shards, reinit_prob=0.0)
+        shards = [
+            backend.spawn(
+                Shard,
+                {
+                    "config": config,
+                    "spec": EventSpec((8,), "real"),
+                    "index": i,
+                    "capacity": SLOTS,
+                    "max_lease": CHAINS,
+                    "seed": 1,
+                },
+                name=f"shard-{i}",
+                any_order=True,
+            )
+            for i in range(num_shards)
+        ]
+        backend.await_started(shards)
+        pool, progress, update = _flow(backend, shards, workers, num_workers)
+        pool.set_weights(backend.put(None), 0)
+        for _ in range(12):
+            update()
+        start, first = time.perf_counter(), pool.mcmc_steps
+        computed = time.process_time()
+        for _ in range(num_updates):
+            update()
+        seconds = time.perf_counter() - start
+        rounds = (pool.mcmc_steps - first) / (CHAINS * STEPS)
+        assert progress.version == 12 + num_updates
+        return {
+            "rounds/s": rounds / seconds,
+            "of ideal": rounds / seconds * round_s / num_workers,
+            "us/round": 1e6 * (time.process_time() - computed) / rounds,
+            "load": os.getloadavg()[0],
+        }
+    finally:
+        backend.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 16, 64, 256, 1024])
@@ -180,6 +293,10 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=80)
     parser.add_argument("--round-s", type=float, default=1.0)
     parser.add_argument("--call-us", type=float, default=0.0, help="charged for each remote call")
+    parser.add_argument("--ray", action="store_true", help="through Ray, in real time")
+    parser.add_argument(
+        "--hosts", type=int, default=4, help="actors that hold the workers of --ray"
+    )
     parser.add_argument(
         "--profile", action="store_true", help="where the time goes, at the last size"
     )
@@ -187,8 +304,12 @@ def main() -> None:
     print(f"{'workers':>8}", end="")
     for index, num in enumerate(options.workers):
         with cProfile.Profile() if options.profile else _Nothing() as profile:
-            row = simulate(
-                num, options.shards, options.updates, options.round_s, 1e-6 * options.call_us
+            row = (
+                through_ray(num, options.shards, options.updates, options.round_s, options.hosts)
+                if options.ray
+                else simulate(
+                    num, options.shards, options.updates, options.round_s, 1e-6 * options.call_us
+                )
             )
         if index == 0:
             print("".join(f"{name:>18}" for name in row))

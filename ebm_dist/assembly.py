@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,16 @@ from typing import Any
 import torch
 
 from ebm_dist import checkpoint
+from ebm_dist.actors.attempts import Attempts
 from ebm_dist.actors.auditor import SHORT_RUN_REINIT, AuditLink, Auditor
 from ebm_dist.actors.elastic import Elasticity
 from ebm_dist.actors.evaluator import Evaluator
 from ebm_dist.actors.graph import Graph, Leave
 from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
 from ebm_dist.actors.learner import LearnerRank
-from ebm_dist.actors.learners import LearnerGroup
+from ebm_dist.actors.learners import LearnerGroup, Wait
 from ebm_dist.actors.observers import EvaluatorLink, HubLink
 from ebm_dist.actors.placement import Placer, available_cores, plan
-from ebm_dist.actors.pool import MAX_ATTEMPTS
 from ebm_dist.actors.shard_host import ShardHost
 from ebm_dist.actors.shared_memory import slots_directory
 from ebm_dist.actors.watch import ShardWatch
@@ -27,6 +28,7 @@ from ebm_dist.actors.worker import Worker
 from ebm_dist.buffer.policy import shard_capacities
 from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.config import RunConfig
+from ebm_dist.errors import RunFailed
 from ebm_dist.metrics.hub import MetricHub
 from ebm_dist.types import EventSpec
 
@@ -88,10 +90,21 @@ def assemble(
     parts = [hub.handle, *shards, *workers, *learners.ranks]
     backend.await_started([*parts, *(link.handle for link in (evaluator, auditor) if link)])
 
-    def wait(refs: Sequence[Ref], timeout: float) -> None:
-        for ref in refs:
-            with contextlib.suppress(PartDied):  # told by who reads it
-                backend.get(ref, timeout)
+    def wait(
+        refs: Sequence[Ref], timeout: float, *, each: Callable[[Ref], Any] | None = None
+    ) -> None:
+        pending, deadline = list(refs), time.monotonic() + timeout
+        while pending:
+            done = backend.wait(pending, 1.0)
+            for ref in done:
+                if each is not None:
+                    each(ref)
+            pending = [ref for ref in pending if ref not in done]
+            if pending and time.monotonic() > deadline:
+                raise RunFailed(
+                    f"the learner ranks did not meet in {timeout:.0f} s "
+                    "(runtime.start_timeout_s); see their logs, or raise it if they are only slow"
+                )
 
     _meet(learners, wait)
 
@@ -139,23 +152,25 @@ def assemble(
         )
         if backend.concurrent
         else None,
-        leave=Leave(spawn.placer.draining, spawn.shard_elsewhere) if backend.scattered else None,
+        leave=Leave(spawn.placer.draining, spawn.shard_elsewhere, spawn.ranks_elsewhere)
+        if backend.scattered
+        else None,
         watch=watch,
         auditor=auditor,
     )
 
 
-def _meet(learners: LearnerGroup, wait: Callable[[Sequence[Ref], float], None]) -> None:
+def _meet(learners: LearnerGroup, wait: Wait) -> None:
     """Have the ranks meet; a group that loses one meanwhile is replaced, as it is later on."""
-    try:
-        learners.meet(wait)
-        return
-    except PartDied:
-        for _ in range(MAX_ATTEMPTS - 1):
-            with contextlib.suppress(PartDied):
-                learners.rebuild(wait)
-                return
-    learners.rebuild(wait)
+    attempts, form = Attempts(), learners.meet
+    attempts.begin_start()
+    while True:
+        try:
+            form(wait)
+            return
+        except PartDied as died:
+            attempts.failed(died)
+            form = learners.rebuild
 
 
 class _Spawner:
@@ -298,7 +313,11 @@ class _Spawner:
             node=node or self.placer.for_shard(),
         )
 
-    def rank(self, rank: int) -> Handle:
+    def ranks_elsewhere(self, held: Sequence[str | None]) -> list[str] | None:
+        """Nodes for the learner ranks, none of which is about to leave; None where none fit."""
+        return self.placer.for_ranks(held, self._placement.learner_gpus)
+
+    def rank(self, rank: int, node: str | None = None) -> Handle:
         config = self._config
         return self._backend.spawn(
             LearnerRank,
@@ -321,6 +340,7 @@ class _Spawner:
             num_gpus=self._placement.learner_gpus,
             # Negatives that are lost on their way must not hold up the others in their place.
             any_order=self._backend.scattered,
+            node=node,
         )
 
     def evaluator(self) -> Handle:

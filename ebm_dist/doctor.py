@@ -112,7 +112,7 @@ def check_ray_address() -> Finding:
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
         return Finding("ray address", True, "RAY_ADDRESS is not set: runs start a local Ray")
-    from ebm_dist.actors.access import require_token
+    from ebm_dist.actors.access import check_agreement, require_token
     from ebm_dist.errors import UserError
     from ebm_dist.preflight import check_address
 
@@ -120,6 +120,7 @@ def check_ray_address() -> Finding:
     try:
         require_token(address)
         check_address(address)
+        check_agreement(address)
     except UserError as error:
         return Finding("ray address", False, str(error), todo)
     # In a process of its own: joining a cluster of another version can kill the process.

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import socket
 
-from ebm_dist.actors.access import chosen_address, require_token, split_address
+from ebm_dist.actors.access import (
+    check_agreement,
+    chosen_address,
+    require_token,
+    split_address,
+)
 from ebm_dist.config import RunConfig
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.dataset import open_dataset
@@ -23,14 +28,15 @@ def preflight(config: RunConfig) -> None:
 
     Raises:
         UserError: a shard is missing, cut short or altered, nothing answers at the address, it is
-            one that must not be joined without a token, or deterministic chains are to be
-            compiled without a compiler.
+            one that must not be joined without a token or means another one, or deterministic
+            chains are to be compiled without a compiler.
     """
     check_shards(config.data)
     check_compiler(config)
     if config.runtime.backend == "ray":
         require_token(config.runtime.address)
         check_address(config.runtime.address)
+        check_agreement(config.runtime.address)
 
 
 def check_shards(config: DataConfig) -> None:

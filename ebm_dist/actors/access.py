@@ -1,7 +1,8 @@
 """Who may reach the Ray that a run joins: this machine alone, or whoever has the token.
 
 Whoever reaches a Ray without a token runs any code as its user. Ray itself joins such a cluster
-without a word; a run does not, unless the cluster listens on loopback only.
+without a word; a run does not, unless the cluster listens on loopback only. And where a run and
+its cluster disagree on the token, Ray says it late and in other words: the run asks first.
 """
 
 from __future__ import annotations
@@ -10,11 +11,17 @@ import contextlib
 import ipaddress
 import os
 import secrets
+import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from ebm_dist.errors import UserError
+
+KNOCK_S = 20.0
+"""For a process that imports Ray and asks the cluster one thing: .3 s where nobody is busy."""
 
 
 def chosen_address(configured: str) -> tuple[str, str]:
@@ -80,6 +87,87 @@ def require_token(configured: str) -> None:
     )
 
 
+def check_agreement(configured: str) -> None:
+    """Ask the cluster whether it and this process mean the same token, or both none.
+
+    Raises:
+        UserError: they do not.
+    """
+    address, key = chosen_address(configured)
+    gcs = _noted_cluster() if address == "auto" else address
+    mode = os.environ.get("RAY_AUTH_MODE") or "disabled"
+    if address == "local" or mode not in ("token", "disabled"):
+        return
+    if not gcs or "://" in gcs or not _listens(gcs, key):  # Ray Client has a door of its own
+        return
+    token = find_token()
+    if mode == "token" and token is None:
+        raise UserError(
+            "RAY_AUTH_MODE: is token, but there is none; put the cluster's in ~/.ray/auth_token, "
+            "or name its file in RAY_AUTH_TOKEN_PATH"
+        )
+    ours, none = _knock(gcs), _knock(gcs, RAY_AUTH_MODE="disabled")
+    if _answer(ours) == _REFUSED:
+        none.kill()
+        none.wait(KNOCK_S)
+        shown = f"shows the wrong one ({token})" if mode == "token" else "shows none"
+        what = "put the cluster's token there" if mode == "token" else "set RAY_AUTH_MODE=token"
+        raise UserError(
+            f"{key}: the Ray at {gcs} wants its token, and this process {shown}; {what}. It is "
+            "read from RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or "
+            "~/.ray/auth_token"
+        )
+    if _answer(none) == 0 and mode == "token":
+        # It would let this process in, and then find this one's own door shut: "actor died".
+        raise UserError(
+            f"{key}: the Ray at {gcs} runs without a token, and this process shows one ({token}); "
+            "start every node with RAY_AUTH_MODE=token and the same token, or, where nobody else "
+            "reaches that Ray, set RAY_AUTH_MODE=disabled here too"
+        )
+
+
+_REFUSED = 3
+_KNOCK = f"""
+import sys
+from ray import exceptions
+from ray._raylet import GcsClient
+try:
+    GcsClient(address=sys.argv[1])
+except getattr(exceptions, "AuthenticationError", ()):
+    sys.exit({_REFUSED})
+"""
+
+
+def _knock(gcs: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Ask `gcs` to be let in, by a process of its own: each shows one token, or none, for life."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _KNOCK, gcs],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def _answer(knock: subprocess.Popen[bytes]) -> int | None:
+    """0 for in, `_REFUSED`, or something else where nothing can be said."""
+    try:
+        return knock.wait(KNOCK_S)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        knock.kill()
+        knock.wait(KNOCK_S)
+
+
+def _listens(gcs: str, key: str) -> bool:
+    try:
+        socket.create_connection(split_address(gcs, key), timeout=KNOCK_S).close()
+    except OSError:
+        return False
+    return True
+
+
 def find_token() -> Path | str | None:
     """The token file, the name of the variable that holds the token, or None; as Ray looks."""
     if os.environ.get("RAY_AUTH_TOKEN"):
@@ -139,8 +227,16 @@ def _host_of(address: str, key: str) -> str | None:
     """The host that `address` means; of auto, the cluster that Ray noted on this machine."""
     if address != "auto":
         return split_address(address, key)[0]
+    try:
+        return split_address(_noted_cluster(), key)[0]
+    except UserError:
+        return None
+
+
+def _noted_cluster() -> str:
+    """Address of the cluster that Ray started last on this machine; empty if it noted none."""
     noted = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
     try:
-        return split_address(noted.read_text().strip(), key)[0]
-    except (OSError, UserError):
-        return None
+        return noted.read_text().strip()
+    except OSError:
+        return ""

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ebm_dist import checkpoint
+from ebm_dist.actors.attempts import Attempts
 from ebm_dist.actors.checkpointer import Checkpointer
 from ebm_dist.actors.cut import Progress, read_manifest, restore_shards, write_manifest
 from ebm_dist.actors.delivery import Delivery
@@ -25,10 +26,10 @@ from ebm_dist.actors.elastic import Steward
 from ebm_dist.actors.flow import POLL_S, NegativeFlow, RollBack
 from ebm_dist.actors.graph import Graph, Schedule, View
 from ebm_dist.actors.handles import Handle, PartDied, Ref
+from ebm_dist.actors.leaving import RankMover
 from ebm_dist.actors.lookout import Lookout
 from ebm_dist.actors.moving import Mover
 from ebm_dist.actors.pool import RoundPool
-from ebm_dist.actors.rounds import MAX_ATTEMPTS
 from ebm_dist.actors.stall import SHARDS, UPDATES, Stalled, answer
 from ebm_dist.actors.window import MetricWindow
 from ebm_dist.buffer.policy import FlowConfig
@@ -72,8 +73,7 @@ class Controller:
         self._window = MetricWindow()
         self._flat: Ref = None
         self._ema: Ref = None
-        self._farthest = 0
-        self._failures = 0
+        self._attempts = Attempts()
         self._chains_go_back = False
         """Whether rounds rest until the chains are those of a checkpoint again."""
         self._pool = RoundPool(
@@ -101,6 +101,9 @@ class Controller:
                 self._pool.crew, self._negatives.waits, graph.elasticity, view.say
             )
         self._mover = Mover(graph, self._pool, say=view.say, timeout=flow.stall_timeout_s)
+        self._rank_mover = RankMover(
+            graph, self.progress, self._attempts, self._wait, self._publish_current, say=view.say
+        )
         self._cuts = Checkpointer(
             graph, schedule, run_dir, meta=meta, timeout=flow.stall_timeout_s, say=view.say
         )
@@ -138,6 +141,7 @@ class Controller:
                     if self.progress.step == 0:  # from here on there is one to go back to
                         self._cuts.settle(self._flow.stall_timeout_s)
                     self._mover.between_updates()
+                    self._rank_mover.between_updates()
                     self._update()
                     self.progress.wall_s = time.monotonic() - start
                     self._lookout.observe(self._flat, self._ema)
@@ -259,7 +263,7 @@ class Controller:
         """Continue from `found`, whatever its numbers of ranks and shards were."""
         # First: it names the noise of this attempt. In place: the flow of negatives holds it.
         self.progress.resume(found.step, found.meta, read_manifest(self._run_dir))
-        self._farthest = found.step
+        self._attempts.reached(found.step)
         self._cuts.stands_at(found.step)
         try:
             self._load_learners(found)
@@ -285,25 +289,21 @@ class Controller:
 
         Raises:
             NonFinite: learner.on_nonfinite says so, or it happened too often.
-            RunFailed: parts died `MAX_ATTEMPTS` times without a new update between.
+            RunFailed: parts died too often without a new update between.
         """
-        if self.progress.step > self._farthest:
-            self._farthest, self._failures = self.progress.step, 0
+        self._attempts.reached(self.progress.step)
         back = False
         while True:
             if isinstance(trouble, NonFinite):
                 self._try_otherwise(trouble)
             else:
-                self._failures += 1
-            if self._failures > MAX_ATTEMPTS:
-                raise RunFailed(
-                    f"update {self._farthest} was not reached in {MAX_ATTEMPTS} attempts; the "
-                    f"last one ended with: {trouble}"
-                ) from trouble
+                self._attempts.failed(trouble)
             back = back or isinstance(trouble, RollBack | NonFinite)
             try:
                 if back or self._graph.learners.lost():
+                    self._attempts.begin_start()
                     self._go_back(trouble)
+                    self._attempts.started()
                 self._pool.check()
                 return
             except (PartDied, NonFinite) as again:

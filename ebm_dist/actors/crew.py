@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ebm_dist.actors.handles import Backend, Handle, ObjectLost, PartDied, Ref
-from ebm_dist.actors.rounds import MAX_ATTEMPTS
+from ebm_dist.actors.rounds import MAX_ATTEMPTS, MAX_STARTS
 from ebm_dist.actors.seats import Seat, Seats
 from ebm_dist.errors import RunFailed
 
@@ -98,6 +98,7 @@ class Crew:
             return None
         except PartDied:
             return seat
+        seat.num_starts = 0
         self.seats.open(seat)
         return None
 
@@ -122,10 +123,18 @@ class Crew:
         """Another process for a dead worker; none for one that was to leave.
 
         Raises:
-            RunFailed: it died `MAX_ATTEMPTS` times without a commit between.
+            RunFailed: it died too often without a commit between, or while it started.
         """
         name, leaves = seat.handle.name, seat.state == "retiring"
-        seat.failures += 1
+        if seat.state == "starting":
+            seat.num_starts += 1
+        else:
+            seat.failures += 1
+        if seat.num_starts >= MAX_STARTS:
+            raise RunFailed(
+                f"{name} was started {MAX_STARTS} times in a row and died each time before it held "
+                f"weights: {why}. If memory ran out, lower workers.num_workers"
+            )
         if seat.failures > MAX_ATTEMPTS:
             raise RunFailed(f"{name} died {MAX_ATTEMPTS} times without finishing a round: {why}")
         heirs = "the others redo" if leaves else "another one redoes"

@@ -76,6 +76,8 @@ class Steward:
         self._clock = clock
         self.size = elasticity.start
         """Workers there should be."""
+        self._num_stay = 0
+        """Workers beyond those: one that leaves its node once another serves elsewhere."""
         self._before = waits.sums()
         self._looked_at = clock()
 
@@ -92,11 +94,13 @@ class Steward:
     def _leave_draining_nodes(self) -> None:
         seats = [seat for seat in self._crew.seats if seat.state != "retiring" and seat.node]
         seats.sort(key=lambda seat: seat.state != "serving")
+        self._num_stay = 0
         if not seats or not (draining := self._elastic.draining()):
             return
         leaving = [seat for seat in seats if seat.node in draining]
         if all(seat.node in draining for seat in seats if seat.state == "serving"):
             # The last one works on until another serves elsewhere, or its node goes.
+            self._num_stay = len(leaving[:1])
             leaving = leaving[1:]
         for seat in leaving:
             self._say(f"{seat.handle.name} ends with its round: its node is about to leave")
@@ -123,12 +127,13 @@ class Steward:
 
     def _fill(self) -> None:
         crew = self._crew
-        for _ in range(self.size - len(crew.seats)):
+        size = self.size + self._num_stay
+        for _ in range(size - len(crew.seats)):
             handle = self._elastic.hire(crew.next_index)
             if handle is None:
                 return
             crew.join(handle)
-        surplus = len(crew.seats) - self.size
+        surplus = len(crew.seats) - size
         if surplus > 0:
             # The latest first; of them those that have not even begun.
             leaving = sorted(

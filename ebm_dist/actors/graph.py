@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,12 +43,14 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """How shards get away from nodes."""
+    """How shards and learner ranks get away from nodes."""
 
     draining: Callable[[], set[str]]
     """Nodes whose end has been announced."""
     start_elsewhere: Callable[[int], Handle | None]
     """Starts a process for the shard of that number on a node that stays; None if there is none."""
+    place_ranks: Callable[[Sequence[str | None]], list[str] | None]
+    """A node that stays for each learner rank, given where they are; None if they do not fit."""
 
 
 @dataclass(slots=True)
@@ -72,6 +74,6 @@ class Graph:
     elasticity: Elasticity | None = None
     """None where the pool is as it is: in one process."""
     leave: Leave | None = None
-    """None where shards have nowhere else to go."""
+    """None where there is nowhere else to go."""
     watch: ShardWatch | None = None
     auditor: AuditLink | None = None

@@ -117,6 +117,10 @@ class Backend(Protocol):
         """The cluster's nodes; none where there is one machine or Ray does not tell."""
         ...
 
+    def where(self, handle: Handle) -> str | None:
+        """Id of the node that the part runs on, None where it has not started or none is known."""
+        ...
+
     def alive(self, handle: Handle, timeout: float = 0.5) -> bool:
         """False when the part is known to be gone; one that is busy for `timeout` s is not."""
         ...
@@ -256,6 +260,9 @@ class InlineBackend:
 
     def await_started(self, handles: Sequence[Any]) -> None:
         """They have: `spawn` runs the constructor."""
+
+    def where(self, handle: Handle) -> str | None:
+        return None
 
     def alive(self, handle: Handle, timeout: float = 0.5) -> bool:
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -136,12 +137,13 @@ class LearnerRank:
 
     def load(
         self,
-        learner: dict[str, torch.Tensor],
-        ema: dict[str, torch.Tensor] | None,
+        learner: Mapping[str, torch.Tensor | np.ndarray],
+        ema: Mapping[str, torch.Tensor | np.ndarray] | None,
         data: dict[str, Any] | None,
         attempt: int = 0,
     ) -> None:
-        """Continue from a checkpoint, of any world size and ZeRO stage. Collective.
+        """Continue from a checkpoint or from what `state` returned, of any world size and ZeRO
+        stage. Collective.
 
         Args:
             attempt: each has its own noise and its own order of data.
@@ -153,12 +155,12 @@ class LearnerRank:
             self._data = DataStream(
                 self._data_config, rank=self._rank, world_size=self._config.num_ranks, seed=seed
             )
-        self._engine.load_state(learner)
+        self._engine.load_state(_tensors(learner))
         flat = self._engine.flat_weights()
         if flat is not None:
             self._ema = self._average(flat)
             if ema is not None:
-                self._ema.load_state(ema)
+                self._ema.load_state(_tensors(ema))
         if data is not None:
             self._data.load_state(data)
 
@@ -172,6 +174,14 @@ class LearnerRank:
 
 def _arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def _tensors(entries: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
+    """Arrays that came through Ray are read-only, and torch warns of those: they are copied."""
+    return {
+        name: torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+        for name, value in entries.items()
+    }
 
 
 def _join(parts: list[tuple[int, int]], leases: tuple[dict[str, np.ndarray], ...]) -> Negatives:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ebm_dist.actors.handles import Backend, Handle, ObjectLost, PartDied, Ref, first_line
 from ebm_dist.errors import RunFailed
 
-Wait = Callable[[Sequence[Ref], float], None]
-"""Returns when every reference is done, or raises TimeoutError; the rest of the graph goes on."""
+
+class Wait(Protocol):
+    """Returns when every reference is done, or raises: it took too long. The graph goes on."""
+
+    def __call__(
+        self, refs: Sequence[Ref], timeout: float, *, each: Callable[[Ref], Any] | None = None
+    ) -> None:
+        """
+        Args:
+            each: sees them as they come; what it raises ends the wait.
+        """
+        ...
 
 
 class LearnerGroup:
@@ -19,16 +29,21 @@ class LearnerGroup:
     def __init__(
         self,
         backend: Backend,
-        spawn: Callable[[int], Handle],
+        spawn: Callable[[int, str | None], Handle],
         *,
         num_ranks: int,
         port: int | None,
         start_timeout_s: float,
         call_timeout_s: float,
     ) -> None:
+        """
+        Args:
+            spawn: starts a rank, on a node or where Ray likes.
+        """
         self.restarts = 0
         self.broken = False
-        """Whether a call failed, so that the ranks may be out of step with each other."""
+        """Whether a call failed, so that the ranks may be out of step with each other, or they
+        have not met."""
         self._backend = backend
         self._spawn = spawn
         self._num_ranks = num_ranks
@@ -38,21 +53,25 @@ class LearnerGroup:
         self._asked: list[Ref] = [None] * num_ranks
         self._start_timeout_s = start_timeout_s
         self._call_timeout_s = call_timeout_s
-        self.ranks = [spawn(rank) for rank in range(num_ranks)]
+        self.ranks = [spawn(rank, None) for rank in range(num_ranks)]
 
     def meet(self, wait: Wait) -> None:
         """Form the process group and build the engines."""
+        self.broken = True  # until they have met, whatever cuts it short
         where = self._backend.rendezvous(self.ranks[0], self._port)
         wait([where], self._start_timeout_s)
         meeting = self._backend.get(where, self._start_timeout_s)
         refs = [rank.call("start", meeting) for rank in self.ranks]
-        wait(refs, self._start_timeout_s)
+        # As they come: who is left of a group waits for the dead until learner.timeout_s.
+        wait(refs, self._start_timeout_s, each=self._came_to_meet)
+        self.broken = False
+
+    def _came_to_meet(self, ref: Ref) -> None:
         try:
-            self._results(refs)
+            self.result(ref)
         except RunFailed as error:
             # What is left of a group says that nobody came; who did not has died on the way.
             if dead := self.dead():
-                self.broken = True
                 raise PartDied(f"{' and '.join(dead)} died while the ranks met") from error
             raise
 
@@ -71,13 +90,24 @@ class LearnerGroup:
         self.restarts += 1
         if self._renewed is None:
             self._replace()
-        self._renewed, self.broken = None, False
+        self._renewed = None
         self.meet(wait)
 
-    def _replace(self) -> None:
+    def replace(self, wait: Wait, nodes: Sequence[str] | None) -> None:
+        """As `rebuild`, for ranks that are well: no fault is counted.
+
+        Args:
+            nodes: where each is started; Ray chooses when left out.
+        """
+        self._replace(nodes)
+        self._renewed = None
+        self.meet(wait)
+
+    def _replace(self, nodes: Sequence[str] | None = None) -> None:
         for rank in self.ranks:
             self._backend.kill(rank)
-        self.ranks = [self._spawn(rank) for rank in range(self._num_ranks)]
+        where = nodes if nodes is not None else [None] * self._num_ranks
+        self.ranks = [self._spawn(rank, node) for rank, node in enumerate(where)]
         self._asked = [None] * self._num_ranks
 
     def _check_met(self) -> None:
@@ -94,8 +124,7 @@ class LearnerGroup:
             rank.call("load", learner, ema, cursors[i if i < len(cursors) else 0], attempt)
             for i, rank in enumerate(self.ranks)
         ]
-        wait(refs, self._call_timeout_s)
-        self._results(refs)
+        wait(refs, self._call_timeout_s, each=self.result)
 
     def update(
         self,
@@ -191,6 +220,12 @@ class LearnerGroup:
         replies = [rank.call("state", num_returns=2) for rank in self.ranks]
         self._asked = [asked for asked, _ in replies]
         return [state for _, state in replies]
+
+    def read(self, wait: Wait) -> list[dict[str, Any]]:
+        """The whole state, as `state` of each rank, in this process."""
+        refs = self.state()
+        wait(refs, self._call_timeout_s)
+        return self._results(refs)
 
     def result(self, ref: Ref) -> Any:
         """The value of a finished call.

@@ -104,6 +104,11 @@ class Lookout:
         counts = self._pool.counts.values()
         for name in ("free", "leased", "ready", "capacity", "late_checkins", "expired_leases"):
             values[f"buffer/{name}"] = float(sum(c[name] for c in counts))
+        # A shard says how it stands with each round; of one that has had none all chains are free.
+        for index in range(len(self._graph.shards)):
+            if index not in self._pool.counts:
+                values["buffer/free"] += self._graph.capacities[index]
+                values["buffer/capacity"] += self._graph.capacities[index]
         if counts:
             values["chain/age_mean"] = sum(c["age_mean"] for c in counts) / len(counts)
         if self._schedule.jarzynski:

@@ -183,6 +183,36 @@ class Placer:
             free[node][name] = free[node].get(name, 0.0) - amount
         return node
 
+    def for_ranks(self, held: Sequence[str | None], num_gpus: float) -> list[str] | None:
+        """A node that stays for each learner rank: its own, or the one with the fewest ranks.
+
+        Args:
+            held: where they are; what they claim there is free before their successors start.
+            num_gpus: that each of them claims.
+
+        Returns:
+            None where they do not all fit.
+        """
+        free = self._view()
+        room = {n: free[n].get("GPU", 0.0) + num_gpus * held.count(n) + 1e-6 for n in free}
+        placed = [node for node in held if node in room]
+        for node in placed:
+            room[node] -= num_gpus
+        out = []
+        for own in held:
+            node = own
+            if node not in room:
+                open_ = [n for n in room if room[n] >= num_gpus]
+                if not open_:
+                    return None
+                node = min(open_, key=lambda n: (placed.count(n), -room[n]))
+                placed.append(node)
+                room[node] -= num_gpus
+            out.append(node)
+        for node in free:
+            free[node]["GPU"] = max(0.0, room[node])
+        return out
+
     def draining(self) -> set[str]:
         """Nodes that are about to leave."""
         leaving = {node.id for node in self._look() if node.draining}

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ebm_dist.actors.crew import Crew
-from ebm_dist.actors.handles import Backend, Handle, ObjectLost, PartDied, Ref
-from ebm_dist.actors.rounds import MAX_ATTEMPTS, Committed, Purpose, Round
+from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
+from ebm_dist.actors.rounds import MAX_ATTEMPTS, RETRY_S, Committed, Purpose, Round
 from ebm_dist.actors.seats import Seat
 from ebm_dist.errors import RunFailed
 
@@ -318,10 +318,10 @@ class RoundPool:
             self._seats.load(seat, +1)
             self._redo_rounds_of(seat, str(died))
         else:  # unreachable for a moment
+            # No fault of the round: weights are lost, or a node is and Ray has yet to see.
             failed.version = -1
-            if isinstance(died, ObjectLost):
-                failed.attempts -= 1  # no fault of the round: there will be other weights
-            self._delayed.append((self._clock() + 0.25 * 2**failed.attempts, failed))
+            failed.attempts -= 1
+            self._delayed.append((self._clock() + RETRY_S, failed))
         self.crew.release_if_done(seat)
 
     def redo_lost(self) -> None:

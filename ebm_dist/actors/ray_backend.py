@@ -39,11 +39,12 @@ class _Host:
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._part, method)(*args)
 
-    def ready(self) -> tuple[int, str]:
-        """Where the part lives: its process, and the address of its node."""
+    def ready(self) -> tuple[int, str, str]:
+        """Where the part lives: its process, and the address and the id of its node."""
         import ray
 
-        return os.getpid(), ray.util.get_node_ip_address()
+        node = ray.get_runtime_context().get_node_id()
+        return os.getpid(), ray.util.get_node_ip_address(), node
 
     def rendezvous(self, loopback: bool, port: int | None) -> tuple[str, int]:
         import ray
@@ -56,6 +57,8 @@ class RayHandle:
     name: str
     actor: Any
     node: str | None = None
+    runs_on: str | None = None
+    """Id of the node, once it has started."""
 
     def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         return self.actor.call.options(num_returns=num_returns).remote(method, *args)
@@ -199,8 +202,8 @@ class RayBackend:
                 continue
             self._starting.remove((handle, ref))
             with contextlib.suppress(self._errors.RayError):  # whoever calls it will see
-                pid, node = self._ray.get(ref, timeout=30.0)
-                log.info("%s runs as process %d on %s", handle.name, pid, node)
+                pid, address, handle.runs_on = self._ray.get(ref, timeout=30.0)
+                log.info("%s runs as process %d on %s", handle.name, pid, address)
 
     def _on(self, node: str) -> Any:
         # A soft affinity has been seen to miss a node that had room.
@@ -302,6 +305,10 @@ class RayBackend:
         except self._errors.RayError:
             return False
         return False
+
+    def where(self, handle: Handle) -> str | None:
+        assert isinstance(handle, RayHandle)
+        return handle.runs_on
 
     def alive(self, handle: Handle, timeout: float = 0.5) -> bool:
         """False when Ray knows that the actor is dead; a busy actor counts as alive.

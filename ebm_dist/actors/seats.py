@@ -29,8 +29,10 @@ class Seat:
     """The weights that its present process was sent to begin with."""
     load: int = 0
     """Rounds before it."""
+    num_starts: int = 0
+    """Deaths in a row before it held weights."""
     failures: int = 0
-    """Deaths without a commit between."""
+    """Deaths after that, without a commit between."""
 
     @property
     def node(self) -> str | None:

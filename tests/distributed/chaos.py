@@ -7,9 +7,9 @@ shard, a learner rank or the metric hub; it is killed with SIGKILL whatever it i
 training goes on in legs of some hundred updates, each of which has to be finished, so that the
 soak lasts as long as it is asked to however fast the machine is.
 
-No more than `MAX_DOWN` parts are down at once, and learners that are coming back are left to: a
-machine that is killed faster than it can start processes shows nothing but that. A run ends when
-it has failed five times to make one update, and it says so.
+No more than `MAX_DOWN` parts are down at once: a machine that is killed faster than it can start
+processes shows nothing but that. A part that starts is hit like any other, and so are learners
+that come back.
 """
 
 from __future__ import annotations
@@ -195,15 +195,12 @@ def _soak(
 def _kill_one(run_dir: Path, rng: random.Random, mark: str) -> str | None:
     """SIGKILL a part that lives; its name, None if too many are down as it is."""
     ours, known = _marked(mark), pids(run_dir)
-    log = (run_dir / "run.log").read_text()
-    coming_back = log.rfind(": going back") > log.rfind("the learners go on")
     alive = sorted(name for name, pid in known.items() if pid in ours)
     if len(known) - len(alive) >= MAX_DOWN:
         return None
-    choice = [name for name in alive if not (coming_back and name.startswith("learner"))]
-    if not choice:
+    if not alive:
         return None
-    part = rng.choice(choice)
+    part = rng.choice(alive)
     with contextlib.suppress(ProcessLookupError):
         os.kill(known[part], signal.SIGKILL)
         return part

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from graph_runs import rows, start, wait_for
+from graph_runs import children, newest_step, pids, rows, run, start, wait_for
 
 from ebm_dist import checkpoint
 from ebm_dist.actors.access import find_token, make_token
@@ -143,3 +143,69 @@ def test_a_shard_leaves_a_draining_node_before_it_goes_and_no_chain_is_rolled_ba
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         process.wait()
+
+
+def test_learner_ranks_leave_draining_nodes_and_the_result_stays_bit_for_bit(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    head, node = cluster.head_node, cluster.add_node(num_cpus=2)
+    ranks = ("learner.num_ranks=2", "flow.mode=sync", "checkpoint.every=100000")
+    run_dir = tmp_path / "leaving"
+    process = start(run_dir, "runtime.backend=ray", "run.steps=1000000", *ranks)
+
+    def log() -> str:
+        path = run_dir / "run.log"
+        return path.read_text() if path.exists() else ""
+
+    def step() -> int:
+        assert process.poll() is None, log() + (tmp_path / "leaving.out").read_text()
+        return max((row["step"] for row in rows(run_dir)), default=0)
+
+    def ranks_on(node: Any) -> int:
+        there = children(node.all_processes["raylet"][0].process.pid)
+        return sum(pids(run_dir).get(f"learner-{rank}") in there for rank in range(2))
+
+    def leave(left: Any, to: Any) -> None:
+        drain(cluster, left)
+        wait_for(lambda: ranks_on(to) == 2, 120, "the ranks' move")
+        assert ranks_on(left) == 0
+        seen = step()
+        wait_for(lambda: step() > seen + 10, 60, "further updates")
+
+    try:
+        wait_for(lambda: step() > 10, 300, "the first updates")
+        # Ray has put each rank where it liked: after this both are on the node that joined.
+        leave(head, node)
+        other = cluster.add_node(num_cpus=2)
+        leave(node, other)
+        moves = re.findall(r"left the node.*go on from update (\d+) after (\S+) s", log())
+        assert 1 <= len(moves) <= 2
+        wait_for(lambda: log().count("has left its node") >= 2, 60, "the shards' moves")
+        cluster.remove_node(node, allow_graceful=False)
+        seen = step()
+        wait_for(lambda: step() > seen + 10, 120, "updates without the node")
+        assert "going back" not in log()
+        process.terminate()
+        assert process.wait(120) == 75
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.wait()
+    seen = rows(run_dir)
+    assert [row["step"] for row in seen] == list(range(1, len(seen) + 1)), "none lost, none twice"
+    assert [row["weights/version"] for row in seen] == [row["step"] for row in seen]
+    # The learners were replaced, but none of them had died.
+    assert seen[-1]["fault/restarts"] == 0
+    monkeypatch.delenv("RAY_ADDRESS")
+    stayed = tmp_path / "stayed"
+    steps = newest_step(run_dir)
+    run(stayed, "runtime.backend=ray", *ranks, f"run.steps={steps}")
+    found, whole = checkpoint.latest(run_dir), checkpoint.latest(stayed)
+    assert found is not None
+    assert whole is not None
+    assert found.step == whole.step == steps
+    for name in whole.names:
+        left, right = found.arrays(name), whole.arrays(name)
+        different = [key for key in right if not np.array_equal(left[key], right[key])]
+        assert not different, f"{name}: {different}"

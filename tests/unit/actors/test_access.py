@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from ebm_dist.actors.access import find_token, is_loopback, make_private, make_token, require_token
+from ebm_dist.actors import access
+from ebm_dist.actors.access import (
+    check_agreement,
+    find_token,
+    is_loopback,
+    make_private,
+    make_token,
+    require_token,
+)
 from ebm_dist.errors import UserError
 
 
@@ -140,6 +148,65 @@ def test_no_token_is_made_where_it_is_switched_off(
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     require_token("local")
     assert not (home / ".ray").exists()
+
+
+@pytest.mark.parametrize(
+    ("ours", "none", "mode", "said"),
+    [
+        (0, 3, "token", None),
+        (0, 0, "disabled", None),
+        (0, 0, "token", "runs without a token"),
+        (3, 3, "token", "shows the wrong one"),
+        (3, 3, "disabled", "shows none"),
+        # Another version's Ray may end in any way, and says so when it is joined.
+        (1, 1, "token", None),
+        (None, None, "token", None),
+    ],
+)
+def test_a_cluster_is_asked_whether_it_means_the_same_token(
+    ours: int | None,
+    none: int | None,
+    mode: str,
+    said: str | None,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_token(home)
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    answers = {None: ours, "disabled": none}
+    monkeypatch.setattr(access, "_listens", lambda gcs, key: True)
+    monkeypatch.setattr(access, "_knock", lambda gcs, RAY_AUTH_MODE=None: Knock(RAY_AUTH_MODE))
+    monkeypatch.setattr(access, "_answer", lambda knock: answers[knock.mode])
+    if said is None:
+        check_agreement("10.0.0.1:6379")
+        return
+    with pytest.raises(UserError, match=said) as caught:
+        check_agreement("10.0.0.1:6379")
+    assert str(caught.value).startswith("runtime.address: the Ray at 10.0.0.1:6379 ")
+    assert "0" * 64 not in str(caught.value)
+
+
+class Knock:
+    def __init__(self, mode: str | None) -> None:
+        self.mode = mode
+
+    def kill(self) -> None: ...
+    def wait(self, timeout: float) -> None: ...
+
+
+def test_to_show_a_token_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setattr(access, "_listens", lambda gcs, key: True)
+    with pytest.raises(UserError, match=r"RAY_AUTH_MODE: is token, but there is none"):
+        check_agreement("127.0.0.1:6379")
+
+
+@pytest.mark.parametrize("address", ["local", "auto", "ray://127.0.0.1:1", "127.0.0.1:1"])
+def test_nobody_is_asked_where_no_ray_listens(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "_knock", None)
+    check_agreement(address)
 
 
 @pytest.mark.parametrize(

@@ -35,3 +35,17 @@ def test_the_metric_shows_the_lower_bound_held_and_a_resumed_run_goes_on_countin
     assert sorted(steps_taken) == list(range(5, 41, 5))
     for value in steps_taken.values():
         assert value == pytest.approx(1.75 * NEEDED, abs=2 * 64 * 4 / 5)
+
+
+def test_the_chains_add_up_before_every_shard_has_had_a_round(tmp_path: Path) -> None:
+    # One lease an update and four shards: three of them are not heard of in the first row.
+    run(
+        tmp_path / "run",
+        *("buffer.num_shards=4", "workers.num_chains=64", "data.batch_size=64"),
+        *("tracking.log_every=1", "run.steps=6"),
+    )
+    names = ("buffer/free", "buffer/leased", "buffer/ready")
+    parts = [curve(tmp_path / "run", name) for name in names]
+    for step, capacity in curve(tmp_path / "run", "buffer/capacity").items():
+        assert capacity == 256
+        assert sum(part[step] for part in parts) == capacity

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ebm_dist.actors.controller import Controller
 from ebm_dist.actors.handles import InlineBackend, InlineHandle, InlineResult, PartDied
+from ebm_dist.actors.learner import LearnerRank
 from ebm_dist.actors.learners import LearnerGroup
+from ebm_dist.errors import RunFailed
 
 
 def weights(run_dir: Path) -> dict[str, Tensor]:
@@ -58,6 +60,26 @@ def test_a_part_that_dies_before_the_first_checkpoint_costs_nothing_but_its_star
     calls = fails_once(monkeypatch, owner, name)
     assert run(tmp_path / "hit", "run.steps=3", f"flow.mode={mode}")[0].finished
     assert len(calls) > 1
+    whole, hit = weights(tmp_path / "whole"), weights(tmp_path / "hit")
+    assert all((whole[key] == hit[key]).all() for key in whole)
+
+
+def test_a_first_group_that_waits_in_vain_for_a_dead_rank_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole", "run.steps=3")
+    real, calls = LearnerRank.start, []
+
+    def start(self: LearnerRank, rendezvous: tuple[str, int]) -> None:
+        calls.append(rendezvous)
+        if len(calls) == 1:
+            raise RunFailed("learner rank 1 of 2 could not join: it timed out")
+        real(self, rendezvous)
+
+    monkeypatch.setattr(LearnerRank, "start", start)
+    monkeypatch.setattr(InlineBackend, "alive", lambda self, handle, timeout=0.5: len(calls) != 1)
+    assert run(tmp_path / "hit", "run.steps=3")[0].finished
+    assert len(calls) == 2
     whole, hit = weights(tmp_path / "whole"), weights(tmp_path / "hit")
     assert all((whole[key] == hit[key]).all() for key in whole)
 

@@ -144,14 +144,15 @@ def test_workers_of_a_draining_node_finish_their_rounds_and_give_their_leases_ba
     assert world.size == 4
 
 
-def test_the_last_worker_stays_on_a_draining_node_until_another_serves_elsewhere() -> None:
-    world = Elastic(3, 3, 3, mode="async", max_lag=4, max_delay=10, nodes=("a",))
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_last_worker_stays_on_a_draining_node_until_another_serves_elsewhere(size: int) -> None:
+    world = Elastic(size, size, size, mode="async", max_lag=4, max_delay=10, nodes=("a",))
     world.leaving, world.room = {"a"}, 0
     world.run(4 * LOOK_S, busy=0)
     assert [worker.node for worker in world.workers] == ["a"]
     world.room, world.nodes = 99, ("b",)
     world.run(4 * LOOK_S, busy=0)
-    assert [worker.node for worker in world.workers] == ["b"] * 3
+    assert [worker.node for worker in world.workers] == ["b"] * size
     assert world.pool.restarts == 0
 
 

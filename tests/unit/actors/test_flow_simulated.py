@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulation import SimWorker
 from worlds import BATCH, CHAINS, World
 
-from ebm_dist.actors.rounds import MAX_ATTEMPTS
+from ebm_dist.actors.handles import PartDied
+from ebm_dist.actors.rounds import MAX_ATTEMPTS, MAX_STARTS
 from ebm_dist.errors import RunFailed
 
 
@@ -99,7 +101,45 @@ def test_a_worker_that_always_dies_ends_the_run_with_its_name() -> None:
     world = World(mode="sync", num_workers=1, max_delay=5, kill_worker=1.0)
     with pytest.raises(RunFailed, match=r"worker-0|round 0"):
         world.update()
-    assert world.pool.restarts <= MAX_ATTEMPTS + 1
+    assert world.pool.restarts <= MAX_STARTS + 1
+
+
+def test_a_worker_that_dies_of_every_round_ends_the_run_after_five(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(mode="sync", num_workers=1, max_delay=5)
+
+    def dies(*_: object) -> None:
+        world.backend.kill(world.workers[0])  # type: ignore[arg-type]
+        raise PartDied("killed by its round")
+
+    monkeypatch.setattr(SimWorker, "run_round", dies)
+    with pytest.raises(RunFailed, match=r"round \d of shard \d failed 5 times"):
+        world.update()
+    assert world.pool.restarts == MAX_ATTEMPTS
+
+
+def test_a_worker_that_never_starts_ends_the_run_with_its_name() -> None:
+    world = World(mode="async", num_workers=1, max_delay=3)
+    seat = next(iter(world.pool.crew.seats))
+    for _ in range(MAX_STARTS - 1):
+        world.pool.crew.replace(seat, "killed by the test")
+    with pytest.raises(RunFailed, match=r"worker-0 was started 20 times .*workers\.num_workers"):
+        world.pool.crew.replace(seat, "killed by the test")
+
+
+def test_workers_that_are_hit_while_they_start_are_started_on() -> None:
+    world = World(mode="async", num_workers=2, max_delay=3)
+    world.update()
+    seat = next(iter(world.pool.crew.seats))
+    for _ in range(3):
+        for _ in range(2 * MAX_ATTEMPTS):
+            world.pool.crew.replace(seat, "killed by the test")
+            assert seat.state == "starting"
+        while seat.state == "starting":
+            world.pool.poll(0.0)
+    for _ in range(10):
+        world.update()
 
 
 def test_a_worker_that_hangs_is_replaced() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -42,15 +42,18 @@ class FakeBackend:
         self.killed.append(handle)
 
 
-def wait(refs: Sequence[Any], timeout: float) -> None:
+def wait(refs: Sequence[Any], timeout: float, *, each: Callable[[Any], Any] | None = None) -> None:
     """Everything here is done at once."""
+    for ref in refs:
+        if each is not None:
+            each(ref)
 
 
 def make(num_ranks: int, port: int | None = None) -> tuple[LearnerGroup, FakeBackend]:
     backend = FakeBackend()
     group = LearnerGroup(
         backend,  # type: ignore[arg-type]
-        lambda rank: FakeRank(f"learner-{rank}"),
+        lambda rank, node: FakeRank(f"learner-{rank}"),
         num_ranks=num_ranks,
         port=port,
         start_timeout_s=1.0,
@@ -100,3 +103,35 @@ def test_successors_that_have_not_met_are_given_no_work() -> None:
 @pytest.mark.parametrize(("num_ranks", "asked"), [(1, None), (2, 6384)])
 def test_the_pinned_port_is_for_ranks_that_meet(num_ranks: int, asked: int | None) -> None:
     assert make(num_ranks, port=6384)[1].asked_for_port == [asked]
+
+
+def test_a_rank_that_dies_while_they_meet_is_not_waited_for_by_way_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group, backend = make(2)
+    seen: list[Any] = []
+
+    def start(self: FakeRank, method: str, *args: Any, num_returns: int = 1) -> Any:
+        return f"{self.name} {method}"
+
+    def get(ref: Any, timeout: float) -> Any:
+        seen.append(ref)
+        if ref == "learner-1 start":
+            group.ranks[1].alive = False
+            raise PartDied("its process is gone")
+        return ref
+
+    monkeypatch.setattr(FakeRank, "call", start)
+    monkeypatch.setattr(backend, "get", get)
+
+    def one_after_the_other(
+        refs: Sequence[Any], timeout: float, *, each: Callable[[Any], Any] | None = None
+    ) -> None:
+        for ref in reversed(refs):  # the dead one's fails at once, the others' after their timeout
+            if each is not None:
+                each(ref)
+
+    with pytest.raises(PartDied, match="learner-1 died while the ranks met"):
+        group.meet(one_after_the_other)
+    assert "learner-0 start" not in seen
+    assert group.lost(), "those that are left have not met"

@@ -39,7 +39,7 @@ def deliver(world: World, num_ranks: int = 2) -> Delivery:
     backend: Any = world.backend
     learners = LearnerGroup(
         backend,
-        lambda rank: backend.spawn(Rank, {}, name=f"learner-{rank}"),
+        lambda rank, node: backend.spawn(Rank, {}, name=f"learner-{rank}"),
         num_ranks=num_ranks,
         port=None,
         start_timeout_s=1.0,
@@ -125,6 +125,27 @@ def test_rounds_outlast_weights_that_are_lost_until_there_are_others() -> None:
         assert max(world.update(busy_ticks=5)[0]) <= 4
     assert world.pool.restarts == 0, "no worker was at fault"
     assert world.pool.crew.seats.num_serving == 4, "the newcomer got the next weights"
+
+
+def test_rounds_outlast_a_worker_that_nobody_knows_to_be_dead_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(mode="async", max_lag=4, max_delay=2)
+    ticks = iter(range(10**9))
+    world.pool._clock = lambda: 0.1 * next(ticks)
+    world.update()
+    dead, alive = world.workers[0], world.backend.alive
+    world.backend.kill(dead)
+    monkeypatch.setattr(world.backend, "alive", lambda handle, timeout=0.5: True)
+    for _ in range(100 * MAX_ATTEMPTS):
+        world.pool.poll(0.0)
+        world.flow.top_up()
+    assert world.pool.restarts == 0
+    monkeypatch.setattr(world.backend, "alive", alive)
+    for _ in range(50):
+        assert max(world.update(busy_ticks=5)[0]) <= 4
+    assert world.pool.restarts == 1
+    world.check()
 
 
 def test_rounds_and_newcomers_that_wait_for_lost_weights_get_the_present_ones() -> None:

@@ -25,7 +25,7 @@ class Leaving:
         self.now = 0.0
         graph: Any = type("G", (), {})()
         graph.backend, graph.shards = self.world.backend, self.world.shards
-        graph.leave = Leave(lambda: self.draining, self.start)
+        graph.leave = Leave(lambda: self.draining, self.start, lambda held: None)
         self.mover = Mover(
             graph, self.world.pool, say=self.world.said.append, timeout=30.0, clock=self.clock
         )

@@ -1,0 +1,85 @@
+"""Updates that fail and starts that fail are counted apart, each with an end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import run
+
+from ebm_dist.actors.attempts import Attempts
+from ebm_dist.actors.flow import RollBack
+from ebm_dist.actors.handles import PartDied
+from ebm_dist.actors.learners import LearnerGroup
+from ebm_dist.actors.rounds import MAX_ATTEMPTS, MAX_STARTS
+from ebm_dist.errors import RunFailed
+
+DIED = PartDied("killed by the test")
+
+
+def test_starts_that_are_hit_do_not_count_against_an_update_that_was_not_tried() -> None:
+    attempts = Attempts()
+    for _ in range(MAX_ATTEMPTS):  # each update fails, and each way back to it takes many starts
+        attempts.failed(DIED)
+        attempts.begin_start()
+        for _ in range(MAX_STARTS - 1):
+            attempts.failed(DIED)
+        attempts.started()
+    with pytest.raises(RunFailed, match=r"update 0 was not reached in 5 .*checkpoint\.every"):
+        attempts.failed(DIED)
+
+
+def test_a_new_update_is_progress_and_one_that_is_made_again_is_not() -> None:
+    attempts = Attempts()
+    for step in range(1, 20):
+        attempts.reached(step)
+        for _ in range(MAX_ATTEMPTS):
+            attempts.failed(DIED)
+        attempts.reached(step - 1)
+        attempts.reached(step)
+    with pytest.raises(RunFailed, match="update 19 was not reached"):
+        attempts.failed(DIED)
+
+
+def test_starts_in_vain_end_the_run_with_what_to_change() -> None:
+    attempts = Attempts()
+    attempts.begin_start()
+    for _ in range(MAX_STARTS - 1):
+        attempts.failed(DIED)
+    with pytest.raises(RunFailed) as caught:
+        attempts.failed(DIED)
+    line = str(caught.value)
+    assert f"started {MAX_STARTS} times in a row" in line
+    assert "learner.num_ranks" in line
+    assert "killed by the test" in line
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_run_whose_starts_are_hit_more_often_than_an_update_may_fail_goes_on(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank dies at update 3, and then in each of ten starts that follow."""
+    hits: list[str] = []
+    update, load = LearnerGroup.update, LearnerGroup.load
+
+    def dies(self: LearnerGroup, step: int, *args: Any, **options: Any) -> Any:
+        if step == 3 and not hits:
+            hits.append("update")
+            raise RollBack("killed by the test")
+        return update(self, step, *args, **options)
+
+    def dies_too(self: LearnerGroup, *args: Any, **options: Any) -> None:
+        if len(hits) <= 2 * MAX_ATTEMPTS:
+            hits.append("start")
+            raise DIED
+        load(self, *args, **options)
+
+    monkeypatch.setattr("ebm_dist.actors.controller.RETRY_S", 0.0)
+    monkeypatch.setattr(LearnerGroup, "update", dies)
+    monkeypatch.setattr(LearnerGroup, "load", dies_too)
+    options = (f"flow.mode={mode}", "run.steps=6", "checkpoint.every=2")
+    result, screen = run(tmp_path / "run", *options)
+    assert result.finished
+    assert hits.count("start") == 2 * MAX_ATTEMPTS
+    assert "the learners go on after" in screen
