@@ -34,12 +34,29 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "allocator": "LD_PRELOAD=" + os.environ["LD_PRELOAD"]
-        if os.environ.get("LD_PRELOAD")
-        else "libc, default thresholds",
+        "allocator": _allocator(),
         "peers": {name: version for name in PEERS if (version := _version(name)) is not None},
         "load_before": round(_LOAD, 2),
     }
+
+
+_memory_is_kept = False
+
+
+def keep_memory() -> None:
+    """Let this process keep what it frees, as those of a run do."""
+    from ebm_dist.actors.handles import tune_process
+
+    global _memory_is_kept
+    tune_process(None)
+    _memory_is_kept = True
+
+
+def _allocator() -> str:
+    name = os.environ.get("LD_PRELOAD")
+    if name:
+        return f"LD_PRELOAD={name}"
+    return "libc, " + ("freed memory kept" if _memory_is_kept else "default thresholds")
 
 
 def _version(name: str) -> str | None:

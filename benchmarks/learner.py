@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from common import fastest_device, interleaved, keep, medians, seconds, spread
+from common import fastest_device, interleaved, keep, keep_memory, medians, seconds, spread
 from end_to_end import BATCH, config, write_images
 from rich.console import Console
 from rich.table import Table
 
-from ebm_dist.actors.handles import tune_process
 from ebm_dist.actors.learner import LearnerRank
 from ebm_dist.config import RunConfig
 from ebm_dist.data import describe, prepare
@@ -65,7 +64,7 @@ def measure(source: Path, number: int, repetitions: int, out: Path | None) -> No
     run = RunConfig.model_validate(config(source, 1))
     run = bind(run, describe(run.data))
     device = fastest_device()
-    tune_process(None)  # memory is kept, as in a learner's own process
+    keep_memory()
     rank = LearnerRank(
         run.learner, run.data, run.energy, run.objective, rank=0, seed=0, device=device
     )
