@@ -29,7 +29,6 @@ pytestmark = [
 ]
 
 CAPACITY = 6144
-
 MAX_LAG = 4
 # Leases and weights are over 100 KiB each, so that they travel as objects between the nodes'
 # stores; smaller ones would ride along with Ray's messages.
