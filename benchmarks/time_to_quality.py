@@ -4,8 +4,8 @@
 
 CONFIG is a run of ours, such as configs/digits.yaml. The peer trains the same network on the same
 data with the same recipe: batch, optimiser, clipping, buffer, sampler, energy_l2 and data noise are
-read from CONFIG; its trainer has no learning-rate schedule, so it is given the constant one and a
-cosine over its whole time, and the better of the two counts. Each gets the machine for itself, one
+read from CONFIG; its trainer has no learning-rate schedule, so it is given a
+cosine over its whole time, as ours has over its own. Each gets the machine for itself, one
 after the other. Quality is the Frechet distance of `num_samples` chains to held-out data, by the
 feature network of `ebm_dist.evaluation`, computed afterwards, off everybody's clock. Our clock runs
 from the first update and includes our own evaluations.
@@ -60,9 +60,8 @@ def peer(recipe: dict[str, Any], data: torch.Tensor, seconds: float, out: Path) 
 
     def callback(step: int, output: Any) -> None:
         now = time.monotonic() - start
-        if recipe["cosine"]:
-            for group in optimizer.param_groups:
-                group["lr"] = 0.5 * lr * (1 + math.cos(math.pi * min(now / seconds, 1.0)))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * lr * (1 + math.cos(math.pi * min(now / seconds, 1.0)))
         if now >= every * (len(times) + 1):
             times.append(now)
             taken.append(buffer.data[: recipe["num_samples"]].numpy().copy())
@@ -96,7 +95,7 @@ def peer(recipe: dict[str, Any], data: torch.Tensor, seconds: float, out: Path) 
         return
 
 
-def recipe_of(config: Any, *, cosine: bool) -> dict[str, Any]:
+def recipe_of(config: Any) -> dict[str, Any]:
     """What the peer is told, from a bound RunConfig."""
     sampler = config.sampler
     return {
@@ -120,7 +119,6 @@ def recipe_of(config: Any, *, cosine: bool) -> dict[str, Any]:
         "noise_std": config.data.noise_std,
         "flip": config.data.flip,
         "num_samples": config.evaluation.num_samples,
-        "cosine": cosine,
     }
 
 
@@ -203,14 +201,11 @@ def main() -> None:
     console = Console()
     ours, our_updates = our_curve(options.config, options.overrides)
     rows: list[dict[str, Any]] = [{"who": "ebm_dist", "updates": our_updates, "curve": ours}]
-    best = math.inf
-    for cosine in (True, False):
-        recipe = recipe_of(config, cosine=cosine)
-        curve, updates = peer_curve(options.peer_python, recipe, train.x, options.minutes, fidelity)
-        name = "ebmkit, " + ("cosine" if cosine else "constant lr")
-        rows.append({"who": name, "updates": updates, "curve": curve})
-        # Its best point, not its last: a peer that ran away late is not held to that.
-        best = min(best, *(distance for _, distance in curve))
+    recipe = recipe_of(config)
+    curve, updates = peer_curve(options.peer_python, recipe, train.x, options.minutes, fidelity)
+    rows.append({"who": "ebmkit", "updates": updates, "curve": curve})
+    # Its best point, not its last: a peer that ran away late is not held to that.
+    best = min(distance for _, distance in curve)
     reached = next((t for t, distance in ours if distance <= best), None)
     table = Table("who", "updates", "last point at, s", "best distance", "last distance")
     for row in rows:

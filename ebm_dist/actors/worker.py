@@ -15,6 +15,7 @@ from ebm_dist.buffer.rows import open_rows
 from ebm_dist.diagnostics import autocorrelation_time, effective_sample_size, split_rhat
 from ebm_dist.energies import EnergySection
 from ebm_dist.errors import NonFinite
+from ebm_dist.generators import seeded
 from ebm_dist.samplers import Chain, Engine, KernelSection, run_chain
 from ebm_dist.section import Section
 from ebm_dist.seeds import derive_seed
@@ -160,7 +161,7 @@ class Worker:
     def sample(self, num: int, num_steps: int, weights: np.ndarray, seed: int) -> np.ndarray:
         """`num` fresh chains from noise after `num_steps` steps, (num, *event)."""
         self._use(weights, None)
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         start = self._spec.noise(num, generator)
         return self._run(start, seed + 1, num_steps).position.cpu().numpy()
 
@@ -192,7 +193,7 @@ class Worker:
 
     def _generator(self, seed: int, *purpose: str) -> torch.Generator:
         seed = derive_seed(seed, *purpose) if purpose else seed
-        return torch.Generator(self._device).manual_seed(seed)
+        return seeded(seed, self._device)
 
     def _run(self, start: Tensor, seed: int, num_steps: int) -> Chain:
         generator = self._generator(seed)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.generators import seeded
 from ebm_dist.objectives.jarzynski import resample
 from ebm_dist.types import EventSpec
 
@@ -51,7 +52,7 @@ def resampling(
     For chains of one version: across versions log-weights differ by what log Z has moved, and
     it would be the old chains that are replaced, not the unlikely ones.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     old = torch.from_numpy(log_weight.astype(np.float64))
     index, new = resample(old, generator, min_ess_ratio=threshold)
     if new is old:

@@ -9,6 +9,7 @@ import torch
 
 from ebm_dist.buffer.jarzynski import start_noise
 from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.generators import seeded
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import Batch, EventSpec
 
@@ -43,9 +44,7 @@ class Starts:
 
     def draw(self, num: int, *occasion: str | int) -> np.ndarray:
         """`num` chains (num, *event) float32; the noise in them is that of `occasion`."""
-        generator = torch.Generator().manual_seed(
-            derive_seed(self._seed, "shard", self._index, *occasion)
-        )
+        generator = seeded(derive_seed(self._seed, "shard", self._index, *occasion))
         if self._config.init == "noise":
             return start_noise(self._config, self._spec, num, generator).numpy()
         assert self._data is not None

@@ -23,6 +23,7 @@ from ebm_dist.data.order import SplitMode, shard_order, shuffled, split_mode
 from ebm_dist.data.shards import check_shard, read_shard
 from ebm_dist.data.transform import Part, Transform
 from ebm_dist.errors import UserError
+from ebm_dist.generators import seeded
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import Batch
 
@@ -116,8 +117,7 @@ class Reader:
         else:
             path, part = (self._rank,), Part()
         cursor = self._cursor
-        generator = torch.Generator()
-        generator.manual_seed(derive_seed(self._seed, "data", "augment", *path, cursor.num_batches))
+        generator = seeded(derive_seed(self._seed, "data", "augment", *path, cursor.num_batches))
         x = self._transform(torch.from_numpy(np.stack(xs)), generator, part=part)
         label = torch.tensor(labels, dtype=torch.int64) if layout.labelled else None
         self._cursor = Cursor(cursor.epoch, cursor.offset, cursor.num_batches + 1)

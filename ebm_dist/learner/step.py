@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from ebm_dist.generators import seeded
 from ebm_dist.types import Batch, Negatives
 
 
@@ -47,7 +48,7 @@ class LearningStep(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached scalar metrics with `loss/total` among them."""
         device = batch.x.device
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = seeded(seed, device)
         autocast = torch.autocast(
             device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
         )

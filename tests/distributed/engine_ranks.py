@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_dist import energies, objectives
+from ebm_dist.generators import seeded
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.learner.engine import Engine
 from ebm_dist.types import Batch, Negatives
@@ -212,7 +213,7 @@ def run_plain(
         losses = []
         for index in range(num_slices):
             batch, negatives = slice_of(draw, index, num_slices)
-            generator = torch.Generator().manual_seed(1000 * step + index)
+            generator = seeded(1000 * step + index)
             with torch.autocast("cpu", torch.bfloat16, enabled=learner.precision == "bf16"):
                 losses.append(loss_of(network, batch, negatives, generator)[0])
         loss = torch.stack(losses).mean()

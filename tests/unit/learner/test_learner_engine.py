@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ebm_dist import energies, objectives
 from ebm_dist.errors import RunFailed
+from ebm_dist.generators import seeded
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.learner.engine import Engine
 from ebm_dist.learner.step import LearningStep
@@ -84,17 +85,14 @@ def test_noise_follows_the_seed_alone():
             engine.update(Batch(events(0)), None, seed=seed, lr=0.0)["noise"] for seed in (3, 4, 3)
         ]
     assert drawn[0] == drawn[2] != drawn[1]
-    want = torch.randn((), generator=torch.Generator().manual_seed(3)).item()
+    want = torch.randn((), generator=seeded(3)).item()
     assert drawn[0] == want
 
 
 def test_micro_batches_have_noise_of_their_own():
     with Engine(LearnerConfig(accumulation=2), mlp(), Noisy()) as engine:
         got = engine.update(Batch(events(0)), None, seed=3, lr=0.0)["noise"]
-    want = [
-        torch.randn((), generator=torch.Generator().manual_seed(derive_seed(3, "micro", i))).item()
-        for i in range(2)
-    ]
+    want = [torch.randn((), generator=seeded(derive_seed(3, "micro", i))).item() for i in range(2)]
     assert want[0] != want[1]
     assert got == pytest.approx(sum(want) / 2)
 
