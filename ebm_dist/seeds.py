@@ -1,4 +1,7 @@
-"""Seeds by name: every stream of noise in a run has one, and no two share it."""
+"""Seeds by name: every stream of noise in a run has one, and no two share it.
+
+`generators.seeded` makes a generator of one; torch's `manual_seed` would read half of it on a CPU.
+"""
 
 from __future__ import annotations
 
