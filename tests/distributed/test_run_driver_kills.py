@@ -60,17 +60,25 @@ def kill_one_life(run_dir: Path, rng: random.Random, *, moment: str, ray: bool) 
                 "a first checkpoint",
             )
         time.sleep(rng.uniform(0.0, 2.0))
+        assert process.pid is not None
         if moment == "writing":
             deadline = time.monotonic() + 60
-            while not half_written(run_dir):
+            while True:
                 assert time.monotonic() < deadline, "no checkpoint is being written"
                 assert alive(process), "the run ended by itself"
-            time.sleep(rng.uniform(0.0, 0.02))
+                if not half_written(run_dir):
+                    continue
+                time.sleep(rng.uniform(0.0, 0.01))
+                # Stopped, so that it cannot finish between the look and the kill: a checkpoint
+                # takes a hundredth of a second to write.
+                os.kill(process.pid, signal.SIGSTOP)
+                if half_written(run_dir):
+                    break
+                os.kill(process.pid, signal.SIGCONT)
         assert alive(process), (run_dir.parent / f"{run_dir.name}.txt").read_text()
     finally:
-        assert process.pid is not None
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
         process.wait() if isinstance(process, Popen) else process.join()
     return half_written(run_dir)
 
