@@ -6,9 +6,10 @@ CONFIG is a run of ours, such as configs/digits.yaml. The peer trains the same n
 data with the same recipe: batch, optimiser, clipping, buffer, sampler, energy_l2 and data noise are
 read from CONFIG; its trainer has no learning-rate schedule, so it is given a
 cosine over its whole time, as ours has over its own. Each gets the machine for itself, one
-after the other. Quality is the Frechet distance of `num_samples` chains to held-out data, by the
-feature network of `ebm_dist.evaluation`, computed afterwards, off everybody's clock. Our clock runs
-from the first update and includes our own evaluations.
+after the other. Quality is the Frechet distance of the buffer's first `num_samples` chains to
+held-out data, by one feature network of `ebm_dist.evaluation`, computed afterwards, off everybody's
+clock. Ours runs from the first update and includes the run's own evaluations and checkpoints, which
+the chains are read from.
 
 PYTHON is an interpreter that has ebmkit, torch, einops and pydantic.
 """
@@ -143,32 +144,31 @@ def peer_curve(
     ], updates
 
 
-def our_curve(path: Path, overrides: list[str]) -> tuple[list[tuple[float, float]], int]:
-    """The same of `ebm-dist train`, whose evaluations are its own."""
+def our_curve(
+    path: Path, overrides: list[str], num: int, fidelity: Any
+) -> tuple[list[tuple[float, float]], int]:
+    """The same of `ebm-dist train`, whose chains are those of its checkpoints."""
+    from ebm_dist.checkpoint import open_checkpoint
+
     with tempfile.TemporaryDirectory() as directory:
         run_dir = f"{directory}/run"
         command = [sys.executable, "-m", "ebm_dist", "train", str(path), *overrides]
-        run = subprocess.Popen(
-            [*command, "tracking.wandb=off", "--run-dir", run_dir],
+        command += ["checkpoint={every: 250, keep: 1000}", "tracking.wandb=off"]
+        subprocess.run(
+            [*command, "--run-dir", run_dir],
+            check=True,
             stdout=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
-        started: float | None = None
-        seen: dict[int, float] = {}
-        while run.poll() is None:
-            time.sleep(0.2)
-            pictures = list(Path(run_dir, "samples").glob("step_*.png"))
-            if started is None and Path(run_dir, "checkpoints").is_dir():
-                started = time.monotonic()
-            for picture in pictures:
-                step = int(picture.stem.split("_")[1])
-                seen.setdefault(step, time.monotonic() - (started or time.monotonic()))
-        if run.returncode:
-            raise SystemExit(f"ebm-dist train ended with exit code {run.returncode}")
-        rows = [json.loads(x) for x in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
-    distances = {r["step"]: r["fidelity/distance"] for r in rows if "fidelity/distance" in r}
-    steps = sorted(step for step in distances if step in seen)
-    return [(seen[step], distances[step]) for step in steps], max(distances, default=0)
+        curve, started = [], None
+        for cut in sorted(Path(run_dir, "checkpoints").glob("step_*")):
+            opened, written = open_checkpoint(cut), cut.stat().st_mtime
+            started = started or written  # of update 0, before the first one
+            shards = [opened.arrays(n) for n in opened.names if n.startswith("shard")]
+            x = np.concatenate([shard["position"] for shard in shards])[:num]
+            distance = fidelity.distance(torch.from_numpy(x).clamp(-1, 1))
+            curve.append((written - started, distance))
+        return curve, opened.step
 
 
 def main() -> None:
@@ -199,7 +199,8 @@ def main() -> None:
     train, test = load_split(config.data, "train"), load_split(config.data, "test")
     fidelity = Fidelity.fit(train, test, spec, config.run.seed)
     console = Console()
-    ours, our_updates = our_curve(options.config, options.overrides)
+    num = config.evaluation.num_samples
+    ours, our_updates = our_curve(options.config, options.overrides, num, fidelity)
     rows: list[dict[str, Any]] = [{"who": "ebm_dist", "updates": our_updates, "curve": ours}]
     recipe = recipe_of(config)
     curve, updates = peer_curve(options.peer_python, recipe, train.x, options.minutes, fidelity)
