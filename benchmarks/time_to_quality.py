@@ -6,7 +6,7 @@ CONFIG is a run of ours, such as configs/digits.yaml. The peer trains the same n
 data with the same recipe: batch, optimiser, clipping, buffer, sampler, energy_l2 and data noise are
 read from CONFIG; its trainer has no learning-rate schedule, so it is given a
 cosine over its whole time, as ours has over its own. Each gets the machine for itself, one
-after the other. Quality is the Frechet distance of the buffer's first `num_samples` chains to
+after the other. Quality is the Frechet distance of `num_samples` of the buffer's chains to
 held-out data, by one feature network of `ebm_dist.evaluation`, computed afterwards, off everybody's
 clock. Ours runs from the first update and includes the run's own evaluations and checkpoints, which
 the chains are read from.
@@ -165,7 +165,8 @@ def our_curve(
             opened, written = open_checkpoint(cut), cut.stat().st_mtime
             started = started or written  # of update 0, before the first one
             shards = [opened.arrays(n) for n in opened.names if n.startswith("shard")]
-            x = np.concatenate([shard["position"] for shard in shards])[:num]
+            # Of all shards alike: one alone may hold a part of the modes.
+            x = np.concatenate([s["position"][: num // len(shards)] for s in shards])
             distance = fidelity.distance(torch.from_numpy(x).clamp(-1, 1))
             curve.append((written - started, distance))
         return curve, opened.step

@@ -18,7 +18,7 @@ from ebm_dist.actors.band import StepBand, num_late
 from ebm_dist.actors.cut import Progress
 from ebm_dist.actors.graph import Graph, Schedule
 from ebm_dist.actors.handles import PartDied, Ref
-from ebm_dist.actors.locality import ShardChoice
+from ebm_dist.actors.locality import ShardChoice, shards_of_update
 from ebm_dist.actors.pool import RoundPool
 from ebm_dist.actors.rounds import Committed, Purpose
 from ebm_dist.actors.stall import (
@@ -89,7 +89,7 @@ class NegativeFlow:
             needed=needed,
             round_steps=self._round_steps,
         )
-        self._choice = ShardChoice(len(graph.shards))
+        self._choice = ShardChoice(len(graph.shards), self._leases_per_update)
         self._booked = 0
         self._num_taken = 0  # leases that learners were given
         self._in_hand = 0  # and those that the update under way has chosen
@@ -162,8 +162,9 @@ class NegativeFlow:
         wanted = range(first, first + self._leases_per_update)
         spare = range(wanted.stop, wanted.stop + self._band.spare_rounds(step))
         self._progress.next_lease = spare.stop
-        together = [(i, i % len(self._shards)) for i in (*wanted, *spare)]
-        self._pool.start_together(together, self._schedule.num_steps, spare=spare)
+        leases = range(first, spare.stop)
+        shards = shards_of_update(first, len(leases), len(self._shards))
+        self._pool.start_together([*zip(leases, shards)], self._schedule.num_steps, spare=spare)
         pool = self._pool
         self._poll_until(
             lambda: pool.outstanding == 0 and all(i in pool.committed for i in wanted),
@@ -351,8 +352,9 @@ class NegativeFlow:
 
     def _start(self, purpose: Purpose) -> None:
         nodes = [getattr(shard, "node", None) for shard in self._shards]
-        shard = self._choice.next(self._pool.idle_node, nodes)
-        self._pool.start(self._new_lease(), shard, self._schedule.num_steps, purpose=purpose)
+        lease_id = self._new_lease()
+        shard = self._choice.next(lease_id, self._pool.idle_node, nodes)
+        self._pool.start(lease_id, shard, self._schedule.num_steps, purpose=purpose)
 
     def _new_lease(self) -> int:
         lease_id = self._progress.next_lease

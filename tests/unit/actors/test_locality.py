@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from worlds import World
 
-from ebm_dist.actors.locality import SLACK, ShardChoice
+from ebm_dist.actors.locality import SLACK, ShardChoice, shards_of_update
 from ebm_dist.actors.seats import Seats
 
 
@@ -48,20 +48,40 @@ def test_of_equals_the_one_that_waited_longest_is_chosen() -> None:
     assert order == [0, 1, 2, 0, 1, 2]
 
 
-def test_without_nodes_rounds_are_dealt_out_in_turn() -> None:
-    choice = ShardChoice(3)
-    assert [choice.next(None, [None] * 3) for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+def test_where_an_update_takes_from_every_shard_rounds_are_dealt_out_in_turn() -> None:
+    choice = ShardChoice(3, leases_per_update=6)
+    assert [choice.next(i, None, [None] * 3) for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_where_it_takes_fewer_each_rounds_shard_is_drawn_at_random_of_all_nodes() -> None:
+    choice, nodes = ShardChoice(4, leases_per_update=3), ["a", "a", "b", "b"]
+    drawn = [choice.next(i, "a", nodes) for i in range(20_000)]
+    pairs = np.histogram2d(drawn[:-1:2], drawn[1::2], bins=4)[0]
+    expected = len(drawn) / 2 / 16
+    # 15 degrees of freedom: mean 15, standard deviation 5.5. Taking turns would give 30,000.
+    assert ((pairs - expected) ** 2 / expected).sum() < 15 + 4 * 5.5
+    again = ShardChoice(4, leases_per_update=3)
+    assert [again.next(i, None, nodes) for i in range(50)] == drawn[:50], "the number decides"
+
+
+def test_in_sync_mode_an_update_takes_from_all_shards_alike_and_the_rest_at_random() -> None:
+    for num in (3, 6):
+        assert sorted(shards_of_update(7, num, 3)) == sorted([0, 1, 2] * (num // 3))
+    alone = [shards_of_update(first, 1, 2)[0] for first in range(10_000)]
+    for period in (1, 2):  # neither always the same nor in turn
+        same = np.mean(np.equal(alone[:-period], alone[period:]))
+        assert abs(same - 0.5) < 4 * 0.5 / 100
 
 
 @pytest.mark.parametrize("fast", [1, 2, 5])
 def test_a_faster_node_steals_and_no_shard_falls_behind_by_more_than_the_slack(fast: int) -> None:
-    choice, nodes = ShardChoice(4), ["a", "a", "b", "b"]
+    choice, nodes = ShardChoice(4, leases_per_update=4), ["a", "a", "b", "b"]
     rng = np.random.default_rng(0)
     rounds: Counter[int] = Counter()
     local = 0
-    for _ in range(2000):
+    for lease_id in range(2000):
         node = "a" if rng.random() < fast / (fast + 1) else "b"
-        shard = choice.next(node, nodes)
+        shard = choice.next(lease_id, node, nodes)
         rounds[shard] += 1
         local += nodes[shard] == node
         assert max(rounds.values()) - min(rounds[i] for i in range(4)) <= SLACK
