@@ -33,7 +33,8 @@ BARE: dict[str, dict[str, Any]] = {
         "num_steps": 20,
     },
     "objective": {"name": "contrastive", "energy_l2": 0.1},
-    "buffer": {"capacity": 1000, "num_shards": 2, "reinit_prob": 0.05},
+    # No chain starts anew: such a one has no Jarzynski weight.
+    "buffer": {"capacity": 1000, "num_shards": 2, "reinit_prob": 0.0},
     "workers": {"num_workers": 1, "num_chains": 64},
     "learner": {"lr": 1e-4},
     "flow": {"mode": "sync"},

@@ -30,6 +30,8 @@ BENCHMARKS: dict[str, tuple[str, bool]] = {
     "samplers_gpu": ("samplers.py --device cuda", True),
     "buffers": ("buffers.py", True),
     "end_to_end": ("end_to_end.py", False),
+    "learner": ("learner.py", False),
+    "transfers": ("transfers.py", False),
     "pool": ("pool.py", False),
     "control_plane": ("control_plane.py", False),
     "features": ("features.py", False),

@@ -21,7 +21,8 @@ from ebm_dist.data.manifest import (
     SplitName,
     read_manifest,
 )
-from ebm_dist.data.originals import Original, Samples, load_original
+from ebm_dist.data.original import Original, Samples
+from ebm_dist.data.originals import load_original
 from ebm_dist.data.shards import sha256_of
 from ebm_dist.errors import RunFailed, UserError
 from ebm_dist.seeds import derive_seed

@@ -1,20 +1,15 @@
 """One learner rank: the DeepSpeed boundary.
 
-Everything DeepSpeed does by itself that would get in a run's way is turned off here: its output,
-its build of a shared-memory collective at start, its clipping, its checkpoints.
+Everything DeepSpeed does by itself that would get in a run's way is turned off, here or in
+`group.py`: its output, its build of a shared-memory collective at start, its clipping, its
+checkpoints.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import sys
-import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -23,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ebm_dist.energies.layers import TransformerBlocks
-from ebm_dist.errors import NonFinite, RunFailed
+from ebm_dist.errors import NonFinite
 from ebm_dist.learner.config import LearnerConfig
+from ebm_dist.learner.group import Group
 from ebm_dist.learner.micro_batch import micro_batches
 from ebm_dist.learner.optimizer import make_optimizer
 from ebm_dist.learner.options import deepspeed_options
@@ -74,7 +70,6 @@ class Engine:
         # One rank has nothing to shard: the stages would copy and reduce for no saving.
         self.zero_stage = config.zero_stage if world_size > 1 else 0
         self._closed = False
-        self._joined = False
         if not any(p.requires_grad for p in [*energy.parameters(), *objective.parameters()]):
             raise ValueError(
                 f"energy {type(energy).__name__} has no parameters to train; choose a network, "
@@ -97,11 +92,9 @@ class Engine:
         self._buffer_names = [n for n, _ in self._module.named_buffers() if n in persistent]
         self._shapes = {n: tuple(p.shape) for n, p in self._parameters.items()}
 
-        self._environment = {name: os.environ.get(name) for name in _RANK_VARIABLES}
-        self._excepthook = sys.excepthook
-        self._deepspeed = _quiet_deepspeed(self.device)
+        self._group = Group(rank, world_size, self.device)
         try:
-            self._join(master_addr, master_port)
+            self._group.join(master_addr, master_port, config.timeout_s)
             self._engine = self._wrap()
         except BaseException:
             self.close()
@@ -242,73 +235,18 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        if not self._joined:
-            return
-        comm = self._deepspeed.comm
         try:
             if hasattr(self, "_engine"):
                 self._engine.destroy()
                 del self._engine
         finally:
-            if comm.is_initialized():
-                comm.destroy_process_group()
-            else:
-                dist.destroy_process_group()
-            # DeepSpeed would hold the dead group and refuse to make another.
-            comm.comm.cdb = None
-            # Torch's would begin every later traceback of this process with a rank.
-            sys.excepthook = self._excepthook
-            for name, value in self._environment.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+            self._group.leave()
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _join(self, master_addr: str, master_port: int) -> None:
-        """Make the process group, with a timeout: a lost rank must be an error, not a hang."""
-        if dist.is_initialized():
-            raise RunFailed(
-                "this process is in a torch.distributed group already; close the other engine "
-                "first, or run the learner in a process of its own"
-            )
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=self.config.timeout_s)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        # A single rank needs nobody's port.
-        where: dict[str, Any] = (
-            {"store": dist.HashStore()}
-            if self.world_size == 1
-            else {"init_method": f"tcp://{master_addr}:{master_port}"}
-        )
-        try:
-            dist.init_process_group(
-                backend, rank=self.rank, world_size=self.world_size, timeout=timeout, **where
-            )
-        except (RuntimeError, ValueError) as error:
-            raise RunFailed(
-                f"learner rank {self.rank} of {self.world_size} could not join "
-                f"{master_addr}:{master_port} within {self.config.timeout_s:g} s: {error}; check "
-                "that the port is free, that every rank runs, and GLOO_SOCKET_IFNAME"
-            ) from error
-        self._joined = True
-        # DeepSpeed reads them wherever it is asked for a rank.
-        os.environ.update(
-            RANK=str(self.rank),
-            WORLD_SIZE=str(self.world_size),
-            LOCAL_RANK=str(self.device.index or 0),
-            MASTER_ADDR=master_addr,
-            MASTER_PORT=str(master_port),
-        )
-        self._deepspeed.init_distributed(
-            dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
-        )
 
     def _wrap(self) -> Any:
         self._module.to(self.device)
@@ -319,7 +257,7 @@ class Engine:
             world_size=self.world_size,
             num_parameters=sum(p.numel() for p in trainable),
         )
-        engine, *_ = self._deepspeed.initialize(
+        engine, *_ = self._group.deepspeed.initialize(
             model=self._module,
             optimizer=make_optimizer(self.config, trainable),
             model_parameters=trainable,
@@ -370,7 +308,7 @@ class Engine:
         """Within it every parameter is whole, and may be written if `modified`."""
         context: Any = nullcontext()
         if self.zero_stage == 3:
-            context = self._deepspeed.zero.GatheredParameters(
+            context = self._group.deepspeed.zero.GatheredParameters(
                 parameters, modifier_rank=0 if modified else None
             )
         with context:
@@ -398,30 +336,6 @@ class Engine:
                 f"checkpoint does not fit the learner: {faults[0]}{more}; it must come from the "
                 "same energy, objective and learner.optimizer"
             )
-
-
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def _quiet_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed without its banner, and without its compiled collective on CPU."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed's calls of torch's older names are not the user's to change.
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, message="`?torch.distributed.* is deprecated"
-    )
-    logger = logging.getLogger("DeepSpeed")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed
-        import deepspeed.ops
-    logger.setLevel(logging.ERROR)
-    # A shared-memory collective would be compiled at first use, for 30 to 60 s; gloo does the same
-    # work. DeepSpeed reads this dict for it, and by itself runs a compiler to fill the dict.
-    known = deepspeed.ops.__dict__.setdefault("__compatible_ops__", defaultdict(bool))
-    known["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 def _recompute(energy: nn.Module) -> None:

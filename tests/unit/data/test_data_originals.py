@@ -19,8 +19,8 @@ from data_shards import npy, png
 from PIL import Image
 
 from ebm_dist.data import DataConfig, DataStream, check, describe, load_split, prepare
+from ebm_dist.data.fashion_mnist import DIRECTORY
 from ebm_dist.data.manifest import read_manifest
-from ebm_dist.data.originals import FASHION_DIR
 from ebm_dist.data.prepare import materialise
 from ebm_dist.data.restricted_pickle import read_plain_pickle
 from ebm_dist.errors import UserError
@@ -113,9 +113,7 @@ def test_fashion_mnist_is_read_from_idx_files(tmp_path: Path, gz: bool):
     assert as_set(*stored(tmp_path / "out")) == as_set(x[:, None], label)
 
 
-@pytest.mark.skipif(
-    not FASHION_DIR.is_dir(), reason="Debian package dataset-fashion-mnist is absent"
-)
+@pytest.mark.skipif(not DIRECTORY.is_dir(), reason="Debian package dataset-fashion-mnist is absent")
 def test_the_debian_package_is_fashion_mnist():
     from ebm_dist.data.originals import load_original
 
