@@ -217,7 +217,7 @@ class RayBackend:
             draining = state.state.get_draining_nodes()
             free = state.available_resources_per_node()
             known = self._ray.nodes()
-        except Exception as error:  # through Ray Client these are out of reach
+        except Exception as error:  # none of these is Ray's public interface
             log.debug("the nodes of the cluster are not known: %s", error)
             return []
         return [
