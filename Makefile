@@ -40,7 +40,7 @@ $(JOBS)/.installed: pyproject.toml constraints.txt docker/constraints.txt docker
 	touch $@
 
 test-jobs: $(JOBS)/.installed ## runs submitted to a Ray with its dashboard, in an environment of its own (root)
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(JOBS)/bin/python -m pytest -q -rs tests/distributed/test_cluster_launch.py
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(JOBS)/bin/python -m pytest -q -rs tests/distributed/test_cluster_jobs.py
 
 test-install: $(STAMP) ## what the CPU image's Dockerfile installs, in a clean environment without Docker
 	$(BIN)/python -m pytest -q -rs -s tests/unit/launch/test_image_install.py

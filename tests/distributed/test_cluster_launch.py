@@ -1,4 +1,4 @@
-"""What launch/ starts, on real machines of the bed: a SLURM job over two nodes, a submitted job.
+"""What launch/slurm starts, on real machines of the bed: a job over two nodes.
 
 SLURM itself is a stand-in: `srun` hands its command to every node, `scontrol` notes the requeue.
 """
@@ -6,8 +6,6 @@ SLURM itself is a stand-in: `srun` hands its command to every node, `scontrol` n
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -111,23 +109,3 @@ def test_a_slurm_job_trains_on_two_nodes_stops_in_time_and_goes_on(machines: Bed
     assert (run_dir / "export" / "model.safetensors").exists()
     steps = [row["step"] for row in rows(run_dir) if "flow/lag_max" in row]
     assert steps == list(range(1, stopped + 11))
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("aiohttp") is None, reason="needs ray[default], for its dashboard"
-)
-def test_a_submitted_job_trains_on_two_nodes(machines: Bed) -> None:
-    for node in machines.nodes:
-        options = ["--include-dashboard=true"] if node is machines.nodes[0] else []
-        machines.start_ray(node, 2, *options)
-    run_dir = machines.directory / "run"
-    config = str(machines.directory / "tiny.yaml")
-    done = machines.run(
-        machines.nodes[0],
-        ["launch/submit.sh", "--run-dir", str(run_dir), config, *OVERRIDES, "run.steps=20"],
-        timeout=300,
-        HOME=os.environ["HOME"],
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert machines.token not in done.stdout + done.stderr
-    assert (run_dir / "export" / "model.safetensors").exists()
