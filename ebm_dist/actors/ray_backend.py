@@ -342,7 +342,7 @@ class RayBackend:
         """What Ray's control store says, which does not wait for a busy actor."""
         try:
             known = self._ray._private.state.actors(actor_id=handle.actor._actor_id.hex())
-        except Exception:  # through Ray Client it is out of reach
+        except Exception:  # what cannot be asked says nothing
             return False
         return known.get("State") == "DEAD"
 
