@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-slow test-cluster test-gpu chaos lint format types gallery bench clean help
+.PHONY: train test test-slow test-cluster test-jobs test-install test-gpu chaos lint format types gallery bench clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -30,6 +30,20 @@ test-slow: $(STAMP) ## the tests that take minutes each
 
 test-cluster: $(STAMP) ## three machines in network namespaces: cut cables, lost nodes (root)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -s tests/distributed/test_cluster_*.py
+
+# ray[default] has the dashboard that takes jobs, and Ray Client. It is kept apart: what trains
+# without it must be seen to train without it.
+JOBS := .venv-jobs
+$(JOBS)/.installed: pyproject.toml constraints.txt docker/constraints.txt docker/install.sh
+	PYTHON=$(PYTHON) docker/install.sh $(JOBS)
+	$(JOBS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt pytest pytest-timeout
+	touch $@
+
+test-jobs: $(JOBS)/.installed ## runs submitted to a Ray with its dashboard, in an environment of its own (root)
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(JOBS)/bin/python -m pytest -q -rs tests/distributed/test_cluster_jobs.py
+
+test-install: $(STAMP) ## what the CPU image's Dockerfile installs, in a clean environment without Docker
+	$(BIN)/python -m pytest -q -rs -s tests/unit/launch/test_image_install.py
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
@@ -63,4 +77,4 @@ bench: $(STAMP) $(PEERS)/.installed ## ours against the peers and the limits; wr
 		--peer-python $(PEERS)/bin/python
 
 clean: ## the environment and what tools left behind
-	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(JOBS) .pytest_cache .ruff_cache build dist *.egg-info

@@ -121,8 +121,8 @@ def check_ray_address() -> Finding:
         require_token(address)
         check_address(address)
         check_agreement(address)
-    except UserError as error:
-        return Finding("ray address", False, str(error), todo)
+    except UserError as error:  # what to do is in it
+        return Finding("ray address", False, str(error), "or unset RAY_ADDRESS for a local Ray")
     # In a process of its own: joining a cluster of another version can kill the process.
     script = (
         "import json, ray; ray.init(log_to_driver=False, logging_level=40); "

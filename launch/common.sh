@@ -49,6 +49,11 @@ token_file() {
   printf '%s' "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
 }
 
+# Where the token that is shown comes from.
+token_name() {
+  if [[ -n ${RAY_AUTH_TOKEN:-} ]]; then printf RAY_AUTH_TOKEN; else token_file; fi
+}
+
 make_token() {
   local file
   file=$(token_file)

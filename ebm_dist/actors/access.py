@@ -25,26 +25,45 @@ KNOCK_S = 20.0
 
 
 def chosen_address(configured: str) -> tuple[str, str]:
-    """Where Ray is said to be, and which key says so: RAY_ADDRESS wins over runtime.address."""
+    """Where Ray is said to be, and which key says so: RAY_ADDRESS wins over runtime.address.
+
+    Raises:
+        UserError: it is Ray Client's or a dashboard's, through which no run is driven.
+    """
     outside = os.environ.get("RAY_ADDRESS")
-    return (outside, "RAY_ADDRESS") if outside else (configured, "runtime.address")
+    address, key = (outside, "RAY_ADDRESS") if outside else (configured, "runtime.address")
+    if address.startswith("ray://"):
+        # Tried with Ray 2.60. The hub, beside the driver, is then on the head and writes the run's
+        # files there; the shards are on one node, since Ray's view of the nodes is out of reach;
+        # and the parts of a driver that died keep their names from the one that resumes.
+        raise UserError(
+            f"{key}: {address} is Ray Client, through which a run would write its metrics on the "
+            f"head's disk and could not be resumed after a crash; {_INSTEAD}"
+        )
+    if address.startswith(("http://", "https://")):
+        raise UserError(f"{key}: {address} is a dashboard, which takes jobs; {_INSTEAD}")
+    return address, key
+
+
+_INSTEAD = (
+    "hand the run over with launch/submit.sh, or start it on a node of the cluster with "
+    "runtime.address=HOST:6379"
+)
 
 
 def split_address(address: str, key: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT or ray://HOST:PORT.
+    """Host and port of HOST:PORT.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is something else.
     """
     try:
-        url = urlsplit(address if "://" in address else f"gcs://{address}")
-        host, port = url.hostname, url.port or (10001 if url.scheme == "ray" else 6379)
+        url = urlsplit(f"gcs://{address}")
+        host, port = url.hostname, url.port or 6379
     except ValueError:
         host, port = None, 0
-    if not host:
-        raise UserError(
-            f"{key}: expected local, auto, HOST:PORT or ray://HOST:PORT, got {address!r}"
-        )
+    if not host or "://" in address:
+        raise UserError(f"{key}: expected local, auto or HOST:PORT, got {address!r}")
     return host, port
 
 
@@ -57,7 +76,8 @@ def require_token(configured: str) -> None:
 
     Raises:
         UserError: the cluster is beyond loopback and there is no token, or RAY_AUTH_MODE turns the
-            token off, or others may read the token and that cannot be changed.
+            token off, or others may read the token and that cannot be changed; or no run is driven
+            through such an address.
     """
     address, key = chosen_address(configured)
     mode = os.environ.get("RAY_AUTH_MODE") or "token"
@@ -98,7 +118,7 @@ def check_agreement(configured: str) -> None:
     mode = os.environ.get("RAY_AUTH_MODE") or "disabled"
     if address == "local" or mode not in ("token", "disabled"):
         return
-    if not gcs or "://" in gcs or not _listens(gcs, key):  # Ray Client has a door of its own
+    if not gcs or not _listens(gcs, key):
         return
     token = find_token()
     if mode == "token" and token is None:

@@ -24,7 +24,7 @@ class RuntimeConfig(Section):
 
     address: str = "local"
     """local: start a Ray on this machine; auto: the running cluster of this machine;
-    HOST:PORT: that cluster; ray://HOST:PORT: through Ray Client. RAY_ADDRESS wins where set."""
+    HOST:PORT: that cluster. RAY_ADDRESS wins where set."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where torch finds it."""

@@ -217,7 +217,7 @@ class RayBackend:
             draining = state.state.get_draining_nodes()
             free = state.available_resources_per_node()
             known = self._ray.nodes()
-        except Exception as error:  # through Ray Client these are out of reach
+        except Exception as error:  # none of these is Ray's public interface
             log.debug("the nodes of the cluster are not known: %s", error)
             return []
         return [
@@ -342,7 +342,7 @@ class RayBackend:
         """What Ray's control store says, which does not wait for a busy actor."""
         try:
             known = self._ray._private.state.actors(actor_id=handle.actor._actor_id.hex())
-        except Exception:  # through Ray Client it is out of reach
+        except Exception:  # what cannot be asked says nothing
             return False
         return known.get("State") == "DEAD"
 

@@ -59,7 +59,11 @@ def not_permitted() -> str | None:
 def launch_settings() -> dict[str, str]:
     """What launch/common.sh exports for Ray, so that the bed tests what is shipped."""
     script = f"source {shlex.quote(str(ROOT / 'launch' / 'common.sh'))} && env"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    # What a local Ray has set in this process would be taken for a setting of launch/.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        ["bash", "-c", script], env=clean, capture_output=True, text=True, check=True
+    )
     return dict(re.findall(r"^(RAY_\w+)=(.*)$", done.stdout, re.MULTILINE))
 
 
@@ -164,13 +168,19 @@ class Bed:
 
     # --- what runs on it ------------------------------------------------------------------------
 
-    def start_ray(self, node: Node, num_cpus: int, *options: str) -> None:
-        """`ray start`, with the ports and settings of launch/."""
-        head = node is self.nodes[0]
+    def start_ray(
+        self, node: Node, num_cpus: int, *options: str, head: Node | None = None
+    ) -> subprocess.Popen[bytes]:
+        """`ray start`, with the ports and settings of launch/; returns once Ray is up.
+
+        Args:
+            head: the first node if left out.
+        """
+        head = head or self.nodes[0]
         where = ["--head", f"--port={PORT}", "--dashboard-host=127.0.0.1"]
         command = [
             *("ray", "start", "--block", "--disable-usage-stats"),
-            *(where if head else [f"--address={HEAD}:{PORT}"]),
+            *(where if node is head else [f"--address={head.address}:{PORT}"]),
             f"--node-ip-address={node.address}",
             f"--num-cpus={num_cpus}",
             "--object-store-memory=200000000",
@@ -178,6 +188,7 @@ class Bed:
             *options,
         ]
         log = self.directory / node.name / "ray.out"
+        log.unlink(missing_ok=True)  # of a Ray that ran there before
         process = self.start(node, command, log)
         _await(
             lambda: process.poll() is not None or "Ray runtime started" in log.read_text(),
@@ -186,6 +197,7 @@ class Bed:
         )
         if process.poll() is not None:
             raise AssertionError(f"Ray did not start on {node.name}:\n{log.read_text()}")
+        return process
 
     def start(
         self, node: Node, command: list[str], log: Path, **extra: str
@@ -219,13 +231,23 @@ class Bed:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
         os.kill(int(children.split()[0]), number)
 
-    def end_all(self, node: Node) -> None:
-        """Kill whatever runs on the node, as a batch system does after a job."""
+    def processes(self, node: Node) -> dict[int, str]:
+        """Command line of whatever runs on the node, besides what makes it a machine."""
         space = os.readlink(f"/proc/{node.pid}/ns/pid")
+        found = {}
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 if int(process.name) != node.pid and os.readlink(process / "ns/pid") == space:
-                    os.kill(int(process.name), signal.SIGKILL)
+                    line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    if line and line.strip() != "sleep 3600":
+                        found[int(process.name)] = line.strip()
+        return found
+
+    def end_all(self, node: Node) -> None:
+        """Kill whatever runs on the node, as a batch system does after a job."""
+        for pid in self.processes(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _run(self, command: list[str], env: Mapping[str, str] | None = None, **options):
         # Whatever ends the tests, SIGKILL included, ends the nodes.

@@ -1,4 +1,4 @@
-"""What launch/ starts, on real machines of the bed: a SLURM job over two nodes, a submitted job.
+"""What launch/ starts on real machines of the bed: a Ray by hand, a SLURM job over two nodes.
 
 SLURM itself is a stand-in: `srun` hands its command to every node, `scontrol` notes the requeue.
 """
@@ -6,15 +6,14 @@ SLURM itself is a stand-in: `srun` hands its command to every node, `scontrol` n
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_bed import ROOT, Bed, bed, not_permitted
+from cluster_bed import ROOT, Bed, Node, bed, not_permitted
 from graph_runs import TINY, newest_step, rows, wait_for
 
 from ebm_dist.config import dump, load
@@ -113,21 +112,22 @@ def test_a_slurm_job_trains_on_two_nodes_stops_in_time_and_goes_on(machines: Bed
     assert steps == list(range(1, stopped + 11))
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("aiohttp") is None, reason="needs ray[default], for its dashboard"
-)
-def test_a_submitted_job_trains_on_two_nodes(machines: Bed) -> None:
-    for node in machines.nodes:
-        options = ["--include-dashboard=true"] if node is machines.nodes[0] else []
-        machines.start_ray(node, 2, *options)
-    run_dir = machines.directory / "run"
-    config = str(machines.directory / "tiny.yaml")
-    done = machines.run(
-        machines.nodes[0],
-        ["launch/submit.sh", "--run-dir", str(run_dir), config, *OVERRIDES, "run.steps=20"],
-        timeout=300,
-        HOME=os.environ["HOME"],
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert machines.token not in done.stdout + done.stderr
-    assert (run_dir / "export" / "model.safetensors").exists()
+def test_local_joins_another_machine_and_stops_there_though_the_head_lost_its_power(
+    machines: Bed,
+) -> None:
+    def local(node: Node, *arguments: str) -> str:
+        home = str(machines.directory / node.name)
+        done = machines.run(node, ["launch/local.sh", *arguments], HOME=home)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    head, other = machines.nodes
+    local(head, "start", "--host", head.address, "--num-cpus=1")
+    local(other, "join", head.address, "--host", other.address, "--num-cpus=1")
+    wait_for(lambda: "/2.0 CPU" in local(other, "status"), 60, "both nodes in the status")
+    machines.power_loss(head)
+    began = time.monotonic()
+    local(other, "stop")
+    print(f"stopped after {time.monotonic() - began:.1f} s")
+    # Left alone, its Ray would look for the head for minutes.
+    assert not machines.processes(other)

@@ -1,8 +1,12 @@
-"""A run and a cluster that disagree on the token: one line that says so, and exit code 2."""
+"""A run and a cluster that disagree on the token: one line that says so, and exit code 2.
+
+`ebm-dist doctor` finds the same, and the cluster's size where they agree.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -69,11 +73,23 @@ class Head:
                 continue
 
 
-@pytest.fixture
-def short() -> Iterator[Path]:
-    """Ray's sockets must have short paths."""
-    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as path:
-        yield Path(path)
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """It wants the token of "a"."""
+    # Ray's sockets must have short paths.
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as short:
+        head = Head(Path(short), token(tmp_path_factory.mktemp("guarded") / "a", "a"))
+        yield head
+        head.stop()
+
+
+@pytest.fixture(scope="module")
+def unguarded() -> Iterator[Head]:
+    """It runs without a token."""
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as short:
+        head = Head(Path(short), NO_TOKEN)
+        yield head
+        head.stop()
 
 
 def train(run_dir: Path, address: str, changes: dict[str, str]) -> tuple[int, str, float]:
@@ -105,23 +121,55 @@ def assert_refused(answer: tuple[int, str, float], *said: str) -> None:
 
 
 def test_a_cluster_that_wants_its_token_refuses_who_shows_none_or_another_at_once(
-    short: Path, tmp_path: Path
+    guarded: Head, tmp_path: Path
 ) -> None:
-    head = Head(short, token(tmp_path / "a", "a"))
-    try:
-        shows_none = train(tmp_path / "none", head.address, NO_TOKEN)
-        assert_refused(shows_none, "wants its token", "shows none", "RAY_AUTH_MODE=token")
-        wrong = train(tmp_path / "wrong", head.address, token(tmp_path / "b", "b"))
-        assert_refused(wrong, "wants its token", f"the wrong one ({tmp_path / 'b'})")
-        assert not (tmp_path / "none").exists(), "nothing was begun"
-    finally:
-        head.stop()
+    shows_none = train(tmp_path / "none", guarded.address, NO_TOKEN)
+    assert_refused(shows_none, "wants its token", "shows none", "RAY_AUTH_MODE=token")
+    wrong = train(tmp_path / "wrong", guarded.address, token(tmp_path / "b", "b"))
+    assert_refused(wrong, "wants its token", f"the wrong one ({tmp_path / 'b'})")
+    assert not (tmp_path / "none").exists(), "nothing was begun"
 
 
-def test_a_cluster_without_a_token_is_not_joined_with_one(short: Path, tmp_path: Path) -> None:
-    head = Head(short, NO_TOKEN)
-    try:
-        shown = train(tmp_path / "shown", head.address, token(tmp_path / "a", "a"))
-        assert_refused(shown, "runs without a token", "RAY_AUTH_MODE=disabled", str(tmp_path / "a"))
-    finally:
-        head.stop()
+def test_a_cluster_without_a_token_is_not_joined_with_one(unguarded: Head, tmp_path: Path) -> None:
+    shown = train(tmp_path / "shown", unguarded.address, token(tmp_path / "a", "a"))
+    assert_refused(shown, "runs without a token", "RAY_AUTH_MODE=disabled", str(tmp_path / "a"))
+
+
+def test_doctor_tells_a_wrong_token_and_none_from_the_right_one(
+    guarded: Head, tmp_path: Path
+) -> None:
+    assert doctor(guarded, NO_TOKEN) == (False, "wants its token, and this process shows none")
+    wrong = token(tmp_path / "b", "b")
+    said = f"wants its token, and this process shows the wrong one ({tmp_path / 'b'})"
+    assert doctor(guarded, wrong) == (False, said)
+    assert doctor(guarded, token(tmp_path / "a", "a")) == (True, "1 nodes, 1 CPUs, 0 GPUs")
+
+
+def test_doctor_tells_a_cluster_without_a_token_from_one_that_has_one(
+    unguarded: Head, tmp_path: Path
+) -> None:
+    shown = doctor(unguarded, token(tmp_path / "a", "a"))
+    said = f"runs without a token, and this process shows one ({tmp_path / 'a'})"
+    assert shown == (False, said)
+    assert doctor(unguarded, NO_TOKEN) == (True, "1 nodes, 1 CPUs, 0 GPUs")
+
+
+def doctor(head: Head, changes: dict[str, str]) -> tuple[bool, str]:
+    """Whether the finding about the cluster is ok, and what it says of it."""
+    # The rest of the report, which imports DeepSpeed, is not asked for here.
+    code = "from ebm_dist.doctor import check_ray_address as c; f = c(); print(f.ok, f.text)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment({**changes, "RAY_ADDRESS": head.address}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    ok, _, text = done.stdout.strip().partition(" ")
+    assert ok in ("True", "False"), done.stderr
+    assert "a" * 64 not in text
+    assert "b" * 64 not in text
+    found = re.search(rf"{re.escape(head.address)}:? ([^;]*?)(?:;.*)?$", text)
+    assert found, text
+    return ok == "True", found[1].strip()

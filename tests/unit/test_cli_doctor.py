@@ -36,6 +36,14 @@ def test_an_address_that_does_not_answer_is_a_finding(monkeypatch):
     assert "RAY_ADDRESS" in finding.todo
 
 
+def test_ray_client_is_a_finding_that_says_what_to_do_instead(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
+    finding = doctor.check_ray_address()
+    assert not finding.ok
+    assert finding.text.startswith("RAY_ADDRESS: ray://127.0.0.1:10001 is Ray Client")
+    assert "launch/submit.sh" in finding.text
+
+
 def test_the_wandb_key_is_found_and_never_shown(monkeypatch, tmp_path):
     key = "0123456789abcdef0123456789abcdef01234567"
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

@@ -429,7 +429,8 @@ def test_an_export_of_two_runs_mixed_up_is_one_line(capsys, finished, tmp_path):
     ("address", "says"),
     [
         ("127.0.0.1:1", "127.0.0.1:1"),
-        ("ray://127.0.0.1:1", "ray://127.0.0.1:1"),
+        ("ray://127.0.0.1:1", "launch/submit.sh"),
+        ("http://127.0.0.1:1", "launch/submit.sh"),
         ("127.0.0.1:99999", "HOST:PORT"),
         ("://", "HOST:PORT"),
         ("no-such-host.invalid:6379", "no-such-host.invalid"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from ebm_dist.actors.access import (
     require_token,
 )
 from ebm_dist.errors import UserError
+from ebm_dist.preflight import check_address
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,7 @@ def note_cluster(home: Path, address: str) -> None:
     (home / "ray" / "ray_current_cluster").write_text(address)
 
 
-@pytest.mark.parametrize("address", ["192.0.2.1:6379", "ray://192.0.2.1:10001", "head:6379"])
+@pytest.mark.parametrize("address", ["192.0.2.1:6379", "head:6379"])
 @pytest.mark.parametrize("by", ["config", "environment"])
 def test_a_ray_beyond_loopback_is_not_joined_without_a_token(
     address: str, by: str, monkeypatch: pytest.MonkeyPatch
@@ -59,6 +61,36 @@ def test_a_ray_beyond_loopback_is_not_joined_without_a_token(
     assert line.startswith("RAY_ADDRESS: " if by == "environment" else "runtime.address: ")
     assert "no token" in line
     assert "launch/local.sh token" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("ray://127.0.0.1:10001", "is Ray Client"),
+        ("ray://head:10001", "is Ray Client"),
+        ("http://127.0.0.1:8265", "is a dashboard"),
+        ("https://head", "is a dashboard"),
+    ],
+)
+@pytest.mark.parametrize("by", ["config", "environment"])
+@pytest.mark.parametrize("ask", [require_token, check_agreement, check_address])
+def test_no_run_is_driven_through_ray_client_or_a_dashboard(
+    address: str,
+    said: str,
+    by: str,
+    ask: Callable[[str], None],
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_token(home)
+    if by == "environment":
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=said) as caught:
+        ask("local" if by == "environment" else address)
+    line = str(caught.value)
+    assert line.startswith("RAY_ADDRESS: " if by == "environment" else "runtime.address: ")
+    assert "launch/submit.sh" in line
     assert "\n" not in line
 
 
@@ -201,7 +233,7 @@ def test_to_show_a_token_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
         check_agreement("127.0.0.1:6379")
 
 
-@pytest.mark.parametrize("address", ["local", "auto", "ray://127.0.0.1:1", "127.0.0.1:1"])
+@pytest.mark.parametrize("address", ["local", "auto", "127.0.0.1:1"])
 def test_nobody_is_asked_where_no_ray_listens(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

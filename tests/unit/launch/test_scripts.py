@@ -152,7 +152,8 @@ def test_train_joins_the_ray_that_was_started(home: Path) -> None:
 
 def test_submission_uploads_the_config_alone_and_resumes(home: Path) -> None:
     write_token(home)
-    body = 'printf "%s\\n" "$@" >"$HOME/ray.calls"; ls -A "${6}" >"$HOME/uploaded"'
+    body = '[[ $2 == status ]] && exit; printf "%s\\n" "$@" >"$HOME/ray.calls"\n'
+    body += 'ls -A "${6}" >"$HOME/uploaded"'
     stand_in(home, "ray", body)
     config = str(ROOT / "configs" / "digits.yaml")
     done = run(home, "submit.sh", "--run-dir", "/runs/digits", config, "run.seed=1")
@@ -199,6 +200,61 @@ def test_a_wrong_submission_is_refused_in_one_line(
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (home / "called").exists()
+
+
+@pytest.mark.parametrize(
+    ("submitted", "status", "code"),
+    [
+        (0, "Job '$NAME' succeeded", 0),
+        (0, "Job '$NAME' was stopped", 75),
+        (1, "Status message: Job entrypoint command failed with exit code 75, last logs", 75),
+        (1, "Status message: Job entrypoint command failed with exit code 2, last logs", 2),
+        (1, "Status message: Job entrypoint command failed with exit code 1, last logs", 1),
+        (1, "Status message: Job supervisor actor died", 1),
+    ],
+)
+def test_a_submission_exits_as_the_run_does(
+    home: Path, submitted: int, status: str, code: int
+) -> None:
+    write_token(home)
+    stand_in(
+        home,
+        "ray",
+        f'[[ $2 == submit ]] && exit {submitted}\nNAME=${{@: -1}}; echo "{status}"',
+    )
+    config = str(ROOT / "configs" / "digits.yaml")
+    assert run(home, "submit.sh", "--run-dir", "/runs/x", config).returncode == code
+    without = run(home, "submit.sh", "--run-dir", "/runs/x", "--no-wait", config)
+    assert without.returncode == submitted
+
+
+@pytest.mark.parametrize(
+    ("stderr", "said"),
+    [
+        ("ray.exceptions.AuthenticationError: Invalid authentication token", "another token"),
+        ("ConnectionError: Failed to connect to Ray at address: http://x", "no dashboard answers"),
+        ("Job with submission_id mine already exists.", "--submission-id: "),
+    ],
+)
+def test_what_ray_tells_by_a_traceback_is_one_line(home: Path, stderr: str, said: str) -> None:
+    write_token(home)
+    body = f'echo "Traceback (most recent call last):" >&2; echo "{stderr}" >&2; exit 1'
+    stand_in(home, "ray", body)
+    config = str(ROOT / "configs" / "digits.yaml")
+    done = run(home, "submit.sh", "--run-dir", "/runs/x", "--submission-id", "mine", config)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_job_out_of_sight_is_said_to_go_on_perhaps(home: Path) -> None:
+    write_token(home)
+    stand_in(home, "ray", "exit 1")
+    config = str(ROOT / "configs" / "digits.yaml")
+    done = run(home, "submit.sh", "--run-dir", "/runs/x", "--submission-id", "mine", config)
+    assert done.returncode == 1
+    assert "may go on" in done.stderr
+    assert "ray job logs -f mine" in done.stderr
 
 
 def test_submission_without_a_token_is_refused(home: Path) -> None:
