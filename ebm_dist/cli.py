@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
+import ebm_dist
 from ebm_dist.errors import RunFailed, UserError
 
 # Everything else is imported inside the command that needs it: `--help` answers within a
@@ -46,6 +47,24 @@ ConfigFile = Annotated[Path, typer.Argument(help="The YAML config.", show_defaul
 ExportDir = Annotated[
     Path, typer.Argument(help="An export, or a run directory that holds one.", show_default=False)
 ]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ebm_dist {ebm_dist.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Options of no command."""
 
 
 STOPPED = 75

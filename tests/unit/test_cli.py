@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -69,6 +70,11 @@ def test_every_command_has_help(command, capsys):
     assert "Usage" in out
     if command and command not in (["data"], ["dashboard"], ["config"]):
         assert "Example: ebm-dist " + " ".join(command) in out
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ebm_dist {metadata.version('ebm_dist')}\n"
 
 
 def test_help_loads_none_of_the_heavy_packages():
