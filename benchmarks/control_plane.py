@@ -77,6 +77,7 @@ class Part:
                 "num_steps": STEPS,
                 "num_chains": CHAINS,
                 "stats": {},
+                "by_rows": False,
                 "counts": COUNTS,
             }
             ref = Ref(reply)
@@ -94,6 +95,7 @@ class Simulated:
     round_s: float
     call_s: float
     concurrent: bool = True
+    scattered: bool = False
     skipped: float = 0.0
     num_calls: int = 0
     num_waits: int = 0
@@ -238,7 +240,6 @@ def through_ray(
     """The same on a local Ray, in real time."""
     backend = RayBackend("local", namespace="control-plane", start_timeout_s=300.0)
     try:
-        backend.local = False  # chains go by value, as between machines
         import ray
 
         share = -(-num_workers // num_hosts)
@@ -250,7 +251,7 @@ def through_ray(
         config = BufferConfig(capacity=num_shards * SLOTS, num_shards=num_shards, reinit_prob=0.0)
         shards = [
             backend.spawn(
-                Shard,
+                Shard,  # without a directory: chains go by value, as between machines
                 {
                     "config": config,
                     "spec": EventSpec((8,), "real"),

@@ -24,7 +24,6 @@ from torch import nn
 
 from ebm_dist.actors.ray_backend import RayBackend
 from ebm_dist.actors.shard_host import ShardHost
-from ebm_dist.actors.shared_memory import slots_directory
 from ebm_dist.buffer.policy import BufferConfig
 from ebm_dist.buffer.rows import open_rows
 from ebm_dist.types import EventSpec, Lease, MovedChains
@@ -85,7 +84,7 @@ class Holder:
         return time.perf_counter() - began
 
 
-def chains(backend: RayBackend, directory: Path, batch: int, options: Any) -> list[dict]:
+def chains(backend: RayBackend, batch: int, options: Any) -> list[dict]:
     capacity = options.slots
     shard = backend.spawn(
         ShardHost,
@@ -98,12 +97,12 @@ def chains(backend: RayBackend, directory: Path, batch: int, options: Any) -> li
             "capacity": capacity,
             "max_lease": batch,
             "seed": 0,
-            "directory": str(directory / f"shard_{batch}"),
             "num_grants": 5,
         },
         name=f"shard-{batch}",
         num_threads=1,
         any_order=True,
+        shared=True,
     )
     movers = [backend.spawn(Mover, {"batch": batch}, name=f"mover-{i}") for i in range(2)]
     backend.await_started([shard, *movers])
@@ -121,7 +120,9 @@ def chains(backend: RayBackend, directory: Path, batch: int, options: Any) -> li
                 under_way.append((reply, lease_id))
             if number >= 4:
                 reply, lease_id = under_way.popleft()
-                assert backend.get(reply, 60.0)["accepted"]
+                answer = backend.get(reply, 60.0)
+                assert answer["accepted"]
+                assert answer["by_rows"] == by_rows, answer["notes"]
                 ready, _ = shard.call("take", lease_id, num_returns=2)
                 assert backend.get(ready, 60.0)
         return (time.perf_counter() - began) / options.rounds
@@ -200,11 +201,9 @@ def main() -> None:
     )
     rows: list[dict] = []
     try:
-        with slots_directory(Path("transfers")) as directory:
-            assert directory is not None, "there is no /dev/shm here"
-            for batch in (64, 256):
-                rows += chains(backend, directory, batch, options)
-                print(*rows[-2:], sep="\n", flush=True)
+        for batch in (64, 256):
+            rows += chains(backend, batch, options)
+            print(*rows[-2:], sep="\n", flush=True)
         for name in SIZES:
             rows += weights(backend, name, options)
             print(*rows[-3:], sep="\n", flush=True)

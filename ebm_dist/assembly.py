@@ -22,7 +22,6 @@ from ebm_dist.actors.learners import LearnerGroup, Wait
 from ebm_dist.actors.observers import EvaluatorLink, HubLink
 from ebm_dist.actors.placement import Placer, available_cores, plan
 from ebm_dist.actors.shard_host import ShardHost
-from ebm_dist.actors.shared_memory import slots_directory
 from ebm_dist.actors.watch import ShardWatch
 from ebm_dist.actors.worker import Worker
 from ebm_dist.buffer.policy import shard_capacities
@@ -52,10 +51,7 @@ def assemble(
     Raises:
         RunFailed: a part did not start in runtime.start_timeout_s.
     """
-    slots = None
-    if getattr(backend, "local", False):
-        slots = stack.enter_context(slots_directory(run_dir))
-    spawn = _Spawner(config, spec, run_dir, backend, found, slots)
+    spawn = _Spawner(config, spec, run_dir, backend, found)
     hub = HubLink(backend, spawn.hub, resume_id=spawn.tracking.get("id"), say=say)
     shards, workers = spawn.shards, spawn.workers
     for index in range(len(spawn.capacities) if spawn.needs_negatives else 0):
@@ -183,19 +179,12 @@ class _Spawner:
         run_dir: Path,
         backend: Backend,
         found: checkpoint.CheckpointDir | None,
-        slots: Path | None,
     ) -> None:
-        """
-        Args:
-            slots: where shards map their chains, None where a directory of this machine is not
-                one of theirs.
-        """
         self._config = config
         self._spec = spec
         self._run_dir = run_dir
         self._backend = backend
         self._found = found
-        self._slots = slots
         self._hubs = 0
         self._placement = plan(
             config.runtime,
@@ -212,6 +201,7 @@ class _Spawner:
         need = {"CPU": config.runtime.cpus_per_worker, "GPU": self._placement.worker_gpus}
         self.placer = Placer(backend.nodes, self.shards, self.workers, need)
         self._nodes: dict[int, str | None] = {}  # where each worker was put last
+        self._lives: list[tuple[Handle, int]] = []  # of each shard's process
         self.tracking: dict[str, Any] = (found.meta.get("tracking") or {}) if found else {}
         self.needs_negatives = bool(config.objective.build().needs_negatives)
         self.capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
@@ -260,6 +250,7 @@ class _Spawner:
             num_gpus=self._placement.worker_gpus,
             # A round whose lease was lost with a node must not hold up those after it.
             any_order=True,
+            shared=True,
             node=node,
         )
 
@@ -290,8 +281,14 @@ class _Spawner:
         return self.shard(index, node) if node is not None else None
 
     def shard(self, index: int, node: str | None = None) -> Handle:
+        """A process for the shard, on `node` or else where its chains are mapped, if they are."""
         config = self._config
-        return self._backend.spawn(
+        before = self.shards[index] if index < len(self.shards) else None
+        node = node or self.placer.for_shard(before.node if before else None)
+        life = len(self._lives)
+        if before is not None and before.node == node:
+            life = next(number for handle, number in self._lives if handle is before)
+        handle = self._backend.spawn(
             ShardHost,
             {
                 "config": config.buffer,
@@ -303,15 +300,20 @@ class _Spawner:
                 "max_lease": config.workers.num_chains,
                 "seed": config.run.seed,
                 "trace": self.trace if self.trace.num_chains > 0 else None,
-                "directory": str(self._slots / f"shard_{index:04d}") if self._slots else None,
                 "num_grants": self._num_grants,
+                # Other files that lie on the node may be too old: of when the shard was here once
+                # before, or of a successor that waited here and was not needed.
+                "life": life,
             },
             name=f"shard-{index}",
             num_threads=1,
             # A checkin waits for its worker; the next checkout must not wait for the checkin.
             any_order=True,
-            node=node or self.placer.for_shard(),
+            shared=True,
+            node=node,
         )
+        self._lives.append((handle, life))
+        return handle
 
     def ranks_elsewhere(self, held: Sequence[str | None]) -> list[str] | None:
         """Nodes for the learner ranks, none of which is about to leave; None where none fit."""

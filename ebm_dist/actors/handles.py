@@ -76,6 +76,7 @@ class Backend(Protocol):
         num_gpus: float = 0.0,
         beside_driver: bool = False,
         any_order: bool = False,
+        shared: bool = False,
         node: str | None = None,
     ) -> Handle:
         """Create `factory(**kwargs)`.
@@ -85,6 +86,8 @@ class Backend(Protocol):
             beside_driver: on the driver's machine, whose disk holds the run directory.
             any_order: run a call when its arguments are there. Otherwise calls run in the order
                 they were made, and one that waits for another part holds up all after it.
+            shared: give it, as its argument `shared`, what the parts of the run have in common on
+                its node: a `shared_memory.NodeMemory`, or None where all are in one process.
         """
         ...
 
@@ -234,6 +237,7 @@ class InlineBackend:
         num_gpus: float = 0.0,
         beside_driver: bool = False,
         any_order: bool = False,
+        shared: bool = False,
         node: str | None = None,
     ) -> InlineHandle:
         handle = InlineHandle(name, factory(**kwargs), num_threads)

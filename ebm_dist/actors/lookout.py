@@ -101,6 +101,8 @@ class Lookout:
         values["workers/alive"] = float(self._pool.crew.seats.num_serving)
         if self._pool.num_local:
             values["flow/local_rounds"] = self._pool.num_local / self._pool.num_started
+        if self._pool.num_started:
+            values["flow/rounds_by_rows"] = self._pool.num_by_rows / self._pool.num_started
         counts = self._pool.counts.values()
         for name in ("free", "leased", "ready", "capacity", "late_checkins", "expired_leases"):
             values[f"buffer/{name}"] = float(sum(c[name] for c in counts))

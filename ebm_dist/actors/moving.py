@@ -19,6 +19,9 @@ from ebm_dist.actors.stall import SHARDS, answer
 LOOK_S = 2.0
 """Between two looks at the cluster."""
 
+REMOVAL_S = 5.0
+"""How long a shard that has handed over may take to remove its files."""
+
 
 @dataclass(slots=True)
 class _Move:
@@ -91,6 +94,8 @@ class Mover:
                 raise
             return  # its successor is looked for again
         del self._moves[index]
+        # Nothing depends on it: nobody takes over what was handed over.
+        self._backend.wait([move.old.call("remove_files")], REMOVAL_S)
         self._pool.move_shard(index, move.new)
         seconds = self._clock() - move.since
         self._say(

@@ -154,9 +154,17 @@ class Placer:
         self.clustered = False
         """Whether there are nodes to choose from."""
 
-    def for_shard(self) -> str | None:
-        """The node with the fewest shards; of equals the one with room for more workers."""
+    def for_shard(self, home: str | None = None) -> str | None:
+        """The node with the fewest shards; of equals the one with room for more workers.
+
+        Args:
+            home: where its predecessor has its chains mapped; it goes there if the node is there.
+        """
+        if home is not None:
+            self._seen_at = -VIEW_S  # it may have died with its node a moment ago
         free = self._view()
+        if home in free:
+            return home
         held = Counter(shard.node for shard in self._shards)
         return min(free, key=lambda node: (held[node], -self._room(free[node])), default=None)
 

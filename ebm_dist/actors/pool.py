@@ -18,6 +18,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from ebm_dist.actors.checkouts import Checkouts
 from ebm_dist.actors.crew import Crew
 from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
 from ebm_dist.actors.rounds import MAX_ATTEMPTS, RETRY_S, Committed, Purpose, Round
@@ -59,9 +60,7 @@ class RoundPool:
         self._respawn_shard = respawn_shard
         self._on_rejected = on_rejected
         self._say = say
-        self._num_chains = num_chains
-        # On one machine the workers read and write the shards' own memory.
-        self._by_rows = bool(getattr(backend, "local", False))
+        self._checkouts = Checkouts(backend, shards, num_chains)
         self._depth = depth
         self._hang_s = hang_s
         self._clock = clock
@@ -91,6 +90,8 @@ class RoundPool:
         self.num_started = 0
         self.num_local = 0
         """Of those started, rounds whose worker was on the node of the shard."""
+        self.num_by_rows = 0
+        """Of those committed, rounds whose chains never left the memory of the shard's node."""
         self.steps: Counter[Purpose] = Counter()
         """Chain steps committed, by purpose of their round."""
 
@@ -155,16 +156,7 @@ class RoundPool:
         Args:
             spare: those of the lease ids whose chains stay in the buffer.
         """
-        drawn: dict[int, Ref] = {}
-        for index, shard in enumerate(self._shards):
-            ids = [lease_id for lease_id, at in leases if at == index]
-            if len(ids) == 1:
-                drawn[ids[0]] = shard.call("checkout", ids[0], self._num_chains, self._by_rows)
-            elif ids:
-                refs = shard.call(
-                    "checkout_many", ids, self._num_chains, self._by_rows, num_returns=len(ids)
-                )
-                drawn |= zip(ids, refs)
+        drawn = self._checkouts.draw(leases)
         for lease_id, shard in leases:
             purpose: Purpose = "spare" if lease_id in spare else "negatives"
             self._submit(Round(lease_id, shard, num_steps, purpose, -1, lease=drawn[lease_id]))
@@ -198,13 +190,7 @@ class RoundPool:
         round_.version = self.crew.version
         round_.started = self._clock()
         round_.weights = self.crew.weights
-        lease, round_.lease = round_.lease, None
-        if lease is not None:
-            pass
-        elif round_.ready_id is None:
-            lease = shard.call("checkout", round_.lease_id, self._num_chains, self._by_rows)
-        else:
-            lease = shard.call("checkout_ready", round_.lease_id, round_.ready_id, self._by_rows)
+        lease = self._checkouts.lease(round_, seat)
         moved = seat.handle.call(
             "run_round", lease, round_.weights, round_.version, round_.num_steps
         )
@@ -288,6 +274,7 @@ class RoundPool:
 
     def _commit(self, round_: Round, reply: dict[str, Any]) -> None:
         self.steps[round_.purpose] += reply["num_steps"] * reply["num_chains"]
+        self.num_by_rows += reply["by_rows"]
         if round_.purpose == "spare":
             self.releases.append(self._shards[round_.shard].call("release", round_.lease_id))
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,38 +19,17 @@ from ebm_dist.actors.handles import (
     PartDied,
     Ref,
     first_line,
-    meeting_point,
-    tune_process,
 )
+from ebm_dist.actors.shared_memory import RunMemory
 from ebm_dist.errors import RunFailed, UserError
 
 log = logging.getLogger("ebm_dist")
 
+FAREWELL_S = 5.0
+"""How long the end of a run waits for one part on each node to remove what it has mapped there."""
+
 UNREACHABLE_S = 90.0
 """Longer than Ray takes to give a node up: 63 s by its own settings, 37 s by those of launch."""
-
-
-class _Host:
-    """What Ray runs: one part, and the settings of its process."""
-
-    def __init__(self, factory: type, kwargs: dict[str, Any], num_threads: int | None) -> None:
-        tune_process(num_threads)
-        self._part = factory(**kwargs)
-
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self._part, method)(*args)
-
-    def ready(self) -> tuple[int, str, str]:
-        """Where the part lives: its process, and the address and the id of its node."""
-        import ray
-
-        node = ray.get_runtime_context().get_node_id()
-        return os.getpid(), ray.util.get_node_ip_address(), node
-
-    def rendezvous(self, loopback: bool, port: int | None) -> tuple[str, int]:
-        import ray
-
-        return meeting_point("127.0.0.1" if loopback else ray.util.get_node_ip_address(), port)
 
 
 @dataclass(slots=True)
@@ -99,6 +79,8 @@ class RayBackend:
         from ray import exceptions
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        from ebm_dist.actors.ray_host import Host
+
         self._ray: Any = ray
         self._errors = exceptions
         self._beside = NodeAffinitySchedulingStrategy
@@ -128,6 +110,12 @@ class RayBackend:
                 "start one with `ray start --head`, show its token (RAY_AUTH_MODE=token), "
                 "or use runtime.address=local"
             ) from error
+        self._memory = RunMemory(namespace.removeprefix("ebm_dist-"), secrets.token_hex(4))
+        self._own_memory = None
+        if "://" not in address:  # a client of Ray is on none of its nodes
+            self._own_node = ray.get_runtime_context().get_node_id()
+            self._own_memory = self._memory.hold(self._own_node)
+        self._host: Any = ray.remote(Host)
         self._handles: list[RayHandle] = []
         self._starting: list[tuple[RayHandle, Ref]] = []
         self._num_spawned: dict[str, int] = {}
@@ -162,6 +150,7 @@ class RayBackend:
         num_gpus: float = 0.0,
         beside_driver: bool = False,
         any_order: bool = False,
+        shared: bool = False,
         node: str | None = None,
     ) -> RayHandle:
         env = {}
@@ -175,21 +164,17 @@ class RayBackend:
             where = self._on(self._ray.get_runtime_context().get_node_id())
         elif node is not None:
             where = self._on(node)
-        actor = (
-            self._ray.remote(_Host)
-            .options(
-                name=name if count == 1 else f"{name}.{count}",
-                # On a Ray of our own the threads share the cores out; a claim could only
-                # keep an actor from starting.
-                num_cpus=0 if self.local else num_cpus,
-                num_gpus=num_gpus,
-                max_restarts=0,
-                scheduling_strategy=where,
-                allow_out_of_order_execution=any_order,
-                runtime_env={"env_vars": env} if env else None,
-            )
-            .remote(factory, kwargs, num_threads)
-        )
+        actor = self._host.options(
+            name=name if count == 1 else f"{name}.{count}",
+            # On a Ray of our own the threads share the cores out; a claim could only
+            # keep an actor from starting.
+            num_cpus=0 if self.local else num_cpus,
+            num_gpus=num_gpus,
+            max_restarts=0,
+            scheduling_strategy=where,
+            allow_out_of_order_execution=any_order,
+            runtime_env={"env_vars": env} if env else None,
+        ).remote(factory, kwargs, num_threads, self._memory, shared)
         handle = RayHandle(name, actor, node=node)
         self._handles.append(handle)
         self._starting.append((handle, actor.ready.remote()))
@@ -355,10 +340,36 @@ class RayBackend:
 
     def close(self) -> None:
         """Stop our actors, and the Ray that we started; a cluster that we joined goes on."""
+        with contextlib.suppress(Exception):
+            self._remove_memory()
         for handle in list(self._handles):
             with contextlib.suppress(Exception):
                 self.kill(handle)
         self._ray.shutdown()
+        if self._own_memory is not None:
+            self._own_memory.remove()
+            self._own_memory.close()
+
+    def _remove_memory(self) -> None:
+        """Have the nodes other than our own freed of what the parts have mapped there.
+
+        All parts of a node are asked, since one may be busy or stuck; one answer will do.
+        """
+        self._note_started()
+        own = self._own_node if self._own_memory is not None else None
+        asked = {
+            handle.actor.remove_memory.remote(): handle.runs_on
+            for handle in self._handles
+            if handle.runs_on not in (None, own)
+        }
+        left = set(asked.values())
+        deadline = time.monotonic() + FAREWELL_S
+        while left and asked and (remaining := deadline - time.monotonic()) > 0:
+            for ref in self._ray.wait(list(asked), timeout=remaining)[0]:
+                node = asked.pop(ref)
+                with contextlib.suppress(self._errors.RayError):  # it is dead
+                    self._ray.get(ref, timeout=1.0)
+                    left.discard(node)
 
 
 def _init_cause(error: Exception) -> BaseException | None:

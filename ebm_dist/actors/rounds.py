@@ -37,7 +37,7 @@ class Round:
     ready_id: int | None = None
     """Of a repair: the committed lease whose chains are moved again."""
     lease: Ref = None
-    """What the checkout returned, where it was drawn ahead of the round."""
+    """What the shard answered, where the lease was drawn ahead of the round."""
     seat: Seat | None = None
     weights: Ref = None
     """What it was last started under."""

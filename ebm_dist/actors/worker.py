@@ -8,6 +8,7 @@ from einops import rearrange
 from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
+from ebm_dist.actors.shared_memory import NodeMemory
 from ebm_dist.actors.weighted_round import GAIN, carried, weighted
 from ebm_dist.buffer.codec import Codec, StorageName
 from ebm_dist.buffer.jarzynski import resampling
@@ -72,6 +73,7 @@ class Worker:
         resample_threshold: float | None = None,
         storage: StorageName = "float32",
         steady: bool = False,
+        shared: NodeMemory | None = None,
     ) -> None:
         """
         Args:
@@ -79,6 +81,7 @@ class Worker:
                 effective share falls below this; None for chains without weights.
             storage: what the shards store chains as.
             steady: for flow.mode sync, whose rounds may not depend on when a compilation ends.
+            shared: where the shards of this node map their chains; None for anywhere.
         """
         self._device = torch.device(device)
         self._spec = spec
@@ -86,6 +89,7 @@ class Worker:
         self._layout = FlatLayout.of(self._energy)
         self._codec = Codec.of(storage, spec)
         self._landing: Tensor | None = None
+        self._within = str(shared.path) if shared is not None else None
         self._sampler = sampler
         self._resample_threshold = resample_threshold
         kernel = sampler.build()
@@ -136,7 +140,7 @@ class Worker:
             )
         position, token = stored.cpu().numpy(), None
         if lease.grant is not None:
-            rows = open_rows(lease.grant)
+            rows = open_rows(lease.grant, self._within)
             written = rows is not None and rows.write(lease.grant, position, lease.chain_id)
             position, token = None, lease.grant.token if written else None
         return MovedChains.of(
@@ -178,7 +182,7 @@ class Worker:
             assert lease.position is not None
             np.copyto(self._landing.numpy(), lease.position)
         else:
-            rows = open_rows(lease.grant)
+            rows = open_rows(lease.grant, self._within)
             if rows is None or not rows.read(lease.grant, self._landing.numpy(), lease.chain_id):
                 return None
         # Not waited for: the landing is written to again after the round, whose end is.

@@ -33,7 +33,7 @@ class ShardChains:
         max_lease: int,
         seed: int,
         data: StartSource | None = None,
-        directory: str | None = None,
+        directory: Path | str | None = None,
         num_grants: int = 0,
         trace: TracePlan | None = None,
     ) -> None:
@@ -44,6 +44,7 @@ class ShardChains:
         self._starts = Starts(config, spec, index=index, seed=seed, data=data)
         self._codec = Codec.of(config.storage, spec)
         self._counters = {"late_checkins": 0, "expired_leases": 0, "reinitialised": 0}
+        self._notes: tuple[str, ...] = ()
         self._whole_cuts: dict[int, np.ndarray] = {}  # generations by slot at those cuts
         self._trace = ChainTrace(trace, capacity, spec.shape) if trace is not None else None
         self._restart = np.zeros(capacity, bool)  # slots whose next lease starts afresh
@@ -249,3 +250,7 @@ class ShardChains:
         counters, restart = dict(self._counters), self._restart.copy()
         meta = {"epoch": self.epoch, "counters": counters, "restart": restart}
         return {**whole["meta"], **meta}, whole["arrays"]
+
+    def remove_files(self) -> None:
+        """Remove what is mapped: the chains go on elsewhere."""
+        self._slots.remove_files()

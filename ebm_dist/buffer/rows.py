@@ -70,8 +70,15 @@ _open: dict[str, MappedRows] = {}
 the memory that they no longer show in."""
 
 
-def open_rows(grant: RowGrant) -> MappedRows | None:
-    """The rows that `grant` speaks of; None if its shard's files are gone or others by now."""
+def open_rows(grant: RowGrant, within: str | None = None) -> MappedRows | None:
+    """The rows that `grant` speaks of; None if its shard's files are gone or others by now.
+
+    Args:
+        within: the directory that all shards of this node have theirs in. Files elsewhere are
+            another node's, also where a test has both nodes on one machine.
+    """
+    if within is not None and not grant.directory.startswith(f"{within}/"):
+        return None
     known = _open.get(grant.directory)
     if known is not None and known.files == grant.files:
         return known

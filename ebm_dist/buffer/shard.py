@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,11 @@ import numpy as np
 from ebm_dist.buffer.chains import ShardChains
 from ebm_dist.buffer.draw import FREE, LEASED, READY, draw_free
 from ebm_dist.buffer.grants import GrantBook
+from ebm_dist.buffer.lease import Outstanding, few
 from ebm_dist.buffer.policy import BufferConfig
 from ebm_dist.buffer.rows import same
 from ebm_dist.seeds import derive_seed
-from ebm_dist.types import EventSpec, Lease, MovedChains, RowGrant
-
-
-@dataclass(slots=True)
-class _Outstanding:
-    slots: np.ndarray
-    generations: np.ndarray
-    chain_id: np.ndarray
-    fresh: np.ndarray  # (M,) bool: the chain starts afresh with this lease
-    starts: np.ndarray | None  # where those start, as stored
-    deadline: float = 0.0
-    grant: RowGrant | None = None
+from ebm_dist.types import EventSpec, Lease, MovedChains
 
 
 class Shard(ShardChains):
@@ -50,7 +39,7 @@ class Shard(ShardChains):
         config: BufferConfig,
         spec: EventSpec,
         *,
-        directory: str | None = None,
+        directory: Path | str | None = None,
         num_grants: int = 0,
         clock: Callable[[], float] = time.time,
         **chains: Any,
@@ -64,7 +53,7 @@ class Shard(ShardChains):
         """
         super().__init__(config, spec, directory=directory, num_grants=num_grants, **chains)
         self._clock = clock
-        self._leases: dict[int, _Outstanding] = {}
+        self._leases: dict[int, Outstanding] = {}
         self._ready: dict[int, np.ndarray] = {}
         self._shown: dict[int, dict[str, np.ndarray]] = {}  # negatives of ready leases, if apart
         self._done: dict[int, dict[str, Any]] = {}
@@ -74,7 +63,9 @@ class Shard(ShardChains):
 
     # --- checkout -----------------------------------------------------------------------------
 
-    def checkout(self, lease_id: int, num: int, by_rows: bool = False) -> Lease | None:
+    def checkout(
+        self, lease_id: int, num: int, by_rows: bool = False, drawn: Any = None
+    ) -> Lease | None:
         """Lease `num` free chains drawn without replacement, or None if fewer are free.
 
         Repeating a checkout of an outstanding `lease_id` gives the same lease again, so that
@@ -83,20 +74,35 @@ class Shard(ShardChains):
 
         Args:
             by_rows: the worker is on this machine; where rows are to be had, it gets those.
+            drawn: what `draw` answered, of which this call is to come after it.
 
         Raises:
             ValueError: more chains than this shard leases at a time.
         """
+        self.expire()
+        if lease_id not in self._leases and not self._draw(lease_id, num):
+            return None
+        return self._lease(lease_id, by_rows)
+
+    def draw(self, lease_ids: Sequence[int], num: int) -> int:
+        """Draw leases one after the other, in this order whatever else is under way.
+
+        `checkout` gives them out, once it is known where their workers are.
+
+        Returns:
+            How many there were chains for.
+        """
+        self.expire()
+        return sum(lease_id in self._leases or self._draw(lease_id, num) for lease_id in lease_ids)
+
+    def _draw(self, lease_id: int, num: int) -> bool:
         if num > self._slots.max_lease:
             raise ValueError(
                 f"a lease of {num} chains, the shard was made for {self._slots.max_lease} at a "
                 "time (workers.num_chains)"
             )
-        self.expire()
-        if lease_id in self._leases:
-            return self._lease(lease_id, by_rows)
         if lease_id in self._done or self._slots.num_in[FREE] < num:
-            return None
+            return False
         # Philox takes its key as it is; others spread a seed first, for longer than the draw.
         key = derive_seed(self._seed, "shard", self.index, "pick", lease_id)
         rng = np.random.Generator(np.random.Philox(key=key))
@@ -107,7 +113,8 @@ class Shard(ShardChains):
             # Only the lease sees the fresh start: should it expire, the old chain is still there.
             starts = self._codec.from_numpy(self._starts.draw(num_fresh, "fresh", lease_id))
         self._slots.turn(slots, FREE, LEASED)
-        return self._issue(lease_id, slots, fresh, starts, by_rows)
+        self._keep(lease_id, slots, fresh, starts)
+        return True
 
     def checkout_many(
         self, lease_ids: Sequence[int], num: int, by_rows: bool = False
@@ -125,24 +132,19 @@ class Shard(ShardChains):
         if slots is None:
             return None
         self._slots.turn(slots, READY, LEASED)
-        return self._issue(lease_id, slots, np.zeros(len(slots), bool), None, by_rows)
+        self._keep(lease_id, slots, np.zeros(len(slots), bool), None)
+        return self._lease(lease_id, by_rows)
 
-    def _issue(
-        self,
-        lease_id: int,
-        slots: np.ndarray,
-        fresh: np.ndarray,
-        starts: np.ndarray | None,
-        by_rows: bool,
-    ) -> Lease:
-        self._leases[lease_id] = _Outstanding(
+    def _keep(
+        self, lease_id: int, slots: np.ndarray, fresh: np.ndarray, starts: np.ndarray | None
+    ) -> None:
+        self._leases[lease_id] = Outstanding(
             slots,
             self._slots.generation[slots],
             self._slots.chain_id[self._slots.rows(slots)],
             fresh,
             starts,
         )
-        return self._lease(lease_id, by_rows)
 
     def _lease(self, lease_id: int, by_rows: bool) -> Lease:
         """The outstanding lease `lease_id`, for one more worker, with its time begun anew."""
@@ -213,14 +215,15 @@ class Shard(ShardChains):
             "num_steps": moved.num_steps,
             "num_chains": len(moved.slots),
             "stats": moved.stats,
-            "notes": moved.notes,
+            "notes": (*self._notes, *moved.notes),
+            "by_rows": moved.position is None,
         }
         if moved.lease_id in self._done and moved.shard_epoch == self.epoch:
             return {**self._done[moved.lease_id], "counts": self.counts()}
         out = self._leases.get(moved.lease_id)
         rows = None
-        if out is not None and self._holds(out, moved):
-            self._check(out, moved)
+        if out is not None and moved.shard_epoch == self.epoch and out.matches(moved):
+            out.check(moved, self._slots.position.shape[1:], self._codec.dtype)
             rows = self._place(out, moved)
         if out is None or rows is None:
             self._counters["late_checkins"] += 1
@@ -253,31 +256,7 @@ class Shard(ShardChains):
         self._counters["reinitialised"] += int(fresh.sum())
         return {"accepted": True, **reply, "counts": self.counts()}
 
-    def _holds(self, out: _Outstanding, moved: MovedChains) -> bool:
-        # A generation moves when its lease ends: those of a lease that is out are as they were.
-        return (
-            moved.shard_epoch == self.epoch
-            and same(moved.slots, out.slots)
-            and same(moved.generations, out.generations)
-        )
-
-    def _check(self, out: _Outstanding, moved: MovedChains) -> None:
-        if not same(moved.chain_id, out.chain_id):
-            raise ValueError(
-                f"lease {moved.lease_id} came back with chains {_few(moved.chain_id)}, "
-                f"{_few(out.chain_id)} went out: a worker must keep their order"
-            )
-        expected = (len(moved.slots), *self._slots.position.shape[1:])
-        if moved.position is not None and (
-            moved.position.shape != expected or moved.position.dtype != self._codec.dtype
-        ):
-            raise ValueError(
-                f"lease {moved.lease_id} came back as chains of shape {moved.position.shape} "
-                f"({moved.position.dtype}), {expected} ({self._codec.dtype}) went out; the event "
-                "shape comes from data.source, the type from buffer.storage"
-            )
-
-    def _place(self, out: _Outstanding, moved: MovedChains) -> np.ndarray | None:
+    def _place(self, out: Outstanding, moved: MovedChains) -> np.ndarray | None:
         """The rows that hold the moved chains and their identities; None if the lease is void."""
         grant = out.grant
         if moved.position is not None:
@@ -297,8 +276,8 @@ class Shard(ShardChains):
         if not same(written, out.chain_id):
             self._slots.give_back(grant.target)
             raise ValueError(
-                f"lease {moved.lease_id}: chains {_few(written)} lie in the rows of "
-                f"{_few(out.chain_id)}"
+                f"lease {moved.lease_id}: chains {few(written)} lie in the rows of "
+                f"{few(out.chain_id)}"
             )
         return grant.target
 
@@ -362,7 +341,7 @@ class Shard(ShardChains):
         self._revoke(out)
         return True
 
-    def _revoke(self, out: _Outstanding) -> None:
+    def _revoke(self, out: Outstanding) -> None:
         if out.grant is not None:
             assert self._grants is not None
             self._grants.revoke(out.grant)
@@ -385,7 +364,3 @@ class Shard(ShardChains):
         self._ready.clear()
         self._shown.clear()
         self._done.clear()
-
-
-def _few(identities: np.ndarray) -> str:
-    return f"{identities[:4].tolist()}{' and so on' if len(identities) > 4 else ''}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ class SlotStorage:
         self.capacity = capacity
         self.max_lease = max_lease
         num_grants = num_grants if directory is not None else 0
-        rows = capacity + max_lease * (1 + num_grants)
+        rows = _num_rows(capacity, max_lease, num_grants)
         self._directory = directory
         self._shape: dict[str, Any] = {
             "capacity": capacity,
@@ -57,7 +59,7 @@ class SlotStorage:
         epoch = _next_epoch(directory) if directory is not None else 0
         if directory is not None and not self.attached:
             shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
+            directory.mkdir(mode=0o700)
         self.position = self._array("position", (rows, *event_shape), dtype)
         self.energy = self._array("energy", (rows,), np.float32)
         self.version = self._array("version", (rows,), np.int64)
@@ -83,6 +85,11 @@ class SlotStorage:
         """Mark the arrays as being written: a successor starts them anew."""
         if self._directory is not None:
             (self._directory / "shape.json").unlink(missing_ok=True)
+
+    def remove_files(self) -> None:
+        """Leave nothing to a successor; who has mapped the files keeps what they hold."""
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     def finish_init(self) -> None:
         """Mark the arrays as whole: a successor takes them over."""
@@ -169,8 +176,41 @@ class SlotStorage:
         if self._directory is None or 0 in shape:
             return np.zeros(shape, dtype)
         path = self._directory / f"{name}.bin"
+        if not self.attached:
+            with path.open("xb") as file:
+                _allocate(file.fileno(), math.prod(shape) * np.dtype(dtype).itemsize)
         # As a plain array: a memmap makes a Python object of each result of its own class.
-        return np.asarray(np.memmap(path, dtype, mode="r+" if self.attached else "w+", shape=shape))
+        return np.asarray(np.memmap(path, dtype, mode="r+", shape=shape))
+
+
+def bytes_to_map(
+    capacity: int,
+    max_lease: int,
+    event_shape: tuple[int, ...],
+    *,
+    dtype: np.dtype | type = np.float32,
+    num_grants: int = 0,
+) -> int:
+    """What a `SlotStorage` of these numbers maps, give or take some pages."""
+    rows = _num_rows(capacity, max_lease, num_grants)
+    of_a_row = math.prod(event_shape) * np.dtype(dtype).itemsize + 4 + 8 + 8 + 4 + 8
+    return rows * of_a_row + capacity * (8 + 8 + 1) + num_grants * 8 * (max_lease + 1)
+
+
+def _num_rows(capacity: int, max_lease: int, num_grants: int) -> int:
+    return capacity + max_lease * (1 + num_grants)
+
+
+def _allocate(descriptor: int, num_bytes: int) -> None:
+    """Give an empty file its pages, or raise OSError where there are not as many.
+
+    A file of holes would get them as it is written, and where memory has run out by then the
+    kernel kills the writer.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    else:
+        os.truncate(descriptor, num_bytes)
 
 
 def _next_epoch(directory: Path) -> int:

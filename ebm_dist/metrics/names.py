@@ -115,6 +115,7 @@ METRICS: dict[str, Metric] = {
     "flow/reweighted": Metric("stale chains consumed with an importance weight so far", "chains"),
     "flow/ess_ratio": _promised("effective share of the negatives after their weights, in (0, 1]"),
     "flow/local_rounds": Metric("share of rounds so far that ran on the node of their shard"),
+    "flow/rounds_by_rows": Metric("share of rounds so far whose chains stayed in its memory"),
     "flow/mcmc_steps_per_update": _promised("chain steps taken for one learner update", "steps"),
     "weights/version": _promised("step of the newest published weights", "updates"),
     "weights/publish_s": Metric("time to pack and publish weights", "s"),

@@ -31,7 +31,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from graph_runs import TINY, newest_step, pids, rows, start
+from graph_runs import TINY, mapped, newest_step, pids, rows, start
 from rich.console import Console
 from rich.table import Table
 
@@ -145,11 +145,10 @@ def _soak(
     mark: str,
     report: Report,
 ) -> None:
-    goal, began, drivers = leg, 0.0, []
+    goal, began = leg, 0.0
     next_kill, checked = 0.0, -1
     process = start(run_dir, *OVERRIDES, f"run.steps={goal}")
     report.legs = 1
-    drivers.append(process.pid)
     patience = time.time() + 300
     while True:
         time.sleep(0.1)
@@ -174,7 +173,6 @@ def _soak(
                 break
             goal += leg
             process = start(run_dir, *OVERRIDES, f"run.steps={goal}", "--resume", "must")
-            drivers.append(process.pid)
             report.legs += 1
         if (step := newest_step(run_dir)) != checked:
             checked = step
@@ -189,7 +187,7 @@ def _soak(
     _check_rows(run_dir, report)
     _check_identities(run_dir, report)
     _note_successors(run_dir, report)
-    _check_leftovers(mark, drivers, report)
+    _check_leftovers(mark, run_dir, report)
 
 
 def _kill_one(run_dir: Path, rng: random.Random, mark: str) -> str | None:
@@ -274,17 +272,16 @@ def _note_successors(run_dir: Path, report: Report) -> None:
         kill.back_s = min(after, default=None)
 
 
-def _check_leftovers(mark: str, drivers: list[int], report: Report) -> None:
+def _check_leftovers(mark: str, run_dir: Path, report: Report) -> None:
     deadline = time.time() + 15
     while (left := _marked(mark)) and time.time() < deadline:
         time.sleep(0.5)
     report.leftovers += len(left)
     if left:
         report.faults.append(f"{len(left)} processes left behind: {sorted(left)}")
-    for pid in drivers:
-        for path in Path("/dev/shm").glob(f"ebm_dist-*-{pid}"):
-            report.leftovers += 1
-            report.faults.append(f"shared memory left behind: {path}")
+    for path in mapped(run_dir):
+        report.leftovers += 1
+        report.faults.append(f"shared memory left behind: {path}")
 
 
 def _end(mark: str) -> None:

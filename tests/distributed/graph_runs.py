@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from ebm_dist.actors.shared_memory import ROOT
 from ebm_dist.config import load
-from ebm_dist.run import RunResult, train
+from ebm_dist.run import RunResult, _short_hash, train
 
 TINY: dict[str, Any] = {
     "run": {"name": "tiny", "seed": 3, "steps": 12},
@@ -104,6 +105,11 @@ def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             out.append(json.loads(line))
     return out
+
+
+def mapped(run_dir: Path) -> list[Path]:
+    """The directories that attempts at the run have in this machine's shared memory."""
+    return sorted(ROOT.glob(f"ebm_dist-*-{_short_hash(str(run_dir.absolute()))}-*"))
 
 
 def children(pid: int) -> set[int]:

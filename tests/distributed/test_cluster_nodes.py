@@ -148,6 +148,26 @@ def test_the_parts_are_on_all_nodes_and_the_ranks_on_two(machines: Bed, running:
     assert len(running.addresses("shard")) >= 2
 
 
+def test_a_killed_shards_chains_stay_in_the_memory_of_its_node(
+    machines: Bed, running: Running
+) -> None:
+    shard, (pid, address) = next(
+        (name, at)
+        for name, at in running.places().items()
+        if name.startswith("shard") and at[1] != HEAD
+    )
+    node = next(node for node in machines.nodes if node.address == address)
+    machines.run(node, ["kill", "-KILL", str(pid)])
+    back = f"{shard} is back with all {CAPACITY // 3} chains"
+    running.wait(lambda: back in running.log, "the shard with its chains")
+    running.goes_on()
+    assert running.places()[shard][0] != pid
+    assert running.places()[shard][1] == address
+    # Each machine has a shared memory of its own: nothing else goes by rows.
+    assert 0 < running.last["flow/rounds_by_rows"] <= running.last["flow/local_rounds"]
+    assert running.last["buffer/late_checkins"] == 0
+
+
 def test_a_slow_cable_slows_the_run_and_breaks_nothing(machines: Bed, running: Running) -> None:
     before = running.last
     took = running.goes_on(10)
@@ -232,6 +252,8 @@ def test_afterwards_the_run_stops_on_request_with_its_invariants_kept(
     machines.signal(running.process, signal.SIGTERM)
     assert running.process.wait(120) == 75
     assert "stopped at update" in running.log
+    left = machines.run(machines.nodes[0], ["ls", "/dev/shm"]).stdout.split()
+    assert not [name for name in left if name.startswith("ebm_dist-")]
     seen = [row for row in rows(running.dir) if "buffer/capacity" in row]
     superseded = running.dir / "metrics.superseded.jsonl"
     if superseded.exists():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from graph_runs import children, newest_step, pids, rows, run, start, wait_for
+from graph_runs import children, mapped, newest_step, pids, rows, run, start, wait_for
 
 from ebm_dist import checkpoint
 from ebm_dist.actors.access import find_token, make_token
@@ -101,14 +103,36 @@ def test_a_joined_node_is_used_and_a_draining_one_is_left_without_losing_a_round
 def test_a_shard_leaves_a_draining_node_before_it_goes_and_no_chain_is_rolled_back(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before that, a driver is killed on the way to its first update, and then a shard's process.
+
+    Both nodes have one shared memory here, in which each run has one directory for each of them.
+    """
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     node = cluster.add_node(num_cpus=1)
     run_dir = tmp_path / "leaving"
-    process = start(
-        run_dir,
+    options = (
         *("runtime.backend=ray", "run.steps=1000000", "flow.mode=async", "flow.max_lag=4"),
         *("workers.num_workers=2", "checkpoint.every=100000"),
     )
+
+    def shards() -> dict[str, str]:
+        """The directory of each shard whose chains are mapped, by its name."""
+        found = [file for path in mapped(run_dir) for file in path.glob("shard_*/shape.json")]
+        return {file.parent.name.split("-")[0]: file.parents[1].name for file in found}
+
+    def killed() -> list[Path]:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.wait()
+        return mapped(run_dir)
+
+    process = start(run_dir, *options)
+    try:
+        wait_for(lambda: len(set(shards().values())) == 2, 300, "shards on both nodes")
+    finally:
+        left = killed()
+    assert len(left) == 2
+    process = start(run_dir, *options)
 
     def log() -> str:
         path = run_dir / "run.log"
@@ -119,20 +143,40 @@ def test_a_shard_leaves_a_draining_node_before_it_goes_and_no_chain_is_rolled_ba
         return max((row["step"] for row in rows(run_dir)), default=0)
 
     try:
-        wait_for(lambda: step() > 10, 300, "the first updates")
+        wait_for(lambda: step() > 30, 300, "the first updates")
+        assert not any(path.exists() for path in left), "what the killed one left is removed"
+        assert set(shards()) == {"shard_0000", "shard_0001"}
+        assert len(set(shards().values())) == len(mapped(run_dir)) == 2
+        last = [row for row in rows(run_dir) if "flow/rounds_by_rows" in row][-1]
+        # All that stay on their node, but for those that are under way.
+        assert last["flow/local_rounds"] >= last["flow/rounds_by_rows"]
+        assert last["flow/rounds_by_rows"] > 0.8 * last["flow/local_rounds"] > 0.2
+        there = children(node.all_processes["raylet"][0].process.pid)
+        (shard,) = (n for n, pid in pids(run_dir).items() if n.startswith("shard") and pid in there)
+        pid = pids(run_dir)[shard]
+        os.kill(pid, signal.SIGKILL)
+        back = f"{shard} is back with all 48 chains"
+        wait_for(lambda: back in log(), 60, "the shard on its node, with its chains")
+        wait_for(lambda: pids(run_dir)[shard] != pid, 60, "the log of its process")
+        assert pids(run_dir)[shard] in children(node.all_processes["raylet"][0].process.pid)
+        seen = step()
+        wait_for(lambda: step() > seen + 10, 60, "further updates")
         drain(cluster, node)
         wait_for(lambda: log().count("has left its node") == 1, 60, "the shard's move")
+        assert len(set(shards().values())) == 1, "its files went with it"
         seen = step()
         wait_for(lambda: step() > seen + 10, 60, "further updates")
         last = [row for row in rows(run_dir) if "fault/restarts" in row][-1]
-        assert last["fault/restarts"] == 0
+        assert last["fault/restarts"] == 1
+        assert last["buffer/late_checkins"] == last["buffer/expired_leases"] == 0
         cluster.remove_node(node, allow_graceful=False)
         seen = step()
         wait_for(lambda: step() > seen + 10, 120, "updates without the node")
         assert "rolled back" not in log()
-        assert not re.search(r"shard-\d died", log())
+        assert len(re.findall(r"shard-\d died", log())) == 1
         process.terminate()
         assert process.wait(120) == 75
+        assert not mapped(run_dir), "shared memory left behind"
         found = checkpoint.latest(run_dir)
         assert found is not None
         ids = [found.arrays(name)["chain_id"] for name in found.names if name.startswith("shard_")]
@@ -186,8 +230,10 @@ def test_learner_ranks_leave_draining_nodes_and_the_result_stays_bit_for_bit(
         seen = step()
         wait_for(lambda: step() > seen + 10, 120, "updates without the node")
         assert "going back" not in log()
+        assert rows(run_dir)[-1]["flow/rounds_by_rows"] > 0
         process.terminate()
         assert process.wait(120) == 75
+        assert not mapped(run_dir), "shared memory left behind"
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

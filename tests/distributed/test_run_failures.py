@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from graph_runs import assert_bitwise_equal, children, pids, rows, run, start, wait_for
+from graph_runs import assert_bitwise_equal, children, mapped, pids, rows, run, start, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -175,8 +175,7 @@ def test_afterwards_the_run_stops_on_request_and_every_row_kept_the_invariants(
     assert order[-1]["fault/restarts"] == 6
     left = [pid for pid in running.family if Path(f"/proc/{pid}").exists() and not _zombie(pid)]
     assert not left, f"processes left behind: {left}"
-    pid = running.process.pid
-    assert not list(Path("/dev/shm").glob(f"ebm_dist-*-{pid}")), "shared memory left behind"
+    assert not mapped(running.dir), "shared memory left behind"
 
 
 def _zombie(pid: int) -> bool:

@@ -36,7 +36,7 @@ RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 
 # Heavy packages and the only places that may import them.
 DOORS = {
-    "ray": {"actors/ray_backend.py", "doctor.py"},
+    "ray": {"actors/ray_backend.py", "actors/ray_host.py", "doctor.py"},
     "deepspeed": {"learner/group.py", "doctor.py"},
     "webdataset": {"data/"},
     "wandb": {"metrics/sink.py", "doctor.py"},

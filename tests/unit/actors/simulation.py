@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ebm_dist.actors.handles import ObjectLost, PartDied
+from ebm_dist.buffer.rows import open_rows
 from ebm_dist.types import Lease, MovedChains
 
 
@@ -130,8 +131,9 @@ class SimBackend:
 class SimWorker:
     """Moves chains by noise of the lease's seed and by the version, as a real round would."""
 
-    def __init__(self) -> None:
+    def __init__(self, within: str | None = None) -> None:
         self.held = -1
+        self.within = within
 
     def hold(self, weights: Any, version: int) -> int:
         self.held = version
@@ -143,13 +145,25 @@ class SimWorker:
         assert self.held >= 0, "a newcomer was given work before it held weights"
         if lease is None:
             return None
-        noise = np.random.default_rng(lease.seed).normal(size=lease.position.shape)
-        position = (0.5 * lease.position + noise + 0.01 * version).astype(np.float32)
+        start, rows, token = lease.position, None, None
+        if lease.grant is not None:
+            rows = open_rows(lease.grant, self.within)
+            assert rows is not None, "by rows of another node"
+            start = np.empty((len(lease.slots), *lease.grant.event_shape), np.float32)
+            if not rows.read(lease.grant, start, lease.chain_id):
+                start[:] = 0.0  # void by now
+        assert start is not None
+        noise = np.random.default_rng(lease.seed).normal(size=start.shape)
+        position = (0.5 * start + noise + 0.01 * version).astype(np.float32)
+        if rows is not None and lease.grant is not None:
+            written = rows.write(lease.grant, position, lease.chain_id)
+            token = lease.grant.token if written else None
         return MovedChains.of(
             lease,
-            position=position,
+            position=position if rows is None else None,
             energy=position.sum(1),
             log_weight=lease.log_weight,
             version=version,
             num_steps=num_steps,
+            token=token,
         )

@@ -225,6 +225,16 @@ def test_shards_are_spread_over_the_nodes_that_stay() -> None:
     assert [part.node for part in shards] == ["b", "a", "b", "a"]
 
 
+def test_a_shard_is_put_back_where_its_chains_are_mapped_if_that_node_stays() -> None:
+    nodes = [Node("a", False, {"CPU": 8}), Node("b", False, {"CPU": 1})]
+    made, _ = placer(nodes, ["a", "b", "b", "b"], [])
+    assert made.for_shard() == "a"
+    assert made.for_shard("b") == "b"
+    nodes[1] = Node("b", True, {"CPU": 1})
+    assert made.for_shard("b") == "a"
+    assert made.for_shard("c") == "a", "one that died a moment ago, with the shard"
+
+
 def test_a_worker_is_not_put_back_where_it_died_unless_there_is_nothing_else() -> None:
     nodes = [Node("a", False, {"CPU": 4}), Node("b", False, {"CPU": 1})]
     made, _ = placer(nodes, ["a"], [])

@@ -36,12 +36,14 @@ class World:
         capacity: int = CAPACITY,
         max_ticks: int = 10**6,
         nodes: tuple[str | None, ...] = (None,),
+        scattered: bool = True,
         **flow: Any,
     ) -> None:
         """
         Args:
             max_ticks: of one update; longer is a deadlock.
             nodes: shards and workers are put on them in turn.
+            directory: shards map their chains there, each under its node's name.
         """
         self.config = FlowConfig(**({"stall_timeout_s": 30} | flow))
         self.max_lag = self.config.max_lag
@@ -59,6 +61,7 @@ class World:
             delay=lambda: int(self.rng.integers(1, max_delay + 1)),
             eager=lambda: bool(self.rng.random() < 0.5),
             on_tick=self.misfortune,
+            scattered=scattered,
         )
         self.shards = [self.spawn_shard(i) for i in range(2)]
         self.workers = [self.spawn_worker(i) for i in range(num_workers)]
@@ -90,11 +93,18 @@ class World:
         self.pool.set_weights(None, 0)
 
     def spawn_worker(self, index: int) -> SimHandle:
-        return self.backend.spawn(
-            SimWorker, {}, name=f"worker-{index}", node=self.nodes[index % len(self.nodes)]
-        )
+        node = self.nodes[index % len(self.nodes)]
+        within = {"within": str(self.memory_of(node))} if self.directory else {}
+        return self.backend.spawn(SimWorker, within, name=f"worker-{index}", node=node)
+
+    def memory_of(self, node: str | None) -> Path:
+        assert self.directory is not None
+        path = self.directory / str(node)
+        path.mkdir(exist_ok=True)
+        return path
 
     def spawn_shard(self, index: int) -> SimHandle:
+        node = self.nodes[index % len(self.nodes)]
         options = {
             "config": BufferConfig(capacity=self.capacity, reinit_prob=0.2),
             "spec": SPEC,
@@ -102,12 +112,11 @@ class World:
             "capacity": self.capacity // 2,
             "max_lease": CHAINS,
             "seed": 1,
-            "directory": str(self.directory / str(index)) if self.directory else None,
+            "directory": self.memory_of(node) / str(index) if self.directory else None,
+            "num_grants": 6,
             "clock": lambda: self.now,
         }
-        return self.backend.spawn(
-            Shard, options, name=f"shard-{index}", node=self.nodes[index % len(self.nodes)]
-        )
+        return self.backend.spawn(Shard, options, name=f"shard-{index}", node=node)
 
     def misfortune(self) -> None:
         self.ticks_left -= 1

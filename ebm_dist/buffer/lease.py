@@ -1,0 +1,52 @@
+"""A lease as its shard remembers it, and whether what a worker brings back is of that lease."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ebm_dist.buffer.rows import same
+from ebm_dist.types import MovedChains, RowGrant
+
+
+@dataclass(slots=True)
+class Outstanding:
+    """A lease that was drawn and has neither been committed nor expired."""
+
+    slots: np.ndarray
+    generations: np.ndarray
+    chain_id: np.ndarray
+    fresh: np.ndarray  # (M,) bool: the chain starts afresh with this lease
+    starts: np.ndarray | None  # where those start, as stored
+    deadline: float = math.inf  # counts from when it is given out
+    grant: RowGrant | None = None
+
+    def matches(self, moved: MovedChains) -> bool:
+        # A generation moves when its lease ends: those of a lease that is out are as they were.
+        return same(moved.slots, self.slots) and same(moved.generations, self.generations)
+
+    def check(self, moved: MovedChains, event_shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """
+        Raises:
+            ValueError: chains of another event shape, not as many as were leased, or others.
+        """
+        if not same(moved.chain_id, self.chain_id):
+            raise ValueError(
+                f"lease {moved.lease_id} came back with chains {few(moved.chain_id)}, "
+                f"{few(self.chain_id)} went out: a worker must keep their order"
+            )
+        expected = (len(moved.slots), *event_shape)
+        if moved.position is not None and (
+            moved.position.shape != expected or moved.position.dtype != dtype
+        ):
+            raise ValueError(
+                f"lease {moved.lease_id} came back as chains of shape {moved.position.shape} "
+                f"({moved.position.dtype}), {expected} ({dtype}) went out; the event "
+                "shape comes from data.source, the type from buffer.storage"
+            )
+
+
+def few(identities: np.ndarray) -> str:
+    return f"{identities[:4].tolist()}{' and so on' if len(identities) > 4 else ''}"
