@@ -7,7 +7,7 @@ reach, and the share of the ideal one (workers / round-s).
 
     python benchmarks/control_plane.py --workers 256
     python benchmarks/control_plane.py --workers 256 --call-us 150   # with the cost of Ray's calls
-    python benchmarks/control_plane.py --workers 256 --ray           # through Ray, in real time
+    python benchmarks/control_plane.py --ray --workers 64 256 --shards 2   # through Ray
 
 With `--ray` the workers are threads of a few actors that sleep, the shards real ones of a million
 slots each, and chains go by value; the machine is shared by all of them.
@@ -24,8 +24,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from common import keep
 
 from ebm_dist.actors.cut import Progress
 from ebm_dist.actors.flow import NegativeFlow
@@ -290,8 +293,10 @@ def through_ray(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 16, 64, 256, 1024])
+    parser.add_argument("--quick", action="store_true", help="fewer updates")
+    parser.add_argument("--out", type=Path, help="also write the result there, as JSON")
     parser.add_argument("--shards", type=int, default=8)
-    parser.add_argument("--updates", type=int, default=80)
+    parser.add_argument("--updates", type=int, help="80 when left out, 20 with --quick")
     parser.add_argument("--round-s", type=float, default=1.0)
     parser.add_argument("--call-us", type=float, default=0.0, help="charged for each remote call")
     parser.add_argument("--ray", action="store_true", help="through Ray, in real time")
@@ -302,19 +307,21 @@ def main() -> None:
         "--profile", action="store_true", help="where the time goes, at the last size"
     )
     options = parser.parse_args()
+    updates = options.updates or (20 if options.quick else 80)
     print(f"{'workers':>8}", end="")
+    rows = []
     for index, num in enumerate(options.workers):
         with cProfile.Profile() if options.profile else _Nothing() as profile:
             row = (
-                through_ray(num, options.shards, options.updates, options.round_s, options.hosts)
+                through_ray(num, options.shards, updates, options.round_s, options.hosts)
                 if options.ray
-                else simulate(
-                    num, options.shards, options.updates, options.round_s, 1e-6 * options.call_us
-                )
+                else simulate(num, options.shards, updates, options.round_s, 1e-6 * options.call_us)
             )
         if index == 0:
             print("".join(f"{name:>18}" for name in row))
-        print(f"{num:>8}" + "".join(f"{value:>18.4g}" for value in row.values()))
+        print(f"{num:>8}" + "".join(f"{value:>18.4g}" for value in row.values()), flush=True)
+        rows.append({"workers": num, **row})
+    keep("control_plane", rows, options.out, through_ray=options.ray, updates=updates)
     if isinstance(profile, cProfile.Profile):
         pstats.Stats(profile).sort_stats("cumulative").print_stats(18)
 

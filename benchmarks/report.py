@@ -34,6 +34,7 @@ BENCHMARKS: dict[str, tuple[str, bool]] = {
     "transfers": ("transfers.py", False),
     "pool": ("pool.py", False),
     "control_plane": ("control_plane.py", False),
+    "control_plane_ray": ("control_plane.py --ray --workers 64 256 --shards 2", False),
     "features": ("features.py", False),
 }
 

@@ -111,10 +111,8 @@ class RayBackend:
                 "or use runtime.address=local"
             ) from error
         self._memory = RunMemory(namespace.removeprefix("ebm_dist-"), secrets.token_hex(4))
-        self._own_memory = None
-        if "://" not in address:  # a client of Ray is on none of its nodes
-            self._own_node = ray.get_runtime_context().get_node_id()
-            self._own_memory = self._memory.hold(self._own_node)
+        self._own_node = ray.get_runtime_context().get_node_id()
+        self._own_memory = self._memory.hold(self._own_node)
         self._host: Any = ray.remote(Host)
         self._handles: list[RayHandle] = []
         self._starting: list[tuple[RayHandle, Ref]] = []
@@ -161,7 +159,7 @@ class RayBackend:
         count = self._num_spawned[name] = self._num_spawned.get(name, 0) + 1
         where = "DEFAULT"
         if beside_driver:
-            where = self._on(self._ray.get_runtime_context().get_node_id())
+            where = self._on(self._own_node)
         elif node is not None:
             where = self._on(node)
         actor = self._host.options(
@@ -346,9 +344,8 @@ class RayBackend:
             with contextlib.suppress(Exception):
                 self.kill(handle)
         self._ray.shutdown()
-        if self._own_memory is not None:
-            self._own_memory.remove()
-            self._own_memory.close()
+        self._own_memory.remove()
+        self._own_memory.close()
 
     def _remove_memory(self) -> None:
         """Have the nodes other than our own freed of what the parts have mapped there.
@@ -356,11 +353,10 @@ class RayBackend:
         All parts of a node are asked, since one may be busy or stuck; one answer will do.
         """
         self._note_started()
-        own = self._own_node if self._own_memory is not None else None
         asked = {
             handle.actor.remove_memory.remote(): handle.runs_on
             for handle in self._handles
-            if handle.runs_on not in (None, own)
+            if handle.runs_on not in (None, self._own_node)
         }
         left = set(asked.values())
         deadline = time.monotonic() + FAREWELL_S
