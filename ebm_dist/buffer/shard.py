@@ -30,6 +30,9 @@ from ebm_dist.buffer.rows import same
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import EventSpec, Lease, MovedChains
 
+MAX_VOID = 64
+"""Leases that are remembered after they came to nothing; their rounds are redone within seconds."""
+
 
 class Shard(ShardChains):
     """Chains of one shard. Plain Python: `actors/ray_backend.py` puts it behind Ray."""
@@ -54,6 +57,7 @@ class Shard(ShardChains):
         super().__init__(config, spec, directory=directory, num_grants=num_grants, **chains)
         self._clock = clock
         self._leases: dict[int, Outstanding] = {}
+        self._void: dict[int, Outstanding] = {}  # leases that came to nothing, the newest
         self._ready: dict[int, np.ndarray] = {}
         self._shown: dict[int, dict[str, np.ndarray]] = {}  # negatives of ready leases, if apart
         self._done: dict[int, dict[str, Any]] = {}
@@ -103,6 +107,13 @@ class Shard(ShardChains):
             )
         if lease_id in self._done or self._slots.num_in[FREE] < num:
             return False
+        void = self._void.pop(lease_id, None)
+        if void is not None and (self._slots.state[void.slots] == FREE).all():
+            # Its round is redone, and in sync mode has to move the same chains. Drawn anew, with
+            # those out that were drawn after it, it would get others.
+            self._slots.turn(void.slots, FREE, LEASED)
+            self._keep(lease_id, void.slots, void.fresh, void.starts)
+            return True
         # Philox takes its key as it is; others spread a seed first, for longer than the draw.
         key = derive_seed(self._seed, "shard", self.index, "pick", lease_id)
         rng = np.random.Generator(np.random.Philox(key=key))
@@ -339,6 +350,9 @@ class Shard(ShardChains):
         self._slots.generation[out.slots] += 1
         self._slots.turn(out.slots, LEASED, FREE)
         self._revoke(out)
+        self._void[lease_id] = out
+        if len(self._void) > MAX_VOID:
+            self._void.pop(next(iter(self._void)))
         return True
 
     def _revoke(self, out: Outstanding) -> None:
@@ -361,6 +375,7 @@ class Shard(ShardChains):
         for out in self._leases.values():
             self._revoke(out)
         self._leases.clear()
+        self._void.clear()
         self._ready.clear()
         self._shown.clear()
         self._done.clear()

@@ -104,6 +104,37 @@ def test_an_expired_lease_gives_the_old_chains_back_and_its_late_checkin_is_coun
         assert np.array_equal(before[name], after[name]), name
 
 
+@pytest.mark.parametrize("capacity", [8, 24])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_rounds_redone_after_their_leases_expired_move_the_chains_that_they_were_about(
+    capacity: int, order: tuple[int, int]
+):
+    # Drawn anew, in another order or beside others, they would get others: sync mode must not.
+    clock = Clock()
+    shard = make_shard(capacity, clock=clock, config={"reinit_prob": 0.5})
+    first = dict(enumerate(shard.checkout_many([0, 1], 4)))
+    clock.now = 10.5
+    for lease_id in order:
+        again = shard.checkout(lease_id, 4)
+        for name in ("slots", "chain_id", "position", "version", "log_weight"):
+            expected = getattr(first[lease_id], name)
+            assert np.array_equal(getattr(again, name), expected), (lease_id, name)
+        assert again.seed == first[lease_id].seed
+        assert not shard.checkin(move(first[lease_id]))["accepted"], "the worker that was too late"
+        assert shard.checkin(move(again))["accepted"]
+    assert shard.counts()["expired_leases"] == 2
+
+
+def test_it_moves_others_where_those_have_gone_to_another_lease():
+    clock = Clock()
+    shard = make_shard(4, clock=clock)
+    shard.checkout(0, 4)
+    clock.now = 10.5
+    assert shard.checkout(1, 4) is not None
+    assert shard.checkout(0, 4) is None
+    assert shard.counts()["leased"] == 4
+
+
 def test_a_late_checkin_does_not_touch_the_lease_that_has_its_slots_now():
     clock = Clock()
     shard = make_shard(4, clock=clock)
