@@ -115,10 +115,12 @@ class Lookout:
             values["chain/age_mean"] = sum(c["age_mean"] for c in counts) / len(counts)
         if self._schedule.jarzynski:
             values["likelihood/resampled"] = float(sum(c.get("resampled", 0) for c in counts))
-        if self._graph.watch is not None:
-            values |= self._graph.watch.look()
-        self.metrics.update(values)
-        self._graph.hub.log(self._progress.step, self._progress.epoch, values)
+        try:
+            if self._graph.watch is not None:
+                values |= self._graph.watch.look()
+        finally:  # the update was made, whether or not all shards lived to say how they are
+            self.metrics.update(values)
+            self._graph.hub.log(self._progress.step, self._progress.epoch, values)
 
     def evaluate(self, flat: Ref, ema: Ref) -> None:
         """Write the sample grid and start the measurements, which are logged when they come."""

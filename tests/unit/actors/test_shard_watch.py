@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from small_runs import SMALL, curve, run
 
+from ebm_dist.actors.handles import PartDied
+from ebm_dist.actors.watch import ShardWatch
 from ebm_dist.buffer.trace import ChainTrace, TracePlan
 
 # A barrier of a = 60 at T = 1 between wells of width 1/20: nobody crosses. The chains start on
@@ -57,6 +59,24 @@ def test_stuck_chains_are_started_anew_where_that_is_asked_for(tmp_path: Path) -
     ages = [curve(tmp_path / name, "chain/age_mean")[60] for name in ("r", "without")]
     assert ages[1] == pytest.approx(60, abs=2)
     assert ages[0] < ages[1] - 5
+
+
+def test_a_shard_that_dies_while_it_is_asked_takes_no_row_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+
+    def look(self: ShardWatch) -> dict[str, float]:
+        looks.append(len(looks))
+        if len(looks) == 3:
+            raise PartDied("it was killed")
+        return {"chain/alarms": 0.0}
+
+    monkeypatch.setattr(ShardWatch, "look", look)
+    result, _ = run(tmp_path / "r", "run.steps=8", "tracking.log_every=1")
+    assert result.finished
+    assert list(curve(tmp_path / "r", "weights/version")) == list(range(1, 9))
+    assert sorted(curve(tmp_path / "r", "chain/alarms")) == [1, 2, 4, 5, 6, 7, 8]
 
 
 def test_following_none_costs_and_logs_nothing(tmp_path: Path) -> None:
