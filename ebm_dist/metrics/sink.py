@@ -24,6 +24,8 @@ from ebm_dist.metrics.names import FRAME
 FIRST_RETRY = 1.0
 LAST_RETRY = 60.0
 """Seconds between attempts to reach W&B: doubled from the first to the last."""
+IN_FLIGHT_S = 60.0
+"""Longer than W&B's service holds a row before it sends it."""
 
 
 def new_run_id() -> str:
@@ -128,7 +130,8 @@ class WandbSink:
         self._notice = notice
         self._told: set[str] = set()
         self._run: Any = None
-        self._recent: deque[Mapping[str, Any]] = deque(maxlen=2000)
+        self._recent: deque[tuple[float, Mapping[str, Any]]] = deque(maxlen=2000)  # when, what
+        self._lost_at = 0.0
         self._spool = Spool(self.dir / "spool.jsonl", resume_step=resume_step)
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -273,7 +276,7 @@ class WandbSink:
                 try:
                     if item is not None:
                         self._send(item)
-                        self._recent.append(item)
+                        self._recent.append((time.monotonic(), item))
                 except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
                     # This item's own fault: it must not stand in the way of all others.
                     self._tell("item", f"W&B: an item was left out ({_first_line(error)})")
@@ -288,17 +291,23 @@ class WandbSink:
         self._tell(
             "lost", f"W&B: connection lost ({_first_line(error)}); metrics are kept and sent later"
         )
+        self._lost_at = time.monotonic()
         run, self._run = self._run, None
         with contextlib.suppress(Exception):
             run.finish()
         self._stop_service()  # it may be dead; the next attempt starts another
 
     def _send_again(self) -> None:
-        """Repeat what the service took and died with: rows beyond the server's last step."""
+        """Repeat what the service took and may have died with.
+
+        That is rows beyond the server's last step, and the last minute's: its summary, which is
+        all that W&B tells of a run, is sent by itself and may be ahead of the rows. A row that
+        comes twice is one point of a curve.
+        """
         with contextlib.suppress(Exception):
             known = self._run.summary.get("step")
-            for item in list(self._recent):
-                if known is None or item.get("step", 0) > known:
+            for at, item in list(self._recent):
+                if known is None or item.get("step", 0) > known or at > self._lost_at - IN_FLIGHT_S:
                     self._send(item)
 
     @staticmethod

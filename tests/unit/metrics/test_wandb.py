@@ -240,6 +240,24 @@ def test_a_killed_wandb_service_is_replaced_and_told_again(
     assert steps == set(range(8))
 
 
+def test_rows_that_only_the_summary_has_seen_are_told_again(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    with MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits") as hub:
+        for step in range(5):
+            hub.log(step, 0, {"energy/gap": 0.0})
+        until(lambda: hub.info()["url"])
+        run = server.runs[hub.info()["id"]]
+        until(lambda: len(run.history) == 5 and run.summary.get("step") == 4)
+        for pid in _service_pids():
+            os.kill(pid, signal.SIGKILL)
+        del run.history[2:]  # the service died between the two
+        time.sleep(0.3)
+        hub.log(5, 0, {"energy/gap": 0.0})
+        until(lambda: "connected; what was kept is being sent" in " ".join(hub.notices()))
+    assert {row["step"] for row in run.history} == set(range(6))
+
+
 def _service_pids() -> list[int]:
     """Processes of W&B's service that are children of this one."""
     found = []
