@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,15 +226,11 @@ def test_a_killed_wandb_service_is_replaced_and_told_again(
     server: WandbServer, tmp_path: Path
 ) -> None:
     with MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits") as hub:
-        for step in range(5):
-            hub.log(step, 0, {"energy/gap": 0.0})
+        _log(hub, range(5))
         spool = tmp_path / "wandb" / "spool.jsonl"
         until(lambda: hub.info()["url"] and hub.flush() and spool.stat().st_size == 0)
-        for pid in _service_pids():
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.3)
-        for step in range(5, 8):
-            hub.log(step, 0, {"energy/gap": 0.0})
+        _kill_service()
+        _log(hub, range(5, 8))
         until(lambda: "connected; what was kept is being sent" in " ".join(hub.notices()))
     steps = {row["step"] for row in server.runs[hub.info()["id"]].history}
     assert steps == set(range(8))
@@ -244,18 +240,26 @@ def test_rows_that_only_the_summary_has_seen_are_told_again(
     server: WandbServer, tmp_path: Path
 ) -> None:
     with MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits") as hub:
-        for step in range(5):
-            hub.log(step, 0, {"energy/gap": 0.0})
+        _log(hub, range(5))
         until(lambda: hub.info()["url"])
         run = server.runs[hub.info()["id"]]
         until(lambda: len(run.history) == 5 and run.summary.get("step") == 4)
-        for pid in _service_pids():
-            os.kill(pid, signal.SIGKILL)
-        del run.history[2:]  # the service died between the two
-        time.sleep(0.3)
-        hub.log(5, 0, {"energy/gap": 0.0})
+        del run.history[2:]  # it died between the two
+        _kill_service()
+        _log(hub, [5])
         until(lambda: "connected; what was kept is being sent" in " ".join(hub.notices()))
     assert {row["step"] for row in run.history} == set(range(6))
+
+
+def _log(hub: MetricHub, steps: Iterable[int]) -> None:
+    for step in steps:
+        hub.log(step, 0, {"energy/gap": 0.0})
+
+
+def _kill_service() -> None:
+    for pid in _service_pids():
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.3)
 
 
 def _service_pids() -> list[int]:
