@@ -120,7 +120,12 @@ def _mapped(path: Path, dtype: str | type | np.dtype) -> np.ndarray:
 
 
 def copy_rows(source: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
-    """out[i] = source[rows[i]]. With a check of the bounds numpy would copy twice."""
+    """out[i] = source[rows[i]]."""
+    # Both ends of every row first: a row's pages are looked up and its first bytes fetched while
+    # those of others are, where the copy alone waits for each in turn, a third of its time.
+    ends = source.reshape(len(source), -1)
+    _ = ends[:, 0][rows], ends[:, -1][rows]
+    # With a check of the bounds numpy would copy twice.
     source.take(rows, axis=0, out=out, mode="clip")
 
 
