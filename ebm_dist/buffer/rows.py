@@ -139,20 +139,15 @@ def lock_path(directory: Path | str, index: int) -> str:
 
 
 @contextlib.contextmanager
-def locked(directory: Path | str, index: int, *, wait: bool = True) -> Iterator[bool]:
-    """Whether this process has the lock of grant `index`, and while it has it."""
+def locked(directory: Path | str, index: int) -> Iterator[bool]:
+    """Hold the lock of grant `index`; False where there is none."""
     try:
         descriptor = os.open(lock_path(directory, index), os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:  # the run has ended, or begun anew
         yield False
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        yield False
-        return
-    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield True
     finally:
         os.close(descriptor)  # which lets go of the lock
