@@ -109,7 +109,7 @@ class SlotStorage:
         self.num_in = {FREE: self.capacity, LEASED: 0, READY: 0}
         self.count_ages()
 
-    def turn(self, slots: np.ndarray, before: np.uint8, after: np.uint8) -> None:
+    def turn(self, slots: np.ndarray, before: int, after: int) -> None:
         """Move `slots`, all of state `before`, to state `after`."""
         self.state[slots] = after
         self.num_in[before] -= len(slots)
@@ -129,13 +129,16 @@ class SlotStorage:
         copy_rows(self.position, rows, out)
         return out
 
-    def adopt(self, slots: np.ndarray, rows: np.ndarray, **fields: Any) -> None:
-        """Give `slots` (M,) the chains whose positions are in `rows`; their old rows are spare.
+    def adopt(
+        self, slots: np.ndarray, old: np.ndarray, rows: np.ndarray, aged: int, **fields: Any
+    ) -> None:
+        """Give `slots` (M,) the chains whose positions are in `rows`; their `old` rows are spare.
 
-        Each of `fields` is (M,), or one number for all; `age` is one of them.
+        Args:
+            aged: by how much they are older now, all together.
+            fields: each (M,), or one number for all.
         """
-        old = self.row_of_slot[slots]
-        self.total_age += int(fields["age"].sum() - self.age[old].sum())
+        self.total_age += aged
         for name, field in fields.items():
             getattr(self, name)[rows] = field
         self.row_of_slot[slots] = rows
