@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ebm_dist.buffer.rows import lock_path, locked
+from ebm_dist.buffer.rows import lock_path
 from ebm_dist.buffer.storage import SlotStorage
 from ebm_dist.types import RowGrant
 
@@ -28,7 +30,10 @@ class GrantBook:
     """
 
     def __init__(self, slots: SlotStorage, directory: Path, num_grants: int) -> None:
+        # Of the locks asked for so far: to open and close one takes longer than to have it.
+        self._locks: dict[int, int] = {}
         self._slots = slots
+        self._event_shape, self._dtype = slots.position.shape[1:], slots.position.dtype.str
         self._directory = str(directory)
         self._files = (directory / "position.bin").stat().st_ino
         # The last entry counts the tokens given out, so that a successor repeats none. It starts
@@ -56,28 +61,29 @@ class GrantBook:
         if not self._free or (target := self._slots.lend(len(source))) is None:
             return None
         index = self._free.pop()
-        self._rows[index] = -1
         self._rows[index, : len(target)] = target
-        token = self._tokens[-1] = self._tokens[-1] + 1
+        self._rows[index, len(target) :] = -1
+        token = int(self._tokens[-1]) + 1
+        self._tokens[-1] = token
         self._tokens[index] = token
         return RowGrant(
             directory=self._directory,
             files=self._files,
-            event_shape=self._slots.position.shape[1:],
-            dtype=self._slots.position.dtype.str,
+            event_shape=self._event_shape,
+            dtype=self._dtype,
             source=source,
             target=target,
             index=index,
-            token=int(token),
+            token=token,
         )
 
     def redeem(self, grant: RowGrant) -> bool:
         """Close the grant, whose rows go to the caller; False if it is still being written."""
         self._tokens[grant.index] = 0
-        with locked(self._directory, grant.index, wait=False) as held:
-            if held:
-                self._free.append(grant.index)
-            return held
+        closed = self._nobody_writes(grant.index)
+        if closed:
+            self._free.append(grant.index)
+        return closed
 
     def revoke(self, grant: RowGrant) -> None:
         """Close the grant; its rows are spare again as soon as nobody can be writing them."""
@@ -89,21 +95,39 @@ class GrantBook:
     def _sweep(self) -> None:
         still = []
         for item in self._limbo:
-            with locked(self._directory, item.index, wait=False) as held:
-                if held:
-                    self._free.append(item.index)
-                    self._slots.give_back(item.rows)
-                else:
-                    still.append(item)
+            if self._nobody_writes(item.index):
+                self._free.append(item.index)
+                self._slots.give_back(item.rows)
+            else:
+                still.append(item)
         self._limbo = still
+
+    def _nobody_writes(self, index: int) -> bool:
+        """Whether the lock of grant `index` was to be had, its token being gone already.
+
+        Let go of at once: who takes it after us finds no token.
+        """
+        try:
+            if index not in self._locks:
+                path = lock_path(self._directory, index)
+                self._locks[index] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            lock = self._locks[index]
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, FileNotFoundError):  # the latter: the run has ended, or begun anew
+            return False
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        return True
+
+    def __del__(self) -> None:
+        for lock in self._locks.values():
+            os.close(lock)
 
     def _fence_predecessor(self) -> None:
         """Void the grants of a process that died; its workers may be writing at this moment."""
         for index in list(self._free):
             self._tokens[index] = 0
-            with locked(self._directory, index, wait=False) as held:
-                if held:
-                    continue
+            if self._nobody_writes(index):
+                continue
             self._free.remove(index)
             rows = self._rows[index]
             rows = self._slots.withhold(rows[rows >= 0])

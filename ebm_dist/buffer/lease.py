@@ -16,6 +16,7 @@ class Outstanding:
     """A lease that was drawn and has neither been committed nor expired."""
 
     slots: np.ndarray
+    rows: np.ndarray  # of the chains as they went out: those of a leased slot do not change
     generations: np.ndarray
     chain_id: np.ndarray
     fresh: np.ndarray  # (M,) bool: the chain starts afresh with this lease

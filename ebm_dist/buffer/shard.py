@@ -14,6 +14,7 @@ shard's own memory, and what travels is their numbers.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ebm_dist.buffer.chains import ShardChains
-from ebm_dist.buffer.draw import FREE, LEASED, READY, draw_free
+from ebm_dist.buffer.draw import FREE, LEASED, READY, KeyedGenerator, draw_free
 from ebm_dist.buffer.grants import GrantBook
 from ebm_dist.buffer.lease import Outstanding, few
 from ebm_dist.buffer.policy import BufferConfig
@@ -57,10 +58,12 @@ class Shard(ShardChains):
         super().__init__(config, spec, directory=directory, num_grants=num_grants, **chains)
         self._clock = clock
         self._leases: dict[int, Outstanding] = {}
+        self._earliest = math.inf  # no lease is overdue before
         self._void: dict[int, Outstanding] = {}  # leases that came to nothing, the newest
         self._ready: dict[int, np.ndarray] = {}
         self._shown: dict[int, dict[str, np.ndarray]] = {}  # negatives of ready leases, if apart
         self._done: dict[int, dict[str, Any]] = {}
+        self._keyed = KeyedGenerator()
         self._grants: GrantBook | None = None
         if directory is not None and num_grants > 0:
             self._grants = GrantBook(self._slots, Path(directory), num_grants)
@@ -114,13 +117,13 @@ class Shard(ShardChains):
             self._slots.turn(void.slots, FREE, LEASED)
             self._keep(lease_id, void.slots, void.fresh, void.starts)
             return True
-        # Philox takes its key as it is; others spread a seed first, for longer than the draw.
-        key = derive_seed(self._seed, "shard", self.index, "pick", lease_id)
-        rng = np.random.Generator(np.random.Philox(key=key))
+        rng = self._keyed(derive_seed(self._seed, "shard", self.index, "pick", lease_id))
         slots = draw_free(self._slots.state, self._slots.num_in[FREE], num, rng)
-        fresh = (rng.random(num) < self._config.reinit_prob) | self._restart[slots]
+        fresh = self._restart[slots]
+        if self._config.reinit_prob > 0:
+            fresh |= rng.random(num) < self._config.reinit_prob
         starts = None
-        if num_fresh := int(fresh.sum()):
+        if num_fresh := int(np.count_nonzero(fresh)):
             # Only the lease sees the fresh start: should it expire, the old chain is still there.
             starts = self._codec.from_numpy(self._starts.draw(num_fresh, "fresh", lease_id))
         self._slots.turn(slots, FREE, LEASED)
@@ -149,25 +152,24 @@ class Shard(ShardChains):
     def _keep(
         self, lease_id: int, slots: np.ndarray, fresh: np.ndarray, starts: np.ndarray | None
     ) -> None:
+        rows = self._slots.rows(slots)
         self._leases[lease_id] = Outstanding(
-            slots,
-            self._slots.generation[slots],
-            self._slots.chain_id[self._slots.rows(slots)],
-            fresh,
-            starts,
+            slots, rows, self._slots.generation[slots], self._slots.chain_id[rows], fresh, starts
         )
 
     def _lease(self, lease_id: int, by_rows: bool) -> Lease:
         """The outstanding lease `lease_id`, for one more worker, with its time begun anew."""
         out = self._leases[lease_id]
         out.deadline = self._clock() + self._config.lease_timeout_s
-        rows = self._slots.rows(out.slots)
+        self._earliest = min(self._earliest, out.deadline)
+        rows = out.rows
         log_weight, version = self._slots.log_weight[rows], self._slots.version[rows]
         energy = self._slots.energy[rows]
         self._revoke(out)  # the rows of the worker before, which may come late
         position = None
         if by_rows and self._grants is not None:
-            out.grant = self._grants.issue(rows)
+            # A copy where the worker reads some elsewhere, see below.
+            out.grant = self._grants.issue(rows if out.starts is None else rows.copy())
         if out.grant is None:
             position = self._slots.positions(rows)
         if out.starts is not None:
@@ -239,24 +241,25 @@ class Shard(ShardChains):
         if out is None or rows is None:
             self._counters["late_checkins"] += 1
             return {"accepted": False, **reply, "counts": self.counts()}
-        slots, fresh = out.slots, out.fresh
+        slots = out.slots
         if self._trace is not None:
             followed = self._trace.follows(slots)
             x = self._positions(rows[followed])
-            self._trace.record(slots[followed], x, fresh[followed])
-        age = np.where(fresh, 0, self._slots.age[self._slots.rows(slots)])
-        if moved.ancestors is not None:
-            age = age[moved.ancestors]
-            self._counters["resampled"] = self._counters.get("resampled", 0) + 1
+            self._trace.record(slots[followed], x, out.fresh[followed])
+        age, aged = self._ages(out, moved)
         self._slots.adopt(
             slots,
+            out.rows,
             rows,
+            aged,
             energy=moved.energy,
             version=moved.version,
-            age=age + 1,
+            age=age,
             log_weight=moved.log_weight,
         )
-        self._restart[slots[fresh]] = False
+        if out.starts is not None:
+            self._restart[slots[out.fresh]] = False
+            self._counters["reinitialised"] += len(out.starts)
         self._slots.generation[slots] = out.generations + 1
         self._slots.turn(slots, LEASED, READY)
         self._ready[moved.lease_id] = slots
@@ -264,8 +267,18 @@ class Shard(ShardChains):
             self._shown[moved.lease_id] = moved.negatives
         del self._leases[moved.lease_id]
         self._remember(moved.lease_id, {"accepted": True, **reply})
-        self._counters["reinitialised"] += int(fresh.sum())
         return {"accepted": True, **reply, "counts": self.counts()}
+
+    def _ages(self, out: Outstanding, moved: MovedChains) -> tuple[np.ndarray, int]:
+        """The ages (M,) of the moved chains, and by how much they are older all together."""
+        before = self._slots.age[out.rows]
+        if out.starts is None and moved.ancestors is None:
+            return before + 1, len(before)
+        age = np.where(out.fresh, 0, before)
+        if moved.ancestors is not None:
+            age = age[moved.ancestors]
+            self._counters["resampled"] = self._counters.get("resampled", 0) + 1
+        return age + 1, int(age.sum() - before.sum()) + len(age)
 
     def _place(self, out: Outstanding, moved: MovedChains) -> np.ndarray | None:
         """The rows that hold the moved chains and their identities; None if the lease is void."""
@@ -334,10 +347,13 @@ class Shard(ShardChains):
     def expire(self) -> list[int]:
         """Give the chains of overdue leases back as they were; returns the lease ids."""
         now = self._clock()
+        if now <= self._earliest:
+            return []
         overdue = [k for k, v in self._leases.items() if v.deadline < now]
         for lease_id in overdue:
             self.cancel(lease_id)
             self._counters["expired_leases"] += 1
+        self._earliest = min((v.deadline for v in self._leases.values()), default=math.inf)
         return overdue
 
     def cancel(self, lease_id: int) -> bool:

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 
 from ebm_dist.buffer.draw import FREE, LEASED, READY
-from ebm_dist.buffer.rows import copy_rows
+from ebm_dist.buffer.rows import ROW, copy_rows
+
+_SLOT = np.dtype([("row_of_slot", np.int64), ("generation", np.int64)])
+"""What a lease asks of a slot, together as `ROW` is."""
 
 
 class SlotStorage:
@@ -54,6 +57,7 @@ class SlotStorage:
             "num_grants": num_grants,
             "event": list(event_shape),
             "dtype": np.dtype(dtype).str,
+            "row": list(ROW.names or ()),
         }
         self.attached = directory is not None and self._matches(directory)
         epoch = _next_epoch(directory) if directory is not None else 0
@@ -61,13 +65,11 @@ class SlotStorage:
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(mode=0o700)
         self.position = self._array("position", (rows, *event_shape), dtype)
-        self.energy = self._array("energy", (rows,), np.float32)
-        self.version = self._array("version", (rows,), np.int64)
-        self.age = self._array("age", (rows,), np.int64)
-        self.log_weight = self._array("log_weight", (rows,), np.float32)
-        self.chain_id = self._array("chain_id", (rows,), np.int64)
-        self.row_of_slot = self._array("row_of_slot", (capacity,), np.int64)
-        self.generation = self._array("generation", (capacity,), np.int64)
+        of_row = self._array("rows", (rows,), ROW)
+        self.energy, self.version, self.age = of_row["energy"], of_row["version"], of_row["age"]
+        self.log_weight, self.chain_id = of_row["log_weight"], of_row["chain_id"]
+        of_slot = self._array("slots", (capacity,), _SLOT)
+        self.row_of_slot, self.generation = of_slot["row_of_slot"], of_slot["generation"]
         self.state = self._array("state", (capacity,), np.uint8)
         self.tokens = self._array("tokens", (num_grants + 1,), np.int64)
         self.granted = self._array("granted", (num_grants, max_lease), np.int64)
@@ -107,7 +109,7 @@ class SlotStorage:
         self.num_in = {FREE: self.capacity, LEASED: 0, READY: 0}
         self.count_ages()
 
-    def turn(self, slots: np.ndarray, before: np.uint8, after: np.uint8) -> None:
+    def turn(self, slots: np.ndarray, before: int, after: int) -> None:
         """Move `slots`, all of state `before`, to state `after`."""
         self.state[slots] = after
         self.num_in[before] -= len(slots)
@@ -127,13 +129,16 @@ class SlotStorage:
         copy_rows(self.position, rows, out)
         return out
 
-    def adopt(self, slots: np.ndarray, rows: np.ndarray, **fields: Any) -> None:
-        """Give `slots` (M,) the chains whose positions are in `rows`; their old rows are spare.
+    def adopt(
+        self, slots: np.ndarray, old: np.ndarray, rows: np.ndarray, aged: int, **fields: Any
+    ) -> None:
+        """Give `slots` (M,) the chains whose positions are in `rows`; their `old` rows are spare.
 
-        Each of `fields` is (M,), or one number for all; `age` is one of them.
+        Args:
+            aged: by how much they are older now, all together.
+            fields: each (M,), or one number for all.
         """
-        old = self.row_of_slot[slots]
-        self.total_age += int(fields["age"].sum() - self.age[old].sum())
+        self.total_age += aged
         for name, field in fields.items():
             getattr(self, name)[rows] = field
         self.row_of_slot[slots] = rows
@@ -172,7 +177,7 @@ class SlotStorage:
         except (OSError, ValueError):
             return False
 
-    def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+    def _array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         if self._directory is None or 0 in shape:
             return np.zeros(shape, dtype)
         path = self._directory / f"{name}.bin"
@@ -193,8 +198,8 @@ def bytes_to_map(
 ) -> int:
     """What a `SlotStorage` of these numbers maps, give or take some pages."""
     rows = _num_rows(capacity, max_lease, num_grants)
-    of_a_row = math.prod(event_shape) * np.dtype(dtype).itemsize + 4 + 8 + 8 + 4 + 8
-    return rows * of_a_row + capacity * (8 + 8 + 1) + num_grants * 8 * (max_lease + 1)
+    of_a_row = math.prod(event_shape) * np.dtype(dtype).itemsize + ROW.itemsize
+    return rows * of_a_row + capacity * (_SLOT.itemsize + 1) + num_grants * 8 * (max_lease + 1)
 
 
 def _num_rows(capacity: int, max_lease: int, num_grants: int) -> int:

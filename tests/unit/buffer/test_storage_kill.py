@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from shards import chain_ids, make_shard, move, total
 
+from ebm_dist.buffer.rows import ROW
+
 CAPACITY, LEASE = 64, 16
 
 # Every number of a chain repeats the version, so that a mixture of two commits shows. Position
@@ -74,9 +76,15 @@ def test_a_killed_process_leaves_every_chain_whole(tmp_path: Path) -> None:
 
 
 def _read(directory: Path) -> dict[str, np.ndarray]:
-    types = {"position": np.float32, "energy": np.float32}
-    out = {f.stem: np.fromfile(f, types.get(f.stem, np.int64)) for f in directory.glob("*.bin")}
-    return out | {"position": out["position"].reshape(CAPACITY + LEASE, 4096)}
+    position = np.fromfile(directory / "position.bin", np.float32)
+    rows = np.fromfile(directory / "rows.bin", ROW)
+    slots = np.fromfile(directory / "slots.bin", [("row_of_slot", "i8"), ("generation", "i8")])
+    return {
+        "position": position.reshape(CAPACITY + LEASE, 4096),
+        "epoch": np.fromfile(directory / "epoch.bin", np.int64),
+        **{name: rows[name] for name in ("chain_id", "version", "energy")},
+        "row_of_slot": slots["row_of_slot"],
+    }
 
 
 def test_a_successor_takes_the_chains_over_and_refuses_the_leases_of_the_dead(
