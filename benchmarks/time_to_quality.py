@@ -32,6 +32,9 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 
+NUM_POINTS = 45
+"""Of each curve: points scatter, and the best of more of them would be better by that alone."""
+
 
 def peer(recipe: dict[str, Any], data: torch.Tensor, seconds: float, out: Path) -> None:
     """Train with ebmkit for `seconds`; write chains at equal intervals. Runs in its interpreter."""
@@ -54,7 +57,7 @@ def peer(recipe: dict[str, Any], data: torch.Tensor, seconds: float, out: Path) 
     taken: list[np.ndarray] = []
     times: list[float] = []
     start = time.monotonic()
-    every = seconds / 45
+    every = seconds / NUM_POINTS
 
     class Stop(Exception):
         pass
@@ -145,7 +148,7 @@ def peer_curve(
 
 
 def our_curve(
-    path: Path, overrides: list[str], num: int, fidelity: Any
+    path: Path, overrides: list[str], num_updates: int, num: int, fidelity: Any
 ) -> tuple[list[tuple[float, float]], int]:
     """The same of `ebm-dist train`, whose chains are those of its checkpoints."""
     from ebm_dist.checkpoint import open_checkpoint
@@ -153,7 +156,8 @@ def our_curve(
     with tempfile.TemporaryDirectory() as directory:
         run_dir = f"{directory}/run"
         command = [sys.executable, "-m", "ebm_dist", "train", str(path), *overrides]
-        command += ["checkpoint={every: 250, keep: 1000}", "tracking.wandb=off"]
+        every = max(1, num_updates // NUM_POINTS)
+        command += [f"checkpoint={{every: {every}, keep: 1000}}", "tracking.wandb=off"]
         subprocess.run(
             [*command, "--run-dir", run_dir],
             check=True,
@@ -195,13 +199,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the result there, as JSON")
     options = parser.parse_args()
     config = load(options.config)
+    num_updates = load(options.config, options.overrides).run.steps
     spec = describe(config.data)
     config = bind(config, spec)
     train, test = load_split(config.data, "train"), load_split(config.data, "test")
     fidelity = Fidelity.fit(train, test, spec, config.run.seed)
     console = Console()
     num = config.evaluation.num_samples
-    ours, our_updates = our_curve(options.config, options.overrides, num, fidelity)
+    ours, our_updates = our_curve(options.config, options.overrides, num_updates, num, fidelity)
     rows: list[dict[str, Any]] = [{"who": "ebm_dist", "updates": our_updates, "curve": ours}]
     recipe = recipe_of(config)
     curve, updates = peer_curve(options.peer_python, recipe, train.x, options.minutes, fidelity)

@@ -14,6 +14,9 @@ from ebm_dist.buffer.rows import lock_path
 from ebm_dist.buffer.storage import SlotStorage
 from ebm_dist.types import RowGrant
 
+_MOST_OPEN = 256
+"""Locks that a shard keeps open, of the 1024 files that a process may commonly have."""
+
 
 @dataclass(slots=True)
 class _Limbo:
@@ -30,7 +33,6 @@ class GrantBook:
     """
 
     def __init__(self, slots: SlotStorage, directory: Path, num_grants: int) -> None:
-        # Of the locks asked for so far: to open and close one takes longer than to have it.
         self._locks: dict[int, int] = {}
         self._slots = slots
         self._event_shape, self._dtype = slots.position.shape[1:], slots.position.dtype.str
@@ -108,15 +110,23 @@ class GrantBook:
         Let go of at once: who takes it after us finds no token.
         """
         try:
-            if index not in self._locks:
-                path = lock_path(self._directory, index)
-                self._locks[index] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            lock = self._locks[index]
+            lock = self._lock(index)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, FileNotFoundError):  # the latter: the run has ended, or begun anew
             return False
         fcntl.flock(lock, fcntl.LOCK_UN)
         return True
+
+    def _lock(self, index: int) -> int:
+        """A descriptor of the lock of grant `index`, which stays open: to open and close one takes
+        longer than to have it."""
+        lock = self._locks.get(index)
+        if lock is None:
+            if len(self._locks) >= _MOST_OPEN:
+                os.close(self._locks.popitem()[1])
+            path = lock_path(self._directory, index)
+            lock = self._locks[index] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return lock
 
     def __del__(self) -> None:
         for lock in self._locks.values():

@@ -109,6 +109,19 @@ def test_leases_beyond_the_rows_there_are_go_by_value(tmp_path: Path) -> None:
     assert make_shard().checkout(0, 4, by_rows=True).grant is None  # nothing is mapped
 
 
+def test_more_grants_than_locks_that_may_stay_open_all_come_back(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("ebm_dist.buffer.grants._MOST_OPEN", 2)
+    shard = mapped_shard(tmp_path, num_grants=5, capacity=32)
+    for first in (0, 5):
+        leases = [shard.checkout(first + n, 4, by_rows=True) for n in range(5)]
+        assert all(lease.grant is not None for lease in leases)
+        for lease in leases:
+            assert shard.checkin(move(lease))["accepted"]
+            shard.take(lease.lease_id)
+    files = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    assert 0 < sum(file.endswith(".lock") and str(tmp_path) in file for file in files) <= 2
+
+
 def test_a_late_worker_cannot_write_into_rows_that_another_lease_has_now(tmp_path: Path) -> None:
     clock = Clock()
     shard = mapped_shard(tmp_path, clock=clock, num_grants=1)
