@@ -135,6 +135,7 @@ class Controller:
                         self._cuts.finish(self.progress, f"stopped at update {self.progress.step}")
                         return False
                     if self.progress.step >= self._schedule.num_updates:
+                        self._lookout.catch_up(self._flat, self._ema)
                         self._cuts.finish(self.progress)
                         break
                     self._cuts.take_if_due(self.progress)

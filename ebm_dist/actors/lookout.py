@@ -50,23 +50,32 @@ class Lookout:
         self._timeout = timeout
         self._save_grid = save_grid
         self._backend = graph.backend
+        self._owes_evaluation = False
 
     def reads_average(self, step: int) -> bool:
         """Whether anything looks at the averaged weights as of update `step`."""
         graph, schedule = self._graph, self._schedule
         every = [schedule.evaluate_every, graph.auditor.every if graph.auditor else None]
-        return step == schedule.num_updates or any(n is not None and step % n == 0 for n in every)
+        due = step == schedule.num_updates or any(n is not None and step % n == 0 for n in every)
+        return due or self._owes_evaluation
 
     def observe(self, flat: Ref, ema: Ref) -> None:
         """Do what is due after an update, of which `flat` and `ema` are the weights."""
         step = self._progress.step
+        if (every := self._schedule.evaluate_every) is not None and step % every == 0:
+            self._owes_evaluation = True
         if step % self._schedule.log_every == 0 or step == self._schedule.num_updates:
             self._log()
-        if (every := self._schedule.evaluate_every) is not None and step % every == 0:
-            self.evaluate(flat, ema)
+        self.catch_up(flat, ema)
         self._collect_evaluation(0.0)
         if self._graph.auditor is not None:
             self._audit(self._graph.auditor, flat, ema)
+
+    def catch_up(self, flat: Ref, ema: Ref) -> None:
+        """Evaluate if that is due, or was at an update before and a shard died under it."""
+        if self._owes_evaluation:
+            self.evaluate(flat, ema)
+            self._owes_evaluation = False
 
     def _audit(self, auditor: AuditLink, flat: Ref, ema: Ref) -> None:
         """Start the audit that is due, unless one is under way, and log what came."""
