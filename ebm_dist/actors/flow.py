@@ -95,19 +95,12 @@ class NegativeFlow:
         self._in_hand = 0  # and those that the update under way has chosen
         self.waits = LearnerWaits(pool.crew.seats)
         # Inline rounds run where they are started: starting them early would only age them.
-        updates_ahead = max(1, flow.max_lag) if graph.backend.concurrent else 1
-        room = sum(capacity // schedule.num_chains for capacity in graph.capacities)
+        updates_ahead = 1 + flow.max_lag if graph.backend.concurrent else 1
+        self._max_ahead = self._leases_per_update * updates_ahead
+        self._being_learnt = 0  # leases that the learner is at
+        self._room = sum(capacity // schedule.num_chains for capacity in graph.capacities)
         if self._band.low > needed:
-            room -= len(graph.shards)  # or ready chains could fill all of them, and none be spare
-        self._max_ahead = min(self._leases_per_update * updates_ahead, room)
-
-    @property
-    def _ahead(self) -> int:
-        """Leases that may be under way or ready."""
-        if not self._backend.concurrent:
-            return self._max_ahead
-        enough = 2 * max(len(self._pool.crew.seats), self._leases_per_update)
-        return min(self._max_ahead, enough)
+            self._room -= len(graph.shards)  # or ready chains could fill them, and none be spare
 
     def take_negatives(self) -> Consumed:
         """Leases of one update, moved under its own weights (sync) or within max_lag (async).
@@ -116,7 +109,7 @@ class NegativeFlow:
             Stalled: nothing moved for flow.stall_timeout_s.
         """
         start = time.monotonic()
-        self._in_hand = 0
+        self._in_hand = self._being_learnt = 0
         with self.waits.waiting():
             taken = (
                 self._take_sync()
@@ -125,6 +118,8 @@ class NegativeFlow:
             )
         self._extra()
         self._progress.updates += 1
+        if self._backend.concurrent:
+            self._being_learnt = self._leases_per_update
         return Consumed(
             leases=[lease for lease, _ in taken],
             negatives=[(lease.num_chains, ref) for lease, ref in taken],
@@ -194,8 +189,9 @@ class NegativeFlow:
                     self._in_hand += 1
                 self.top_up(reserved=before + len(taken) + len(chosen))
             taken += self._take(chosen)
+        band, progress = self._band, self._progress
         self._poll_until(
-            lambda: not (self._has_floor and self._is_missing()),
+            lambda: not (self._has_floor and band.missing(progress.updates, self._extra())),
             lambda: self._blocked(SPARE_STEPS),
             reserved=before + len(taken),
         )
@@ -325,17 +321,21 @@ class NegativeFlow:
         while self._pool.has_room:
             if self._spare_is_due():
                 self._start("spare")
-            elif self._num_negatives() + reserved < self._ahead:
+            elif self._may_start(reserved):
                 self._start("negatives")
             else:
                 return
 
+    def _may_start(self, reserved: int) -> bool:
+        """Whether a round that begins now is consumed in time, after all that are before it."""
+        most = min(self._room, self._max_ahead - self._being_learnt)
+        if self._backend.concurrent:
+            most = min(most, 2 * max(len(self._pool.crew.seats), self._leases_per_update))
+        return self._num_negatives() + reserved < most
+
     @property
     def _has_floor(self) -> bool:
         return self._band.low > self._band.needed
-
-    def _is_missing(self) -> bool:
-        return self._band.missing(self._progress.updates, self._extra())
 
     def _spare_is_due(self) -> bool:
         if not self._has_floor:
