@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,20 +51,20 @@ class Lookout:
         self._timeout = timeout
         self._save_grid = save_grid
         self._backend = graph.backend
-        self._owes_evaluation = False
+        self._owed_since = math.inf  # the update whose evaluation is to be made
 
     def reads_average(self, step: int) -> bool:
         """Whether anything looks at the averaged weights as of update `step`."""
         graph, schedule = self._graph, self._schedule
         every = [schedule.evaluate_every, graph.auditor.every if graph.auditor else None]
         due = step == schedule.num_updates or any(n is not None and step % n == 0 for n in every)
-        return due or self._owes_evaluation
+        return due or step >= self._owed_since
 
     def observe(self, flat: Ref, ema: Ref) -> None:
         """Do what is due after an update, of which `flat` and `ema` are the weights."""
         step = self._progress.step
         if (every := self._schedule.evaluate_every) is not None and step % every == 0:
-            self._owes_evaluation = True
+            self._owed_since = step
         if step % self._schedule.log_every == 0 or step == self._schedule.num_updates:
             self._log()
         self.catch_up(flat, ema)
@@ -73,9 +74,10 @@ class Lookout:
 
     def catch_up(self, flat: Ref, ema: Ref) -> None:
         """Evaluate if that is due, or was at an update before and a shard died under it."""
-        if self._owes_evaluation:
+        # A run that went back to before that update will come to it again.
+        if self._progress.step >= self._owed_since:
             self.evaluate(flat, ema)
-            self._owes_evaluation = False
+            self._owed_since = math.inf
 
     def _audit(self, auditor: AuditLink, flat: Ref, ema: Ref) -> None:
         """Start the audit that is due, unless one is under way, and log what came."""
