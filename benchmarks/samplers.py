@@ -179,8 +179,8 @@ def images(shape: tuple[int, int, int], num_chains: int = 64) -> Case:
 
 
 def langevin_case(name: str, energy: nn.Module, x: Tensor, *, convolutions: bool = False) -> Case:
-    # Ours evaluates the start too, one gradient more than the steps: a training run's 20 to 60
-    # steps hide most of it, and fewer than these would not.
+    # Ours knows the energy where the chains end, one forward pass more than the steps: a training
+    # run's 20 to 60 steps hide most of it, and fewer than these would not.
     num_steps = 20 if convolutions else NUM_STEPS
     kernel = samplers.make("langevin", step_size=STEP_SIZE, temperature=1.0)
     ways: dict[str, Round | None] = {

@@ -14,6 +14,7 @@ from ebm_dist.samplers.gibbs_with_gradients import GibbsWithGradients, GibbsWith
 from ebm_dist.samplers.hmc import Hmc, HmcSection
 from ebm_dist.samplers.kernel import (
     FAMILY,
+    DepartingKernel,
     InPlaceKernel,
     Kernel,
     KernelSection,
@@ -46,6 +47,7 @@ __all__ = [
     "AnnealedLangevin",
     "AnnealedLangevinSection",
     "Chain",
+    "DepartingKernel",
     "DiscreteLangevin",
     "DiscreteLangevinSection",
     "Engine",

@@ -11,15 +11,9 @@ from torch import Tensor
 
 from ebm_dist.samplers.block import weights_of
 from ebm_dist.samplers.engine import Engine
-from ebm_dist.samplers.kernel import (
-    InPlaceKernel,
-    Kernel,
-    KernelState,
-    noise_buffer,
-    require_finite,
-    start,
-)
+from ebm_dist.samplers.kernel import Kernel, KernelState, require_finite, start
 from ebm_dist.samplers.standing import Autocast, standing
+from ebm_dist.samplers.walk import walk
 from ebm_dist.types import EnergyFn
 
 
@@ -32,8 +26,9 @@ class Chain:
     trace: Tensor | None  # (R, B, *event), every record_every-th position; time first
     info: dict[str, Tensor]  # each field of the kernel's info, (B,), mean over the steps
     energies: Tensor  # (num_steps, B), the energy after each step
-    state: KernelState
-    """The kernel's last state, for a kernel that should go on as if it had not stopped."""
+    state: KernelState | None
+    """The kernel's last state, for a kernel that should go on as if it had not stopped. None of a
+    `DepartingKernel`, which goes on from the position: its `init` there makes the state."""
 
 
 def run_chain(
@@ -84,40 +79,38 @@ def run_chain(
         position = position.contiguous(memory_format=torch.channels_last)
     num_records = num_steps // record_every if record_every else 0
     trace = position.new_empty((num_records, *position.shape)) if record_every else None
-    in_place = isinstance(kernel, InPlaceKernel)
-    noise = noise_buffer(position)
     totals: dict[str, Tensor] = {}
     with standing(energy, bf16=precision == "bf16", channels_last=channels_last):
-        state = kernel.init(position, energy)
-        energies = state.energy.new_empty((num_steps, position.shape[0]))
+        chains = walk(kernel, position, energy)
+        energies = chains.state.energy.new_empty((chains.lag + num_steps, position.shape[0]))
         block = None
         if engine is not None and trace is None:
-            block = engine.block(kernel, energy, state, num_steps)
+            block = engine.block(chains.kernel, energy, chains.state, num_steps)
         started = time.perf_counter()
         num_compiled = 0
         if block is not None:
             weights, size = weights_of(energy), block.num_steps
             num_compiled = num_steps // size * size
             for k in range(0, num_compiled, size):
-                state, energies[k : k + size], info = block(state, weights, generator)
+                chains.state, energies[k : k + size], info = block(chains.state, weights, generator)
                 _add(totals, info)
         for k in range(num_compiled, num_steps):
-            if in_place:
-                state, info = kernel.step_(state, energy, generator, noise)
-            else:
-                state, info = kernel.step(state, energy, generator)
-            energies[k] = state.energy
-            _add(totals, info)
+            _add(totals, chains.step(generator))
+            energies[k] = chains.state.energy
             if trace is not None and (k + 1) % record_every == 0:
-                trace[(k + 1) // record_every - 1] = state.position
+                trace[(k + 1) // record_every - 1] = chains.state.position
+        state = chains.arrive(energies)
         # Waits for the device, so that the time is that of the steps and not of their dispatch.
-        require_finite(state.energy, f"after {num_steps} steps")
+        require_finite(energies[-1], f"after {num_steps} steps")
         if engine is not None and trace is None:
             seconds, in_blocks = time.perf_counter() - started, block is not None
-            engine.took(seconds, kernel, energy, state, num_steps, in_blocks=in_blocks)
+            engine.took(
+                seconds, chains.kernel, energy, chains.state, num_steps, in_blocks=in_blocks
+            )
+    energies = energies[chains.lag :]
     return Chain(
-        position=state.position.contiguous(),
-        energy=state.energy,
+        position=chains.state.position.contiguous(),
+        energy=energies[-1],
         trace=trace,
         info={name: total.div_(num_steps) for name, total in totals.items()},
         energies=energies,

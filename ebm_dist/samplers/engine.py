@@ -233,6 +233,8 @@ class Engine:
         num_steps: int,
     ) -> None:
         entry.status = "compiling"
+        # Of a kernel that looks at no start: what it would find wrong is not the compiler's to say.
+        kernel.init(state.position, energy)
 
         def work() -> None:
             started = time.perf_counter()

@@ -72,6 +72,37 @@ class InPlaceKernel(Protocol[S]):
         ...
 
 
+@runtime_checkable
+class DepartingKernel(Protocol):
+    """A kernel whose move needs nothing but where the chains stand.
+
+    `run_chain` then looks at the last place without its gradient, which a state would hold.
+    """
+
+    @property
+    def temperature(self) -> float: ...
+
+    def depart_(
+        self,
+        position: Tensor,
+        energy: EnergyFn,
+        generator: torch.Generator,
+        noise: Tensor,
+        *,
+        first: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """Overwrite `position` (B, *event) with where the chains go from it; `noise`, of the same
+        shape, is used up. The same move, bit for bit, as a `step` from `init` at `position`.
+
+        Args:
+            first: check the energy as `init` does, and raise what it raises.
+
+        Returns:
+            E (B,) where the chains stood, and what `step` says about the move.
+        """
+        ...
+
+
 class KernelSection(Section):
     """The config of one kernel: `build` makes it."""
 

@@ -77,14 +77,31 @@ class Langevin:
     def step_(
         self, state: LangevinState, energy: EnergyFn, generator: torch.Generator, noise: Tensor
     ) -> tuple[LangevinState, LangevinInfo]:
-        info = LangevinInfo(grad_norm=norm_event(state.grad))
-        drift = self._clipped(state.grad, info.grad_norm)
-        position = state.position.add_(drift, alpha=-self.step_size)
+        info = self._move_(state.position, state.grad, generator, noise)
+        return LangevinState(state.position, *value_and_grad(energy, state.position)), info
+
+    def depart_(
+        self,
+        position: Tensor,
+        energy: EnergyFn,
+        generator: torch.Generator,
+        noise: Tensor,
+        *,
+        first: bool = False,
+    ) -> tuple[Tensor, LangevinInfo]:
+        before, grad = value_and_grad(energy, position, first=first)
+        return before, self._move_(position, grad, generator, noise)
+
+    def _move_(
+        self, position: Tensor, grad: Tensor, generator: torch.Generator, noise: Tensor
+    ) -> LangevinInfo:
+        info = LangevinInfo(grad_norm=norm_event(grad))
+        position.add_(self._clipped(grad, info.grad_norm), alpha=-self.step_size)
         if self.temperature > 0:
             position.add_(noise.normal_(generator=generator), alpha=self.noise_std)
         if self.clamp is not None:
             position.clamp_(*self.clamp)
-        return LangevinState(position, *value_and_grad(energy, position)), info
+        return info
 
     def _clipped(self, grad: Tensor, norm: Tensor) -> Tensor:
         # Short-run energies are steep off the data; one such gradient throws a chain out

@@ -18,6 +18,7 @@ from ebm_dist.samplers import FAMILY, Engine, compiler, run_chain
 from ebm_dist.samplers import engine as engine_module
 from ebm_dist.samplers.block import fitting
 from ebm_dist.samplers.standing import standing
+from ebm_dist.samplers.walk import walk
 
 needs_compiler = pytest.mark.skipif(
     compiler.missing() is not None, reason=f"cannot compile: {compiler.missing()}"
@@ -275,12 +276,32 @@ def test_rounds_go_on_eagerly_while_the_compiler_works_and_then_change_over(monk
     (thread,) = [t for t in threading.enumerate() if t.name == "compile"]
     thread.join(60)
     assert "runs blocks of 10 steps from now on, compiled in" in said[0]
-    state = kernel.init(x, energy)
-    assert engine.block(kernel, energy, state, 10) is not None
+    round_ = walk(kernel, x.clone(), energy)
+    assert engine.block(round_.kernel, energy, round_.state, 10) is not None
     same_chain(
         run_chain(kernel, x, energy, 10, generator(2)),
         run_chain(kernel, x, energy, 10, generator(2), engine=engine),
     )
+
+
+def test_a_compiled_round_that_starts_where_the_energy_is_not_finite_says_so(graphs):
+    kernel, energy, x = make("langevin"), mlp(), torch.zeros(6, 2)
+    engine = Engine("compiled", background=False)
+    run_chain(kernel, x, energy, 10, generator(), engine=engine)
+    assert len(graphs) == 1  # the next round is not looked at step by step
+    x[4] = torch.nan
+    with pytest.raises(ValueError, match=r"1 of 6 .*at the start of the chains \(x\) \(chains 4\)"):
+        run_chain(kernel, x, energy, 10, generator(), engine=engine)
+
+
+def test_an_energy_that_is_no_energy_is_refused_before_it_is_compiled(graphs):
+    def wide(x: Tensor) -> Tensor:
+        return x.square()
+
+    engine = Engine("compiled", steady=True)
+    with pytest.raises(ValueError, match=r"^energy: expected one number a chain, .*\(6, 2\)"):
+        run_chain(make("langevin"), torch.zeros(6, 2), wide, 10, generator(), engine=engine)
+    assert graphs == []
 
 
 class Auto:

@@ -203,6 +203,36 @@ def test_channels_last_changes_rounding_alone():
         torch.testing.assert_close(plain.trace, last.trace, atol=1e-5, rtol=1e-5)
 
 
+class Counting(torch.autograd.Function):
+    """The identity, which counts how often it is differentiated."""
+
+    num_gradients = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        Counting.num_gradients += 1
+        return grad
+
+
+def test_langevin_takes_one_gradient_a_step_and_none_where_it_ends():
+    Counting.num_gradients = 0
+    energies = []
+
+    def counted(x: Tensor) -> Tensor:
+        energies.append(bowl(Counting.apply(x)))
+        return energies[-1]
+
+    chain = run_chain(make("langevin"), torch.ones(4, 2), counted, 10, generator())
+    assert Counting.num_gradients == 10
+    # The start and where each step led.
+    assert torch.equal(torch.stack(energies[1:]), chain.energies)
+    assert len(energies) == 11
+
+
 def test_a_chain_goes_on_from_its_state_as_if_it_had_not_stopped():
     for name in ("sghmc", "annealed_langevin", "parallel_tempering"):
         kernel, x, noise = make(name), torch.ones(5, 2), generator(4)
