@@ -25,11 +25,12 @@ from torch.fx import GraphModule
 from torch.nn.utils.stateless import _reparametrize_module
 
 from ebm_dist.samplers.fused_noise import SeededNoise, in_torch
-from ebm_dist.samplers.kernel import Kernel, KernelState
+from ebm_dist.samplers.kernel import Kernel, KernelState, as_float
 from ebm_dist.samplers.products import mkl_holds_back, products_by_onednn
 from ebm_dist.samplers.rewrite import DECOMPOSITIONS, scale_before_adding, share_sigmoids
 from ebm_dist.samplers.standing import Autocast, module_of
 from ebm_dist.samplers.tape import CannotCompile, Tape, record, replay
+from ebm_dist.samplers.walk import Departing
 from ebm_dist.types import EnergyFn
 
 MAX_STEPS = 20
@@ -94,6 +95,8 @@ class Block:
     noise: Tape | SeededNoise
     state: Any  # the skeleton of the kernel's state
     info: Any  # the skeleton of its info
+    look: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
+    """Energies (B,) from a position and weights, of a kernel whose steps leave the last unknown."""
 
     @property
     def num_fused(self) -> int:
@@ -111,6 +114,10 @@ class Block:
         inputs += self.noise.fill(generator)
         out = self.run(inputs)
         return rebuild(self.state, out[:count]), out[count], rebuild(self.info, out[count + 1 :])
+
+    def energy_at(self, position: Tensor, weights: Sequence[Tensor]) -> Tensor | None:
+        """E (B,) at `position` (B, *event); None where the last state knows it."""
+        return None if self.look is None else self.look([position, *weights])[0]
 
 
 def build(
@@ -146,10 +153,18 @@ def build(
     traced = one
     if num_steps > 1 or fused_noise:
         traced = _Traced.of(kernel, energy, state, num_steps, fused_noise=fused_noise)
-    compiled = compile_graph(traced.graph, traced.inputs)
-    _check(traced, compiled, state.energy.shape[0], low=isinstance(energy, Autocast))
-    run = compiled if capture is None else capture(compiled, traced.num_noise)
-    return Block(num_steps, run, traced.noise, traced.state, traced.info)
+    low = isinstance(energy, Autocast)
+
+    def compiled(graph: GraphModule, inputs: list[Tensor], num_held: int) -> Callable[..., Any]:
+        run = compile_graph(graph, inputs)
+        _check(graph, inputs, run, state.energy.shape[0], low=low)
+        return run if capture is None else capture(run, num_held)
+
+    look = None
+    if isinstance(kernel, Departing):
+        look = compiled(*_traced_energy(energy, state.position), 0)
+    run = compiled(traced.graph, traced.inputs, traced.num_noise)
+    return Block(num_steps, run, traced.noise, traced.state, traced.info, look)
 
 
 def fitting(num_steps: int, most: int) -> int:
@@ -218,22 +233,42 @@ class _Traced:
         of_noise = noise.fill(generator)
         # Clones: inputs that share memory, as replicas at the start do, would be made one.
         inputs = [t.detach().clone() for t in (*tensors, *weights_of(energy), *of_noise)]
-        # Not at the top: it loads a computer algebra system, which most processes never need.
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        try:
-            graph = make_fx(steps, DECOMPOSITIONS, tracing_mode="fake")(*inputs)
-        except CannotCompile:
-            raise
-        except Exception as error:
-            # The errors of a tracer are of many kinds, and all say the same thing here.
-            raise CannotCompile(f"torch cannot trace it: {_first_line(error)}") from error
-        _refuse_hidden_noise(graph)
-        scale_before_adding(graph)
-        share_sigmoids(graph)
-        if mkl_holds_back():
-            products_by_onednn(graph)
+        graph = _traced(steps, inputs)
         return cls(graph, inputs, noise, len(of_noise), skeleton, info_skeleton)
+
+
+def _traced_energy(energy: EnergyFn, position: Tensor) -> tuple[GraphModule, list[Tensor]]:
+    """`energy` without a gradient as a graph of a position and weights, and inputs for it."""
+    module = module_of(energy)
+    names = list(_named(module)) if module is not None else []
+
+    def look(x: Tensor, *weights: Tensor) -> list[Tensor]:
+        held = dict(zip(names, weights))
+        with _reparametrize_module(module or nn.Module(), held, tie_weights=True):
+            return [as_float(energy(x))]
+
+    inputs = [t.detach().clone() for t in (position, *weights_of(energy))]
+    return _traced(look, inputs), inputs
+
+
+def _traced(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> GraphModule:
+    """`function(*inputs)` as a graph, rewritten for the compiler."""
+    # Not at the top: it loads a computer algebra system, which most processes never need.
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    try:
+        graph = make_fx(function, DECOMPOSITIONS, tracing_mode="fake")(*inputs)
+    except CannotCompile:
+        raise
+    except Exception as error:
+        # The errors of a tracer are of many kinds, and all say the same thing here.
+        raise CannotCompile(f"torch cannot trace it: {_first_line(error)}") from error
+    _refuse_hidden_noise(graph)
+    scale_before_adding(graph)
+    share_sigmoids(graph)
+    if mkl_holds_back():
+        products_by_onednn(graph)
+    return graph
 
 
 def copied(energy: EnergyFn) -> EnergyFn:
@@ -263,12 +298,17 @@ def _refuse_hidden_noise(graph: GraphModule) -> None:
 
 
 def _check(
-    traced: _Traced, compiled: Callable[[list[Tensor]], Any], num_chains: int, *, low: bool
+    graph: GraphModule,
+    inputs: list[Tensor],
+    compiled: Callable[[list[Tensor]], Any],
+    num_chains: int,
+    *,
+    low: bool,
 ) -> None:
-    """Refuse a compiled block whose numbers are not those of its own trace, to rounding."""
+    """Refuse a compiled graph whose numbers are not those of the graph itself, to rounding."""
     with torch.no_grad():
-        expected = in_torch(traced.graph)(*[t.clone() for t in traced.inputs])
-        came = compiled([t.clone() for t in traced.inputs])
+        expected = in_torch(graph)(*[t.clone() for t in inputs])
+        came = compiled([t.clone() for t in inputs])
     for e, c in zip(expected, came):
         off = (c - e).abs() > (0.1 if low else 1e-3) * (1 + e.abs())
         # A uniform number that falls between two roundings of one probability decides

@@ -87,7 +87,7 @@ def run_chain(
         if engine is not None and trace is None:
             block = engine.block(chains.kernel, energy, chains.state, num_steps)
         started = time.perf_counter()
-        num_compiled = 0
+        num_compiled, weights = 0, []
         if block is not None:
             weights, size = weights_of(energy), block.num_steps
             num_compiled = num_steps // size * size
@@ -99,7 +99,8 @@ def run_chain(
             energies[k] = chains.state.energy
             if trace is not None and (k + 1) % record_every == 0:
                 trace[(k + 1) // record_every - 1] = chains.state.position
-        state = chains.arrive(energies)
+        last = None if block is None else block.energy_at(chains.state.position, weights)
+        state = chains.arrive(energies, last)
         # Waits for the device, so that the time is that of the steps and not of their dispatch.
         require_finite(energies[-1], f"after {num_steps} steps")
         if engine is not None and trace is None:

@@ -44,9 +44,15 @@ class Walk(Protocol):
         """Move the chains once; returns the kernel's info."""
         ...
 
-    def arrive(self, energies: Tensor) -> KernelState | None:
-        """Complete the energies (lag + num_steps, B) after the last step; returns the state that
-        the kernel can go on from, None where the position is all that it needs."""
+    def arrive(self, energies: Tensor, last: Tensor | None) -> KernelState | None:
+        """Complete the energies (lag + num_steps, B) after the last step.
+
+        Args:
+            last: the last of them (B,), if it is known already and no state has it.
+
+        Returns:
+            The state that the kernel can go on from, None where the position is all that it needs.
+        """
         ...
 
 
@@ -76,7 +82,7 @@ class _Moves:
             self.state, info = self.kernel.step(self.state, self._energy, generator)
         return info
 
-    def arrive(self, energies: Tensor) -> KernelState:
+    def arrive(self, energies: Tensor, last: Tensor | None) -> KernelState:
         return self.state
 
 
@@ -132,11 +138,14 @@ class _Departures:
         self.state = Departed(position, before)
         return info
 
-    def arrive(self, energies: Tensor) -> None:
+    def arrive(self, energies: Tensor, last: Tensor | None) -> None:
         if self._unseen:  # the first steps were compiled ones
             require_finite(energies[0], "at the start of the chains (x)")
+        energies[-1] = self._last_energy() if last is None else last
+
+    def _last_energy(self) -> Tensor:
         # With a graph that nobody uses: an energy may take another way without one, and its
         # numbers would then differ from those of a step by rounding.
         x = self.state.position.detach().requires_grad_(True)
         with torch.enable_grad():
-            energies[-1] = as_float(self._energy(x).detach())
+            return as_float(self._energy(x).detach())

@@ -79,7 +79,8 @@ def test_captured_blocks_give_the_chains_of_blocks_bit_for_bit(recordings, name)
         assert torch.equal(a.energies, b.energies)
         assert all(torch.equal(a.info[name], b.info[name]) for name in a.info)
         chains.append((a.position, a.position.clone()))
-    assert len(recordings) == 1
+    # Of a block that does not know where it ends, that energy as well; recorded when first run.
+    assert len(recordings) == (2 if name == "langevin" else 1)
     assert recordings[0] >= 6
     assert all(torch.equal(now, then) for now, then in chains)
 
