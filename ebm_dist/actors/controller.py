@@ -178,8 +178,8 @@ class Controller:
             self._delivery.bring(consumed, step)
         lr = learning_rate(self._learner, step, self._schedule.num_updates)
         lr *= self.progress.lr_factor
-        learners = self._graph.learners
-        auditor = self._graph.auditor
+        learners, auditor = self._graph.learners, self._graph.auditor
+        timeout = self._flow.stall_timeout_s
         average = self._lookout.reads_average(step + 1)
         replies = learners.update(
             step,
@@ -187,16 +187,15 @@ class Controller:
             self._schedule.num_negatives,
             consumed.negatives if consumed else None,
             auditor.extra() if auditor and consumed else None,
-            average=average,
         )
         began = time.monotonic()
-        self._wait(
-            [reply[0] for reply in replies], self._flow.stall_timeout_s, each=learners.result
-        )
+        # With the weights of the update before, which it did not wait for.
+        self._wait([*replies, *learners.publishing], timeout, each=learners.result)
         waited = time.monotonic() - began
-        metrics = learners.result(replies[0][0])
+        metrics = learners.result(replies[0])
+        flat, ema = learners.publish(average=average)
         self.progress.step += 1
-        self._publish(replies[0][1], replies[0][2] if average else self._ema)
+        self._publish(flat, ema if average else self._ema)
         self._window.add_update(metrics)
         self._window.add_wait(consumed.wait_s if consumed else 0.0, waited)
         if consumed is not None:
@@ -206,13 +205,11 @@ class Controller:
         self._view.update(
             self.progress.step, {**self._lookout.metrics, **metrics}, self._window.bottleneck()
         )
+        if average:  # these are read now, the last of a run among them: they must have come
+            learners.settle(self._wait)
 
     def _wait(
-        self,
-        refs: Sequence[Ref],
-        timeout: float,
-        *,
-        each: Callable[[Ref], Any] | None = None,
+        self, refs: Sequence[Ref], timeout: float, *, each: Callable[[Ref], Any] | None = None
     ) -> None:
         """Keep rounds going until `refs` are done; `each` sees them as they come.
 
