@@ -5,6 +5,9 @@ links'. A learner rank takes the model's last updates with it: the group starts 
 last checkpoint. In `sync` mode a shard's death does the same to the whole run, which then
 repeats those updates bit for bit; in `async` mode the others do not go back. From numbers that
 are not finite everything goes back, and the updates are not repeated but tried with other noise.
+
+Weights are handed out before they have left the learner, which sends them beside its next update.
+Every wait looks whether they came: rounds that were given lost ones do not come back.
 """
 
 from __future__ import annotations
@@ -179,7 +182,6 @@ class Controller:
         lr = learning_rate(self._learner, step, self._schedule.num_updates)
         lr *= self.progress.lr_factor
         learners, auditor = self._graph.learners, self._graph.auditor
-        timeout = self._flow.stall_timeout_s
         average = self._lookout.reads_average(step + 1)
         replies = learners.update(
             step,
@@ -190,7 +192,9 @@ class Controller:
         )
         began = time.monotonic()
         # With the weights of the update before, which it did not wait for.
-        self._wait([*replies, *learners.publishing], timeout, each=learners.result)
+        self._wait(
+            [*replies, *learners.publishing], self._flow.stall_timeout_s, each=learners.result
+        )
         waited = time.monotonic() - began
         metrics = learners.result(replies[0])
         flat, ema = learners.publish(average=average)
@@ -205,7 +209,7 @@ class Controller:
         self._view.update(
             self.progress.step, {**self._lookout.metrics, **metrics}, self._window.bottleneck()
         )
-        if average:  # these are read now, the last of a run among them: they must have come
+        if average:  # these are read now, the last of a run as well: they must have come
             learners.settle(self._wait)
 
     def _wait(
@@ -240,6 +244,7 @@ class Controller:
             self._negatives.top_up()
 
     def _tend(self) -> None:
+        self._graph.learners.look()
         if self._steward is not None:
             self._steward.tend()
 

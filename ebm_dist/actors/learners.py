@@ -164,8 +164,7 @@ class LearnerGroup:
     def publish(self, *, average: bool) -> tuple[Ref, Ref]:
         """Have the weights of the last update sent, beside the next one.
 
-        Call it once after each update, and not again until `publishing` has been seen: by an error
-        there the weights do not come, and nobody else says why.
+        Call it once after each update, and not again until those of `publishing` are there.
 
         Args:
             average: have the averaged weights sent as well.
@@ -180,12 +179,20 @@ class LearnerGroup:
         return flat, mean
 
     def settle(self, wait: Wait) -> None:
-        """Return when the weights that `publish` was asked for are there, or raise why not."""
-        publishing, self.publishing = self.publishing, []
-        there = self._backend.wait(publishing, 0.0)
-        self._results(there)
-        if late := [ref for ref in publishing if ref not in there]:
+        """Return when the weights that `publish` was asked for are there; raises why not."""
+        self.look()
+        late, self.publishing = self.publishing, []
+        if late:
             wait(late, self._call_timeout_s, each=self.result)
+
+    def look(self) -> None:
+        """Take note of weights that have come; raises why they will not.
+
+        To be called in every wait: rounds that are given them wait as well, and never come back.
+        """
+        if self.publishing and self._backend.wait(self.publishing, 0.0):
+            known, self.publishing = self.publishing, []
+            self._results(known)
 
     def fetch(self, num_negatives: int, negatives: Sequence[tuple[int, Ref]]) -> list[Ref]:
         """Have the negatives of an update brought to the nodes of the ranks.
