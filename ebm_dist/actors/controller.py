@@ -191,10 +191,8 @@ class Controller:
             auditor.extra() if auditor and consumed else None,
         )
         began = time.monotonic()
-        # With the weights of the update before, which it did not wait for.
-        self._wait(
-            [*replies, *learners.publishing], self._flow.stall_timeout_s, each=learners.result
-        )
+        pending = [*replies, *learners.publishing]  # the weights of the update before, as well
+        self._wait(pending, self._flow.stall_timeout_s, each=learners.result)
         waited = time.monotonic() - began
         metrics = learners.result(replies[0])
         flat, ema = learners.publish(average=average)
