@@ -4,9 +4,10 @@
 
 One rank on the network and shapes of configs/fashion_mnist.yaml, in turn: `LearnerRank.update`
 as the run calls it (the next batch of data, the negatives of two leases, metrics, the finite check,
-clipping, flat weights, their average), DeepSpeed's forward, backward and step alone, and the same
-three in plain torch. The last rows say what the parts of the difference cost by themselves, with
-Ray's copy of the weights into shared memory among them.
+clipping, a copy of the weights where the model is), DeepSpeed's forward, backward and step alone,
+and the same three in plain torch. Two rows say what parts of the difference cost by themselves; the
+last two what a second thread of the rank does beside the next update: `LearnerRank.published` (off
+the device, into the average, as the wire has it), and Ray's copy into shared memory.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from rich.table import Table
 from ebm_dist.actors.learner import LearnerRank
 from ebm_dist.config import RunConfig
 from ebm_dist.data import describe, prepare
-from ebm_dist.learner import Ema
 from ebm_dist.run import bind
 from ebm_dist.types import Batch, Negatives
 
@@ -93,17 +93,27 @@ def measure(source: Path, number: int, repetitions: int, out: Path | None) -> No
         plain.zero_grad()
 
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
-    flat = rank.weights()
+    flat, packed, outbox = rank.weights(), engine.packed_weights(), rank._outbox
     assert flat is not None
-    ema = Ema(0.999, flat)
+    assert packed is not None
+    assert outbox is not None
+
+    def update() -> None:
+        rank.update(0, LR, None, slices, *negatives)
+        outbox._waiting.clear()  # nobody fetches them
+
+    def published() -> None:
+        outbox.add(packed)
+        rank.published(False)
+
     arms: dict[str, Any] = {
-        "the run's update": lambda: rank.update(0, LR, False, None, slices, *negatives),
+        "the run's update": update,
         "DeepSpeed's forward, backward, step": deepspeed,
         "torch's": torch_alone,
         "of it: next batch of data": lambda: rank._data.next_batch(BATCH),
-        "of it: flat weights": engine.flat_weights,
-        "of it: their average": lambda: ema.update(flat),
-        "after it: Ray's copy of the weights": lambda: ray.put(flat),
+        "of it: a copy of the weights": engine.packed_weights,
+        "beside the next: published": published,
+        "beside the next: Ray's copy of them": lambda: ray.put(flat),
     }
     for arm in arms.values():
         arm()

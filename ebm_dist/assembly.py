@@ -342,6 +342,7 @@ class _Spawner:
             num_gpus=self._placement.learner_gpus,
             # Negatives that are lost on their way must not hold up the others in their place.
             any_order=self._backend.scattered,
+            aside=rank == 0,  # who publishes
             node=node,
         )
 

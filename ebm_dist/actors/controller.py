@@ -5,6 +5,9 @@ links'. A learner rank takes the model's last updates with it: the group starts 
 last checkpoint. In `sync` mode a shard's death does the same to the whole run, which then
 repeats those updates bit for bit; in `async` mode the others do not go back. From numbers that
 are not finite everything goes back, and the updates are not repeated but tried with other noise.
+
+Weights are handed out before they have left the learner, which sends them beside its next update.
+Every wait looks whether they came: rounds that were given lost ones do not come back.
 """
 
 from __future__ import annotations
@@ -178,8 +181,7 @@ class Controller:
             self._delivery.bring(consumed, step)
         lr = learning_rate(self._learner, step, self._schedule.num_updates)
         lr *= self.progress.lr_factor
-        learners = self._graph.learners
-        auditor = self._graph.auditor
+        learners, auditor = self._graph.learners, self._graph.auditor
         average = self._lookout.reads_average(step + 1)
         replies = learners.update(
             step,
@@ -187,16 +189,15 @@ class Controller:
             self._schedule.num_negatives,
             consumed.negatives if consumed else None,
             auditor.extra() if auditor and consumed else None,
-            average=average,
         )
         began = time.monotonic()
-        self._wait(
-            [reply[0] for reply in replies], self._flow.stall_timeout_s, each=learners.result
-        )
+        pending = [*replies, *learners.publishing]  # the weights of the update before, as well
+        self._wait(pending, self._flow.stall_timeout_s, each=learners.result)
         waited = time.monotonic() - began
-        metrics = learners.result(replies[0][0])
+        metrics = learners.result(replies[0])
+        flat, ema = learners.publish(average=average)
         self.progress.step += 1
-        self._publish(replies[0][1], replies[0][2] if average else self._ema)
+        self._publish(flat, ema if average else self._ema)
         self._window.add_update(metrics)
         self._window.add_wait(consumed.wait_s if consumed else 0.0, waited)
         if consumed is not None:
@@ -206,13 +207,11 @@ class Controller:
         self._view.update(
             self.progress.step, {**self._lookout.metrics, **metrics}, self._window.bottleneck()
         )
+        if average:  # these are read now, the last of a run as well: they must have come
+            learners.settle(self._wait)
 
     def _wait(
-        self,
-        refs: Sequence[Ref],
-        timeout: float,
-        *,
-        each: Callable[[Ref], Any] | None = None,
+        self, refs: Sequence[Ref], timeout: float, *, each: Callable[[Ref], Any] | None = None
     ) -> None:
         """Keep rounds going until `refs` are done; `each` sees them as they come.
 
@@ -243,6 +242,7 @@ class Controller:
             self._negatives.top_up()
 
     def _tend(self) -> None:
+        self._graph.learners.look()
         if self._steward is not None:
             self._steward.tend()
 

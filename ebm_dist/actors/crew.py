@@ -93,11 +93,13 @@ class Crew:
         seat = self.arriving.pop(ref)
         try:
             self._backend.get(ref, timeout=30.0)
-        except ObjectLost:
+        except PartDied as died:
+            # The weights may be what is lost, with their node or with the rank that was to send
+            # them: then the newcomer is well.
+            if not isinstance(died, ObjectLost) and not self._backend.alive(seat.handle):
+                return seat
             self._empty_handed.append(seat)
             return None
-        except PartDied:
-            return seat
         seat.num_starts = 0
         self.seats.open(seat)
         return None

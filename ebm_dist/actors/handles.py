@@ -55,6 +55,10 @@ class Handle(Protocol):
         """Start `method(*args)`; returns one reference, or a list of `num_returns`."""
         ...
 
+    def aside(self, method: str, *args: Any, num_returns: int = 1) -> Any:
+        """As `call`, beside the other calls and in order with its like; see `Backend.spawn`."""
+        ...
+
 
 class Backend(Protocol):
     """Creates parts and waits for them."""
@@ -76,6 +80,7 @@ class Backend(Protocol):
         num_gpus: float = 0.0,
         beside_driver: bool = False,
         any_order: bool = False,
+        aside: bool = False,
         shared: bool = False,
         node: str | None = None,
     ) -> Handle:
@@ -86,6 +91,8 @@ class Backend(Protocol):
             beside_driver: on the driver's machine, whose disk holds the run directory.
             any_order: run a call when its arguments are there. Otherwise calls run in the order
                 they were made, and one that waits for another part holds up all after it.
+            aside: it has a second thread, for what its handle is asked to do `aside`. In one
+                process everything is done where it is called.
             shared: give it, as its argument `shared`, what the parts of the run have in common on
                 its node: a `shared_memory.NodeMemory`, or None where all are in one process.
         """
@@ -207,6 +214,9 @@ class InlineHandle:
                 result.error = error
         return results[0] if num_returns == 1 else results
 
+    def aside(self, method: str, *args: Any, num_returns: int = 1) -> Any:
+        return self.call(method, *args, num_returns=num_returns)
+
 
 def _resolve(arg: Any) -> Any:
     if not isinstance(arg, InlineResult):
@@ -237,6 +247,7 @@ class InlineBackend:
         num_gpus: float = 0.0,
         beside_driver: bool = False,
         any_order: bool = False,
+        aside: bool = False,
         shared: bool = False,
         node: str | None = None,
     ) -> InlineHandle:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ebm_dist.actors.outbox import Outbox
 from ebm_dist.data import DataConfig, DataStream
 from ebm_dist.energies import EnergySection
-from ebm_dist.learner import Ema, LearnerConfig
+from ebm_dist.learner import LearnerConfig
 from ebm_dist.objectives import ObjectiveSection, ess_ratio
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import Negatives
@@ -21,7 +22,9 @@ class LearnerRank:
     """One of `config.num_ranks` processes that hold the model together.
 
     `update`, `state` and `load` are collective: the controller calls them on every rank, or
-    the others wait for the missing one until `learner.timeout_s`.
+    the others wait for the missing one until `learner.timeout_s`. `published` is rank 0's alone,
+    and may run in a thread of its own beside any of them: to move the weights off the device and
+    into Ray's shared memory takes as long as they are large, and no update depends on it.
     """
 
     def __init__(
@@ -48,7 +51,8 @@ class LearnerRank:
         self._objective = objective.build(seed=derive_seed(seed, "objective"))
         self._objective.reweight = reweight and self._objective.needs_negatives
         self._jarzynski = jarzynski
-        self._ema: Ema | None = None
+        self._outbox: Outbox | None = None
+        """Rank 0's, once it has started."""
 
     def start(self, rendezvous: tuple[str, int]) -> None:
         """Meet the other ranks at (host, port) and build the engine. Collective."""
@@ -65,28 +69,28 @@ class LearnerRank:
             master_port=rendezvous[1],
             device=self._device,
         )
+        if (flat := self._engine.flat_weights()) is not None:
+            num = self._engine.layout.num_parameters
+            self._outbox = Outbox(self._config.ema_decay, flat, num_averaged=num)
 
     def update(
         self,
         step: int,
         lr: float,
-        average: bool,
         after: Any,
         parts: list[tuple[int, int]],
         *negatives: dict[str, np.ndarray],
-    ) -> tuple[dict[str, float], np.ndarray | None, np.ndarray | None]:
-        """One update with the next batch of data.
+    ) -> dict[str, float]:
+        """One update with the next batch of data; rank 0's weights then wait to be `published`.
 
         Args:
             step: counts updates; seeds the noise of the objective.
-            average: return the averaged weights as well, which are as large and seldom read.
             after: what had to be there before this is called.
             parts: (start, stop) of each entry of `negatives` that this rank consumes.
             negatives: leases as the shards handed them over, keys as in `types.Negatives`.
 
         Returns:
-            Metrics averaged over ranks, and on rank 0 the flat weights and, if asked for, their
-            average.
+            Metrics averaged over ranks.
 
         Raises:
             NonFinite: on every rank alike, with the parameters as they were.
@@ -101,23 +105,27 @@ class LearnerRank:
         )
         if self._jarzynski and joined is not None and "flow/ess_ratio" not in metrics:
             metrics["flow/ess_ratio"] = float(ess_ratio(joined.log_weight))
-        flat = self._engine.flat_weights()
-        if flat is None:
-            return metrics, None, None
-        if self._ema is None:
-            self._ema = self._average(flat)
-        self._ema.update(flat)
-        sent = as_sent(flat, self._config.wire)
-        return metrics, sent, self._ema.flat.numpy() if average else None
+        packed = self._engine.packed_weights()
+        if self._outbox is not None and packed is not None:
+            self._outbox.add(packed)
+        return metrics
+
+    def published(self, average: bool) -> tuple[bool, np.ndarray, np.ndarray | None]:
+        """True, and the flat weights of the oldest update that they were not asked of yet.
+
+        The first is small: it says that the others are there. Rank 0 alone, once an update.
+
+        Args:
+            average: return the averaged weights as well, which are as large and seldom read.
+        """
+        assert self._outbox is not None, "asked of another rank than the first"
+        flat, mean = self._outbox.take(average)
+        return True, as_sent(flat, self._config.wire), mean
 
     def weights(self) -> np.ndarray | None:
         """The flat weights as they are, for the wire; None on ranks other than 0. Collective."""
         flat = self._engine.flat_weights()
-        if flat is None:
-            return None
-        if self._ema is None:
-            self._ema = self._average(flat)
-        return as_sent(flat, self._config.wire)
+        return as_sent(flat, self._config.wire) if flat is not None else None
 
     def fetched(self, *negatives: dict[str, np.ndarray]) -> None:
         """Called when `negatives` are on this node; of several ranks each by itself."""
@@ -131,7 +139,7 @@ class LearnerRank:
         return True, {
             # Arrays and not tensors: Ray copies the memory of arrays, and pickles tensors.
             "learner": _arrays(learner) if learner is not None else None,
-            "ema": _arrays(self._ema.state()) if self._ema is not None else None,
+            "ema": _arrays(self._outbox.state()) if self._outbox is not None else None,
             "data": self._data.state(),
         }
 
@@ -157,16 +165,10 @@ class LearnerRank:
             )
         self._engine.load_state(_tensors(learner))
         flat = self._engine.flat_weights()
-        if flat is not None:
-            self._ema = self._average(flat)
-            if ema is not None:
-                self._ema.load_state(_tensors(ema))
+        if self._outbox is not None and flat is not None:
+            self._outbox.begin(flat, _tensors(ema) if ema is not None else None)
         if data is not None:
             self._data.load_state(data)
-
-    def _average(self, flat: np.ndarray) -> Ema:
-        num = self._engine.layout.num_parameters
-        return Ema(self._config.ema_decay, flat, num_averaged=num)
 
     def close(self) -> None:
         self._engine.close()

@@ -51,6 +51,8 @@ class LearnerGroup:
         self._port = port if num_ranks > 1 else None
         self._renewed: list[str] | None = None
         self._asked: list[Ref] = [None] * num_ranks
+        self.publishing: list[Ref] = []
+        """Done when the weights that `publish` was asked for last are there."""
         self._start_timeout_s = start_timeout_s
         self._call_timeout_s = call_timeout_s
         self.ranks = [spawn(rank, None) for rank in range(num_ranks)]
@@ -94,11 +96,12 @@ class LearnerGroup:
         self.meet(wait)
 
     def replace(self, wait: Wait, nodes: Sequence[str] | None) -> None:
-        """As `rebuild`, for ranks that are well: no fault is counted.
+        """As `rebuild`, for ranks that are well: no fault is counted, and what they publish comes.
 
         Args:
             nodes: where each is started; Ray chooses when left out.
         """
+        self.settle(wait)
         self._replace(nodes)
         self._renewed = None
         self.meet(wait)
@@ -109,6 +112,7 @@ class LearnerGroup:
         where = nodes if nodes is not None else [None] * self._num_ranks
         self.ranks = [self._spawn(rank, node) for rank, node in enumerate(where)]
         self._asked = [None] * self._num_ranks
+        self.publishing = []
 
     def _check_met(self) -> None:
         """Raises PartDied where the ranks are successors that have not met yet."""
@@ -133,9 +137,7 @@ class LearnerGroup:
         num_negatives: int,
         negatives: Sequence[tuple[int, Ref]] | None,
         extra: tuple[int, Ref] | None = None,
-        *,
-        average: bool = True,
-    ) -> list[list[Ref]]:
+    ) -> list[Ref]:
         """Start an update on every rank.
 
         Args:
@@ -143,10 +145,9 @@ class LearnerGroup:
             negatives: (number of chains, reference) of each lease; the ranks take consecutive
                 slices of all of them together.
             extra: negatives on top of those, a multiple of the number of ranks.
-            average: have the averaged weights sent as well.
 
         Returns:
-            References of metrics, flat weights and averaged weights (or None), for each rank.
+            References of metrics, for each rank. When all are there, its weights can be published.
         """
         self._check_met()
         replies = []
@@ -157,10 +158,41 @@ class LearnerGroup:
                 parts.append((index * share, (index + 1) * share))
                 refs.append(extra[1])
             after, self._asked[index] = self._asked[index], None
-            replies.append(
-                rank.call("update", step, lr, average, after, parts, *refs, num_returns=3)
-            )
+            replies.append(rank.call("update", step, lr, after, parts, *refs))
         return replies
+
+    def publish(self, *, average: bool) -> tuple[Ref, Ref]:
+        """Have the weights of the last update sent, beside the next one.
+
+        Call it once after each update, and not again until those of `publishing` are there.
+
+        Args:
+            average: have the averaged weights sent as well.
+
+        Returns:
+            References of the flat weights and of the averaged ones (or None), to be used before
+            they are there.
+        """
+        self._check_met()
+        done, flat, mean = self.ranks[0].aside("published", average, num_returns=3)
+        self.publishing = [done]
+        return flat, mean
+
+    def settle(self, wait: Wait) -> None:
+        """Return when the weights that `publish` was asked for are there; raises why not."""
+        self.look()
+        late, self.publishing = self.publishing, []
+        if late:
+            wait(late, self._call_timeout_s, each=self.result)
+
+    def look(self) -> None:
+        """Take note of weights that have come; raises why they will not.
+
+        To be called in every wait: rounds that are given them wait as well, and never come back.
+        """
+        if self.publishing and self._backend.wait(self.publishing, 0.0):
+            known, self.publishing = self.publishing, []
+            self._results(known)
 
     def fetch(self, num_negatives: int, negatives: Sequence[tuple[int, Ref]]) -> list[Ref]:
         """Have the negatives of an update brought to the nodes of the ranks.

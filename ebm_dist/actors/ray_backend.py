@@ -43,6 +43,9 @@ class RayHandle:
     def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         return self.actor.call.options(num_returns=num_returns).remote(method, *args)
 
+    def aside(self, method: str, *args: Any, num_returns: int = 1) -> Any:
+        return self.actor.aside.options(num_returns=num_returns).remote(method, *args)
+
 
 class RayBackend:
     """Parts as Ray actors, on a local Ray of our own or on a running cluster."""
@@ -79,7 +82,7 @@ class RayBackend:
         from ray import exceptions
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        from ebm_dist.actors.ray_host import Host
+        from ebm_dist.actors.ray_host import ASIDE, Host, HostWithAside
 
         self._ray: Any = ray
         self._errors = exceptions
@@ -114,6 +117,7 @@ class RayBackend:
         self._own_node = ray.get_runtime_context().get_node_id()
         self._own_memory = self._memory.hold(self._own_node)
         self._host: Any = ray.remote(Host)
+        self._host_with_aside = self._ray.remote(concurrency_groups={ASIDE: 1})(HostWithAside)
         self._handles: list[RayHandle] = []
         self._starting: list[tuple[RayHandle, Ref]] = []
         self._num_spawned: dict[str, int] = {}
@@ -148,13 +152,19 @@ class RayBackend:
         num_gpus: float = 0.0,
         beside_driver: bool = False,
         any_order: bool = False,
+        aside: bool = False,
         shared: bool = False,
         node: str | None = None,
     ) -> RayHandle:
-        env = {}
+        env: dict[str, str] = {}
         if num_threads is not None:
             # Before torch is imported, or its pools keep the size they were born with.
             env = {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
+        if aside:
+            # Ray then runs all calls in threads other than the main one. Where each has a heap of
+            # its own, glibc returns what they free, whatever `tune_process` says: 2,000 page
+            # faults in an update. It must be known before the process starts.
+            env["MALLOC_ARENA_MAX"] = "1"
         # Ray gives a dead actor's name free some time later; a successor has its own.
         count = self._num_spawned[name] = self._num_spawned.get(name, 0) + 1
         where = "DEFAULT"
@@ -162,7 +172,8 @@ class RayBackend:
             where = self._on(self._own_node)
         elif node is not None:
             where = self._on(node)
-        actor = self._host.options(
+        host = self._host_with_aside if aside else self._host
+        actor = host.options(
             name=name if count == 1 else f"{name}.{count}",
             # On a Ray of our own the threads share the cores out; a claim could only
             # keep an actor from starting.

@@ -6,10 +6,8 @@ import contextlib
 import queue
 import threading
 
-import torch
-from threadpoolctl import threadpool_limits
-
 from ebm_dist.data.reader import Cursor, Reader
+from ebm_dist.threads import without_helpers
 from ebm_dist.types import Batch
 
 
@@ -45,13 +43,7 @@ class Ahead:
             self._thread.join(timeout=0.01)
 
     def _work(self) -> None:
-        # Its operations would get a pool of OpenMP threads of their own, for as long as this
-        # thread lives. With more such threads than cores libgomp lets none of them spin between
-        # two operations, those of the sampler neither, and waking them cost a sampler in the same
-        # process half of its time again. torch sets a thread's number at its first question, so
-        # that comes first; torch.set_num_threads would reach MKL's pool in every thread.
-        torch.get_num_threads()
-        threadpool_limits(1, user_api="openmp")
+        without_helpers()
         try:
             while not self._stopped.is_set():
                 self._queue.put(self._reader.read(self.num))

@@ -24,6 +24,7 @@ from ebm_dist.learner.group import Group
 from ebm_dist.learner.micro_batch import micro_batches
 from ebm_dist.learner.optimizer import make_optimizer
 from ebm_dist.learner.options import deepspeed_options
+from ebm_dist.learner.packed import PackedWeights
 from ebm_dist.learner.partition import keep_shapes, partition_of
 from ebm_dist.learner.step import LearningStep
 from ebm_dist.objectives.objective import Objective
@@ -35,8 +36,8 @@ from ebm_dist.weights import FlatLayout, flat_tensors
 class Engine:
     """Takes optimiser steps on its slice of the batch; collective with the other ranks.
 
-    `update`, `flat_weights`, `state`, `load_state` and `close` are called by every rank alike. The
-    modules belong to the engine from here on: under ZeRO-3 their weights are empty between calls.
+    All that is public is called by every rank alike, in one thread. The modules belong to the
+    engine from here on: under ZeRO-3 their weights are empty between calls.
     """
 
     def __init__(
@@ -169,14 +170,22 @@ class Engine:
         )
 
     @torch.no_grad()
-    def flat_weights(self) -> np.ndarray | None:
-        """The energy's weights (N,) float32 in `layout` order, a copy; None off rank 0."""
+    def packed_weights(self) -> PackedWeights | None:
+        """A copy of the energy's weights, in `layout` order, on its device; None off rank 0.
+
+        Does not wait for the device.
+        """
         energy = self._module.energy
         with self._gathered(list(energy.parameters())):
             if self.rank != 0:
                 return None
             flat = [tensor.detach().reshape(-1).float() for tensor in self._published]
-            return torch.cat(flat).cpu().numpy()
+            return PackedWeights(torch.cat(flat))
+
+    def flat_weights(self) -> np.ndarray | None:
+        """The same (N,) float32 on the CPU."""
+        packed = self.packed_weights()
+        return packed.on_host() if packed is not None else None
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor] | None:

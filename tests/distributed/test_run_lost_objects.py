@@ -62,9 +62,12 @@ class Rank:
         assert all(part["x"].shape == (CHAINS, *SPEC.shape) for part in negatives)
 
     def update(
-        self, step: int, lr: float, average: bool, after: Any, parts: Any, *negatives: Any
-    ) -> tuple[dict[str, float], np.ndarray, None]:
-        return {}, np.zeros(NUM_WEIGHTS), None
+        self, step: int, lr: float, after: Any, parts: Any, *negatives: Any
+    ) -> dict[str, float]:
+        return {}
+
+    def published(self, average: bool) -> tuple[bool, np.ndarray, None]:
+        return True, np.zeros(NUM_WEIGHTS), None
 
 
 @pytest.fixture
@@ -166,7 +169,7 @@ class Graph:
         self.delivery.bring(consumed, self.progress.step)
         replies = self.learners.update(self.progress.step, 0.1, BATCH, consumed.negatives)
         for reply in replies:
-            self.backend.get(reply[0], 20.0)
+            self.backend.get(reply, 20.0)
         self.progress.step += 1
         self.progress.version += 1
         self.pool.set_weights(self.weights, self.progress.version)
@@ -229,9 +232,8 @@ def test_negatives_and_weights_lost_with_their_nodes_cost_neither_the_ranks_nor_
 
     # Weights that nobody has fetched before their node goes: its rank was the first to hold them.
     # Rounds and newcomers under them wait for the next; no round is given up for it.
-    lost = backend.spawn(Rank, {}, name="source", node=second.node_id).call(
-        "update", 0, 0.1, False, None, [], num_returns=3
-    )
+    source = backend.spawn(Rank, {}, name="source", aside=True, node=second.node_id)
+    lost = source.aside("published", False, num_returns=3)
     backend.get(lost[0], 20.0)
     graph.nodes = [head]
     cluster.remove_node(second, allow_graceful=False)

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "ebm_dist"
 
 # A module imports only from its own row and from rows above it.
 ROWS = [
-    {"section", "types", "seeds", "generators", "errors", "weights", "config_text"},
+    {"section", "types", "seeds", "generators", "errors", "weights", "threads", "config_text"},
     {"diagnostics"},
     {"metrics"},
     {"energies"},

@@ -21,6 +21,8 @@ class FakeRank:
         self.calls.append(method)
         return method if num_returns == 1 else [method] * num_returns
 
+    aside = call
+
 
 class FakeBackend:
     def __init__(self) -> None:

@@ -84,3 +84,19 @@ def test_the_average_keeps_spectral_norms_vectors_at_unit_length():
     assert len(vectors) == 2
     for vector in vectors:
         assert abs(vector.norm().item() - 1) < 1e-5
+
+
+def test_the_average_has_the_same_bits_on_any_number_of_threads():
+    # The thread that publishes has one, the one that writes checkpoints those of the learner.
+    weights = torch.randn(5, 200_003, generator=torch.Generator().manual_seed(0))
+    before, averages = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            ema = Ema(0.999, weights[0])
+            for flat in weights[1:]:
+                ema.update(flat)
+            averages.append(ema.flat)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(averages[0], average) for average in averages[1:])
