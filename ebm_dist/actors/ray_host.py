@@ -54,8 +54,8 @@ class HostWithAside(Host):
     """A host with a thread beside that of its calls.
 
     With a concurrency group Ray runs the calls in one thread, in order as before, and what is in
-    the group in another; neither is the main one, which has made the part. Where operations of
-    all three had helpers, updates took 24 ms instead of 18.5: the calls alone may have them.
+    the group in another; neither is the main one, which has made the part. With helpers for
+    the main thread's operations too, updates took 24 ms instead of 18.5: the calls alone have them.
     """
 
     _is_tuned = False
