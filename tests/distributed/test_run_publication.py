@@ -69,8 +69,7 @@ def test_an_update_is_made_while_the_weights_of_the_one_before_have_not_left(
     assert max(row["flow/lag_max"] for row in rows(tmp_path / "r") if "flow/lag_max" in row) <= 4
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
-@pytest.mark.parametrize("update", [6, 12])
+@pytest.mark.parametrize(("mode", "update"), [("sync", 6), ("async", 12)])
 def test_a_rank_killed_before_its_weights_have_left_costs_the_updates_since_the_last_cut(
     update: int, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
