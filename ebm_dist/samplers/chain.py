@@ -82,7 +82,8 @@ def run_chain(
     totals: dict[str, Tensor] = {}
     with standing(energy, bf16=precision == "bf16", channels_last=channels_last):
         chains = walk(kernel, position, energy)
-        energies = chains.state.energy.new_empty((chains.lag + num_steps, position.shape[0]))
+        energies: Tensor | None = None  # (lag + num_steps, B), once their dtype is known
+        shape = (chains.lag + num_steps, position.shape[0])
         block = None
         if engine is not None and trace is None:
             block = engine.block(chains.kernel, energy, chains.state, num_steps)
@@ -92,13 +93,18 @@ def run_chain(
             weights, size = weights_of(energy), block.num_steps
             num_compiled = num_steps // size * size
             for k in range(0, num_compiled, size):
-                chains.state, energies[k : k + size], info = block(chains.state, weights, generator)
+                chains.state, came, info = block(chains.state, weights, generator)
+                energies = came.new_empty(shape) if energies is None else energies
+                energies[k : k + size] = came
                 _add(totals, info)
         for k in range(num_compiled, num_steps):
             _add(totals, chains.step(generator))
-            energies[k] = chains.state.energy
+            came: Tensor = chains.state.energy
+            energies = came.new_empty(shape) if energies is None else energies
+            energies[k] = came
             if trace is not None and (k + 1) % record_every == 0:
                 trace[(k + 1) // record_every - 1] = chains.state.position
+        assert energies is not None
         last = None if block is None else block.energy_at(chains.state.position, weights)
         state = chains.arrive(energies, last)
         # Waits for the device, so that the time is that of the steps and not of their dispatch.

@@ -78,9 +78,9 @@ def _convolution_backward(
         taken = kernel.index_select(at, tap.clamp(0, k - 1).flatten()).unflatten(at, tap.shape)
         heard = ((tap >= 0) & (tap < k)).view(*tap.shape, *[1] * (taken.ndim - at - 2))
         kernel = torch.where(heard, taken, taken.new_zeros(()))
-        squares = -(-x.shape[2 + dim] // side)
+        num_squares = -(-x.shape[2 + dim] // side)
         before.append(-first)
-        after.append(patches * (squares - 1) + last + 1 - grad.shape[2 + dim])
+        after.append(patches * (num_squares - 1) + last + 1 - grad.shape[2 + dim])
     # (out, channels, side, heard, side, heard) -> (channels x side x side, out, heard, heard)
     kernel = kernel.permute(1, 2, 4, 0, 3, 5).flatten(0, 2)
     if any(a > b for a, b in zip(after, before)):
@@ -105,7 +105,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.mm.default: _mm,
     aten.convolution_backward.default: _convolution_backward,
 }
-"""For the tracer: what products are written out as."""
+"""For the tracer: what a product and a gradient are written as instead."""
 
 
 def share_sigmoids(graph: GraphModule) -> None:

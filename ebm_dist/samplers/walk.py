@@ -142,6 +142,8 @@ class _Departures:
         if self._unseen:  # the first steps were compiled ones
             require_finite(energies[0], "at the start of the chains (x)")
         energies[-1] = self._last_energy() if last is None else last
+        # As a round begins, by which the engine knows it: an energy may have another dtype.
+        self.state = Departed(self.state.position, self._start.energy)
 
     def _last_energy(self) -> Tensor:
         # With a graph that nobody uses: an energy may take another way without one, and its

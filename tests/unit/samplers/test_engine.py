@@ -39,6 +39,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def squares(x: Tensor) -> Tensor:
+    return x.double().square().sum(1)
+
+
 def mlp(**params: Any) -> energies.Energy:
     return energies.make("mlp", event_shape=(2,), widths=(16, 16), **params).eval()
 
@@ -295,6 +299,16 @@ def test_a_compiled_round_that_starts_where_the_energy_is_not_finite_says_so(gra
     x[4] = torch.nan
     with pytest.raises(ValueError, match=r"1 of 6 .*at the start of the chains \(x\) \(chains 4\)"):
         run_chain(kernel, x, energy, 10, generator(), engine=engine)
+
+
+def test_a_round_is_known_again_by_how_it_began_whatever_the_dtype_of_its_energies(
+    graphs, monkeypatch
+):
+    monkeypatch.setattr(engine_module, "PAYBACK_S", 0.0)
+    x, engine = torch.randn(6, 2, generator=generator(1)), Engine("auto", background=False)
+    for _ in range(3):
+        run_chain(make("langevin"), x, squares, 10, generator(2), engine=engine)
+    assert len(graphs) == STEPS_AND_END
 
 
 def test_an_energy_that_is_no_energy_is_refused_before_it_is_compiled(graphs):

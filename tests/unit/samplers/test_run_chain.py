@@ -233,6 +233,16 @@ def test_langevin_takes_one_gradient_a_step_and_none_where_it_ends():
     assert len(energies) == 11
 
 
+@pytest.mark.parametrize("name", ["langevin", "mala"])
+def test_energies_keep_the_precision_that_the_energy_gives_them(name):
+    def exact(x: Tensor) -> Tensor:
+        return 1e6 + bowl(x.double())
+
+    chain = run_chain(make(name), torch.ones(4, 2), exact, 5, generator())
+    assert chain.energies.dtype == chain.energy.dtype == torch.float64
+    torch.testing.assert_close(chain.energy, exact(chain.position), rtol=1e-12, atol=0)
+
+
 def test_a_chain_goes_on_from_its_state_as_if_it_had_not_stopped():
     for name in ("sghmc", "annealed_langevin", "parallel_tempering"):
         kernel, x, noise = make(name), torch.ones(5, 2), generator(4)
