@@ -308,6 +308,8 @@ def test_a_round_is_known_again_by_how_it_began_whatever_the_dtype_of_its_energi
     x, engine = torch.randn(6, 2, generator=generator(1)), Engine("auto", background=False)
     for _ in range(3):
         run_chain(make("langevin"), x, squares, 10, generator(2), engine=engine)
+    round_ = walk(make("langevin"), x.clone(), squares)
+    assert engine.block(round_.kernel, squares, round_.state, 10) is not None
     assert len(graphs) == STEPS_AND_END
 
 
