@@ -26,11 +26,13 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from ebm_dist.samplers.fused_noise import SeededNoise, in_torch
 from ebm_dist.samplers.kernel import Kernel, KernelState, as_float
+from ebm_dist.samplers.once import take_out
 from ebm_dist.samplers.products import mkl_holds_back, products_by_onednn
 from ebm_dist.samplers.rewrite import DECOMPOSITIONS, scale_before_adding, share_sigmoids
 from ebm_dist.samplers.standing import Autocast, module_of
 from ebm_dist.samplers.tape import CannotCompile, Tape, record, replay
 from ebm_dist.samplers.walk import Departing
+from ebm_dist.samplers.winograd import ONCE_A_ROUND
 from ebm_dist.types import EnergyFn
 
 MAX_STEPS = 20
@@ -97,6 +99,13 @@ class Block:
     info: Any  # the skeleton of its info
     look: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
     """Energies (B,) from a position and weights, of a kernel whose steps leave the last unknown."""
+    prepare: Callable[..., Sequence[Tensor]] | None = None
+    """What steps read beside the weights, made of them."""
+
+    def prepared(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """What a round's calls are given for these weights."""
+        with torch.no_grad():
+            return [*weights, *(self.prepare(*weights) if self.prepare is not None else ())]
 
     @property
     def num_fused(self) -> int:
@@ -106,7 +115,11 @@ class Block:
     def __call__(
         self, state: KernelState, weights: Sequence[Tensor], generator: torch.Generator
     ) -> tuple[Any, Tensor, Any]:
-        """The state after the steps, the energies (num_steps, B), and the sums of the info."""
+        """The state after the steps, the energies (num_steps, B), and the sums of the info.
+
+        Args:
+            weights: as `prepared`.
+        """
         inputs: list[Tensor] = []
         flatten(state, inputs)
         count = len(inputs)
@@ -116,7 +129,7 @@ class Block:
         return rebuild(self.state, out[:count]), out[count], rebuild(self.info, out[count + 1 :])
 
     def energy_at(self, position: Tensor, weights: Sequence[Tensor]) -> Tensor | None:
-        """E (B,) at `position` (B, *event); None where the last state knows it."""
+        """E (B,) at `position` (B, *event), of bare weights; None where the last state knows it."""
         return None if self.look is None else self.look([position, *weights])[0]
 
 
@@ -164,7 +177,9 @@ def build(
     if isinstance(kernel, Departing):
         look = compiled(*_traced_energy(energy, state.position), 0)
     run = compiled(traced.graph, traced.inputs, traced.num_noise)
-    return Block(num_steps, run, traced.noise, traced.state, traced.info, look)
+    return Block(
+        num_steps, run, traced.noise, traced.state, traced.info, look, prepare=traced.prepare
+    )
 
 
 def fitting(num_steps: int, most: int) -> int:
@@ -183,6 +198,7 @@ class _Traced:
     num_noise: int  # inputs that are the noise's, after all others
     state: Any
     info: Any
+    prepare: GraphModule | None
 
     @classmethod
     def of(
@@ -234,7 +250,12 @@ class _Traced:
         # Clones: inputs that share memory, as replicas at the start do, would be made one.
         inputs = [t.detach().clone() for t in (*tensors, *weights_of(energy), *of_noise)]
         graph = _traced(steps, inputs)
-        return cls(graph, inputs, noise, len(of_noise), skeleton, info_skeleton)
+        first, behind = num_state, num_state + num_weights
+        prepare = take_out(graph, slice(first, behind), ONCE_A_ROUND)
+        if prepare is not None:
+            with torch.no_grad():
+                inputs[behind:behind] = prepare(*inputs[first:behind])
+        return cls(graph, inputs, noise, len(of_noise), skeleton, info_skeleton, prepare)
 
 
 def _traced_energy(energy: EnergyFn, position: Tensor) -> tuple[GraphModule, list[Tensor]]:

@@ -91,9 +91,10 @@ def run_chain(
         num_compiled, weights = 0, []
         if block is not None:
             weights, size = weights_of(energy), block.num_steps
+            prepared = block.prepared(weights)
             num_compiled = num_steps // size * size
             for k in range(0, num_compiled, size):
-                chains.state, came, info = block(chains.state, weights, generator)
+                chains.state, came, info = block(chains.state, prepared, generator)
                 energies = came.new_empty(shape) if energies is None else energies
                 energies[k : k + size] = came
                 _add(totals, info)

@@ -31,6 +31,22 @@ def missing() -> str | None:
     return None
 
 
+def load_source(source: str) -> None:
+    """Compile C++ against torch and load it, once a machine, as `compile_graph` does.
+
+    Raises:
+        CompilerFailed: the compiler failed.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    try:
+        # torch has its own code compiled without fused multiplications and additions.
+        CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise CompilerFailed(f"the compiler failed: {line}") from error
+
+
 def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[[list[Tensor]], Any]:
     """A function of a list of tensors like `inputs` that computes `graph`.
 

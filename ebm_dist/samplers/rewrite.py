@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ebm_dist.samplers import winograd
+
 aten = torch.ops.aten
 
 
@@ -32,6 +34,22 @@ _LANES = 16
 """Output channels that a convolution computes at the price of one (AVX-512, float32 and bf16)."""
 
 
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Any:
+    of = winograd.convolution_of(x, weight, stride, padding, dilation, transposed, groups)
+    y = None if of is None else winograd.forward(of, x, bias)
+    return NotImplemented if y is None else y
+
+
 def _convolution_backward(
     grad: Tensor,
     x: Tensor,
@@ -45,16 +63,21 @@ def _convolution_backward(
     groups: int,
     output_mask: list[bool],
 ) -> Any:
-    """The last step of an energy's gradient, from the first convolution into the image.
+    """The gradient in what was convolved: Winograd's, or of the first layer, into the image.
 
-    As one convolution over `grad` whose output channels are all pixels of a square of the image:
-    it multiplies by zeros where a pixel hears less than its square does, and fills the lanes. Of
-    64 filters of 3x3, two AVX-512 cores: 1.5 to 2.7 ms became .6 of a step of 29 in bf16 (64
-    images of 1x28x28), 1.5 to 2.0 became .8 of 35 (3x32x32).
+    That one is a convolution over `grad` whose output channels are all pixels of a square of the
+    image: it multiplies by zeros where a pixel hears less than its square does, and fills the
+    lanes. Of 64 filters of 3x3, two AVX-512 cores: 1.5 to 2.7 ms became .6 of a step of 29 in
+    bf16 (64 images of 1x28x28), 1.5 to 2.0 became .8 of 35 (3x32x32).
     """
+    if list(output_mask) != [True, False, False]:
+        return NotImplemented
+    of = winograd.convolution_of(x, weight, stride, padding, dilation, transposed, groups)
+    if of is not None:
+        image = winograd.gradient(of, grad, x)
+        return NotImplemented if image is None else (image, None, None)
     if (
-        list(output_mask) != [True, False, False]
-        or transposed
+        transposed
         or groups != 1
         or x.ndim != 4
         or x.shape[1] > _FEW_CHANNELS
@@ -103,9 +126,10 @@ def _layout_of(x: Tensor) -> torch.memory_format:
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.mm.default: _mm,
+    aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
 }
-"""For the tracer: what a product and a gradient are written as instead."""
+"""For the tracer: what products, convolutions and their gradients are written as instead."""
 
 
 def share_sigmoids(graph: GraphModule) -> None:

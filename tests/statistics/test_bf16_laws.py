@@ -18,7 +18,7 @@ from samplers_claims import generator, same
 from torch import Tensor, nn
 
 from ebm_dist import energies, samplers
-from ebm_dist.samplers import Engine, compiler, run_chain
+from ebm_dist.samplers import Engine, compiler, run_chain, winograd
 from ebm_dist.samplers import engine as engine_module
 from ebm_dist.samplers.fused_noise import in_torch
 
@@ -134,6 +134,21 @@ def test_bf16_chains_have_the_law_of_fp32(monkeypatch, name, how):
         "fused blocks": partial(blocks, fused_noise=True),
     }[how]()
     same_law(CASES[name], CASES[name].kernel, engine=engine)
+
+
+@pytest.mark.skipif(not winograd.available(torch.bfloat16), reason="needs AVX-512 with bf16")
+def test_bf16_chains_of_winograds_convolutions_have_the_law_of_fp32(monkeypatch):
+    graphs = []
+
+    def keep(graph: Any, inputs: list[Tensor]) -> Any:
+        graphs.append(graph.code)
+        return written_out(graph, inputs)
+
+    monkeypatch.setattr(engine_module, "compile_graph", keep)
+    monkeypatch.setattr(winograd, "_WORTHWHILE", float("inf"))
+    same_law(CASES["images"], CASES["images"].kernel, engine=blocks())
+    # Of each residual block both, forwards and back.
+    assert any(code.count("ebm_dist.winograd.default") >= 8 for code in graphs)
 
 
 @pytest.mark.slow
