@@ -1,9 +1,9 @@
 """How a round's steps are run: one by one, or in compiled blocks, and who decides it when.
 
 Small energies are bound by the dispatch of single operations, not by arithmetic: there a block
-of steps compiled into one function is several times faster. An energy bound by its arithmetic,
-as convolutions are, gains between nothing and a quarter, by what stands between the
-convolutions: so it is tried once, and the faster of the two stays.
+of steps compiled into one function is several times faster. An energy bound by its arithmetic
+gains what its convolutions do (`winograd`), up to a half, and else between nothing and a quarter:
+so it is tried once, and the faster of the two stays.
 
 Compiled and eager steps agree to rounding and not bit for bit. So what a round returns depends
 on whether its block was ready, and there are two kinds of engine:
@@ -44,16 +44,16 @@ Choice = Literal["auto", "eager", "compiled"]
 SHORT_STEP_S = 3e-3
 """An eager step that takes longer is bound by arithmetic. MLP 2-64-64-1, 2 AVX-512 cores: 0.16 ms
 at 64 chains (5.4 times faster compiled), 1.4 ms at 4096 (1.9 times); convolutional networks of
-5 to 150 ms: 0.9 to 1.27 times."""
+2 to 80 ms: 1.5 to 1.9 times with Winograd's algorithm, 0.9 to 1.27 without."""
 
 PAYBACK_S = 60.0
 """Seconds of eager sampling at one shape before `auto` compiles short steps. A compilation takes
 8 to 30 s and about halves what follows at the least, so a run pays at most about as much again
 as it would have, knowing its own length; one that is over within a minute pays nothing."""
 
-LONG_PAYBACK_S = 300.0
-"""The same where steps are long: a tenth gained pays for a compilation within minutes, and a run
-that ends before that has lost a twentieth at most."""
+LONG_PAYBACK_S = 120.0
+"""The same where steps are long: a third gained pays for 10 to 30 s of compilation within two
+minutes."""
 
 TRIAL_ROUNDS = 5
 """Rounds of each kind that are compared, by the fastest: others on the machine only add time."""

@@ -273,6 +273,7 @@ constexpr int64_t kTiles = 64;
 
 template <class T, class E>
 void convolve(const Task<E>& task) {
+  if (task.num_tiles == 0) return;
   // As many chunks as threads, or a multiple of it, of one size.
   int64_t threads = at::get_num_threads();
   int64_t chunks = (task.num_tiles + kTiles - 1) / kTiles;
