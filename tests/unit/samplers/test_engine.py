@@ -364,15 +364,16 @@ def test_auto_compiles_only_what_has_gone_on_for_so_long_that_it_may_pay(
 
 
 def test_auto_keeps_blocks_that_are_faster_and_says_by_how_much(graphs):
-    auto = Auto()
-    auto.rounds(1, 20.0)  # slower by an accident, as the last of these
-    auto.rounds(1, 12.0)
+    auto, wait_s = Auto(), engine_module.LONG_PAYBACK_S
+    auto.rounds(1, 0.08 * wait_s)  # slower by an accident, as the last of these
+    auto.rounds(1, 0.05 * wait_s)
     assert auto.said == []
-    auto.rounds(engine_module.TRIAL_ROUNDS - 1, 10.0)
-    auto.rounds(1, 30.0)
+    auto.rounds(engine_module.TRIAL_ROUNDS - 1, 0.04 * wait_s)
+    auto.rounds(1, 0.1 * wait_s)
     (line,) = auto.said
     assert "auto runs compiled blocks" in line
-    assert "10000.00 ms in blocks of 10 and 12000.00 ms alone" in line
+    block, alone = (f"{1e3 * share * wait_s:.2f} ms" for share in (0.04, 0.05))
+    assert f"a step takes {block} in blocks of 10 and {alone} alone" in line
     auto.rounds(20, 1e3)
     assert auto.compiled
     assert len(auto.said) == 1
