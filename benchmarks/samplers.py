@@ -16,8 +16,8 @@ Freed memory is kept for all of them, as in a worker of ours: how far glibc give
 to the kernel depends on what the process did before, and is worth up to 1.3 times to any of them.
 
 Where arithmetic is the limit, the floating-point operations of one forward and input gradient,
-over what one bare convolution of the same type reaches in the same run (the roofline), say how
-close a step is to it.
+over what one bare direct convolution of the same type reaches in the same run (the roofline), say
+how close a step is to it. Winograd's algorithm multiplies less and may go past it.
 
 On a GPU everything lies there, peers and roofline too, and the clock is read when it is done.
 Ours then has more ways: blocks without a CUDA graph, blocks with noise drawn beforehand, and bf16.

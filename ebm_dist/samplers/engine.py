@@ -44,7 +44,7 @@ Choice = Literal["auto", "eager", "compiled"]
 SHORT_STEP_S = 3e-3
 """An eager step that takes longer is bound by arithmetic. MLP 2-64-64-1, 2 AVX-512 cores: 0.16 ms
 at 64 chains (5.4 times faster compiled), 1.4 ms at 4096 (1.9 times); convolutional networks of
-2 to 80 ms: 1.5 to 1.9 times with Winograd's algorithm, 0.9 to 1.27 without."""
+2 to 80 ms: 1.4 to 1.9 times with Winograd's algorithm, 0.9 to 1.27 without."""
 
 PAYBACK_S = 60.0
 """Seconds of eager sampling at one shape before `auto` compiles short steps. A compilation takes

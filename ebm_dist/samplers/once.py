@@ -20,7 +20,9 @@ def take_out(graph: GraphModule, weights: slice, targets: Collection[Any]) -> Gr
     """
     nodes = list(graph.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"][weights]
-    apart = Graph()
+    if not inputs:
+        return None
+    apart, last = Graph(), inputs[-1]
     copies = {node: apart.placeholder(node.name) for node in inputs}
     known: dict[Any, Node] = {}
     moved: dict[Node, Node] = {}  # by what returns it apart, its input here
@@ -38,9 +40,10 @@ def take_out(graph: GraphModule, weights: slice, targets: Collection[Any]) -> Gr
         if node.target not in targets:
             continue
         if copies[node] not in moved:
-            with graph.graph.inserting_after(inputs[-1] if not moved else list(moved.values())[-1]):
-                moved[copies[node]] = graph.graph.placeholder(f"{node.name}_once")
-            moved[copies[node]].meta = dict(node.meta)
+            with graph.graph.inserting_after(last):
+                last = graph.graph.placeholder(f"{node.name}_once")
+            last.meta = dict(node.meta)
+            moved[copies[node]] = last
         node.replace_all_uses_with(moved[copies[node]])
     if not moved:
         return None

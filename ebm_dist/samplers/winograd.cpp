@@ -100,6 +100,7 @@ struct Lanes {
     return (type)(wide(x) << 16);
   }
   static void store(at::BFloat16* to, type x) {
+    // To nearest, ties to even. Of a NaN with every bit set it would make zero; none is computed.
     auto bits = (typename Types<lanes>::words)x;
     auto rounded = narrow((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
     std::memcpy((void*)to, &rounded, sizeof(rounded));
@@ -344,11 +345,5 @@ at::Tensor winograd(
 }
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(ebm_dist, library) {
-  library.def(
-      "winograd(Tensor x, Tensor weights, Tensor? bias, int m, int r, int height, int width, "
-      "int stride_in, int stride_out, int before_in, int before_out) -> Tensor");
-}
 
 TORCH_LIBRARY_IMPL(ebm_dist, CPU, library) { library.impl("winograd", winograd); }

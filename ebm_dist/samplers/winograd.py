@@ -1,8 +1,8 @@
 """Inner convolutions of a compiled block by Winograd's algorithm, where it multiplies less.
 
 A convolution with filters of r x r makes m x m pixels from n x n (n = m + r - 1) by n * n products
-where a direct one takes m * m * r * r of them (Lavin & Gray, 2016, arXiv:1509.09308): a quarter at
-most for 3 x 3, four ninths for the even less rounding m = 2. torch has none on the CPU, and its
+where a direct one takes m * m * r * r of them (Lavin & Gray, 2016, arXiv:1509.09308): for 3 x 3 a
+quarter with m = 4, four ninths with m = 2, which rounds less. torch has none on the CPU, and its
 direct ones run at what the processor can multiply. A stride s is s * s images beside each other,
 each with filters of ceil(r / s) on a side: Winograd's as well.
 
@@ -62,6 +62,11 @@ _COSTS = {
 
 _LIBRARY = torch.library.Library("ebm_dist", "FRAGMENT")
 _LIBRARY.define("winograd_weights(Tensor weight, int m, int stride, bool backwards) -> Tensor")
+# What computes it comes with the source; see `_load`.
+_LIBRARY.define(
+    "winograd(Tensor x, Tensor weights, Tensor? bias, int m, int r, int height, int width, "
+    "int stride_in, int stride_out, int before_in, int before_out) -> Tensor"
+)
 
 ONCE_A_ROUND = (torch.ops.ebm_dist.winograd_weights.default,)
 """What a step computes of weights alone and is worth keeping."""
@@ -145,7 +150,8 @@ def _square(
         made: rows and columns that are made of squares.
     """
     out, into, kernel, _ = of.weight.shape
-    costs, dtype, images = _COSTS[of.weight.dtype], of.weight.dtype, of.stride**2
+    dtype, images = of.weight.dtype, of.stride**2
+    costs = _COSTS[dtype]
     read, written = (out, into) if backwards else (into, out)
     filled = next((n for n in costs.lanes if written <= n), _filled(written, costs.lanes[-1]))
     direct = num_pixels * (kernel**2 * read * filled + costs.pixel)
@@ -211,6 +217,24 @@ def _of_taps(m: int, r: int) -> Tensor:
     return torch.kron(one, one).float()
 
 
+@torch.library.register_fake("ebm_dist::winograd", lib=_LIBRARY)
+def _(
+    x: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    m: int,
+    r: int,
+    height: int,
+    width: int,
+    stride_in: int,
+    stride_out: int,
+    before_in: int,
+    before_out: int,
+) -> Tensor:
+    size = (x.shape[0], weights.shape[2] // stride_out**2, height, width)
+    return x.new_empty(size).contiguous(memory_format=torch.channels_last)
+
+
 @functools.cache
 def available(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies `dtype` in vectors of 16, and there is a compiler.
@@ -218,7 +242,7 @@ def available(dtype: torch.dtype) -> bool:
     With tiles (AMX) a direct bfloat16 convolution is faster than the moves of Winograd's.
 
     Raises:
-        CompilerFailed: the compiler made something else of the source.
+        CompilerFailed: the compiler failed, or made something else of the source.
     """
     if not torch.cpu._is_avx512_supported() or not torch.backends.mkldnn.is_available():
         return False
@@ -228,37 +252,19 @@ def available(dtype: torch.dtype) -> bool:
         return False
     if compiler.missing() is not None:
         return False
-    _load()
+    # A tracer asks, and would trace this too.
+    with _disable_current_modes(), torch.no_grad():
+        _load()
+        # Of no other type: the processor may not have it.
+        for r, squares in _SQUARES[dtype].items():
+            for m in squares:
+                _try(m, r, dtype)
     return True
 
 
 @functools.cache
 def _load() -> None:
     compiler.load_source(_SOURCE.read_text())
-
-    @torch.library.register_fake("ebm_dist::winograd", lib=_LIBRARY)
-    def _(
-        x: Tensor,
-        weights: Tensor,
-        bias: Tensor | None,
-        m: int,
-        r: int,
-        height: int,
-        width: int,
-        stride_in: int,
-        stride_out: int,
-        before_in: int,
-        before_out: int,
-    ) -> Tensor:
-        size = (x.shape[0], weights.shape[2] // stride_out**2, height, width)
-        return x.new_empty(size).contiguous(memory_format=torch.channels_last)
-
-    # A tracer asks, and would trace this too.
-    with _disable_current_modes(), torch.no_grad():
-        for dtype, sides in _SQUARES.items():
-            for r, squares in sides.items():
-                for m in squares:
-                    _try(m, r, dtype)
 
 
 def _try(m: int, r: int, dtype: torch.dtype) -> None:
@@ -268,9 +274,13 @@ def _try(m: int, r: int, dtype: torch.dtype) -> None:
     weight = torch.randn(8, 8, r, r, generator=generator)
     expected = torch.conv2d(x, weight, padding=1)
     weights = _weights(weight.to(dtype), m, 1, False)
-    came = torch.ops.ebm_dist.winograd(
-        x.to(dtype), weights, None, m, r, *expected.shape[2:], 1, 1, 1, 0
-    )
+    try:
+        came = torch.ops.ebm_dist.winograd(
+            x.to(dtype), weights, None, m, r, *expected.shape[2:], 1, 1, 1, 0
+        )
+    except RuntimeError as error:
+        line = str(error).splitlines()[0][:200]
+        raise compiler.CompilerFailed(f"compiled convolutions fail here: {line}") from error
     off = (came.float() - expected).norm() / expected.norm()
     if not off < (1e-5 if dtype == torch.float32 else 0.02):
         raise compiler.CompilerFailed(f"compiled convolutions are off by {off:.2g}; see {_SOURCE}")

@@ -17,12 +17,21 @@ from ebm_dist.samplers.rewrite import DECOMPOSITIONS
 
 CHANNELS_LAST = torch.channels_last
 
-needs_lanes = pytest.mark.skipif(
-    not winograd.available(torch.float32), reason="needs AVX-512 and a C++ compiler"
-)
-needs_bf16 = pytest.mark.skipif(
-    not winograd.available(torch.bfloat16), reason="needs AVX-512 with bf16 and no AMX"
-)
+needs_lanes = pytest.mark.usefixtures("lanes")
+needs_bf16 = pytest.mark.usefixtures("bf16_lanes")
+
+
+@pytest.fixture
+def lanes() -> None:
+    if not winograd.available(torch.float32):
+        pytest.skip("needs AVX-512 and a C++ compiler")
+
+
+@pytest.fixture
+def bf16_lanes() -> None:
+    if not winograd.available(torch.bfloat16):
+        pytest.skip("needs AVX-512 with bf16, no AMX, and a C++ compiler")
+
 
 # kernel, stride, padding, height, width, channels in, channels out
 LAYERS = [
@@ -301,3 +310,17 @@ def test_the_energys_gradient_needs_no_winograd_where_nothing_convolves():
         torch.randn(5, 2)
     )
     assert "winograd" not in graph.code
+
+
+@needs_lanes
+def test_a_processor_without_bfloat16_has_the_float32_ones(monkeypatch):
+    tried = []
+    monkeypatch.setattr(winograd, "_try", lambda m, r, dtype: tried.append(dtype))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    winograd.available.cache_clear()
+    try:
+        assert winograd.available(torch.float32)
+        assert not winograd.available(torch.bfloat16)
+        assert set(tried) == {torch.float32}
+    finally:
+        winograd.available.cache_clear()
