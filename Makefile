@@ -20,10 +20,11 @@ train: $(STAMP) ## train configs/digits.yaml on a local Ray, with a live view, a
 	$(BIN)/ebm-dist train configs/digits.yaml
 
 # One thread a process: the tests share the cores out among themselves, and sums are then
-# taken in one order everywhere.
+# taken in one order everywhere. Those on Ray wait for processes half of their time; the tests of
+# a file may share a run.
 test: $(STAMP) lint types ## lint, types and every test that needs no GPU and no long wait
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu and not ray'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'ray and not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'ray and not slow'
 
 test-slow: $(STAMP) ## the tests that take minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow

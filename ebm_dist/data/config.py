@@ -57,8 +57,9 @@ class DataConfig(Section):
     all shards and keeps every world_size-th sample, so that the ranks' batches together are
     the batch of one rank, bit for bit. `auto`: by shard where there are as many as ranks."""
 
-    prefetch: NonNegativeInt = 2
-    """Batches made ahead by a background thread; 0 makes them when asked. The order is the same."""
+    prefetch: NonNegativeInt = 4
+    """Batches made ahead by a background thread, several at a time; 0 makes them when asked. The
+    order is the same."""
 
     cache: Literal["auto", "always", "never"] = "auto"
     """Keep decoded samples in memory after they were read once. `auto`: up to `cache_mib`.
