@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ebm_dist.actors.handles import PartDied
+import time
+from collections.abc import Callable
+
+from ebm_dist.actors.handles import UNREACHABLE_S, PartDied, Unreachable
 from ebm_dist.actors.rounds import MAX_ATTEMPTS, MAX_STARTS
 from ebm_dist.errors import RunFailed
 
@@ -10,10 +13,13 @@ from ebm_dist.errors import RunFailed
 class Attempts:
     """Counts the attempts at a new update, and apart from them those to get the run to its feet.
 
-    A start that is hit says nothing of the update, which has not been tried.
+    A start that is hit says nothing of the update, which has not been tried. Nor does a part
+    that cannot be reached, for as long as Ray may take to know whether it is dead.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._unreachable_since: float | None = None
         self._farthest = 0
         self._num_failed = 0
         self._num_starts = 0
@@ -23,6 +29,7 @@ class Attempts:
         """Updates up to `step` are made; one that has not been made before is progress."""
         if step > self._farthest:
             self._farthest, self._num_failed = step, 0
+            self._unreachable_since = None
 
     def begin_start(self) -> None:
         """Parts are started, and given the state that the run goes on from."""
@@ -33,11 +40,17 @@ class Attempts:
         self._starting, self._num_starts = False, 0
 
     def failed(self, died: PartDied) -> None:
-        """A part died, in an update or in a start.
+        """A part died, in an update or in a start, or cannot be reached.
 
         Raises:
             RunFailed: that was one attempt too many.
         """
+        if isinstance(died, Unreachable):
+            now = self._clock()
+            if self._unreachable_since is None:
+                self._unreachable_since = now
+            if now - self._unreachable_since <= UNREACHABLE_S:
+                return
         if self._starting:
             self._num_starts += 1
             if self._num_starts >= MAX_STARTS:

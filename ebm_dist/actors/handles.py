@@ -33,6 +33,17 @@ class ObjectLost(PartDied):
     """
 
 
+UNREACHABLE_S = 90.0
+"""Longer than Ray takes to give a node up: 63 s by its own settings, 37 s by those of launch."""
+
+
+class Unreachable(PartDied):
+    """A part cannot be reached, and whether it is gone is not known yet.
+
+    It is `UNREACHABLE_S` later: its node has been given up, or its cable mended.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """A machine of the cluster, as Ray sees it at the moment."""

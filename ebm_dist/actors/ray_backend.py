@@ -13,11 +13,13 @@ from typing import Any
 
 from ebm_dist.actors.access import chosen_address, require_token
 from ebm_dist.actors.handles import (
+    UNREACHABLE_S,
     Handle,
     Node,
     ObjectLost,
     PartDied,
     Ref,
+    Unreachable,
     first_line,
 )
 from ebm_dist.actors.shared_memory import RunMemory
@@ -27,9 +29,6 @@ log = logging.getLogger("ebm_dist")
 
 FAREWELL_S = 5.0
 """How long the end of a run waits for one part on each node to remove what it has mapped there."""
-
-UNREACHABLE_S = 90.0
-"""Longer than Ray takes to give a node up: 63 s by its own settings, 37 s by those of launch."""
 
 
 @dataclass(slots=True)
@@ -281,6 +280,8 @@ class RayBackend:
         # ObjectReconstructionFailedError. The others of the family are for what parts own.
         if isinstance(error, self._errors.ObjectLostError):
             return ObjectLost(f"an object was lost with its node ({first_line(error)})")
+        if isinstance(error, self._errors.ActorUnavailableError):
+            return Unreachable(first_line(error))
         return PartDied(first_line(error))
 
     def lost(self, ref: Ref) -> bool:

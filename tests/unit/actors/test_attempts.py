@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from small_runs import run
 
 from ebm_dist.actors.attempts import Attempts
 from ebm_dist.actors.flow import RollBack
-from ebm_dist.actors.handles import PartDied
+from ebm_dist.actors.handles import UNREACHABLE_S, InlineHandle, InlineResult, PartDied, Unreachable
 from ebm_dist.actors.learners import LearnerGroup
 from ebm_dist.actors.rounds import MAX_ATTEMPTS, MAX_STARTS
 from ebm_dist.errors import RunFailed
@@ -53,6 +54,59 @@ def test_starts_in_vain_end_the_run_with_what_to_change() -> None:
     assert f"started {MAX_STARTS} times in a row" in line
     assert "learner.num_ranks" in line
     assert "killed by the test" in line
+
+
+def test_what_cannot_be_reached_counts_once_ray_must_know_whether_it_is_dead() -> None:
+    now = [0.0]
+    attempts = Attempts(clock=lambda: now[0])
+    away = Unreachable("the actor is temporarily unavailable")
+    for step in range(1, 4):
+        attempts.reached(step)
+        for second in range(round(UNREACHABLE_S) + 1):
+            now[0] = 1000.0 * step + second
+            attempts.failed(away)
+    now[0] += 1.0
+    for _ in range(MAX_ATTEMPTS):
+        attempts.failed(away)
+    with pytest.raises(RunFailed, match=r"update 3 was not reached in 5 attempts; .*unavailable"):
+        attempts.failed(away)
+
+
+def test_of_rays_errors_unreachable_is_the_one_that_says_nothing_of_a_death() -> None:
+    from ray import exceptions
+
+    from ebm_dist.actors.ray_backend import RayBackend
+
+    backend: Any = SimpleNamespace(_errors=exceptions)
+    away = exceptions.ActorUnavailableError("connection refused", b"\x01" * 16)
+    assert type(RayBackend._gone(backend, away)) is Unreachable
+    assert type(RayBackend._gone(backend, exceptions.ActorDiedError())) is PartDied
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_cut_that_is_due_while_a_shard_cannot_be_reached_is_taken_once_it_can(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node's Ray was killed: a run at 9 updates/s comes to a cut before Ray gives it up."""
+    call, away = InlineHandle.call, iter(range(4 * MAX_ATTEMPTS))
+
+    def unavailable(self: InlineHandle, method: str, *args: Any, num_returns: int = 1) -> Any:
+        if (
+            (method, self.name) == ("cut", "shard-1")
+            and args[0] > 1
+            and next(away, None) is not None
+        ):
+            return [InlineResult(error=Unreachable("unavailable")) for _ in range(num_returns)]
+        return call(self, method, *args, num_returns=num_returns)
+
+    monkeypatch.setattr("ebm_dist.actors.controller.RETRY_S", 0.0)
+    monkeypatch.setattr(InlineHandle, "call", unavailable)
+    options = (f"flow.mode={mode}", "run.steps=6", "checkpoint.every=2")
+    result, screen = run(tmp_path / "run", *options, "buffer.num_shards=2")
+    assert result.finished
+    assert next(away, None) is None
+    assert "going back" not in screen
+    assert "checkpoint step_00000002" in screen
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
