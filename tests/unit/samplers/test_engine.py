@@ -363,6 +363,36 @@ def test_auto_compiles_only_what_has_gone_on_for_so_long_that_it_may_pay(
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize(
+    ("step_s", "worth_s"),
+    [
+        (engine_module.SHORT_STEP_S / 2, engine_module.WORTH_S),
+        (engine_module.SHORT_STEP_S * 2, engine_module.LONG_WORTH_S),
+    ],
+)
+def test_auto_that_knows_what_lies_ahead_compiles_at_once_where_that_is_enough(
+    graphs, step_s, worth_s
+):
+    auto, enough = Auto(), round(worth_s / (10 * step_s)) + 1
+    auto.engine.rounds_left = enough
+    auto.rounds(engine_module.TRIAL_ROUNDS - 1, step_s)
+    assert not auto.compiled, "the first rounds wait for much else"
+    auto.rounds(1, step_s)
+    assert auto.compiled
+    assert len(graphs) == 1
+
+
+def test_auto_that_knows_what_lies_ahead_never_compiles_for_too_little_and_says_so_once(graphs):
+    auto, step_s = Auto(), engine_module.SHORT_STEP_S / 2
+    for left in range(round(0.9 * engine_module.WORTH_S / (10 * step_s)), 0, -1):
+        auto.engine.rounds_left = left
+        auto.rounds(1, step_s)
+    assert graphs == []
+    (line,) = auto.said
+    assert "auto is eager, since about 108 s of sampling lie ahead" in line
+    assert f"from {engine_module.WORTH_S:.0f} s on" in line
+
+
 def test_auto_keeps_blocks_that_are_faster_and_says_by_how_much(graphs):
     auto, wait_s = Auto(), engine_module.LONG_PAYBACK_S
     auto.rounds(1, 0.08 * wait_s)  # slower by an accident, as the last of these
