@@ -211,7 +211,7 @@ class RoundPool:
         """Rounds like this one that its worker has before it, of those that all share."""
         if self.rounds_left is None or round_.purpose == "repair":
             return None
-        return self.rounds_left / max(1, self._seats.num_serving)
+        return self.rounds_left / max(1, len(self._seats))  # those that are on their way as well
 
     def poll(self, timeout: float, *others: Ref) -> list[Ref]:
         """Wait up to `timeout` for any round or any of `others`; book the finished rounds.
