@@ -231,9 +231,9 @@ class RoundPool:
         pending = [*others, *self.crew.arriving, *self._rounds]
         if not pending:
             time.sleep(timeout)
-            done = set()
+            done = {}
         else:
-            done = set(self._backend.wait(pending, timeout))
+            done = dict.fromkeys(self._backend.wait(pending, timeout))
         for ref in done:
             if ref in self._rounds:
                 self._finish(ref)
