@@ -153,9 +153,7 @@ def _flow(
     )
     graph: Any = SimpleNamespace(backend=backend, shards=shards, capacities=[SLOTS] * len(shards))
     negatives = max(1, num_workers // 4) * CHAINS
-    schedule: Any = SimpleNamespace(
-        num_updates=10_000, num_negatives=negatives, num_chains=CHAINS, num_steps=STEPS
-    )
+    schedule: Any = SimpleNamespace(num_negatives=negatives, num_chains=CHAINS, num_steps=STEPS)
     config = FlowConfig(mode="async", max_lag=8)
     flow = NegativeFlow(graph, schedule, config, pool, progress, lambda name, num: None)
 
@@ -209,13 +207,7 @@ class Host:
         return version
 
     def run_round(
-        self,
-        index: int,
-        lease: Lease | None,
-        weights: Any,
-        version: int,
-        num_steps: int,
-        num_left: float | None,
+        self, index: int, lease: Lease | None, weights: Any, version: int, num_steps: int
     ) -> MovedChains | None:
         if lease is None:
             return None

@@ -7,7 +7,7 @@ same cores for all, or the same GPU where torch finds one. The plain loop is JEM
 data and buffer in memory, one gradient in x a step, two forwards and Adam an update; it logs, saves
 and averages nothing.
 
-Ours runs blocks of steps, `sampler.engine: compiled`, which `auto` comes to in runs of minutes;
+Ours runs blocks of steps, `sampler.engine: compiled`, which `auto` comes to after two minutes;
 what is measured is the second half of each run, when they are compiled.
 """
 

@@ -110,8 +110,6 @@ class NegativeFlow:
         """
         start = time.monotonic()
         self._in_hand = self._being_learnt = 0
-        updates_left = self._schedule.num_updates - self._progress.step
-        self._pool.rounds_left = self._leases_per_update * updates_left
         with self.waits.waiting():
             taken = (
                 self._take_sync()

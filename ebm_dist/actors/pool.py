@@ -87,8 +87,6 @@ class RoundPool:
         self.restarts = 0
         self.num_refused = 0
         """Rounds whose lease was void by the time they came back."""
-        self.rounds_left: int | None = None
-        """Rounds that the run has before it, repairs left out; None where nobody knows."""
         self.num_started = 0
         self.num_local = 0
         """Of those started, rounds whose worker was on the node of the shard."""
@@ -194,24 +192,13 @@ class RoundPool:
         round_.weights = self.crew.weights
         lease = self._checkouts.lease(round_, seat)
         moved = seat.handle.call(
-            "run_round",
-            lease,
-            round_.weights,
-            round_.version,
-            round_.num_steps,
-            self._left_for_one(round_),
+            "run_round", lease, round_.weights, round_.version, round_.num_steps
         )
         round_.ref = shard.call("checkin", moved, round_.lease_id)
         self._rounds[round_.ref] = round_
         self._seats.load(seat, +1)
         self.num_started += 1
         self.num_local += node is not None and node == seat.node
-
-    def _left_for_one(self, round_: Round) -> float | None:
-        """Rounds like this one that its worker has before it, of those that all share."""
-        if self.rounds_left is None or round_.purpose == "repair":
-            return None
-        return self.rounds_left / max(1, len(self._seats))  # those that are on their way as well
 
     def poll(self, timeout: float, *others: Ref) -> list[Ref]:
         """Wait up to `timeout` for any round or any of `others`; book the finished rounds.

@@ -99,24 +99,15 @@ class Worker:
         self._version: int | None = None
 
     def run_round(
-        self,
-        lease: Lease | None,
-        weights: np.ndarray,
-        version: int,
-        num_steps: int,
-        num_left: float | None = None,
+        self, lease: Lease | None, weights: np.ndarray, version: int, num_steps: int
     ) -> MovedChains | None:
         """Move the chains of `lease` by `num_steps` steps under `weights` of `version`.
-
-        Args:
-            num_left: rounds like this one that this worker has before it, if that is known.
 
         Raises:
             NonFinite: an energy or a position left the finite numbers.
         """
         if lease is None:  # the shard had too few free chains
             return None
-        self._engine.rounds_left = num_left
         self._use(weights, version)
         start = self._fetch(lease)
         if start is None:

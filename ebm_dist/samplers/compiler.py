@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,20 @@ def missing() -> str | None:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"there is no C++ compiler ({line}); install g++ or name one in CXX"
     return None
+
+
+def prepare() -> None:
+    """Do now what another thread must not do: to be called by the one that runs rounds.
+
+    torch's compiler (2.13) traces a function of its own when it is first used in a process, and a
+    symbolic trace replaces `Module.__call__` for all threads: an energy called meanwhile in another
+    raises NameError (module is not installed as a submodule).
+    """
+    # Without these, or where they are called otherwise, the compiler says what is the matter.
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch._inductor.loop_body import InterpreterShim
+
+        InterpreterShim._dummy_gm()
 
 
 def load_source(source: str) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ebm_dist.samplers.block import Block, build, cloned, copied, flatten, weights_of
 from ebm_dist.samplers.capture import Captured
-from ebm_dist.samplers.compiler import CompilerFailed, compile_graph
+from ebm_dist.samplers.compiler import CompilerFailed, compile_graph, prepare
 from ebm_dist.samplers.kernel import Kernel, KernelState, value_and_grad
 from ebm_dist.samplers.standing import Autocast, has_convolutions, module_of, standing
 from ebm_dist.samplers.tape import CannotCompile
@@ -54,13 +54,6 @@ as it would have, knowing its own length; one that is over within a minute pays 
 LONG_PAYBACK_S = 120.0
 """The same where steps are long: a third gained pays for 10 to 30 s of compilation within two
 minutes."""
-
-WORTH_S = 120.0
-"""Seconds of sampling that have to lie ahead where it is known how many do: beside a busy run a
-compilation takes up to a minute, from the rounds as well, and then halves what is left."""
-
-LONG_WORTH_S = 180.0
-"""The same where steps are long, and a third is gained."""
 
 TRIAL_ROUNDS = 5
 """Rounds of each kind that are compared, by the fastest: others on the machine only add time."""
@@ -85,8 +78,6 @@ class _Entry:
     """Of all rounds of single steps so far."""
     eager_rounds_s: deque[float] = field(default_factory=lambda: deque(maxlen=TRIAL_ROUNDS))
     """Of the latest before the compilation."""
-    too_short: bool = False
-    """Whether it was said that a compilation would not pay any more."""
     block_rounds_s: list[float] = field(default_factory=list)
 
 
@@ -94,9 +85,8 @@ class Engine:
     """Runs the rounds of one place: a worker keeps one, and with it what was compiled.
 
     Args:
-        choice: eager, compiled, or auto, which compiles where it pays for what lies ahead, or, if
-            nobody says how much that is, once it has sampled for so long that it may; it
-            keeps what is faster.
+        choice: eager, compiled, or auto, which compiles once it has sampled for so long that it
+            may pay, and keeps what is faster.
         background: compile while rounds go on eagerly; else the round that asks for it waits.
         steady: decide before the first round of each shape; see the module's docstring.
         fused_noise: blocks draw their noise themselves; None: on CUDA, unless the engine is steady,
@@ -118,8 +108,6 @@ class Engine:
         self.choice = choice
         self.compile_s = 0.0
         """Seconds spent on compilations so far."""
-        self.rounds_left: float | None = None
-        """Rounds like the next one that are still to be run here, where somebody knows it."""
         self._background = background and not steady
         self._steady = steady
         self._fused_noise = fused_noise
@@ -171,24 +159,9 @@ class Engine:
         if entry.status != "eager":
             return
         entry.eager_rounds_s.append(seconds)
-        if self._pays(entry, num_steps):
+        short = min(entry.eager_rounds_s) <= num_steps * SHORT_STEP_S
+        if entry.eager_s >= (PAYBACK_S if short else LONG_PAYBACK_S):
             self._compile(entry, kernel, energy, state, num_steps)
-
-    def _pays(self, entry: _Entry, num_steps: int) -> bool:
-        round_s = min(entry.eager_rounds_s)
-        short = round_s <= num_steps * SHORT_STEP_S
-        if self.rounds_left is None:
-            return entry.eager_s >= (PAYBACK_S if short else LONG_PAYBACK_S)
-        if len(entry.eager_rounds_s) < TRIAL_ROUNDS:  # the first ones wait for much else
-            return False
-        ahead, worth = self.rounds_left * round_s, WORTH_S if short else LONG_WORTH_S
-        if ahead < worth and not entry.too_short:
-            entry.too_short = True
-            self._say(
-                f"sampler.engine: auto is eager, since about {ahead:.0f} s of sampling lie ahead, "
-                f"and compiled blocks pay from {worth:.0f} s on"
-            )
-        return ahead >= worth
 
     def _decide(self, entry: _Entry, num_steps: int) -> None:
         assert entry.block is not None
@@ -285,6 +258,7 @@ class Engine:
         if not self._background:
             work()
             return
+        prepare()
         # What the thread reads must not move under it, and this round goes on.
         energy, state = copied(energy), cloned(state)
         # No daemon: the interpreter would tear itself down around a running compiler.

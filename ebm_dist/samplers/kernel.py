@@ -121,8 +121,8 @@ class KernelSection(Section):
 
     engine: Literal["auto", "eager", "compiled"] = "auto"
     """How steps are run. compiled: in blocks of up to 20, compiled in the background (in
-    flow.mode sync before the first round). auto: where two minutes of sampling lie before an
-    asynchronous run (three where steps take over 3 ms) both are timed and the faster stays; images
+    flow.mode sync before the first round). auto: where an asynchronous run has sampled for a
+    minute (two where steps take over 3 ms) both are timed and the faster stays; images
     channels-last where the energy convolves them. eager: one by one, as they come."""
 
     precision: Literal["fp32", "bf16"] = "fp32"

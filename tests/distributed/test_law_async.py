@@ -75,9 +75,7 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
         depth=2,
         hang_s=1e9,
     )
-    schedule = SimpleNamespace(
-        num_updates=UPDATES, num_negatives=2 * CHAINS, num_chains=CHAINS, num_steps=NUM_STEPS
-    )
+    schedule = SimpleNamespace(num_negatives=2 * CHAINS, num_chains=CHAINS, num_steps=NUM_STEPS)
     flow = NegativeFlow(
         SimpleNamespace(backend=backend, shards=shards, capacities=[capacity] * 2),  # type: ignore[arg-type]
         schedule,  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ class Mover:
         return version
 
     def run_round(
-        self, lease: Lease | None, weights: np.ndarray, version: int, num_steps: int, left: float
+        self, lease: Lease | None, weights: np.ndarray, version: int, num_steps: int
     ) -> MovedChains | None:
         if lease is None:
             return None
@@ -127,9 +127,7 @@ class Graph:
             depth=2,
             hang_s=120.0,
         )
-        schedule: Any = SimpleNamespace(
-            num_updates=100, num_negatives=BATCH, num_chains=CHAINS, num_steps=10
-        )
+        schedule: Any = SimpleNamespace(num_negatives=BATCH, num_chains=CHAINS, num_steps=10)
         graph: Any = SimpleNamespace(
             backend=backend,
             learners=self.learners,

@@ -139,10 +139,7 @@ class Scripted:
         )
         graph = SimpleNamespace(backend=self.backend, shards=[handle], capacities=[capacity])
         schedule = SimpleNamespace(
-            num_updates=10_000,
-            num_negatives=num_chains,
-            num_chains=num_chains,
-            num_steps=num_steps,
+            num_negatives=num_chains, num_chains=num_chains, num_steps=num_steps
         )
         self.flow = NegativeFlow(
             graph,  # type: ignore[arg-type]

@@ -133,8 +133,6 @@ class SimWorker:
 
     def __init__(self, within: str | None = None) -> None:
         self.held = -1
-        self.told: list[tuple[int, float | None]] = []
-        """Steps of each round, and how many such rounds it has before it."""
         self.within = within
 
     def hold(self, weights: Any, version: int) -> int:
@@ -142,14 +140,8 @@ class SimWorker:
         return version
 
     def run_round(
-        self,
-        lease: Lease | None,
-        weights: Any,
-        version: int,
-        num_steps: int,
-        num_left: float | None = None,
+        self, lease: Lease | None, weights: Any, version: int, num_steps: int
     ) -> MovedChains | None:
-        self.told.append((num_steps, num_left))
         assert self.held >= 0, "a newcomer was given work before it held weights"
         if lease is None:
             return None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from simulation import SimWorker
-from worlds import BATCH, CHAINS, NUM_STEPS, NUM_UPDATES, World
+from worlds import BATCH, CHAINS, World
 
 from ebm_dist.actors.handles import PartDied
 from ebm_dist.actors.rounds import MAX_ATTEMPTS, MAX_STARTS
@@ -111,21 +111,6 @@ def test_async_survives_hundreds_of_deaths_with_every_chain_in_its_place(seed, t
     assert sum("worker" in line for line in world.said) > 3
     assert sum("shard" in line for line in world.said) > 3
     assert world.progress.step == 400
-
-
-@pytest.mark.parametrize("mode", ["sync", "async"])
-def test_a_worker_is_told_its_share_of_the_rounds_that_lie_ahead_and_nothing_of_repairs(
-    mode: str,
-) -> None:
-    world = World(mode=mode, max_lag=1, max_delay=6, num_workers=4)
-    for update in range(60):
-        world.update(busy_ticks=4 if mode == "async" else 0)
-        # Of two leases an update, a quarter is each worker's; rounds run some updates ahead.
-        told = [left for w in world.workers for n, left in w.part.told if n == NUM_STEPS]
-        assert told
-        assert min(told) == 2 * (NUM_UPDATES - update) / 4
-    repairs = [left for w in world.workers for n, left in w.part.told if n != NUM_STEPS]
-    assert set(repairs) == ({None} if mode == "async" else set())
 
 
 def test_a_worker_that_always_dies_ends_the_run_with_its_name() -> None:

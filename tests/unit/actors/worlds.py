@@ -19,7 +19,6 @@ from ebm_dist.types import EventSpec
 
 SPEC = EventSpec((3,), "real")
 CAPACITY, CHAINS, BATCH, NUM_STEPS = 48, 4, 8, 10
-NUM_UPDATES = 1000
 
 
 class World:
@@ -82,9 +81,7 @@ class World:
         graph = SimpleNamespace(
             backend=self.backend, shards=self.shards, capacities=[capacity // 2] * 2
         )
-        schedule = SimpleNamespace(
-            num_updates=NUM_UPDATES, num_negatives=BATCH, num_chains=CHAINS, num_steps=NUM_STEPS
-        )
+        schedule = SimpleNamespace(num_negatives=BATCH, num_chains=CHAINS, num_steps=NUM_STEPS)
         self.flow = NegativeFlow(
             graph,  # type: ignore[arg-type]
             schedule,  # type: ignore[arg-type]

@@ -363,36 +363,6 @@ def test_auto_compiles_only_what_has_gone_on_for_so_long_that_it_may_pay(
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize(
-    ("step_s", "worth_s"),
-    [
-        (engine_module.SHORT_STEP_S / 2, engine_module.WORTH_S),
-        (engine_module.SHORT_STEP_S * 2, engine_module.LONG_WORTH_S),
-    ],
-)
-def test_auto_that_knows_what_lies_ahead_compiles_at_once_where_that_is_enough(
-    graphs, step_s, worth_s
-):
-    auto, enough = Auto(), round(worth_s / (10 * step_s)) + 1
-    auto.engine.rounds_left = enough
-    auto.rounds(engine_module.TRIAL_ROUNDS - 1, step_s)
-    assert not auto.compiled, "the first rounds wait for much else"
-    auto.rounds(1, step_s)
-    assert auto.compiled
-    assert len(graphs) == 1
-
-
-def test_auto_that_knows_what_lies_ahead_never_compiles_for_too_little_and_says_so_once(graphs):
-    auto, step_s = Auto(), engine_module.SHORT_STEP_S / 2
-    for left in range(round(0.9 * engine_module.WORTH_S / (10 * step_s)), 0, -1):
-        auto.engine.rounds_left = left
-        auto.rounds(1, step_s)
-    assert graphs == []
-    (line,) = auto.said
-    assert "auto is eager, since about 108 s of sampling lie ahead" in line
-    assert f"from {engine_module.WORTH_S:.0f} s on" in line
-
-
 def test_auto_keeps_blocks_that_are_faster_and_says_by_how_much(graphs):
     auto, wait_s = Auto(), engine_module.LONG_PAYBACK_S
     auto.rounds(1, 0.08 * wait_s)  # slower by an accident, as the last of these
@@ -481,6 +451,34 @@ def test_images_are_channels_last_only_where_the_energy_takes_them_so():
 
 
 @needs_compiler
+def test_beside_the_rounds_nothing_is_traced_that_takes_modules_of_other_threads_for_its_own(
+    monkeypatch,
+):
+    from torch._inductor.loop_body import InterpreterShim
+
+    InterpreterShim._dummy_gm.cache_clear()  # as in a process that has compiled nothing
+    trace, made = torch.fx.Tracer.trace, []
+
+    def noted(tracer: torch.fx.Tracer, *args: Any, **kwargs: Any) -> Any:
+        # While any of them traces, `Module.__call__` of all threads is its `call_module`.
+        stranger = type(tracer).call_module is torch.fx.Tracer.call_module
+        made.append((stranger, threading.current_thread().name))
+        return trace(tracer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.fx.Tracer, "trace", noted)
+    kernel, energy, x = make("langevin"), mlp(), torch.randn(6, 2, generator=generator(1))
+    engine = Engine("compiled")
+    run_chain(kernel, x, energy, 3, generator(2), engine=engine)
+    for thread in threading.enumerate():
+        if thread.name == "compile":
+            thread.join(timeout=120)
+    assert engine.compile_s > 0
+    here = threading.current_thread().name
+    assert (True, here) in made, "or the test could see nothing"
+    assert (False, "compile") in made
+    assert (True, "compile") not in made
+
+
 def test_the_compiler_keeps_a_small_networks_chains_to_rounding():
     energy, kernel = mlp(), make("langevin", clamp=(-2.0, 2.0), grad_clip=0.3)
     x = torch.randn(32, 2, generator=generator(1))
