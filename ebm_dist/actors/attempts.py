@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from ebm_dist.actors.handles import UNREACHABLE_S, PartDied, Unreachable
-from ebm_dist.actors.rounds import MAX_ATTEMPTS, MAX_STARTS
+from ebm_dist.actors.rounds import MAX_ATTEMPTS, MAX_STARTS, RETRY_S
 from ebm_dist.errors import RunFailed
 
 
@@ -40,7 +40,7 @@ class Attempts:
         self._starting, self._num_starts = False, 0
 
     def failed(self, died: PartDied) -> None:
-        """A part died, in an update or in a start, or cannot be reached.
+        """A part died, in an update or in a start, or cannot be reached, which is waited for.
 
         Raises:
             RunFailed: that was one attempt too many.
@@ -50,6 +50,7 @@ class Attempts:
             if self._unreachable_since is None:
                 self._unreachable_since = now
             if now - self._unreachable_since <= UNREACHABLE_S:
+                time.sleep(RETRY_S)
                 return
         if self._starting:
             self._num_starts += 1

@@ -28,7 +28,7 @@ from ebm_dist.actors.delivery import Delivery
 from ebm_dist.actors.elastic import Steward
 from ebm_dist.actors.flow import POLL_S, NegativeFlow, RollBack
 from ebm_dist.actors.graph import Graph, Schedule, View
-from ebm_dist.actors.handles import Handle, PartDied, Ref, Unreachable
+from ebm_dist.actors.handles import Handle, PartDied, Ref
 from ebm_dist.actors.leaving import RankMover
 from ebm_dist.actors.lookout import Lookout
 from ebm_dist.actors.moving import Mover
@@ -306,8 +306,6 @@ class Controller:
                     self._go_back(trouble)
                     self._attempts.started()
                 self._pool.check()
-                if isinstance(trouble, Unreachable):
-                    time.sleep(RETRY_S)
                 return
             except (PartDied, NonFinite) as again:
                 trouble = again

@@ -56,7 +56,10 @@ def test_starts_in_vain_end_the_run_with_what_to_change() -> None:
     assert "killed by the test" in line
 
 
-def test_what_cannot_be_reached_counts_once_ray_must_know_whether_it_is_dead() -> None:
+def test_what_cannot_be_reached_counts_once_ray_must_know_whether_it_is_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ebm_dist.actors.attempts.RETRY_S", 0.0)
     now = [0.0]
     attempts = Attempts(clock=lambda: now[0])
     away = Unreachable("the actor is temporarily unavailable")
@@ -99,7 +102,7 @@ def test_a_cut_that_is_due_while_a_shard_cannot_be_reached_is_taken_once_it_can(
             return [InlineResult(error=Unreachable("unavailable")) for _ in range(num_returns)]
         return call(self, method, *args, num_returns=num_returns)
 
-    monkeypatch.setattr("ebm_dist.actors.controller.RETRY_S", 0.0)
+    monkeypatch.setattr("ebm_dist.actors.attempts.RETRY_S", 0.0)
     monkeypatch.setattr(InlineHandle, "call", unavailable)
     options = (f"flow.mode={mode}", "run.steps=6", "checkpoint.every=2")
     result, screen = run(tmp_path / "run", *options, "buffer.num_shards=2")
