@@ -5,9 +5,14 @@
 // convolution takes (Lavin & Gray, 2016, arXiv:1509.09308). What a tile becomes stays in the
 // cache until it is an output again. The products are oneDNN's, by way of torch.
 //
+// Where m does not divide an image's side, its last tiles are a pixel smaller, rather than reach
+// beyond the border: 7 x 7 are made as (3 + 2 + 2) x (3 + 2 + 2) with 100 products in place of 144.
+//
 // A stride s is written as s * s images beside each other, of every s-th row and column: with
 // `stride_in` the channels of the input are those of all s * s of them, and the gradient of such
 // a convolution writes all of them, `stride_out`.
+//
+// Compiled behind `toom.h`, as one text.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -15,134 +20,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
-#include <utility>
 
 namespace {
-
-// Cook and Toom's matrices for these points and infinity; the first of them give the least error.
-constexpr double kPoints[] = {0, 1, -1, 2, -2};
-
-template <int m_, int r_>
-struct Toom {
-  static constexpr int m = m_, r = r_, n = m + r - 1;
-  double input[n][n] = {};
-  double output[m][n] = {};
-
-  constexpr Toom() {
-    for (int i = 0; i < n; i++) {
-      // Row i: the coefficients of the product of (x - point) over all other points.
-      double c[n] = {1};
-      int degree = 0;
-      for (int k = 0; k < n - 1; k++) {
-        if (k == i) continue;
-        for (int j = ++degree; j >= 0; j--) {
-          c[j] = (j > 0 ? c[j - 1] : 0) - kPoints[k] * (j < degree ? c[j] : 0);
-        }
-      }
-      for (int j = 0; j <= degree; j++) input[i][j] = c[j];
-      double power = 1;
-      for (int j = 0; j < m; j++) {
-        output[j][i] = i < n - 1 ? power : (j == m - 1);
-        if (i < n - 1) power *= kPoints[i];
-      }
-    }
-  }
-};
-
-template <class T>
-struct InputOf {
-  static constexpr T table{};
-  static constexpr int rows = T::n, cols = T::n;
-  static constexpr double at(int i, int j) { return table.input[i][j]; }
-};
-
-template <class T>
-struct OutputOf {
-  static constexpr T table{};
-  static constexpr int rows = T::m, cols = T::n;
-  static constexpr double at(int i, int j) { return table.output[i][j]; }
-};
-
-// Numbers of neighbouring channels; the compiler makes of them what the processor has.
-template <int lanes>
-struct Types;
-template <>
-struct Types<16> {
-  typedef float floats __attribute__((vector_size(64)));
-  typedef uint32_t words __attribute__((vector_size(64)));
-  typedef uint16_t halves __attribute__((vector_size(32)));
-};
-template <>
-struct Types<8> {
-  typedef float floats __attribute__((vector_size(32)));
-  typedef uint32_t words __attribute__((vector_size(32)));
-  typedef uint16_t halves __attribute__((vector_size(16)));
-};
-inline auto wide(Types<16>::halves x) { return __builtin_convertvector(x, Types<16>::words); }
-inline auto wide(Types<8>::halves x) { return __builtin_convertvector(x, Types<8>::words); }
-inline auto narrow(Types<16>::words x) { return __builtin_convertvector(x, Types<16>::halves); }
-inline auto narrow(Types<8>::words x) { return __builtin_convertvector(x, Types<8>::halves); }
-
-template <int lanes>
-struct Lanes {
-  using type = typename Types<lanes>::floats;
-
-  static type load(const float* from) {
-    type x;
-    std::memcpy(&x, from, sizeof(x));
-    return x;
-  }
-  static void store(float* to, type x) { std::memcpy(to, &x, sizeof(x)); }
-  static type load(const at::BFloat16* from) {
-    typename Types<lanes>::halves x;
-    std::memcpy(&x, from, sizeof(x));
-    return (type)(wide(x) << 16);
-  }
-  static void store(at::BFloat16* to, type x) {
-    // To nearest, ties to even. Of a NaN with every bit set it would make zero; none is computed.
-    auto bits = (typename Types<lanes>::words)x;
-    auto rounded = narrow((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-    std::memcpy((void*)to, &rounded, sizeof(rounded));
-  }
-};
-
-template <class M, int i, int j, class V>
-inline void add_term(V& sum, const V& x) {
-  constexpr double c = M::at(i, j);
-  if constexpr (c == 1) {
-    sum += x;
-  } else if constexpr (c == -1) {
-    sum -= x;
-  } else if constexpr (c != 0) {
-    sum += (float)c * x;
-  }
-}
-
-template <class M, int i, class V, int... j>
-inline V row(const V* x, int step, std::integer_sequence<int, j...>) {
-  V sum{};
-  (add_term<M, i, j>(sum, x[j * step]), ...);
-  return sum;
-}
-
-template <class M, class V, int... i>
-inline void times(const V* x, int step, V* y, int step_y, std::integer_sequence<int, i...>) {
-  ((y[i * step_y] = row<M, i>(x, step, std::make_integer_sequence<int, M::cols>{})), ...);
-}
-
-// y (rows, rows) = M x M^T of x (cols, cols)
-template <class M, class V>
-inline void both_ways(const V* x, V* y) {
-  V half[M::rows * M::cols];
-  for (int j = 0; j < M::cols; j++) {
-    times<M>(x + j, M::cols, half + j, M::cols, std::make_integer_sequence<int, M::rows>{});
-  }
-  for (int i = 0; i < M::rows; i++) {
-    times<M>(half + i * M::cols, 1, y + i * M::rows, 1,
-             std::make_integer_sequence<int, M::rows>{});
-  }
-}
 
 struct Image {
   int64_t height, width, channels;
@@ -150,10 +29,19 @@ struct Image {
   int64_t before;  // rows and columns of zeros before the first
 };
 
+// Tiles along a side of an image: so many of m pixels, and then smaller ones.
+struct Side {
+  int64_t tiles, large;
+
+  Side(int64_t pixels, int64_t m)
+      : tiles((pixels + m - 1) / m), large(std::max<int64_t>(pixels - tiles * (m - 1), 0)) {}
+};
+
 template <class E>
 struct Task {
   Image in, out;
-  int64_t num_tiles, tiles_y, tiles_x;
+  int64_t num_images;
+  Side down, across;
   const E *x, *weights, *bias;  // weights (n * n, channels in, channels out)
   E* y;
 };
@@ -189,81 +77,144 @@ class Chunk {
   }
 
   void run(int64_t first, int64_t count) {
-    for (int64_t t = 0; t < count; t++) read(first + t, moved + t * wide_in);
+    Rows rows = each(first, count, [&](auto y, auto x, const Tile& tile) {
+      read<typename decltype(y)::of, typename decltype(x)::of>(tile);
+    });
     for (int i = 0; i < n * n; i++) {
+      if (rows.of(i) == 0) continue;
       at::native::cpublas::brgemm(
-          count, wide_out, wide_in, wide_in, wide_out, wide_out, false, moved + i * gap_in,
+          rows.of(i), wide_out, wide_in, wide_in, wide_out, wide_out, false, moved + i * gap_in,
           task.weights + i * wide_in * wide_out, products + i * gap_out);
     }
-    for (int64_t t = 0; t < count; t++) write(first + t, products + t * wide_out);
+    each(first, count, [&](auto y, auto x, const Tile& tile) {
+      write<typename decltype(y)::of, typename decltype(x)::of>(tile);
+    });
   }
 
  private:
-  struct Place {
-    int64_t image, y, x;
+  // Of each of the n * n matrices, how many rows there are: a smaller tile has none in those of
+  // infinity.
+  struct Rows {
+    int64_t num[2][2] = {};
+
+    int64_t of(int matrix) const { return num[matrix / n == n - 1][matrix % n == n - 1]; }
+    void add(bool large_y, bool large_x) {
+      num[0][0]++;
+      num[1][0] += large_y;
+      num[0][1] += large_x;
+      num[1][1] += large_y && large_x;
+    }
   };
-  Place place(int64_t tile) const {
-    int64_t per_image = task.tiles_y * task.tiles_x, in_image = tile % per_image;
-    return {tile / per_image, in_image / task.tiles_x * m, in_image % task.tiles_x * m};
+  struct Tile {
+    int64_t image, y, x;
+    Rows rows;  // its own in each of the matrices
+  };
+
+  // Calls `visit` with the types of T or T::Smaller, down and across, and the tile; returns all
+  // rows.
+  template <class Visit>
+  Rows each(int64_t first, int64_t count, Visit visit) const {
+    constexpr Type<T> large;
+    constexpr Type<typename T::Smaller> small;
+    auto begin = [](const Side& side, int64_t i) {
+      return i * m - std::max<int64_t>(i - side.large, 0);
+    };
+    int64_t per_image = task.down.tiles * task.across.tiles;
+    Rows rows;
+    for (int64_t t = first; t < first + count; t++) {
+      int64_t i = t % per_image / task.across.tiles, j = t % task.across.tiles;
+      bool large_y = i < task.down.large, large_x = j < task.across.large;
+      Tile tile{t / per_image, begin(task.down, i), begin(task.across, j), rows};
+      if (large_y && large_x) visit(large, large, tile);
+      if (large_y && !large_x) visit(large, small, tile);
+      if (!large_y && large_x) visit(small, large, tile);
+      if (!large_y && !large_x) visit(small, small, tile);
+      rows.add(large_y, large_x);
+    }
+    return rows;
   }
 
-  // Where the pixels of a square begin, `side` of them on a side; `outside` where there is none.
-  template <int side, class P>
-  static void pixels(const Image& of, Place at, int64_t p, int64_t q, P* base, P* outside,
+  // Where the pixels of a tile begin, `high` x `wide` of them; `outside` where there is none.
+  template <int high, int wide, class P>
+  static void pixels(const Image& of, const Tile& tile, int64_t p, int64_t q, P* base, P* outside,
                      P** found) {
-    for (int i = 0; i < side; i++) {
-      int64_t h = of.stride * (at.y + i) + p - of.before;
-      for (int j = 0; j < side; j++) {
-        int64_t w = of.stride * (at.x + j) + q - of.before;
+    for (int i = 0; i < high; i++) {
+      int64_t h = of.stride * (tile.y + i) + p - of.before;
+      for (int j = 0; j < wide; j++) {
+        int64_t w = of.stride * (tile.x + j) + q - of.before;
         bool inside = h >= 0 && h < of.height && w >= 0 && w < of.width;
-        found[i * side + j] =
-            inside ? base + ((at.image * of.height + h) * of.width + w) * of.channels : outside;
+        found[i * wide + j] =
+            inside ? base + ((tile.image * of.height + h) * of.width + w) * of.channels : outside;
       }
     }
   }
 
-  template <int lanes>
-  void read_lanes(const E* const* from, int64_t c, E* to) {
+  // A tile's row of each matrix.
+  template <class P>
+  class Row {
+    P* of_kind[2][2];
+    int64_t gap;
+
+   public:
+    Row(P* base, const Rows& rows, int64_t wide, int64_t gap) : gap(gap) {
+      for (int i = 0; i < 4; i++) of_kind[i / 2][i % 2] = base + rows.num[i / 2][i % 2] * wide;
+    }
+    P* of(int i, int j) const { return of_kind[i == n - 1][j == n - 1] + (i * n + j) * gap; }
+  };
+
+  // Of a tile of Y x X. Unless all its loops are unrolled, the numbers go by way of memory.
+  template <class Y, class X, int lanes>
+  static void read_lanes(const E* const* from, int64_t c, Row<E> to, int64_t c_to) {
     using L = Lanes<lanes>;
-    typename L::type patch[n * n], out[n * n];
-    for (int i = 0; i < n * n; i++) patch[i] = L::load(from[i] + c);
-    both_ways<InputOf<T>>(patch, out);
-    for (int i = 0; i < n * n; i++) L::store(to + i * gap_in + c, out[i]);
+    typename L::type patch[Y::n * X::n], out[Y::n * X::n];
+#pragma GCC unroll 36
+    for (int i = 0; i < Y::n * X::n; i++) patch[i] = L::load(from[i] + c);
+    both_ways<InputOf<Y>, InputOf<X>>(patch, out);
+#pragma GCC unroll 36
+    for (int i = 0; i < Y::n * X::n; i++) L::store(to.of(i / X::n, i % X::n) + c_to, out[i]);
   }
 
-  void read(int64_t tile, E* to) {
-    const E* from[n * n];
+  template <class Y, class X>
+  void read(const Tile& tile) {
+    const E* from[Y::n * X::n];
+    Row<E> to(moved, tile.rows, wide_in, gap_in);
     const Image& in = task.in;
+    int64_t before = 0;  // channels of the images before this one
     for (int64_t p = 0; p < in.stride; p++) {
-      for (int64_t q = 0; q < in.stride; q++, to += in.channels) {
-        pixels<n, const E>(in, place(tile), p, q, task.x, zeros, from);
+      for (int64_t q = 0; q < in.stride; q++, before += in.channels) {
+        pixels<Y::n, X::n, const E>(in, tile, p, q, task.x, zeros, from);
         int64_t c = 0;
-        for (; c + 16 <= in.channels; c += 16) read_lanes<16>(from, c, to);
-        for (; c < in.channels; c += 8) read_lanes<8>(from, c, to);
+        for (; c + 16 <= in.channels; c += 16) read_lanes<Y, X, 16>(from, c, to, before + c);
+        for (; c < in.channels; c += 8) read_lanes<Y, X, 8>(from, c, to, before + c);
       }
     }
   }
 
-  template <int lanes>
-  void write_lanes(const float* from, int64_t c, E* const* to) {
+  template <class Y, class X, int lanes>
+  void write_lanes(Row<const float> from, int64_t c_from, int64_t c, E* const* to) const {
     using L = Lanes<lanes>;
-    typename L::type patch[n * n], out[m * m];
-    for (int i = 0; i < n * n; i++) patch[i] = L::load(from + i * gap_out + c);
-    both_ways<OutputOf<T>>(patch, out);
+    typename L::type patch[Y::n * X::n], out[Y::m * X::m];
+#pragma GCC unroll 36
+    for (int i = 0; i < Y::n * X::n; i++) patch[i] = L::load(from.of(i / X::n, i % X::n) + c_from);
+    both_ways<OutputOf<Y>, OutputOf<X>>(patch, out);
     typename L::type bias{};
     if (task.bias != nullptr) bias = L::load(task.bias + c);
-    for (int i = 0; i < m * m; i++) L::store(to[i] + c, out[i] + bias);
+#pragma GCC unroll 36
+    for (int i = 0; i < Y::m * X::m; i++) L::store(to[i] + c, out[i] + bias);
   }
 
-  void write(int64_t tile, const float* from) {
-    E* to[m * m];
+  template <class Y, class X>
+  void write(const Tile& tile) {
+    Row<const float> from(products, tile.rows, wide_out, gap_out);
+    E* to[Y::m * X::m];
     const Image& out = task.out;
+    int64_t before = 0;
     for (int64_t p = 0; p < out.stride; p++) {
-      for (int64_t q = 0; q < out.stride; q++, from += out.channels) {
-        pixels<m, E>(out, place(tile), p, q, task.y, nowhere, to);
+      for (int64_t q = 0; q < out.stride; q++, before += out.channels) {
+        pixels<Y::m, X::m, E>(out, tile, p, q, task.y, nowhere, to);
         int64_t c = 0;
-        for (; c + 16 <= out.channels; c += 16) write_lanes<16>(from, c, to);
-        for (; c < out.channels; c += 8) write_lanes<8>(from, c, to);
+        for (; c + 16 <= out.channels; c += 16) write_lanes<Y, X, 16>(from, before + c, c, to);
+        for (; c < out.channels; c += 8) write_lanes<Y, X, 8>(from, before + c, c, to);
       }
     }
   }
@@ -274,17 +225,22 @@ constexpr int64_t kTiles = 64;
 
 template <class T, class E>
 void convolve(const Task<E>& task) {
-  if (task.num_tiles == 0) return;
-  // As many chunks as threads, or a multiple of it, of one size.
+  int64_t per_image = task.down.tiles * task.across.tiles;
+  int64_t num_tiles = task.num_images * per_image;
+  if (num_tiles == 0) return;
+  // As many chunks as threads, or a multiple of it, of one size; whole images where they are
+  // small, or the matrices of each chunk would have as many rows as no other's.
   int64_t threads = at::get_num_threads();
-  int64_t chunks = (task.num_tiles + kTiles - 1) / kTiles;
+  int64_t unit = per_image <= kTiles ? per_image : 1;
+  int64_t units = num_tiles / unit, most = kTiles / unit;
+  int64_t chunks = (units + most - 1) / most;
   chunks = (chunks + threads - 1) / threads * threads;
-  int64_t size = (task.num_tiles + chunks - 1) / chunks;
-  chunks = (task.num_tiles + size - 1) / size;
+  int64_t size = (units + chunks - 1) / chunks * unit;
+  chunks = (num_tiles + size - 1) / size;
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     Chunk<T, E> chunk(task, size);
     for (int64_t i = begin; i < end; i++) {
-      chunk.run(i * size, std::min(size, task.num_tiles - i * size));
+      chunk.run(i * size, std::min(size, num_tiles - i * size));
     }
     at::native::cpublas::brgemm_release();
   });
@@ -292,9 +248,11 @@ void convolve(const Task<E>& task) {
 
 template <class E>
 void convolve(int64_t m, int64_t r, const Task<E>& task) {
-  if (m == 4 && r == 3) return convolve<Toom<4, 3>>(task);
+  if constexpr (std::is_same_v<E, float>) {  // see _SQUARES in winograd.py
+    if (m == 4 && r == 3) return convolve<Toom<4, 3>>(task);
+    if (m == 4 && r == 2) return convolve<Toom<4, 2>>(task);
+  }
   if (m == 2 && r == 3) return convolve<Toom<2, 3>>(task);
-  if (m == 4 && r == 2) return convolve<Toom<4, 2>>(task);
   if (m == 3 && r == 2) return convolve<Toom<3, 2>>(task);
   TORCH_CHECK(false, "winograd: no squares of ", m, " pixels for filters of ", r);
 }
@@ -305,15 +263,13 @@ at::Tensor winograd_of(
     int64_t m, int64_t r, Image in, Image out) {
   auto y = at::empty({images.size(0), out.channels, out.height, out.width},
                      images.options().memory_format(at::MemoryFormat::ChannelsLast));
-  auto tiles = [&](int64_t pixels) {
-    int64_t of_each = (pixels + out.before + out.stride - 1) / out.stride;
-    return (of_each + m - 1) / m;
+  auto side = [&](int64_t pixels) {
+    return Side((pixels + out.before + out.stride - 1) / out.stride, m);
   };
-  int64_t tiles_y = tiles(out.height), tiles_x = tiles(out.width);
   convolve(m, r, Task<E>{
-      in, out, images.size(0) * tiles_y * tiles_x, tiles_y, tiles_x,
-      images.const_data_ptr<E>(), weights.const_data_ptr<E>(),
-      bias ? bias->const_data_ptr<E>() : nullptr, y.template mutable_data_ptr<E>()});
+      in, out, images.size(0), side(out.height), side(out.width), images.const_data_ptr<E>(),
+      weights.const_data_ptr<E>(), bias ? bias->const_data_ptr<E>() : nullptr,
+      y.template mutable_data_ptr<E>()});
   return y;
 }
 

@@ -6,7 +6,8 @@ quarter with m = 4, four ninths with m = 2, which rounds less. torch has none on
 direct ones run at what the processor can multiply. A stride s is s * s images beside each other,
 each with filters of ceil(r / s) on a side: Winograd's as well.
 
-`winograd.cpp` moves a few tiles through the cache and leaves the products to the library.
+`winograd.cpp` moves a few tiles through the cache and leaves the products to the library;
+`toom.h` has the transforms.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ebm_dist.samplers import compiler
 
-_SOURCE = Path(__file__).with_name("winograd.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("toom.h", "winograd.cpp")]
 
 _POINTS = (0, 1, -1, 2, -2)
 """Of Cook and Toom, as in the source; and infinity."""
@@ -160,12 +161,18 @@ def _square(
     products = read * _filled(written) + costs.move * (_filled(read) + _filled(written))
 
     def cost(m: int) -> int:
-        tiles = -(-made[0] // m) * -(-made[1] // m)
-        return tiles * (m + of.r - 1) ** 2 * (products + costs.product)
+        down, across = (_numbers(pixels, m, of.r) for pixels in made)
+        return down * across * (products + costs.product)
 
     best = min(_SQUARES[dtype][of.r], key=cost)
     limit = _WORTHWHILE * (num_images * direct + costs.call)
     return best if num_images * cost(best) <= limit else None
+
+
+def _numbers(pixels: int, m: int, r: int) -> int:
+    """What `pixels` in a row are made of: those of tiles of m, the last of them m - 1."""
+    tiles = -(-pixels // m)
+    return tiles * (m + r - 1) - min(tiles * m - pixels, tiles)
 
 
 def _filled(channels: int, lanes: int = 16) -> int:
@@ -264,7 +271,7 @@ def available(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _load() -> None:
-    compiler.load_source(_SOURCE.read_text())
+    compiler.load_source("".join(source.read_text() for source in _SOURCES))
 
 
 def _try(m: int, r: int, dtype: torch.dtype) -> None:
@@ -283,4 +290,4 @@ def _try(m: int, r: int, dtype: torch.dtype) -> None:
         raise compiler.CompilerFailed(f"compiled convolutions fail here: {line}") from error
     off = (came.float() - expected).norm() / expected.norm()
     if not off < (1e-5 if dtype == torch.float32 else 0.02):
-        raise compiler.CompilerFailed(f"compiled convolutions are off by {off:.2g}; see {_SOURCE}")
+        raise compiler.CompilerFailed(f"compiled convolutions are off by {off:.2g}; see {_SOURCES[-1]}")

@@ -179,6 +179,14 @@ def test_other_convolutions_stay_the_librarys():
     assert traced(layer(3, 1, 1, 16, 16).double(), x.double())[2]["ebm_dist.winograd.default"] == 0
 
 
+@pytest.mark.parametrize(
+    ("pixels", "m", "r", "numbers"),
+    [(7, 3, 2, 4 + 3 + 3), (7, 4, 3, 6 + 5), (8, 4, 3, 6 + 6), (5, 4, 3, 5 + 5), (1, 2, 3, 3)],
+)
+def test_pixels_that_do_not_divide_are_made_of_tiles_a_pixel_smaller(pixels, m, r, numbers):
+    assert winograd._numbers(pixels, m, r) == numbers
+
+
 @needs_lanes
 def test_it_is_taken_where_it_multiplies_less_and_not_for_a_few_channels(monkeypatch):
     monkeypatch.undo()
