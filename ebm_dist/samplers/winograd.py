@@ -290,4 +290,6 @@ def _try(m: int, r: int, dtype: torch.dtype) -> None:
         raise compiler.CompilerFailed(f"compiled convolutions fail here: {line}") from error
     off = (came.float() - expected).norm() / expected.norm()
     if not off < (1e-5 if dtype == torch.float32 else 0.02):
-        raise compiler.CompilerFailed(f"compiled convolutions are off by {off:.2g}; see {_SOURCES[-1]}")
+        raise compiler.CompilerFailed(
+            f"compiled convolutions are off by {off:.2g}; see {_SOURCES[-1]}"
+        )
