@@ -86,6 +86,14 @@ class Transform:
         self.spec = event_spec(config, layout)
         self._config = config
         self._layout = layout
+        self.draws = bool(
+            config.crop_padding
+            or config.flip
+            or config.binarize == "bernoulli"
+            or (config.dequantize and config.binarize == "none")
+            or config.noise_std > 0
+        )
+        """Whether training batches take anything from their generator."""
 
     def __call__(
         self,
@@ -121,7 +129,7 @@ class Transform:
                 shade = part.uniform(y, *y.shape[1:], generator=generator)
                 y = 2 * (level + shade) / levels - 1
             else:
-                y = y / 127.5 - 1
+                y = y.div_(127.5).sub_(1)
         if augment and config.noise_std > 0:
             y = y + config.noise_std * part.normal(y, generator)
         if config.flatten:

@@ -31,6 +31,27 @@ def test_bytes_scale_to_minus_one_and_one():
     assert torch.allclose(y.flatten(), torch.tensor([-1.0, 1.0, -0.6]), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"flatten": True},
+        {"binarize": "threshold"},
+        {"binarize": "bernoulli"},
+        {"flip": True},
+        {"crop_padding": 1},
+        {"dequantize": True},
+        {"noise_std": 0.1},
+    ],
+)
+def test_it_says_whether_it_draws(changes: dict[str, object]):
+    transform = Transform(DataConfig.model_validate(changes), IMAGES)
+    source = generator()
+    before = source.get_state()
+    transform(pixels(4), source)
+    assert transform.draws != torch.equal(source.get_state(), before)
+
+
 def test_flip_mirrors_half_of_the_images_whole():
     x = pixels(4000)
     plain = Transform(DataConfig(), IMAGES)(x, generator())
