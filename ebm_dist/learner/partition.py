@@ -39,10 +39,13 @@ class Partition:
         A weight that the loss does not read has a gradient of zero, as at every other stage: it
         is decayed like the others, whatever the number of ranks.
         """
+        gradients = []
         for master in self.masters():
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-        return [master.grad for master in self.masters() if master.grad is not None]
+            grad = master.grad
+            if grad is None:
+                grad = master.grad = torch.zeros_like(master)
+            gradients.append(grad)
+        return gradients
 
     def discard(self) -> None:
         """Forget the gradient, as if the backward had not run."""
