@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_dist.generators import seeded
+from ebm_dist.objectives.objective import Objective
 from ebm_dist.types import Batch, Negatives
 
 
@@ -48,7 +49,9 @@ class LearningStep(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached scalar metrics with `loss/total` among them."""
         device = batch.x.device
-        generator = seeded(seed, device)
+        # Behind an update to seed one takes a CPU .18 ms, a hundredth of a small network's next.
+        draws = not isinstance(self.objective, Objective) or self.objective.needs_generator
+        generator = seeded(seed, device) if draws else None
         autocast = torch.autocast(
             device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
         )

@@ -17,6 +17,7 @@ from ebm_dist.generators import seeded
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.learner.engine import Engine
 from ebm_dist.learner.step import LearningStep
+from ebm_dist.objectives.objective import Objective
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import Batch, Negatives
 
@@ -89,6 +90,23 @@ def test_noise_follows_the_seed_alone():
     assert drawn[0] == want
 
 
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_generator_is_seeded_for_an_objective_that_draws_and_for_no_other(draws: bool):
+    seen: list[torch.Generator | None] = []
+
+    class Seeing(Objective):
+        needs_generator = draws
+
+        def loss(self, energy: Any, batch: Batch, negatives: Any, generator: Any) -> Any:
+            seen.append(generator)
+            return energy(batch.x).mean(), {}
+
+    LearningStep(mlp(), Seeing())(Batch(events(0)), None, 5)
+    assert (seen[0] is not None) == draws
+    if seen[0] is not None:
+        assert torch.equal(seen[0].get_state(), seeded(5).get_state())
+
+
 def test_micro_batches_have_noise_of_their_own():
     with Engine(LearnerConfig(accumulation=2), mlp(), Noisy()) as engine:
         got = engine.update(Batch(events(0)), None, seed=3, lr=0.0)["noise"]
@@ -137,6 +155,18 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before_it():
     assert start is not None
     assert moved is not None
     assert float(((moved - start) ** 2).sum() ** 0.5) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_packed_weights_are_those_of_their_update_and_not_of_the_next():
+    energy = mlp()
+    with Engine(LearnerConfig(), energy, objectives.make("contrastive")) as engine:
+        engine.update(Batch(events(0)), negatives(1), seed=0, lr=1e-2)
+        wanted = engine.layout.pack(energy)
+        packed = engine.packed_weights()
+        engine.update(Batch(events(2)), negatives(3), seed=1, lr=1e-2)
+        assert packed is not None
+        assert torch.equal(torch.from_numpy(packed.on_host()), wanted)
+        assert not torch.equal(engine.layout.pack(energy), wanted)
 
 
 def test_frozen_weights_stay_and_are_saved():
