@@ -34,7 +34,7 @@ class Objective(nn.Module):
     """Whether `forward` reads `batch.label`."""
 
     needs_generator: bool = False
-    """Whether the loss is random given its inputs."""
+    """Whether the loss is random given its inputs; a trainer hands over no generator otherwise."""
 
     reweight: bool = False
     """Set by the trainer under `flow.stale: reweight`: correct negatives that older weights

@@ -40,6 +40,7 @@ struct Toom {
   }
 };
 
+// A type as a value that costs nothing: a Toom would be computed anew each time.
 template <class T>
 struct Type {
   using of = T;
