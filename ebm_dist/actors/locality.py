@@ -32,7 +32,8 @@ class ShardChoice:
 
     def __init__(self, num_shards: int, leases_per_update: int) -> None:
         self._num_rounds = [0] * num_shards
-        self._at_random = leases_per_update % num_shards != 0
+        # A run without chains has no shards, and never asks for one.
+        self._at_random = num_shards > 0 and leases_per_update % num_shards != 0
 
     def next(self, lease_id: int, node: str | None, nodes: Sequence[str | None]) -> int:
         """The shard of the round `lease_id`.

@@ -106,3 +106,7 @@ def test_sync_is_bitwise_wherever_shards_and_workers_are() -> None:
     reference = run((None,), 1)
     for nodes, num_workers in ((("a", "b"), 4), (("a",), 3), (("b", "a"), 5)):
         assert np.array_equal(reference, run(nodes, num_workers))
+
+
+def test_a_run_without_chains_has_no_shard_to_choose_from():
+    ShardChoice(0, 0)
