@@ -27,6 +27,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ebm_dist.private import open_private
+
 ROOT = Path("/dev/shm")
 
 OWNER_S = 10.0
@@ -61,7 +63,7 @@ class RunMemory:
             try:
                 with contextlib.suppress(FileExistsError):
                     path.mkdir(mode=0o700)
-                descriptor = _open_own(path)
+                descriptor = open_private(path)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -153,7 +155,7 @@ def remove_abandoned() -> None:
     """Remove the directories of this user's runs on this node that no process holds."""
     for path in ROOT.glob(_prefix() + "*"):
         with contextlib.suppress(OSError):  # somebody else's, or gone by now
-            descriptor = _open_own(path)
+            descriptor = open_private(path)
             if _locks(descriptor) and _is_at(descriptor, path):
                 shutil.rmtree(path, ignore_errors=True)
             os.close(descriptor)
@@ -161,22 +163,6 @@ def remove_abandoned() -> None:
 
 def _prefix() -> str:
     return f"ebm_dist-{os.geteuid()}-"
-
-
-def _open_own(path: Path) -> int:
-    """Open a directory of this user's that nobody else may look into.
-
-    Raises:
-        OSError: it is something else. Everybody may make names in a shared memory, so a name alone
-            says nothing, and a link could lead anywhere.
-    """
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags)
-    found = os.fstat(descriptor)
-    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        os.close(descriptor)
-        raise PermissionError(1, "belongs to another user or is open to others", str(path))
-    return descriptor
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -25,6 +25,7 @@ from ebm_dist.data.original import Original, Samples
 from ebm_dist.data.originals import load_original
 from ebm_dist.data.shards import sha256_of
 from ebm_dist.errors import RunFailed, UserError
+from ebm_dist.private import scratch
 from ebm_dist.seeds import derive_seed
 
 
@@ -106,7 +107,7 @@ def _cache_root(cache_dir: str | None) -> Path:
     if os.access(root, os.W_OK):
         return root
     # Containers often run without a home that can be written.
-    return Path(tempfile.gettempdir()) / f"ebm_dist-{os.getuid()}" / "data"
+    return scratch() / "data"
 
 
 def _refuse_occupied(out: Path) -> None:

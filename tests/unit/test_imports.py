@@ -12,7 +12,17 @@ PACKAGE = Path(__file__).parents[2] / "ebm_dist"
 
 # A module imports only from its own row and from rows above it.
 ROWS = [
-    {"section", "types", "seeds", "generators", "errors", "weights", "threads", "config_text"},
+    {
+        "section",
+        "types",
+        "seeds",
+        "generators",
+        "errors",
+        "weights",
+        "threads",
+        "config_text",
+        "private",
+    },
     {"diagnostics"},
     {"metrics"},
     {"energies"},

@@ -139,7 +139,7 @@ def test_what_others_own_or_links_lead_to_is_neither_used_nor_removed(root: Path
 def test_one_that_is_removed_before_it_is_locked_is_made_again(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = shared_memory._open_own
+    opened = shared_memory.open_private
     removed = []
 
     def interrupted(path: Path) -> int:
@@ -149,7 +149,7 @@ def test_one_that_is_removed_before_it_is_locked_is_made_again(
             remove_abandoned()
         return descriptor
 
-    monkeypatch.setattr(shared_memory, "_open_own", interrupted)
+    monkeypatch.setattr(shared_memory, "open_private", interrupted)
     memory = RunMemory("r", "1").hold(NODE)
     assert removed == [memory.path]
     assert memory.path is not None
