@@ -28,6 +28,8 @@ export RAY_health_check_timeout_ms=1000
 export RAY_health_check_failure_threshold=18
 export RAY_grpc_keepalive_timeout_ms=60000
 export RAY_USAGE_STATS_ENABLED=0
+# Ray runs actors at niceness 15: beside any other program they would get its leavings.
+export RAY_worker_niceness=0
 # Ray kills a stopped job after 3 s by default; a checkpoint may take longer.
 export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-120}"
 
@@ -41,7 +43,9 @@ need() {
 }
 
 is_loopback() {
-  [[ $1 == localhost || $1 == 127.* || $1 == ::1 ]]
+  # A name such as 127.0.0.1.example.com leads anywhere.
+  local octet='(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])'
+  [[ $1 == localhost || $1 == ::1 || $1 =~ ^127(\.$octet){3}$ ]]
 }
 
 # The file Ray would read the token from.

@@ -11,6 +11,8 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
+# shellcheck source=launch/processes.sh
+source "$here/processes.sh"
 
 state="${EBM_DIST_STATE:-${XDG_STATE_HOME:-$HOME/.local/state}/ebm_dist}"
 start_patience=60
@@ -19,22 +21,23 @@ usage() {
   sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
 }
 
+# Sets `pid`. After a restart of the machine the number may be another process's.
 running() {
-  [[ -s $state/ray.pid ]] && kill -0 "$(<"$state/ray.pid")" 2>/dev/null
+  still_runs "$state/ray.pid"
 }
 
 # `ray start` in the background; $1 is the address that it must answer at, the rest its arguments.
 launch_ray() {
   local address=$1 pid deadline
   shift
-  running && fail "a Ray started here runs already (process $(<"$state/ray.pid")); launch/local.sh stop"
+  running && fail "a Ray started here runs already (process $pid); launch/local.sh stop"
   (umask 077 && mkdir -p "$state")
   # A session of its own, so that closing the terminal does not take it along. --block makes one
   # process the owner of all of them: `ray stop` would end every other Ray of this user as well.
   setsid ray start --block --disable-usage-stats "$@" "${EBM_RAY_PORTS[@]}" \
     </dev/null >"$state/ray.log" 2>&1 &
   pid=$!
-  printf '%s\n' "$pid" >"$state/ray.pid"
+  identity_of "$pid" >"$state/ray.pid"
   printf '%s\n' "$address" >"$state/ray.address"
   deadline=$((SECONDS + start_patience))
   until grep -q 'Ray runtime started' "$state/ray.log"; do
@@ -50,10 +53,9 @@ launch_ray() {
 stop_ray() {
   local pid deadline
   if running; then
-    pid=$(<"$state/ray.pid")
     kill -TERM "$pid"
     deadline=$((SECONDS + 20))
-    while kill -0 "$pid" 2>/dev/null; do
+    while running; do
       ((SECONDS < deadline)) || kill -KILL -- "-$pid" 2>/dev/null || true
       sleep 0.2
     done

@@ -98,7 +98,8 @@ def test_head_binds_loopback_and_makes_a_private_token(home: Path) -> None:
     assert "RAY_AUTH_MODE=token" in env
     assert "RAY_health_check_failure_threshold=18" in env
     assert token.read_text() not in done.stdout + done.stderr + call + env
-    pid = int((home / "state" / "ray.pid").read_text())
+    assert "RAY_worker_niceness=0" in env
+    pid = int((home / "state" / "ray.pid").read_text().split()[0])
     assert run(home, "local.sh", "start").returncode == 2
     assert run(home, "local.sh", "stop").returncode == 0
     with pytest.raises(ProcessLookupError):
@@ -317,6 +318,83 @@ def test_drain_gives_up_in_time(home: Path) -> None:
     assert time.monotonic() - began < 5
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait(10)
+
+
+def foreign(home: Path) -> Path:
+    """A directory of drivers as another user would make it, for all to enter."""
+    made = home / f"ebm_dist-drivers-{os.getuid()}"
+    made.mkdir()
+    made.chmod(0o777)
+    return made
+
+
+def test_a_directory_of_drivers_that_somebody_else_may_have_made_is_not_trusted(home: Path) -> None:
+    elsewhere = home / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    named = foreign(home)
+    for _ in range(2):
+        done = run(home, "drain.sh", "1")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {named}: expected a directory of this user")
+        assert len(done.stderr.splitlines()) == 1
+        mark = home / "ran"
+        done = run(home, "driver.sh", "touch", str(mark))
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {named}: ")
+        assert not mark.exists()
+        named.rmdir() if named.is_dir() and not named.is_symlink() else named.unlink()
+        named.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("text", ["-1", "0", "1", "{pid}", "{pid} 1", "-{pid} {birth}", "x", ""])
+def test_only_a_process_that_is_what_it_was_is_signalled(home: Path, text: str) -> None:
+    other = subprocess.Popen(["sleep", "60"])
+    birth = Path(f"/proc/{other.pid}/stat").read_text().rsplit(") ", 1)[1].split()[19]
+    mine = home / f"ebm_dist-drivers-{os.getuid()}" / "x"
+    mine.mkdir(parents=True)
+    mine.parent.chmod(0o700)
+    (mine / "pid").write_text(text.format(pid=other.pid, birth=birth) + "\n")
+    calls = 'kill() { printf \'%s\\n\' "$*" >>"$HOME/kills"; }; export -f kill; '
+    done = subprocess.run(
+        ["bash", "-c", f"{calls}{LAUNCH / 'drain.sh'} 5"],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (home / "kills").exists()
+    other.kill()
+    other.wait(10)
+
+
+def test_stop_leaves_a_process_that_got_the_number_of_a_ray_before_a_restart(home: Path) -> None:
+    other = subprocess.Popen(["sleep", "60"])
+    (home / "state").mkdir()
+    (home / "state" / "ray.pid").write_text(f"{other.pid} 1\n")
+    assert run(home, "local.sh", "stop").returncode == 0
+    assert other.poll() is None
+    other.kill()
+    other.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"),
+    [
+        ("127.0.0.1", True),
+        ("127.255.1.9", True),
+        ("localhost", True),
+        ("::1", True),
+        ("127.0.0.1.evil.example", False),
+        ("127.evil.example", False),
+        ("127.0.0.256", False),
+        ("127.0.0", False),
+        ("localhost.example", False),
+    ],
+)
+def test_loopback_is_this_machine_alone(host: str, alone: bool) -> None:
+    script = f"source {LAUNCH / 'common.sh'}; is_loopback {host}"
+    assert (subprocess.run(["bash", "-c", script]).returncode == 0) == alone
 
 
 SRUN = """

@@ -24,11 +24,12 @@ DOCKERFILES = sorted(f for f in DOCKER.glob("Dockerfile.*") if f.suffix != ".doc
 MANIFESTS = sorted(LAUNCH.glob("kuberay/*.yaml"))
 PAGE_FILES = sorted(PAGES.glob("*.md"))
 
-HEALTH_CHECKS = {
+RAY_SETTINGS = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "18",
     "RAY_grpc_keepalive_timeout_ms": "60000",
+    "RAY_worker_niceness": "0",
 }
 
 
@@ -152,25 +153,67 @@ def test_head_pod_may_stay_longer_than_its_checkpoint_may_take(manifest: Path) -
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda p: p.name)
-def test_kuberay_nodes_use_the_pinned_ports_and_health_checks(manifest: Path) -> None:
+def test_kuberay_nodes_use_the_pinned_ports_and_settings_of_ray(manifest: Path) -> None:
     spec = cluster_spec(manifest)
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         assert pinned_ports().items() <= group["rayStartParams"].items()
         (container,) = group["template"]["spec"]["containers"]
         env = {entry["name"]: entry.get("value") for entry in container["env"]}
-        assert HEALTH_CHECKS.items() <= env.items()
+        assert RAY_SETTINGS.items() <= env.items()
     policy = next(doc for doc in documents(manifest) if doc["kind"] == "NetworkPolicy")
-    (operator,) = [rule for rule in policy["spec"]["ingress"] if "ports" in rule]
-    assert [str(port["port"]) for port in operator["ports"]] == [named_ports()["DASHBOARD"]]
+    opened = {
+        rule["from"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/name"]: [
+            str(port["port"]) for port in rule.get("ports", ())
+        ]
+        for rule in policy["spec"]["ingress"]
+    }
+    assert opened == {
+        "ebm-dist": [],  # every port
+        "kuberay-operator": [named_ports()["DASHBOARD"]],
+        "prometheus": [pinned_ports()["metrics-export-port"]],
+    }
 
 
-def test_compose_nodes_use_the_pinned_ports_and_health_checks() -> None:
+GIB = {"Gi": 2**30, "gb": 2**30}  # Docker's gb are powers of two
+
+
+def num_bytes(text: str) -> int:
+    return int(text[:-2]) * GIB[text[-2:]]
+
+
+def default_of(text: str) -> str:
+    """What Compose takes where the variable is not set."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda p: p.name)
+def test_shared_memory_of_a_pod_holds_rays_objects_and_as_much_of_chains(manifest: Path) -> None:
+    spec = cluster_spec(manifest)
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (memory,) = [v["emptyDir"] for v in pod["volumes"] if "emptyDir" in v]
+        shared = num_bytes(memory["sizeLimit"])
+        assert 2 * int(group["rayStartParams"]["object-store-memory"]) <= shared
+        (container,) = pod["containers"]
+        assert shared < num_bytes(container["resources"]["limits"]["memory"])
+        assert {"name": "shared-memory", "mountPath": "/dev/shm"} in container["volumeMounts"]
+
+
+def test_shared_memory_of_a_container_holds_rays_objects_and_as_much_of_chains() -> None:
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    for name, service in compose["services"].items():
+        options = dict(o[2:].split("=", 1) for o in service["command"] if "=" in o)
+        store = int(default_of(options["object-store-memory"]))
+        assert 2 * store <= num_bytes(default_of(service["shm_size"])), name
+
+
+def test_compose_nodes_use_the_pinned_ports_and_settings_of_ray() -> None:
     compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
     assert set(compose["services"]) == {"head", "node-1", "node-2"}
     for name, service in compose["services"].items():
         options = dict(o[2:].split("=", 1) for o in service["command"] if "=" in o)
         assert pinned_ports().items() <= options.items(), name
-        assert HEALTH_CHECKS.items() <= service["environment"].items()
+        assert RAY_SETTINGS.items() <= service["environment"].items()
         assert service["environment"]["RAY_AUTH_MODE"] == "token"
         assert service["secrets"] == ["ray_token"]
         assert service["shm_size"]
@@ -182,9 +225,9 @@ def test_compose_nodes_use_the_pinned_ports_and_health_checks() -> None:
     assert head["ports"] == [f"127.0.0.1:{port}:{port}"]
 
 
-def test_scripts_and_images_use_the_health_checks() -> None:
+def test_scripts_and_images_use_the_same_settings_of_ray() -> None:
     common = (LAUNCH / "common.sh").read_text()
-    for key, value in HEALTH_CHECKS.items():
+    for key, value in RAY_SETTINGS.items():
         assert f"export {key}={value}\n" in common
         for dockerfile in DOCKERFILES:
             assert f"{key}={value}" in dockerfile.read_text(), dockerfile.name
@@ -228,6 +271,13 @@ def test_every_file_that_an_image_copies_exists_and_is_not_ignored() -> None:
             assert (ROOT / name).exists(), name
         assert re.search(r"^USER \$\{USER_ID\}$", dockerfile.read_text(), re.MULTILINE)
         assert re.search(r"^ARG PYTHON_IMAGE=python:3\.\d+\.\d+-", dockerfile.read_text(), re.M)
+
+
+def test_images_can_compile_the_samplers_steps() -> None:
+    for dockerfile in DOCKERFILES:
+        final = dockerfile.read_text().rsplit("\nFROM ", 1)[1]
+        (installed,) = re.findall(r"apt-get install --yes --no-install-recommends (.+) \\", final)
+        assert "g++" in installed.split(), dockerfile.name
 
 
 def test_images_differ_only_in_where_torch_comes_from() -> None:
