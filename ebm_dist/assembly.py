@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ebm_dist import checkpoint
 from ebm_dist.actors.attempts import Attempts
 from ebm_dist.actors.auditor import SHORT_RUN_REINIT, AuditLink, Auditor
@@ -20,7 +18,8 @@ from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
 from ebm_dist.actors.learner import LearnerRank
 from ebm_dist.actors.learners import LearnerGroup, Wait
 from ebm_dist.actors.observers import EvaluatorLink, HubLink
-from ebm_dist.actors.placement import Placer, available_cores, plan
+from ebm_dist.actors.placer import Place
+from ebm_dist.actors.places import placed, shard_notice
 from ebm_dist.actors.shard_host import ShardHost
 from ebm_dist.actors.watch import ShardWatch
 from ebm_dist.actors.worker import Worker
@@ -51,15 +50,12 @@ def assemble(
     Raises:
         RunFailed: a part did not start in runtime.start_timeout_s.
     """
-    spawn = _Spawner(config, spec, run_dir, backend, found)
+    spawn = _Spawner(config, spec, run_dir, backend, found, say)
     hub = HubLink(backend, spawn.hub, resume_id=spawn.tracking.get("id"), say=say)
     shards, workers = spawn.shards, spawn.workers
     for index in range(len(spawn.capacities) if spawn.needs_negatives else 0):
         shards.append(spawn.shard(index))
-    # Of an elastic pool the run waits for the fewest alone; the others join when Ray has them.
-    low, high = config.workers.bounds
-    for index in range(low if backend.concurrent else config.workers.num_workers):
-        workers.append(spawn.worker(index))
+    # Before the workers, which are given what the ranks leave.
     learners = LearnerGroup(
         backend,
         spawn.rank,
@@ -68,6 +64,13 @@ def assemble(
         start_timeout_s=config.runtime.start_timeout_s,
         call_timeout_s=config.flow.stall_timeout_s,
     )
+    # Of an elastic pool the run waits for the fewest alone; the others join when Ray has them.
+    low, high = config.workers.bounds
+    for index in range(low if backend.concurrent else config.workers.num_workers):
+        workers.append(spawn.worker(index))
+    num_nodes = len({worker.node for worker in workers})
+    if backend.concurrent and (line := shard_notice(len(shards), high, num_nodes)) is not None:
+        say(line)
     evaluator = None
     if config.evaluation.every is not None:
         evaluator = EvaluatorLink(backend, spawn.evaluator, say=say)
@@ -179,28 +182,28 @@ class _Spawner:
         run_dir: Path,
         backend: Backend,
         found: checkpoint.CheckpointDir | None,
+        say: Callable[[str], None],
     ) -> None:
+        self._say = say
         self._config = config
         self._spec = spec
         self._run_dir = run_dir
         self._backend = backend
         self._found = found
         self._hubs = 0
-        self._placement = plan(
-            config.runtime,
-            mode=config.flow.mode,
-            num_workers=config.workers.bounds[1],
-            num_ranks=config.learner.num_ranks,
-            worker_threads=config.workers.num_threads,
-            learner_threads=config.learner.num_threads,
-            num_cores=available_cores(),
-            num_gpus=getattr(backend, "num_gpus", torch.cuda.device_count()),
-        )
         self.shards: list[Handle] = []
         self.workers: list[Handle] = []
-        need = {"CPU": config.runtime.cpus_per_worker, "GPU": self._placement.worker_gpus}
-        self.placer = Placer(backend.nodes, self.shards, self.workers, need)
-        self._nodes: dict[int, str | None] = {}  # where each worker was put last
+        self._plan, self.placer = placed(
+            backend,
+            config.runtime,
+            config.workers,
+            config.learner,
+            mode=config.flow.mode,
+            parts=(self.shards, self.workers),
+            say=say,
+        )
+        self._ranks: list[Place] = []
+        self._worker_of: dict[int, Handle] = {}
         self._lives: list[tuple[Handle, int]] = []  # of each shard's process
         self.tracking: dict[str, Any] = (found.meta.get("tracking") or {}) if found else {}
         self.needs_negatives = bool(config.objective.build().needs_negatives)
@@ -218,26 +221,23 @@ class _Spawner:
 
     def hire(self, index: int) -> Handle | None:
         """A worker where there is room for one now."""
-        node = self.placer.for_worker()
-        if node is None and self.placer.clustered:
-            return None
-        return self._worker(index, node)
+        place = self.placer.for_worker()
+        return self._worker(index, place) if place is not None else None
 
     def worker(self, index: int) -> Handle:
         """A worker, which waits for room if there is none; elsewhere than the one that died."""
-        before = self._nodes.get(index)
-        return self._worker(index, self.placer.for_worker(avoid={before} if before else ()))
+        place = self.placer.for_worker(instead_of=self._worker_of.get(index))
+        return self._worker(index, place or self.placer.anywhere())
 
-    def _worker(self, index: int, node: str | None) -> Handle:
+    def _worker(self, index: int, place: Place) -> Handle:
         config = self._config
-        self._nodes[index] = node
-        return self._backend.spawn(
+        handle = self._backend.spawn(
             Worker,
             {
                 "energy": config.energy,
                 "sampler": config.sampler,
                 "spec": self._spec,
-                "device": self._placement.device,
+                "device": self._plan.device,
                 "steady": config.flow.mode == "sync",
                 "resample_threshold": (
                     config.buffer.resample_threshold if config.buffer.jarzynski else None
@@ -245,14 +245,16 @@ class _Spawner:
                 "storage": config.buffer.storage,
             },
             name=f"worker-{index}",
-            num_threads=self._placement.worker_threads,
+            num_threads=config.workers.num_threads or place.num_threads,
             num_cpus=config.runtime.cpus_per_worker,
-            num_gpus=self._placement.worker_gpus,
+            num_gpus=place.num_gpus,
             # A round whose lease was lost with a node must not hold up those after it.
             any_order=True,
             shared=True,
-            node=node,
+            node=place.node,
         )
+        self._worker_of[index] = handle
+        return handle
 
     def hub(self, resume_id: str | None) -> Handle:
         config, found = self._config, self._found
@@ -317,10 +319,24 @@ class _Spawner:
 
     def ranks_elsewhere(self, held: Sequence[str | None]) -> list[str] | None:
         """Nodes for the learner ranks, none of which is about to leave; None where none fit."""
-        return self.placer.for_ranks(held, self._placement.learner_gpus)
+        return [str(place.node) for place in places] if (places := self._place(held)) else None
+
+    def _place(self, held: Sequence[str | None] | None = None) -> list[Place] | None:
+        """Places for the learner ranks, which workers leave if they must."""
+        if (ranks := self.placer.for_ranks(held)) is None:
+            return None
+        for worker in ranks.yielding:
+            self._say(f"{worker.name} ends: the learner ranks need its GPU")
+            self._backend.kill(worker)
+        self._ranks = ranks.places
+        return ranks.places
 
     def rank(self, rank: int, node: str | None = None) -> Handle:
         config = self._config
+        if node is None and rank == 0:  # the others follow
+            anywhere = Place(None, self.placer.shares().rank, self._plan.learner_threads)
+            self._ranks = self._place() or [anywhere] * config.learner.num_ranks
+        place = self._ranks[rank]
         return self._backend.spawn(
             LearnerRank,
             {
@@ -330,7 +346,7 @@ class _Spawner:
                 "objective": config.objective,
                 "rank": rank,
                 "seed": config.run.seed,
-                "device": self._placement.device,
+                "device": self._plan.device,
                 # The jump of a chain's Jarzynski weight from its version to the learner's is its
                 # staleness weight, nothing where there is no lag.
                 "reweight": config.flow.stale == "reweight"
@@ -338,12 +354,12 @@ class _Spawner:
                 "jarzynski": config.buffer.jarzynski,
             },
             name=f"learner-{rank}",
-            num_threads=self._placement.learner_threads,
-            num_gpus=self._placement.learner_gpus,
+            num_threads=config.learner.num_threads or place.num_threads,
+            num_gpus=place.num_gpus,
             # Negatives that are lost on their way must not hold up the others in their place.
             any_order=self._backend.scattered,
             aside=rank == 0,  # who publishes
-            node=node,
+            node=node or place.node,
         )
 
     def evaluator(self) -> Handle:

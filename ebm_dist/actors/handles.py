@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ebm_dist.errors import RunFailed, UserError
@@ -53,6 +53,8 @@ class Node:
     """Its end has been announced: what runs there may finish, nothing new starts there."""
     free: dict[str, float]
     """Resources that nobody has claimed, by Ray's names."""
+    total: dict[str, float] = field(default_factory=dict)
+    """All that it has."""
 
 
 class Handle(Protocol):
@@ -61,6 +63,8 @@ class Handle(Protocol):
     name: str
     node: str | None
     """Id of the node that it was put on, None where Ray chose."""
+    num_gpus: float
+    """Its claim."""
 
     def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         """Start `method(*args)`; returns one reference, or a list of `num_returns`."""
@@ -208,6 +212,7 @@ class InlineHandle:
     part: Any
     num_threads: int | None
     node: str | None = None
+    num_gpus: float = 0.0
 
     def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         import torch

@@ -38,6 +38,7 @@ class RayHandle:
     node: str | None = None
     runs_on: str | None = None
     """Id of the node, once it has started."""
+    num_gpus: float = 0.0
 
     def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         return self.actor.call.options(num_returns=num_returns).remote(method, *args)
@@ -183,7 +184,7 @@ class RayBackend:
             allow_out_of_order_execution=any_order,
             runtime_env={"env_vars": env} if env else None,
         ).remote(factory, kwargs, num_threads, self._memory, shared)
-        handle = RayHandle(name, actor, node=node)
+        handle = RayHandle(name, actor, node=node, num_gpus=num_gpus)
         self._handles.append(handle)
         self._starting.append((handle, actor.ready.remote()))
         return handle
@@ -214,7 +215,12 @@ class RayBackend:
             log.debug("the nodes of the cluster are not known: %s", error)
             return []
         return [
-            Node(node["NodeID"], node["NodeID"] in draining, free.get(node["NodeID"], {}))
+            Node(
+                node["NodeID"],
+                node["NodeID"] in draining,
+                free.get(node["NodeID"], {}),
+                node["Resources"],
+            )
             for node in known
             if node["Alive"]
         ]

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from worlds import World
 
 from ebm_dist.actors.elastic import LOOK_S, WINDOW_S, Elasticity, Steward, wanted
+from ebm_dist.actors.gpu_shares import Shares
 from ebm_dist.actors.handles import Node
-from ebm_dist.actors.placement import VIEW_S, Placer
+from ebm_dist.actors.placement import Plan
+from ebm_dist.actors.placer import VIEW_S, Placer
 from ebm_dist.actors.waits import Load
 from ebm_dist.config import load
 from ebm_dist.errors import UserError
@@ -179,6 +181,8 @@ def test_sync_is_bitwise_while_the_pool_grows_and_shrinks_under_it() -> None:
 
 
 class Part:
+    num_gpus = 0.0
+
     def __init__(self, node: str | None) -> None:
         self.name, self.node = "part", node
 
@@ -190,7 +194,10 @@ def placer(nodes: list[Node], shards: list[str], workers: list[str]) -> tuple[Pl
         lambda: nodes,
         [Part(node) for node in shards],  # type: ignore[misc]
         crew,  # type: ignore[arg-type]
-        {"CPU": 1.0, "GPU": 0.0},
+        Plan("cpu", 1, 1, 0.5, Shares()),
+        cpus_per_worker=1.0,
+        num_workers=4,
+        num_ranks=1,
         clock=lambda: VIEW_S + next(now),
     )
     return made, crew
@@ -204,9 +211,9 @@ def test_workers_fill_the_nodes_of_the_shards_first_and_never_beyond_what_is_fre
     ]
     made, crew = placer(nodes, ["a"], [])
     put = []
-    while (node := made.for_worker()) is not None:
-        put.append(node)
-        crew.append(Part(node))
+    while (place := made.for_worker()) is not None:
+        put.append(place.node)
+        crew.append(Part(place.node))
     assert sorted(put) == ["a", "a", "a", "b", "b"]
     assert put[:3] == ["a", "a", "a"]
     assert made.clustered
@@ -237,14 +244,16 @@ def test_a_shard_is_put_back_where_its_chains_are_mapped_if_that_node_stays() ->
 
 def test_a_worker_is_not_put_back_where_it_died_unless_there_is_nothing_else() -> None:
     nodes = [Node("a", False, {"CPU": 4}), Node("b", False, {"CPU": 1})]
-    made, _ = placer(nodes, ["a"], [])
-    assert made.for_worker(avoid={"a"}) == "b"
-    assert made.for_worker(avoid={"a"}) == "a"
+    made, crew = placer(nodes, ["a"], ["a"])
+    for node in "ba":
+        place = made.for_worker(instead_of=crew[0])  # type: ignore[arg-type]
+        assert place is not None
+        assert place.node == node
 
 
 def test_on_one_machine_there_is_nothing_to_choose() -> None:
     made, _ = placer([], [], [])
-    assert made.for_worker() is None
+    assert made.for_worker() == (None, 0.0, 1)
     assert made.for_shard() is None
     assert not made.clustered
 

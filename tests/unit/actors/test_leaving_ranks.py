@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from small_runs import curve, run
 
 from ebm_dist import assembly
+from ebm_dist.actors.gpu_shares import Shares
 from ebm_dist.actors.graph import Graph, Leave
 from ebm_dist.actors.handles import InlineBackend, InlineHandle, Node, PartDied
 from ebm_dist.actors.learners import LearnerGroup
-from ebm_dist.actors.placement import Placer
+from ebm_dist.actors.placement import Plan
+from ebm_dist.actors.placer import Placer
 from ebm_dist.actors.rounds import MAX_STARTS
 
 
@@ -138,12 +140,9 @@ def test_without_room_elsewhere_the_ranks_stay_and_the_run_says_so_once(
     assert "left the node" not in screen
 
 
-def placer(*nodes: Node) -> Placer:
-    return Placer(lambda: list(nodes), [], [], {"CPU": 1.0})
-
-
 def node(name: str, gpus: float = 0.0, *, draining: bool = False) -> Node:
-    return Node(name, draining, {"CPU": 4.0, "GPU": gpus})
+    # Of four devices, so that those not free are somebody else's.
+    return Node(name, draining, {"CPU": 4.0, "GPU": gpus}, {"CPU": 4.0, "GPU": 4.0})
 
 
 @pytest.mark.parametrize(
@@ -163,4 +162,9 @@ def node(name: str, gpus: float = 0.0, *, draining: bool = False) -> Node:
 def test_ranks_are_placed_on_nodes_that_stay_where_all_of_them_fit(
     nodes: list[Node], held: str, num_gpus: float, expected: list[str] | None
 ) -> None:
-    assert placer(*nodes).for_ranks(list(held), num_gpus) == expected
+    plan = Plan("cuda", 1, 1, 0.5, Shares(num_gpus, num_gpus, 9, num_gpus))
+    made = Placer(
+        lambda: nodes, [], [], plan, cpus_per_worker=1.0, num_workers=9, num_ranks=len(held)
+    )
+    ranks = made.for_ranks(list(held))
+    assert (ranks and [place.node for place in ranks.places]) == expected

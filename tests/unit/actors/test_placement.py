@@ -1,9 +1,10 @@
-"""Threads and GPUs of every role, as a table."""
+"""Devices and threads of every role on one machine, as a table."""
 
 from __future__ import annotations
 
 import pytest
 
+from ebm_dist.actors.gpu_shares import Shares
 from ebm_dist.actors.placement import Plan, RuntimeConfig, plan
 from ebm_dist.errors import UserError
 
@@ -38,39 +39,11 @@ def make(backend="ray", device="auto", **changes) -> Plan:
 def test_cores_are_shared_out_on_cpu(options, threads) -> None:
     got = make(**options)
     assert (got.worker_threads, got.learner_threads) == threads
-    assert (got.device, got.worker_gpus, got.learner_gpus) == ("cpu", 0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("num_gpus", "num_workers", "num_ranks", "shares"),
-    [
-        (1, 1, 1, (0.5, 0.5)),
-        (1, 3, 1, (0.25, 0.25)),
-        (2, 1, 1, (1.0, 1.0)),
-        (8, 4, 4, (1.0, 1.0)),
-        (4, 4, 2, (0.5, 1.0)),
-        (4, 6, 1, (0.5, 1.0)),
-    ],
-)
-def test_gpus_are_shared_out(num_gpus, num_workers, num_ranks, shares) -> None:
-    got = make(num_gpus=num_gpus, num_workers=num_workers, num_ranks=num_ranks)
-    assert got.device == "cuda"
-    assert (got.worker_gpus, got.learner_gpus) == shares
-
-
-@pytest.mark.parametrize("num_gpus", [1, 2, 3, 5])
-@pytest.mark.parametrize("num_workers", [1, 2, 3, 7, 16])
-def test_the_shares_fit_on_whole_devices(num_gpus, num_workers) -> None:
-    got = make(num_gpus=num_gpus, num_workers=num_workers)
-    # First fit by actor, as Ray does it: no actor straddles two devices.
-    free = [1.0] * num_gpus
-    for share in [got.learner_gpus] + [got.worker_gpus] * num_workers:
-        place = next(i for i, room in enumerate(free) if room + 1e-9 >= share)
-        free[place] -= share
+    assert (got.device, got.shares) == ("cpu", Shares())
 
 
 def test_cpu_is_taken_where_asked_for_though_there_are_gpus() -> None:
-    assert make(device="cpu", num_gpus=4).worker_gpus == 0.0
+    assert make(device="cpu", num_gpus=4).shares == Shares()
 
 
 def test_cuda_without_a_device_is_refused() -> None:
