@@ -11,6 +11,7 @@ import torch
 
 from ebm_dist.data import DataConfig, load_split
 from ebm_dist.energies import EnergySection
+from ebm_dist.energy_call import energy_at
 from ebm_dist.evaluation.bases import base_law
 from ebm_dist.evaluation.config import EvaluationConfig
 from ebm_dist.evaluation.exact import exact_log_partition, is_exact
@@ -186,4 +187,4 @@ def wants_fidelity(config: EvaluationConfig, spec: EventSpec) -> bool:
 
 
 def _mean_energy(energy: torch.nn.Module, x: torch.Tensor) -> float:
-    return float(torch.cat([energy(part) for part in x.split(256)]).mean())
+    return float(torch.cat([energy_at(energy, part) for part in x.split(256)]).mean())

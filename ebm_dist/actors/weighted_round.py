@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ebm_dist.energy_call import energy_at
 from ebm_dist.objectives.jarzynski import ula_step, weights_moved
 from ebm_dist.samplers import Kernel, Langevin
 from ebm_dist.samplers.langevin import LangevinState
@@ -82,6 +83,6 @@ def carried(
         recorded: (M,), the energies under those; 0 for a chain that nothing has moved.
         energy: holds today's weights.
     """
-    now = energy(x).double().cpu()
+    now = energy_at(energy, x).double().cpu()
     moved = weights_moved(log_weight.double(), recorded.double(), now, temperature=temperature)
     return now, moved

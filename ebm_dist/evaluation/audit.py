@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebm_dist.energy_call import energy_at
 from ebm_dist.errors import NonFinite
 from ebm_dist.samplers.chain import run_chain
 from ebm_dist.samplers.kernel import Kernel
@@ -137,7 +138,7 @@ def long_run_audit(
 
     with torch.no_grad():
         e_data, e_short, e_long = (
-            torch.cat([energy(part).double().cpu() for part in value.split(500)])
+            torch.cat([energy_at(energy, part).double().cpu() for part in value.split(500)])
             for value in (data, short, long)
         )
     healthy = ~diverged.cpu()

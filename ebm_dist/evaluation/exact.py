@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebm_dist.energies.quadrature import log_integral
+from ebm_dist.energy_call import energy_at
 from ebm_dist.types import EnergyFn, EventSpec
 
 MAX_ENUMERATED = 2**20
@@ -187,7 +188,7 @@ def _double(energy: EnergyFn, x: Tensor) -> Tensor:
         tensor = next(itertools.chain(owner.parameters(), owner.buffers()), None)
         device = tensor.device if tensor is not None else device
     try:
-        return energy(x.double().to(device)).double()
+        return energy_at(energy, x.double().to(device)).double()
     except (RuntimeError, TypeError):
         # A callable with float32 weights of its own.
-        return energy(x.float().to(device)).double()
+        return energy_at(energy, x.float().to(device)).double()

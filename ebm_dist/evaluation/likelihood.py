@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ebm_dist import samplers
+from ebm_dist.energy_call import energy_at
 from ebm_dist.evaluation.bases import Base, base_law
 from ebm_dist.evaluation.exact import event_of, exact_log_partition, is_exact
 from ebm_dist.samplers.kernel import Kernel
@@ -55,7 +56,7 @@ def log_likelihood(
     The error is that of the finite N; that of log_z comes on top.
     """
     with torch.no_grad():
-        value = torch.cat([energy(part).double().cpu() for part in x.split(500)])
+        value = torch.cat([energy_at(energy, part).double().cpu() for part in x.split(500)])
     log_p = -value / temperature - log_z
     return float(log_p.mean()), float(log_p.std() / math.sqrt(max(len(log_p), 1)))
 

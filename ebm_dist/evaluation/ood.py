@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ebm_dist.energy_call import energy_at
 from ebm_dist.types import EnergyFn
 
 Score = Literal["energy", "grad_norm", "typicality", "max_prob"]
@@ -74,8 +75,7 @@ def ood_score(
     with torch.no_grad():
         parts = []
         for part in x.split(batch_size):
-            value = logits(part)
-            assert isinstance(value, Tensor)
+            value = energy_at(logits, part)  # type: ignore[arg-type]
             parts.append(-value.double().softmax(dim=1).max(dim=1).values.cpu())
     return torch.cat(parts)
 
@@ -128,11 +128,11 @@ def ood_report(
 
 def _energies(energy: EnergyFn, x: Tensor, batch_size: int) -> Tensor:
     with torch.no_grad():
-        return torch.cat([energy(part).double().cpu() for part in x.split(batch_size)])
+        return torch.cat([energy_at(energy, part).double().cpu() for part in x.split(batch_size)])
 
 
 def _grad_norm(energy: EnergyFn, x: Tensor) -> Tensor:
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():
-        (grad,) = torch.autograd.grad(energy(x).sum(), x)
+        (grad,) = torch.autograd.grad(energy_at(energy, x).sum(), x)
     return grad.flatten(1).double().norm(dim=1).cpu()

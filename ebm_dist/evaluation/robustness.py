@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ebm_dist.energy_call import energy_at
 
 Norm = Literal["l2", "linf"]
 Logits = Callable[[Tensor], Tensor]
@@ -190,9 +193,9 @@ def _ascend(
 def _logits_of(energy: object) -> Logits:
     logits = getattr(energy, "logits", None)
     if callable(logits):
-        return logits  # type: ignore[return-value]
+        return partial(energy_at, logits)  # type: ignore[arg-type]
     if callable(energy) and not hasattr(energy, "event_shape"):
-        return energy  # type: ignore[return-value]
+        return partial(energy_at, energy)  # type: ignore[arg-type]
     raise ValueError(
         f"robust_accuracy: {type(energy).__name__} has no class logits; train it with objective "
         f"'joint' and energy.num_classes"

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self, get_args
 import torch
 from torch import Tensor, nn
 
+from ebm_dist.energy_call import energy_at
 from ebm_dist.objectives.weighting import ess_ratio, normalised_weights, staleness_log_weight
 from ebm_dist.section import Family, Section
 from ebm_dist.types import Batch, EnergyFn, EventKind, EventSpec, Negatives
@@ -230,7 +231,7 @@ def energies_of(energy: nn.Module | EnergyFn, x: Tensor) -> Tensor:
         ValueError: the energy returned another shape. (B, 1) would broadcast against (B,) to
             (B, B) further on, and the loss would still be a number.
     """
-    out = energy(x)
+    out = energy_at(energy, x)
     if out.shape != x.shape[:1]:
         hint = "; return out.squeeze(1)" if out.shape == (x.shape[0], 1) else ""
         raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebm_dist.energy_call import energy_at
 from ebm_dist.metrics.tile import enlarge, tile
 from ebm_dist.types import EnergyFn, EventSpec
 
@@ -129,7 +130,7 @@ def _histogram(axes: Axes, flat: Tensor, energy: EnergyFn | None, spec: EventSpe
     margin = 0.5 * max(high - low, 1e-3)
     line = torch.linspace(low - margin, high + margin, 512)
     with torch.no_grad():
-        heights = energy(line.reshape(-1, *spec.shape)).float().cpu()
+        heights = energy_at(energy, line.reshape(-1, *spec.shape)).float().cpu()
     other = axes.twinx()
     other.plot(line.numpy(), heights.numpy(), color="tab:orange")
     other.set_ylabel("energy", color="tab:orange")
@@ -144,7 +145,7 @@ def _scatter(axes: Axes, flat: Tensor, energy: EnergyFn | None, spec: EventSpec)
         lines = [torch.linspace(float(low[i]), float(high[i]), 120) for i in range(2)]
         mesh = torch.cartesian_prod(*lines)
         with torch.no_grad():
-            heights = energy(mesh.reshape(-1, *spec.shape)).float().cpu()
+            heights = energy_at(energy, mesh.reshape(-1, *spec.shape)).float().cpu()
         heights = heights.reshape(120, 120).T.numpy()
         # The far walls of an energy would take all the colours; the law lives below the median.
         levels = np.linspace(np.nanmin(heights), np.nanquantile(heights, 0.7), 16)

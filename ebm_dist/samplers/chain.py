@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -31,6 +34,19 @@ class Chain:
     `DepartingKernel`, which goes on from the position: its `init` there makes the state."""
 
 
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """Within, gradients can be taken also where the caller holds `torch.inference_mode`, as a test
+    loop of Lightning does."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    # Leaving it turns gradients on for everything; within it they were off.
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@_outside_inference_mode()
 def run_chain(
     kernel: Kernel[Any],
     x: Tensor,
@@ -67,7 +83,9 @@ def run_chain(
         ValueError: an argument is not what the kernel can move; the message says which.
         NonFiniteEnergy: chains start or end where the energy is not finite.
     """
-    _check_arguments(x, num_steps, generator, record_every, precision)
+    num_steps = _count("num_steps", num_steps, "a whole number of at least 1", at_least=1)
+    record_every = _count("record_every", record_every, "a whole number, 0 for no trace")
+    _check_arguments(x, generator, precision)
     if precision == "bf16":
         energy = Autocast(energy)
     # The one copy of the round: the kernel may then work in place. In float32 at least,
@@ -135,15 +153,18 @@ def _add(totals: dict[str, Tensor], info: Any) -> None:
             totals[f.name] = value.clone()
 
 
-def _check_arguments(
-    x: Tensor, num_steps: int, generator: torch.Generator, record_every: int, precision: str
-) -> None:
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps: expected a whole number of at least 1, got {num_steps!r}")
-    if isinstance(record_every, bool) or not isinstance(record_every, int) or record_every < 0:
-        raise ValueError(
-            f"record_every: expected a whole number, 0 for no trace, got {record_every!r}"
-        )
+def _count(name: str, value: Any, expected: str, at_least: int = 0) -> int:
+    """`value` as an int; numpy's and torch's whole numbers count as well."""
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = -1
+    if count < at_least:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return count
+
+
+def _check_arguments(x: Tensor, generator: torch.Generator, precision: str) -> None:
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision: expected 'fp32' or 'bf16', got {precision!r}")
     if not isinstance(generator, torch.Generator):

@@ -10,6 +10,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from ebm_dist.energy_call import energy_at
 from ebm_dist.errors import NonFinite
 from ebm_dist.section import Family, Section
 from ebm_dist.types import EnergyFn, EventSpec
@@ -203,11 +204,12 @@ def first_energy(energy: EnergyFn, position: Tensor) -> Tensor:
     """`energy(position)`, checked as only the first evaluation of a round needs to be.
 
     Raises:
-        ValueError: the energy cannot take such events, or does not return (B,) floats.
+        ValueError: the energy cannot take such events, changes them in place, or does not return
+            (B,) floats.
         NonFiniteEnergy: an energy is NaN or infinite.
     """
     try:
-        value = energy(position)
+        value = energy_at(energy, position)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -261,6 +263,11 @@ def value_and_grad(
     Raises:
         ValueError: with `first`, where the energy has no gradient in the position.
     """
+    if first and torch.is_inference_mode_enabled():
+        raise ValueError(
+            "energy: no gradient can be taken inside torch.inference_mode(); use torch.no_grad(), "
+            "or samplers.run_chain, which leaves it for the round"
+        )
     # An alias, not a copy: the caller may move `position` in place once the graph is gone.
     x = position.detach().requires_grad_(True)
     with torch.enable_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,51 @@ def test_run_chain_refuses_arguments_that_make_no_sense(change, message):
     arguments = {"num_steps": 3, "generator": generator(), **change}
     with pytest.raises(ValueError, match=message):
         run_chain(make("mala"), torch.zeros(4, 2), bowl, **arguments)
+
+
+@pytest.mark.parametrize("whole", [np.int64(5), np.uint8(5), torch.tensor(5)])
+def test_counts_may_be_whole_numbers_of_any_library(whole):
+    chain = run_chain(make("mala"), torch.zeros(4, 2), bowl, whole, generator(), record_every=whole)
+    assert chain.energies.shape == (5, 4)
+    assert chain.trace is not None
+    assert len(chain.trace) == 1
+
+
+@pytest.mark.parametrize("name", ["langevin", "hmc", "random_walk"])
+def test_inference_mode_around_run_chain_changes_nothing(name):
+    x = torch.ones(4, 2)
+    right = run_chain(make(name), x, bowl, 5, generator())
+    with torch.inference_mode():
+        came = run_chain(make(name), x.clone(), bowl, 5, generator())
+        assert not torch.is_grad_enabled()
+    assert torch.equal(came.position, right.position)
+    assert not came.position.is_inference()
+
+
+def test_a_kernel_alone_says_that_inference_mode_leaves_no_gradients():
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"inference_mode.*run_chain"):
+        make("langevin").init(torch.zeros(4, 2), bowl)
+
+
+def multiplied(x: Tensor) -> Tensor:
+    x.mul_(2)
+    return bowl(x)
+
+
+@torch.no_grad()
+def clamped(x: Tensor) -> Tensor:
+    x.clamp_(-0.5, 0.5)
+    return bowl(x)
+
+
+@pytest.mark.parametrize("name", FAMILY.members)
+@pytest.mark.parametrize("energy", [multiplied, clamped])
+def test_an_energy_that_changes_its_argument_is_refused_by_every_sampler(name, energy):
+    x = torch.ones(4, 1, 2)
+    x[..., 1] = 0  # one-hot, for the discrete ones
+    with pytest.raises(ValueError, match=r"^energy: changes its argument x in place.*clone"):
+        run_chain(make(name), x, energy, 3, generator())
+    assert x.sum() == 4
 
 
 def test_chains_that_leave_the_finite_energies_raise_both_as_input_and_as_failure():
