@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import sys
@@ -16,7 +17,7 @@ from typing import Annotated, Literal
 import typer
 
 import ebm_dist
-from ebm_dist.errors import RunFailed, UserError
+from ebm_dist.errors import RunFailed, UserError, one_line
 
 # Everything else is imported inside the command that needs it: `--help` answers within a
 # second, and sampling an export works where Ray and DeepSpeed are not installed.
@@ -88,6 +89,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
+_OF_THE_PATH = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EROFS,
+}
+"""What the system says of a path that cannot be used, whatever the disk holds."""
+
+
 def _explain(error: Exception) -> int:
     if isinstance(error, typer.Abort):
         return _say("interrupted", 130)
@@ -97,28 +111,28 @@ def _explain(error: Exception) -> int:
         message = " ".join(text.split())
         return _say(f"{message} (see ebm-dist --help)", 2) if message else 2
     if isinstance(error, RunFailed):
-        return _say(str(error), 1)
+        return _say(" ".join(str(error).split()), 1)
     if isinstance(error, UserError):
-        return _say(str(error), 2)
-    if isinstance(
-        error, FileNotFoundError | PermissionError | NotADirectoryError | FileExistsError
-    ):
-        return _say(f"{error.filename}: {(error.strerror or 'cannot be used').lower()}", 2)
+        return _say(error, 2)
+    if isinstance(error, OSError) and error.errno in _OF_THE_PATH:
+        name = error.filename or type(error).__name__
+        return _say(f"{name}: {(error.strerror or 'cannot be used').lower()}", 2)
     if isinstance(error, IsADirectoryError):
         return _say(f"{error.filename}: is a directory, expected a file", 2)
     if isinstance(error, ModuleNotFoundError) and error.name in ("ray", "deepspeed", "wandb"):
         return _say(f"{error.name} is not installed: pip install 'ebm_dist[train]'", 2)
     if type(error) is ValueError:
-        return _say(str(error), 2)
+        return _say(" ".join(str(error).split()), 2)
     with tempfile.NamedTemporaryFile("w", prefix="ebm-dist-", suffix=".log", delete=False) as file:
         traceback.print_exception(error, file=file)
     what = " ".join(str(error).split())[:300]
     return _say(f"{type(error).__name__}: {what}; the traceback is in {file.name}", 1)
 
 
-def _say(message: str, code: int) -> int:
-    for line in message.splitlines() or [""]:
-        print(f"error: {line}", file=sys.stderr)
+def _say(message: str | UserError, code: int) -> int:
+    # Line by line as raised, not as split here: a name with a newline would forge a line.
+    for line in message.args if isinstance(message, UserError) else [message]:
+        print(f"error: {one_line(line)}", file=sys.stderr)
     return code
 
 
@@ -132,11 +146,13 @@ def _failures_say_how_to_resume(run_dir: Path) -> Iterator[None]:
         what = " ".join(str(error).split())
         if not isinstance(error, RunFailed):
             what = f"{type(error).__name__}: {what}"
-        config = run_dir / "config.yaml"
-        command = shlex.join(["ebm-dist", "train", str(config), "--run-dir", str(run_dir)])
-        raise RunFailed(
-            f"{what}; log: {run_dir / 'run.log'}; resume: {command} --resume must"
-        ) from error
+        if (log := run_dir / "run.log").is_file():
+            what += f"; log: {log}"
+        if any(run_dir.glob("checkpoints/step_*")):
+            config = run_dir / "config.yaml"
+            command = shlex.join(["ebm-dist", "train", str(config), "--run-dir", str(run_dir)])
+            what += f"; resume: {command} --resume must"
+        raise RunFailed(what) from error
 
 
 @app.command(
@@ -227,9 +243,9 @@ def evaluate(
     result = run_suite(export, suite, seed=seed, device=_device(device), say=say)
     width = max(map(len, result["metrics"]), default=0)
     for name, value in result["metrics"].items():
-        print(f"{name:<{width}}  {value:.6g}")
+        print(f"{one_line(name):<{width}}  {value:.6g}")
     for note in result["notes"]:
-        print(f"note: {note}")
+        print(f"note: {one_line(note)}")
     if out is not None:
         _write_text(out, json.dumps(result, indent=2) + "\n")
 
@@ -310,7 +326,8 @@ def doctor(
     healthy = True
     for finding in examine(directory):
         healthy &= finding.ok
-        print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.what}: {finding.text}", flush=True)
+        text = one_line(finding.text)
+        print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.what}: {text}", flush=True)
         if finding.todo:
             print(f"     -> {finding.todo}", flush=True)
     raise typer.Exit(0 if healthy else 1)

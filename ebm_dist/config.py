@@ -15,16 +15,17 @@ from ebm_dist.actors.worker import WorkersConfig
 from ebm_dist.buffer.policy import BufferConfig, FlowConfig
 from ebm_dist.checkpoint import CheckpointConfig
 from ebm_dist.config_checks import check
-from ebm_dist.config_text import apply_override, read_yaml, validate, write_yaml
+from ebm_dist.config_text import apply_override, validate
 from ebm_dist.data.config import DataConfig
 from ebm_dist.energies import EnergyConfig
-from ebm_dist.errors import UserError
+from ebm_dist.errors import UserError, one_line
 from ebm_dist.evaluation.config import EvaluationConfig
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.objectives import ObjectiveConfig
 from ebm_dist.samplers import SamplerConfig
 from ebm_dist.section import Section
+from ebm_dist.strict_yaml import read_yaml, write_yaml
 
 MAX_FILE_BYTES = 2**20
 
@@ -70,7 +71,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
         if problems := list(check(self)):
-            raise ValueError("\n".join(problems))
+            raise ValueError("\n".join(map(one_line, problems)))
         return self
 
 
@@ -86,11 +87,11 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     else:
         prefix, data = f"{source}: ", _read_file(Path(source))
     for override in overrides:
-        data = apply_override(data, override)
+        data = apply_override(data, override, RunConfig)
     try:
         return validate(RunConfig, data)
     except UserError as error:
-        raise UserError("\n".join(prefix + line for line in str(error).splitlines())) from None
+        raise UserError(*(f"{prefix}{line}" for line in error.args)) from None
 
 
 def dump(config: RunConfig) -> str:

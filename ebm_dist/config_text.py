@@ -1,140 +1,55 @@
-"""A config as the user wrote it: strict YAML, overrides, faults in the path of the user's file."""
+"""A config as the user wrote it: plain values, overrides, faults in the path of the user's file."""
 
 from __future__ import annotations
 
 import json
-import math
+import os
 import re
-import reprlib
 import types
-from collections.abc import Iterable
-from typing import Annotated, Any, Union, cast, get_args, get_origin
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from ebm_dist.errors import UserError
 from ebm_dist.section import nearest
+from ebm_dist.strict_yaml import MAX_DEPTH, read_yaml, short
 
-MAX_DEPTH = 32
-"""Sections nest six deep; a file deeper than this is not a config."""
-MAX_NODES = 100_000
+MAX_FAULTS = 50
 
 
-class ConfigLoader(yaml.SafeLoader):
-    """YAML with the scalars of version 1.2, in which a key may come once.
+def apply_override(
+    data: dict[str, Any], override: str, model: type[BaseModel] | None = None
+) -> dict[str, Any]:
+    """`data` with `a.b=value` set, `value` read as YAML; the input is left alone.
 
-    PyYAML reads version 1.1: `1e-4` is a string, `off` and `no` are booleans, `1:30` is 90
-    and `012` is 10. Each of these has a config value that means something else.
+    Where `model` takes text alone at that key, a number is text as written: a run may be named
+    by a date, a job or a commit, and `007` and `1e5` are not 7 and 100000 then.
     """
-
-
-_SCALARS = [
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        "tag:yaml.org,2002:float",
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-]
-ConfigLoader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in _SCALARS:
-    ConfigLoader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), list(_first))
-ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"<<\Z"), ["<"])
-
-
-def _construct_int(loader: ConfigLoader, node: yaml.ScalarNode) -> int:
-    text = loader.construct_scalar(node)
-    digits = text.lstrip("+-")
-    if len(digits) > 100:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"a number of {len(digits)} digits is too long", node.start_mark
-        )
-    return int(text, 0) if digits[:2] in ("0x", "0o") else int(text)
-
-
-def _construct_mapping(loader: ConfigLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[str] = set()
-    for key, _ in node.value:
-        name = key.value if isinstance(key, yaml.ScalarNode) else None
-        if name is None or key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {name or '(a list or section)'} must be text", key.start_mark
-            )
-        if name in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {name!r} comes twice; keep one of them", key.start_mark
-            )
-        seen.add(name)
-    loader.flatten_mapping(node)
-    return {
-        loader.construct_object(key): loader.construct_object(value, deep=True)
-        for key, value in node.value
-    }
-
-
-def _construct_foreign(loader: ConfigLoader, node: yaml.Node) -> Any:
-    raise yaml.constructor.ConstructorError(
-        None, None, f"tag {node.tag!r} is not read from a config", node.start_mark
-    )
-
-
-ConfigLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-ConfigLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
-# None stands for every tag that has no constructor.
-ConfigLoader.add_constructor(cast(str, None), _construct_foreign)
-
-
-class _ConfigDumper(yaml.SafeDumper):
-    """Quotes what either version of YAML would read as something other than text."""
-
-
-for _tag, _pattern, _first in _SCALARS:
-    _ConfigDumper.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), list(_first))
-
-
-def read_yaml(text: str) -> Any:
-    """The value that `text` holds; raises UserError in one line with the place."""
-    try:
-        value = yaml.load(text, Loader=ConfigLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        what = " ".join(str(error.problem or error.context or error).split())
-        raise UserError(f"{place}not valid YAML here: {what}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from None
-    except (RecursionError, ValueError, OverflowError):
-        raise UserError("not valid YAML for a config: nested too deep or a bad number") from None
-    if not _is_reasonable(value):
-        raise UserError(
-            f"not a config: deeper than {MAX_DEPTH} sections or more than {MAX_NODES} values"
-        )
-    return value
-
-
-def write_yaml(value: Any) -> str:
-    """`value` of plain types as YAML that `read_yaml` reads back equal."""
-    return yaml.dump(value, Dumper=_ConfigDumper, sort_keys=False, width=100)
-
-
-def apply_override(data: dict[str, Any], override: str) -> dict[str, Any]:
-    """`data` with `a.b=value` set, `value` read as YAML; the input is left alone."""
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
+    if len(path) > MAX_DEPTH:
+        raise UserError(f"override {short(key)}: deeper than {MAX_DEPTH} sections")
     if not equals or not all(path):
         raise UserError(
-            f"override {_short(override)}: expected KEY.SUB=VALUE, such as run.steps=100 "
+            f"override {short(override)}: expected KEY.SUB=VALUE, such as run.steps=100 "
             "(no spaces around the sign, or the whole of it in quotes)"
         )
     try:
         value = read_yaml(text)
     except UserError as error:
         raise UserError(f"override {key}: {error}") from None
+    if isinstance(value, bool | int | float) and model and _takes_text(model, path, data):
+        value = text.strip()
     return _with(data, path, value, key)
+
+
+def _takes_text(model: type[BaseModel], path: list[str], data: Any) -> bool:
+    kinds: set[Any] = set()
+    for owner in models_at(model, path[:-1], data):
+        field = owner.model_fields.get(path[-1])
+        kinds |= {field.annotation, *get_args(field.annotation)} if field else set()
+    return str in kinds and not kinds & {bool, int, float}
 
 
 def _with(data: dict[str, Any], path: list[str], value: Any, key: str) -> dict[str, Any]:
@@ -145,7 +60,7 @@ def _with(data: dict[str, Any], path: list[str], value: Any, key: str) -> dict[s
         inner = {}
     if not isinstance(inner, dict):
         raise UserError(
-            f"override {key}: {path[0]!r} is the value {_short(inner)}, not a section; "
+            f"override {key}: {path[0]!r} is the value {short(inner)}, not a section; "
             "set it whole or leave out what follows the dot"
         )
     return {**data, path[0]: _with(inner, path[1:], value, key)}
@@ -161,19 +76,50 @@ def validate(model: type[BaseModel], data: dict[str, Any]) -> Any:
     Raises:
         UserError: one line for every fault, each beginning with the key's path.
     """
-    try:
-        text = json.dumps(data)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"not a config of plain values: {error}") from None
+    data = plain(data)
+    text = json.dumps(data)
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
         if not all(_is_forgiven(fault) for fault in error.errors(include_url=False)):
-            raise UserError("\n".join(faults(error, model, data))) from None
+            raise UserError(*faults(error, model, data)) from None
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        raise UserError("\n".join(faults(error, model, data))) from None
+        raise UserError(*faults(error, model, data)) from None
+
+
+def plain(value: Any, path: tuple[str, ...] = ()) -> Any:
+    """`value` of JSON's types: paths become text, numbers and arrays of numpy plain ones.
+
+    Raises:
+        UserError: with the path of a value that is no plain one, or a key that is no text.
+    """
+    where = ".".join(path) or "(file)"
+    if len(path) > MAX_DEPTH:
+        raise UserError(f"{where}: deeper than {MAX_DEPTH} sections")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise UserError(f"{where}: the key {short(key)} must be text, such as 'steps'")
+        return {key: plain(item, (*path, key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, (*path, str(index))) for index, item in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if hasattr(value, "tolist"):
+        return plain(value.tolist(), path)
+    if isinstance(value, str):
+        # No path, name or address can hold them, and the system says so without the key.
+        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{where}: {short(value)} holds a NUL or a surrogate; take it out")
+        return value
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    raise UserError(
+        f"{where}: expected a plain value (text, number, true, false, null, list or section), got "
+        f"a {type(value).__name__}"
+    )
 
 
 def _is_forgiven(fault: Any) -> bool:
@@ -189,9 +135,9 @@ def faults(error: ValidationError, model: type[BaseModel], data: Any) -> list[st
     """Each fault as `path: what was expected, what came`, in the path of the user's file."""
     by_path: dict[tuple[str, ...], list[str]] = {}
     across: list[str] = []
-    for fault in error.errors(include_url=False):
-        if _is_forgiven(fault):
-            continue
+    found = [fault for fault in error.errors(include_url=False) if not _is_forgiven(fault)]
+    # What a line suggests takes a search through all keys, and nobody reads 100,000 lines.
+    for fault in found[:MAX_FAULTS]:
         path = _user_path(fault["loc"], data)
         if fault["type"] == "value_error" and not path:
             # A check across sections: each of its lines brings its own path.
@@ -204,6 +150,8 @@ def faults(error: ValidationError, model: type[BaseModel], data: Any) -> list[st
         if text not in texts:
             texts.append(text)
     lines = [f"{'.'.join(path) or '(file)'}: {_join(texts)}" for path, texts in by_path.items()]
+    if len(found) > MAX_FAULTS:
+        across.append(f"(file): {len(found) - MAX_FAULTS} more faults; mend these first")
     return lines + across
 
 
@@ -266,15 +214,16 @@ def _text(fault: Any, path: tuple[str, ...], model: type[BaseModel], data: Any) 
         if kind == "union_tag_not_found":
             return f"missing; add one of {', '.join(known)}"
         tag = str(fault["ctx"]["tag"])
-        return f"{_short(tag)} is unknown{nearest(tag, known)}; known: {', '.join(known)}"
+        return f"{short(tag)} is unknown{nearest(tag, known)}; known: {', '.join(known)}"
     if kind in ("model_type", "model_attributes_type", "dict_type", "dataclass_type"):
-        return f"expected a section of keys and values, got {_short(value)}"
+        return f"expected a section of keys and values, got {short(value)}"
     message = str(fault["msg"])
     if kind in ("value_error", "assertion_error"):
         return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
     for theirs, ours in _WORDS:
         message = message.replace(theirs, ours)
-    return f"{message}, got {_short(value)}"
+    hint = "; put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
+    return f"{message}, got {short(value)}{hint}"
 
 
 def _names(model: type[BaseModel]) -> list[str]:
@@ -322,36 +271,3 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 def _first_sentence(text: str) -> str:
     return re.split(r"(?<=[.;])\s", " ".join(text.split()))[0].rstrip(".;")
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = 60
-_REPR.maxlevel = 2
-_REPR.maxlong = 40
-_REPR.maxother = 60
-
-
-def _short(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return _REPR.repr(value)
-
-
-def _is_reasonable(value: Any) -> bool:
-    """False where aliases make a cycle, or a small file that unfolds into a giant one."""
-    budget = MAX_NODES
-
-    def visit(here: Any, depth: int) -> bool:
-        nonlocal budget
-        budget -= 1
-        if budget < 0 or depth > MAX_DEPTH:
-            return False
-        if isinstance(here, dict):
-            return all(visit(item, depth + 1) for item in here.values())
-        if isinstance(here, list):
-            return all(visit(item, depth + 1) for item in here)
-        return True
-
-    return visit(value, 0)

@@ -27,7 +27,7 @@ from ebm_dist.assembly import assemble
 from ebm_dist.config import RunConfig, dump, load
 from ebm_dist.config_checks import check_event
 from ebm_dist.data import describe
-from ebm_dist.errors import RunFailed, UserError
+from ebm_dist.errors import RunFailed, UserError, one_line
 from ebm_dist.export import export_run
 from ebm_dist.metrics.progress import Progress, final_screen
 from ebm_dist.preflight import preflight
@@ -272,7 +272,7 @@ class _Logged:
         self._view.update(step, metrics, waits)
 
     def say(self, line: str) -> None:
-        log.info(line)
+        log.info(one_line(line))
         self._view.say(line)
 
 

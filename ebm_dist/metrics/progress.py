@@ -19,6 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ebm_dist.errors import one_line
+
 PLAIN_EVERY = 10.0
 """Seconds between two lines where the output is not a terminal."""
 
@@ -109,7 +111,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Show an event: the last few in the view, each as a line of its own elsewhere."""
-        text = " ".join(str(line).split())
+        text = one_line(" ".join(str(line).split()))
         if self._live is not None:
             with self._lock:
                 self._events.append(f"{time.strftime('%H:%M:%S')}  {text}")

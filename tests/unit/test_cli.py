@@ -204,7 +204,13 @@ def test_a_failed_run_says_what_where_and_how_to_resume(monkeypatch, tmp_path, c
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(SMALL))
     monkeypatch.setattr(ebm_dist.run, "train", raises(RunFailed("learner rank 1 died")))
     directory = tmp_path / "my run"
-    assert main(["train", str(tmp_path / "c.yaml"), "--run-dir", str(directory)]) == 1
+    args = ["train", str(tmp_path / "c.yaml"), "--run-dir", str(directory)]
+    assert main(args) == 1
+    # Nothing is there that could be read or resumed.
+    assert capsys.readouterr().err == "error: learner rank 1 died\n"
+    (directory / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (directory / "run.log").touch()
+    assert main(args) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "learner rank 1 died" in line
     assert str(directory / "run.log") in line
@@ -222,8 +228,13 @@ def test_a_failed_run_says_what_where_and_how_to_resume(monkeypatch, tmp_path, c
             "/some/file: permission denied",
         ),
         (FileNotFoundError(2, "No such file or directory", "/gone"), 2, "/gone: no such file"),
-        (KeyError("inner"), 1, "run.log"),
-        (RuntimeError("line one\nline two"), 1, "RuntimeError: line one line two; log: "),
+        (OSError(36, "File name too long", "/" + 300 * "n"), 2, "n: file name too long"),
+        (UserError("/data/a\nerror: forged"), 2, "error: /data/a\\nerror: forged"),
+        (UserError("\x1b[2J\x07\u202e\udcff.tar"), 2, "\\x1b[2J\\x07\\u202e\\udcff.tar"),
+        (RunFailed("/data/a\x1b[A"), 1, "/data/a\\x1b[A"),
+        (RuntimeError("\x1b]0;title\x07"), 1, "\\x1b]0;title\\x07"),
+        (KeyError("inner"), 1, "KeyError: 'inner'"),
+        (RuntimeError("line one\nline two"), 1, "RuntimeError: line one line two"),
     ],
 )
 def test_every_failure_is_one_line_and_its_exit_code(
@@ -239,6 +250,29 @@ def test_every_failure_is_one_line_and_its_exit_code(
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
     assert "Traceback" not in line
+
+
+def test_a_line_of_megabytes_is_cut_and_keeps_what_to_do(monkeypatch, tmp_path, capsys):
+    import ebm_dist.run
+
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(SMALL))
+    long = UserError("/data/" + 2**21 * "a" + ": is too long; rename it", "second: line")
+    monkeypatch.setattr(ebm_dist.run, "train", raises(long))
+    assert main(["train", str(tmp_path / "c.yaml")]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert len(first) < 2500
+    assert first.startswith("error: /data/aaa")
+    assert first.endswith("aaa: is too long; rename it")
+    assert second == "error: second: line"
+
+
+def test_findings_and_notes_from_files_do_not_reach_the_terminal_raw(monkeypatch, capsys):
+    from ebm_dist import doctor
+
+    findings = [doctor.Finding("a", True, "x\x1b[2Jy\nok   b: forged")]
+    monkeypatch.setattr(doctor, "examine", lambda directory: iter(findings))
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out == "ok   a: x\\x1b[2Jy\\nok   b: forged\n"
 
 
 @pytest.mark.parametrize(

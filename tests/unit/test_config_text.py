@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from ebm_dist import config_text
+from ebm_dist import config_text, strict_yaml
 from ebm_dist.errors import UserError
 from ebm_dist.section import Section
 
@@ -40,6 +43,7 @@ class Tool(Section):
     verbose: bool = False
     rate: float = 0.1
     levels: tuple[float, ...] = (1.0,)
+    label: str | None = None
 
     @field_validator("levels", mode="before")
     @classmethod
@@ -60,7 +64,7 @@ class Root(Section):
 
 def fails(text: str) -> list[str]:
     with pytest.raises(UserError) as caught:
-        config_text.validate(Root, config_text.read_yaml(text))
+        config_text.validate(Root, strict_yaml.read_yaml(text))
     return str(caught.value).splitlines()
 
 
@@ -89,7 +93,7 @@ def fails(text: str) -> list[str]:
     ],
 )
 def test_scalars_are_those_of_yaml_1_2(text, value):
-    read = config_text.read_yaml(text)
+    read = strict_yaml.read_yaml(text)
     assert read == value
     assert type(read) is type(value)
 
@@ -108,7 +112,7 @@ plain = st.recursive(
 
 @given(plain)
 def test_what_is_written_reads_back_equal(value):
-    assert config_text.read_yaml(config_text.write_yaml(value)) == value
+    assert strict_yaml.read_yaml(strict_yaml.write_yaml(value)) == value
 
 
 @pytest.mark.parametrize(
@@ -129,11 +133,18 @@ def test_what_is_written_reads_back_equal(value):
         "a: " + "9" * 5000,
         "a: " + "[" * 500 + "]" * 500,
         "a: 1\n---\na: 2",
+        "a: !!bool maybe",
+        "a: !!int ''",
+        "a: !!float ''",
+        "a: !!map x",
+        "a: !!timestamp x",
+        "a: !!set {b}",
+        "a: &a {<<: [*a, *a]}",
     ],
 )
 def test_bad_yaml_is_one_line(text):
     with pytest.raises(UserError) as caught:
-        config_text.read_yaml(text)
+        strict_yaml.read_yaml(text)
     assert "\n" not in str(caught.value)
 
 
@@ -142,13 +153,100 @@ def test_aliases_that_unfold_into_gigabytes_are_refused_at_once():
     rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
     start = time.perf_counter()
     with pytest.raises(UserError, match="more than"):
-        config_text.read_yaml("\n".join(rows))
+        strict_yaml.read_yaml("\n".join(rows))
     assert time.perf_counter() - start < 5
+
+
+def test_merges_that_unfold_into_gigabytes_are_refused_at_once():
+    rows = ["a0: &a0 {x: 1, y: 2, z: 3}"]
+    rows += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 12)]
+    with pytest.raises(UserError, match=r"line \d+, column 10: .*merges more than"):
+        strict_yaml.read_yaml("\n".join(rows))
+
+
+def test_merges_of_a_sane_size_are_read():
+    text = "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: {<<: [*a, {y: 4, z: 5}]}"
+    read = strict_yaml.read_yaml(text)
+    assert read["b"] == {"x": 1, "y": 3}
+    assert read["c"] == {"x": 1, "y": 2, "z": 5}
+
+
+def test_a_file_of_too_many_values_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(strict_yaml, "MAX_NODES", 100)
+    with pytest.raises(UserError, match="more than 100 values"):
+        strict_yaml.read_yaml("[" + "x, " * 200 + "[")  # the end would be no YAML
+
+
+def test_of_ten_thousand_faults_the_first_are_told_and_the_rest_counted():
+    with pytest.raises(UserError) as caught:
+        config_text.validate(Root, {f"key{i}": 1 for i in range(10_000)})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == config_text.MAX_FAULTS + 1
+    assert lines[-1] == f"(file): {10_000 - config_text.MAX_FAULTS} more faults; mend these first"
+
+
+def test_a_number_on_the_command_line_is_text_where_only_text_is_taken():
+    def read(override: str) -> Any:
+        return config_text.apply_override({}, override, Root)
+
+    for text in ("20241128", "1e5", "3e12345", "007", "true"):
+        assert read(f"tool.label={text}") == {"tool": {"label": text}}
+    assert read("tool.label=null") == {"tool": {"label": None}}
+    assert read("tool.width=007") == {"tool": {"width": 7}}
+    assert read("tool.threads=007") == {"tool": {"threads": 7}}
+
+
+def test_a_number_in_a_file_where_text_belongs_is_told_to_be_quoted():
+    (line,) = fails("{tool: {label: 007}}")
+    assert line == "tool.label: expected text, got 7; put it in quotes"
+    config_text.validate(Root, strict_yaml.read_yaml("{tool: {label: '007'}}"))
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (np.int64(3), 3),
+        (np.float32(0.5), 0.5),
+        (np.bool_(True), True),
+        (np.arange(3), [0, 1, 2]),
+        (torch.tensor([0.5]), [0.5]),
+        (Path("runs"), "runs"),
+        ((1, {"a": np.int8(1)}), [1, {"a": 1}]),
+    ],
+)
+def test_values_of_numpy_and_pathlib_become_plain(value, plain):
+    read = config_text.plain({"key": value})
+    assert read == {"key": plain}
+    assert type(read["key"]) is type(plain)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({3: 4}, r"^\(file\): the key 3 must be text"),
+        ({"tool": {None: 4}}, r"^tool: the key null must be text"),
+        ({"tool": {"width": {1, 2}}}, r"^tool.width: expected a plain value .* got a set"),
+        ({"tool": {"label": b"x"}}, r"^tool.label: expected a plain value .* got a bytes"),
+        ({"tool": {"label": "a\0b"}}, r"^tool.label: 'a\\x00b' holds a NUL"),
+        ({"tool": [{"label": "\ud800"}]}, r"^tool.0.label: .* holds a NUL or a surrogate"),
+        (nested(5000), r"^a\.a\.a.*deeper than 32 sections"),
+    ],
+)
+def test_a_value_that_is_not_plain_is_named(value, says):
+    with pytest.raises(UserError, match=says):
+        config_text.validate(Root, value)
 
 
 def test_a_duplicate_key_names_its_line():
     with pytest.raises(UserError, match=r"line 2, column 1: .*'a' comes twice"):
-        config_text.read_yaml("a: 1\na: 2")
+        strict_yaml.read_yaml("a: 1\na: 2")
 
 
 def test_overrides_set_nested_keys_and_leave_the_input_alone():
@@ -160,7 +258,9 @@ def test_overrides_set_nested_keys_and_leave_the_input_alone():
     assert data == {"a": {"b": 1, "c": 2}}
 
 
-@pytest.mark.parametrize("override", ["", "=1", "a", "a.=1", ".a=1", "a..b=1", "a=[", "n.b=1"])
+@pytest.mark.parametrize(
+    "override", ["", "=1", "a", "a.=1", ".a=1", "a..b=1", "a=[", "n.b=1", "a" + ".a" * 5000 + "=1"]
+)
 def test_a_bad_override_is_named(override):
     with pytest.raises(UserError, match="override") as caught:
         config_text.apply_override({"n": 3}, override)

@@ -12,19 +12,8 @@ PACKAGE = Path(__file__).parents[2] / "ebm_dist"
 
 # A module imports only from its own row and from rows above it.
 ROWS = [
-    {
-        "section",
-        "types",
-        "seeds",
-        "generators",
-        "errors",
-        "weights",
-        "threads",
-        "config_text",
-        "strict_yaml",
-        "private",
-    },
-    {"energy_call"},
+    {"section", "types", "seeds", "generators", "errors", "weights", "threads", "private"},
+    {"strict_yaml", "config_text", "energy_call"},
     {"diagnostics"},
     {"metrics"},
     {"energies"},

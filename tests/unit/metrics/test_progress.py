@@ -106,6 +106,7 @@ def test_without_a_terminal_there_is_a_plain_line_every_ten_seconds(moved: Clock
             view.update(step, METRICS, "learner computes")
             moved.now += 1.0
         view.say("checkpoint written")
+        view.say("passed over \x1b[2J\x07")
     lines = written(console).splitlines()
     updates = [line for line in lines if line.startswith("digits: update ")]
     assert len(updates) == 4  # at 0, 10 and 20 s, and the last one
