@@ -262,22 +262,30 @@ def export(
 
 
 @data_app.command(
-    "prepare", epilog="Example: ebm-dist data prepare fashion-mnist data/fashion_mnist"
+    "prepare",
+    epilog="Example: ebm-dist data prepare digits data/digits\n\n"
+    "Images: ebm-dist data prepare imagefolder data/photos --source PHOTOS --resize 64\n\n"
+    "Then: ebm-dist train configs/digits.yaml data.source=data/digits",
 )
 def data_prepare(
     name: Annotated[
         str,
         typer.Argument(
-            help="digits, fashion-mnist, cifar10, imagefolder or toy:NAME.", show_default=False
+            help="digits, mnist, fashion-mnist, cifar10, imagefolder or toy:NAME.",
+            show_default=False,
         ),
     ],
     out_dir: Annotated[Path, typer.Argument(help="The directory to write.", show_default=False)],
     source: Annotated[Path | None, typer.Option(help="Where the originals are.")] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option(help="Cut imagefolder's images to squares and scale them to this side."),
+    ] = None,
 ) -> None:
-    """Write webdataset shards from a data set's originals."""
+    """Write webdataset shards from a data set's originals, and say how many of each class."""
     from ebm_dist.data import prepare
 
-    prepare(name, out_dir, source=source)
+    prepare(name, out_dir, source=source, resize=resize, say=print)
 
 
 @app.command(epilog="Example: ebm-dist report runs/digits --out digits.html")

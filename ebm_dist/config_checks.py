@@ -279,8 +279,9 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
     _check_storage(config, spec)
     if objective.needs_labels and spec.num_classes is None:
         raise UserError(
-            f"objective.name: {config.objective.name} reads labels, which {config.data.location} "  # type: ignore[attr-defined]
-            "does not have; use labelled data, or objective.name: contrastive"
+            f"objective.name: {config.objective.name} reads labels, and {config.data.location} "  # type: ignore[attr-defined]
+            "names no classes; set data.num_classes where plain shards hold .cls labels, else use "
+            "labelled data, or objective.name: contrastive"
         )
     if objective.needs_labels and getattr(energy, "num_classes", None) is None:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 
 from ebm_dist.actors.access import (
@@ -10,11 +11,15 @@ from ebm_dist.actors.access import (
     require_token,
     split_address,
 )
+from ebm_dist.actors.evaluator import wants_fidelity
 from ebm_dist.config import RunConfig
+from ebm_dist.data import describe, load_split
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.dataset import open_dataset
 from ebm_dist.data.shards import check_shard
+from ebm_dist.data.survey import survey
 from ebm_dist.errors import UserError
+from ebm_dist.evaluation.fidelity import check_data
 from ebm_dist.samplers.compiler import missing
 
 MAX_CHECKSUM_BYTES = 256 * 2**20
@@ -22,16 +27,19 @@ MAX_CHECKSUM_BYTES = 256 * 2**20
 check larger ones as they open them."""
 CONNECT_TIMEOUT_S = 5.0
 
+log = logging.getLogger("ebm_dist")
+
 
 def preflight(config: RunConfig) -> None:
     """Refuse a run whose shards, Ray cluster or compiler are not there.
 
     Raises:
-        UserError: a shard is missing, cut short or altered, nothing answers at the address, it is
-            one that must not be joined without a token or means another one, or deterministic
-            chains are to be compiled without a compiler.
+        UserError: a shard is missing, cut short or altered, there is nothing to evaluate on,
+            nothing answers at the address, it is one that must not be joined without a token or
+            means another one, or deterministic chains are to be compiled without a compiler.
     """
     check_shards(config.data)
+    check_evaluation(config)
     check_compiler(config)
     if config.runtime.backend == "ray":
         require_token(config.runtime.address)
@@ -40,7 +48,7 @@ def preflight(config: RunConfig) -> None:
 
 
 def check_shards(config: DataConfig) -> None:
-    """Every shard's presence and size, and the checksums of a data set that is small."""
+    """Every shard's presence and size, and of a small data set the checksums or the samples."""
     dataset = open_dataset(config)
     shards = list(dict.fromkeys((*dataset.train, *(dataset.test or ()))))
     for shard in shards:
@@ -48,6 +56,23 @@ def check_shards(config: DataConfig) -> None:
     if config.verify and sum(s.path.stat().st_size for s in shards) <= MAX_CHECKSUM_BYTES:
         for shard in shards:
             check_shard(shard, checksum=True)
+    for line in survey(dataset):
+        log.warning("data: %s", line)
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Whether there is a test split, and what the classifier of `fidelity` needs."""
+    if (every := config.evaluation.every) is None:
+        return
+    if open_dataset(config.data).test is None:
+        raise UserError(
+            f"evaluation.every: is {every}, but {config.data.location} has no test split to "
+            "measure on; set data.holdout=0.1 to keep a tenth of the samples for it, name held-out "
+            "shards in data.test_source, or set evaluation.every=null"
+        )
+    test, spec = load_split(config.data, "test", 4), describe(config.data)
+    if wants_fidelity(config.evaluation, spec):
+        check_data(load_split(config.data, "train", 4), test, spec)
 
 
 def check_compiler(config: RunConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from ebm_dist.data.decode import Layout
 from ebm_dist.data.original import Original, Samples, of_arrays
 from ebm_dist.data.restricted_pickle import read_plain_pickle
+from ebm_dist.data.shards import BROKEN, reason
 from ebm_dist.errors import UserError
 from ebm_dist.types import EventSpec
 
@@ -88,8 +88,10 @@ def _files(source: Path) -> dict[str, bytes]:
                         keep(name, info.size, member.read)
         else:
             raise UserError(f"{source}: is missing; --source takes CIFAR-10's archive or directory")
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{source}: not a whole archive ({error}); fetch it again") from None
+    except BROKEN as error:
+        raise UserError(
+            f"{source}: not a whole archive ({reason(error)}); fetch it again"
+        ) from None
     return files
 
 

@@ -20,10 +20,11 @@ class DataConfig(Section):
     """The same for shards alone; give `source` or `shards`, not both."""
 
     test_source: str | None = None
-    """Held-out shards for plain shards, which name no test split of their own."""
+    """Held-out shards, where the source has no test split of its own, as plain shards."""
 
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Part of plain shards kept for the test split, chosen by a hash of the sample's key."""
+    """Part of the samples kept for the test split where the source has none of its own, chosen by
+    a hash of the sample's key."""
 
     batch_size: PositiveInt = 128
     """Samples of one update, over all learner ranks together."""
@@ -79,7 +80,8 @@ class DataConfig(Section):
     """Kind of the events of plain shards; told from the first sample when left out."""
 
     num_classes: PositiveInt | None = None
-    """Number of labels of plain shards, which only the labels themselves would tell."""
+    """Number of classes of labelled plain shards, which only all labels together would tell.
+    Objectives and energies that read labels need it."""
 
     member: str | None = None
     """Extension of the member that holds x, where a sample has several: `jpg`, `image.png`, …"""

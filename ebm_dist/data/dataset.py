@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.decode import Layout, guess_layout
 from ebm_dist.data.manifest import FILE_NAME, SplitName, read_manifest
-from ebm_dist.data.originals import static_layout
+from ebm_dist.data.originals import WITHOUT_ORIGINALS, static_layout
 from ebm_dist.data.prepare import materialise
-from ebm_dist.data.shards import ShardFile, read_shard
+from ebm_dist.data.shards import SUFFIXES, ShardFile, read_shard
 from ebm_dist.errors import UserError
 from ebm_dist.section import nearest
 
@@ -27,17 +28,19 @@ class Dataset:
     train: tuple[ShardFile, ...]
     test: tuple[ShardFile, ...] | None
     holdout: float = 0.0
-    """Part of plain training shards that is the test split; then `test` is `train`."""
+    """Part of the training shards that is the test split; then `test` is `train`."""
 
     def num_samples(self, split: SplitName) -> int | None:
         """None where only reading the shards would tell."""
+        if self.holdout > 0:
+            return None
         counts = [
             shard.num_samples for shard in (self.train if split == "train" else self.test or ())
         ]
         return None if None in counts else sum(count or 0 for count in counts)
 
     def belongs(self, sample: dict[str, Any], split: SplitName) -> bool:
-        """Whether a sample of plain shards is in `split`, by a hash of its key."""
+        """Whether a sample is in `split`, by a hash of its key where a part is held out."""
         if self.holdout == 0:
             return True
         held_out = zlib.crc32(sample["__key__"].encode()) < self.holdout * 2**32
@@ -63,11 +66,6 @@ def open_dataset(config: DataConfig) -> Dataset:
     if layout is None:
         return _find(config)
     _refuse_plain_keys(config, f"{config.location}, which is built in,")
-    if config.location == "cifar10":
-        raise UserError(
-            "data.source: cifar10 has no originals on this machine; run `ebm-dist data prepare "
-            "cifar10 OUT --source cifar-10-python.tar.gz` and set data.source to OUT"
-        )
     directory = materialise(config.location, config.cache_dir, toy_samples=config.toy_samples)
     return _of_manifest(directory, None)
 
@@ -76,8 +74,10 @@ def _find(config: DataConfig) -> Dataset:
     location = config.location
     paths, directory = _expand(location)
     if directory is not None:
-        _refuse_plain_keys(config, f"{location}, whose {FILE_NAME} says so,")
-        return _of_manifest(directory, paths)
+        prepared = _of_manifest(directory, paths)
+        what = f"{location}, whose {FILE_NAME} says so,"
+        _refuse_plain_keys(config, what, has_test=prepared.test is not None)
+        return _with_test(prepared, config)
     train = tuple(ShardFile(path) for path in paths)
     if not train[0].path.exists():
         raise UserError(_not_there(location, train[0].path))
@@ -85,13 +85,16 @@ def _find(config: DataConfig) -> Dataset:
     layout = guess_layout(
         sample, kind=config.kind, num_classes=config.num_classes, member=config.member
     )
-    test = None
+    return _with_test(Dataset(layout, train, None), config)
+
+
+def _with_test(dataset: Dataset, config: DataConfig) -> Dataset:
     if config.test_source is not None:
-        test_paths, _ = _expand(config.test_source)
-        test = tuple(ShardFile(path) for path in test_paths)
-    elif config.holdout > 0:
-        test = train
-    return Dataset(layout, train, test, config.holdout)
+        paths, _ = _expand(config.test_source, "data.test_source")
+        return replace(dataset, test=tuple(ShardFile(path) for path in paths))
+    if config.holdout > 0:
+        return replace(dataset, test=dataset.train, holdout=config.holdout)
+    return dataset
 
 
 def _of_manifest(directory: Path, chosen: list[Path] | None) -> Dataset:
@@ -112,14 +115,14 @@ def _of_manifest(directory: Path, chosen: list[Path] | None) -> Dataset:
     return Dataset(manifest.layout, tuple(train), tuple(test) or None)
 
 
-def _expand(location: str) -> tuple[list[Path], Path | None]:
+def _expand(location: str, key: str = "data.source") -> tuple[list[Path], Path | None]:
     """The shards that a directory, file or brace pattern names; the directory of their
     dataset.json if there is one. For a prepared directory the list is None in effect: all."""
     import braceexpand
 
     if "://" in location or location.startswith("pipe:"):
         raise UserError(
-            f"data.source: {location!r} is not a local path; copy the shards to a disk that every "
+            f"{key}: {location!r} is not a local path; copy the shards to a disk that every "
             "node sees (commands and URLs are not run or fetched)"
         )
     path = Path(location).expanduser()
@@ -127,25 +130,17 @@ def _expand(location: str) -> tuple[list[Path], Path | None]:
         if (path / FILE_NAME).is_file():
             manifest = read_manifest(path)
             return [shard.path for shard in manifest.files("train", path)], path
-        found = sorted(
-            item for item in path.iterdir() if item.name.endswith((".tar", ".tar.gz", ".tgz"))
-        )
-        if not found:
-            raise UserError(
-                f"data.source: {location} holds neither {FILE_NAME} nor .tar shards; run `ebm-dist "
-                "data prepare` or name the shards"
-            )
-        return found, None
+        return _shards_of(path, key), None
     try:
         names = []
         for name in braceexpand.braceexpand(str(path)):
             names.append(name)
             if len(names) > _MAX_SHARDS:
-                raise UserError(f"data.source: {location!r} names more than {_MAX_SHARDS} shards")
+                raise UserError(f"{key}: {location!r} names more than {_MAX_SHARDS} shards")
     except (ValueError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"data.source: {location!r} is no brace pattern ({error})") from None
+        raise UserError(f"{key}: {location!r} is no brace pattern ({error})") from None
     paths = [Path(name) for name in names]
     parents = {item.parent for item in paths}
     parent = paths[0].parent
@@ -154,23 +149,53 @@ def _expand(location: str) -> tuple[list[Path], Path | None]:
     return paths, None
 
 
+def _shards_of(directory: Path, key: str) -> list[Path]:
+    """All tars of a directory that no dataset.json describes."""
+    names = sorted(item.name for item in directory.iterdir() if not item.name.startswith("."))
+    found = [name for name in names if name.endswith(SUFFIXES)]
+    if not found:
+        raise UserError(
+            f"{key}: {directory} holds neither {FILE_NAME} nor .tar shards; run `ebm-dist "
+            "data prepare` or name the shards"
+        )
+    unread = [name for name in names if re.search(r"\.(tar\.\w+|tzst|tlz)$", name)]
+    if unread := [name for name in unread if name not in found]:
+        raise UserError(
+            f"{key}: {directory} holds {unread[0]} beside {found[0]}; {', '.join(SUFFIXES)} are "
+            "read, so unpack it to a .tar or move it elsewhere"
+        )
+    held_out = [name for name in found if re.match(r"(test|val|valid|validation)([^a-z]|$)", name)]
+    if key == "data.source" and 0 < len(held_out) < len(found):
+        raise UserError(
+            f"{key}: {directory} holds {held_out[0]} beside other shards, and all would be trained "
+            "on; move what is held out to a directory of its own and name it in data.test_source"
+        )
+    return [directory / name for name in found]
+
+
 def _not_there(location: str, first: Path) -> str:
+    if location in WITHOUT_ORIGINALS:
+        return (
+            f"data.source: {location} is not built in; run `ebm-dist data prepare {location} OUT "
+            f"--source SOURCE`, where SOURCE is {WITHOUT_ORIGINALS[location]}, and set data.source "
+            "to OUT"
+        )
     known = ["digits", "fashion-mnist", "toy:NAME"]
-    close = nearest(location, known) if "/" not in location else ""
+    close = nearest(location, [*known, *WITHOUT_ORIGINALS]) if "/" not in location else ""
     return (
         f"data.source: {location!r} is neither built in ({', '.join(known)}) nor shards on this "
         f"machine ({first} does not exist){close}; run `ebm-dist data prepare` or correct the path"
     )
 
 
-def _refuse_plain_keys(config: DataConfig, what: str) -> None:
+def _refuse_plain_keys(config: DataConfig, what: str, *, has_test: bool = True) -> None:
     given = {
-        "test_source": config.test_source,
-        "holdout": config.holdout or None,
         "kind": config.kind,
         "num_classes": config.num_classes,
         "member": config.member,
     }
+    if has_test:
+        given |= {"test_source": config.test_source, "holdout": config.holdout or None}
     for key, value in given.items():
         if value is not None:
             raise UserError(

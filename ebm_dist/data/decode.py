@@ -13,21 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 
+from ebm_dist.data.picture import IMAGE_EXTENSIONS, open_picture
 from ebm_dist.errors import UserError
 from ebm_dist.types import EventKind, EventSpec
-
-MAX_PIXELS = 64 * 2**20
-"""Pixels of one image. Pillow's own limit only warns; a 1 MB PNG can unfold into gigabytes."""
 
 MAX_NPY_HEADER = 4096
 """Bytes of an npy header; numpy parses it as a Python literal, which is quadratic for bad ones."""
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg")
 DATA_EXTENSIONS = (*IMAGE_EXTENSIONS, "npy")
+TOGETHER = "The members of a sample must follow each other in the tar (tar --sort=name)"
+
 PICKLE_EXTENSIONS = ("pyd", "pickle", "pkl", "pck", "p", "pt", "pth", "joblib", "dill")
 """Members that webdataset or others would unpickle; a shard that holds one is refused."""
 
@@ -59,12 +55,13 @@ def decode_sample(sample: Mapping[str, Any], layout: Layout) -> tuple[np.ndarray
     where = place(sample)
     x = _fit(_read_member(sample, layout.member, where), layout, where)
     label = read_label(sample, where)
-    if layout.labelled:
-        if label is None:
-            raise UserError(
-                f"{where}: has no .cls label, though the samples before it have; give every "
-                "sample a .cls member or none"
-            )
+    if layout.labelled != (label is not None):
+        came, others = ("a", "none") if label is not None else ("no", "one")
+        raise UserError(
+            f"{where}: has {came} .cls label, but the first sample has {others}; give every sample "
+            f"a .cls member or none. {TOGETHER}"
+        )
+    if label is not None:
         num_classes = layout.spec.num_classes
         if num_classes is not None and label >= num_classes:
             raise UserError(
@@ -102,7 +99,7 @@ def guess_layout(
     if num_classes is not None and not labelled:
         raise UserError(
             f"{where}: has no .cls label, but data.num_classes is {num_classes}; add the labels "
-            "or leave data.num_classes out"
+            f"or leave data.num_classes out. {TOGETHER}"
         )
     layout = Layout(EventSpec(shape, kind, num_classes), levels, labelled, member)
     _fit(x, layout, where)
@@ -117,6 +114,12 @@ def read_label(sample: Mapping[str, Any], where: str) -> int | None:
     """The `.cls` member as an integer of at least 0, None where there is none."""
     data = sample.get("cls")
     if data is None:
+        for name in sample:
+            if name.endswith(".cls"):
+                raise UserError(
+                    f"{where}: its label is the member .{name}, since a key ends at the first dot "
+                    "of the name; rename the members so that only the extension follows a dot"
+                )
         return None
     text = bytes(data[:40]).decode("ascii", "replace").strip()
     # `isdigit` first: int() would take '1_0' and '+1', and minutes for a megabyte of digits.
@@ -138,16 +141,17 @@ def _read_member(sample: Mapping[str, Any], member: str | None, where: str) -> n
             raise UserError(
                 f"{where}: has no member .{member} (data.member); it holds "
                 + (", ".join("." + name for name in names) or "nothing")
+                + f". {TOGETHER}"
             )
         chosen = member
     else:
         found = [name for name in names if name.rsplit(".", 1)[-1] in DATA_EXTENSIONS]
         if len(found) != 1:
             held = ", ".join("." + name for name in names) or "nothing"
-            raise UserError(
-                f"{where}: expected one of .png, .jpg, .npy, got {held}; "
-                + ("say which by data.member" if found else "write x as one of these")
-            )
+            advice = "say which by data.member" if found else f"write x as one of these. {TOGETHER}"
+            if any("." in name for name in found):
+                advice += "; a key ends at the first dot of the name"
+            raise UserError(f"{where}: expected one of .png, .jpg, .npy, got {held}; {advice}")
         chosen = found[0]
     data = bytes(sample[chosen])
     return _read_npy(data, where) if chosen.endswith("npy") else _read_image(data, where)
@@ -155,32 +159,7 @@ def _read_member(sample: Mapping[str, Any], member: str | None, where: str) -> n
 
 def _read_image(data: bytes, where: str) -> np.ndarray:
     """(H, W) or (H, W, 3), uint8."""
-    try:
-        # The readers themselves, not Image.open: no other format is tried, and its check of the
-        # size comes as a warning, which in a thread can be caught only by changing global state.
-        is_png = data.startswith(b"\x89PNG")
-        # Pillow is content once it has all rows, and a cut file may still have them.
-        if is_png and b"IEND" not in data[-16:]:
-            raise ValueError("PNG without its end: truncated")
-        reader = PngImageFile if is_png else JpegImageFile
-        image: Image.Image = reader(io.BytesIO(data))
-        if math.prod(image.size) > MAX_PIXELS:
-            raise UserError(
-                f"{where}: image of {image.width} x {image.height} pixels; at most "
-                f"{MAX_PIXELS} are read, against decompression bombs; resize it"
-            )
-        # 16-bit greys would be cut by convert("L"); palettes and alpha are unfolded.
-        if image.mode.startswith(("I", "F")):
-            raise UserError(f"{where}: image of more than 8 bits a channel; store it as .npy")
-        if image.mode not in ("L", "RGB"):
-            image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
-        return np.asarray(image)
-    except UserError:
-        raise
-    except Exception as error:  # pillow raises SyntaxError, OSError, struct.error, …
-        raise UserError(
-            f"{where}: not a readable PNG or JPEG ({error or type(error).__name__}); write it again"
-        ) from None
+    return np.asarray(open_picture(data, where, formats=("PNG", "JPEG")))
 
 
 def _read_npy(data: bytes, where: str) -> np.ndarray:
@@ -247,7 +226,8 @@ def _fit(x: np.ndarray, layout: Layout, where: str) -> np.ndarray:
     if x.shape != spec.shape:
         raise UserError(
             f"{where}: shape {tuple(x.shape)}, but the data set has {spec.shape}; bring all "
-            "samples to one shape (`ebm-dist data prepare imagefolder` can resize)"
+            "samples to one shape (`ebm-dist data prepare imagefolder` has --resize, and makes "
+            "all images colour where one is)"
         )
     if layout.levels is not None:
         if x.dtype != np.uint8:
@@ -263,7 +243,13 @@ def _fit(x: np.ndarray, layout: Layout, where: str) -> np.ndarray:
         if spec.kind == "categorical" and not (x.sum(axis=-1) == 1).all():
             raise UserError(f"{where}: categorical data must be one-hot in its last axis")
         return x.astype(np.uint8)
-    x = x.astype(np.float32)
+    with np.errstate(over="ignore"):
+        stored, x = x, x.astype(np.float32)
+    if not np.isfinite(x).all():
+        raise UserError(
+            f"{where}: {stored.dtype} values up to {np.abs(stored).max():.3g} are too large for "
+            "float32; rescale them"
+        )
     if spec.kind == "image" and (x.min() < -1 or x.max() > 1):
         raise UserError(
             f"{where}: a float image must lie in [-1, 1], got values from {x.min()} to {x.max()}; "

@@ -30,6 +30,8 @@ class Original:
     splits: dict[SplitName, Samples]
     shard_size: int = 2500
     """Samples a shard: Fashion-MNIST makes 24 shards, so that up to 24 ranks read their own."""
+    notes: tuple[str, ...] = ()
+    """What was left out of it, one line each."""
 
 
 def of_arrays(x: np.ndarray, label: np.ndarray | None) -> Samples:

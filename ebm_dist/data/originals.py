@@ -1,4 +1,4 @@
-"""The originals of the built-in data sets: digits, Fashion-MNIST, CIFAR-10, image folders, toys."""
+"""The originals of the named data sets: digits, the MNISTs, CIFAR-10, image folders, toys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ebm_dist.data import cifar10, fashion_mnist, image_folder
+from ebm_dist.data import cifar10, image_folder, mnist
 from ebm_dist.data.decode import Layout
 from ebm_dist.data.original import Original, Samples, of_arrays
 from ebm_dist.data.toys import TOYS, toy
@@ -15,13 +15,19 @@ from ebm_dist.section import nearest
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import EventSpec
 
-NAMES = ("digits", "fashion-mnist", "cifar10", "imagefolder", "toy:NAME")
+NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "imagefolder", "toy:NAME")
 """What `prepare` takes."""
+
+WITHOUT_ORIGINALS = {
+    "cifar10": "cifar-10-python.tar.gz",
+    "mnist": "the directory of its IDX files",
+    "imagefolder": "the directory of images",
+}
+"""Names that only `prepare` takes, and its --source."""
 
 _STATIC = {
     "digits": Layout(EventSpec((1, 8, 8), "image", 10), 17, labelled=True),
-    "fashion-mnist": fashion_mnist.LAYOUT,
-    "cifar10": cifar10.LAYOUT,
+    "fashion-mnist": mnist.LAYOUT,
 }
 
 
@@ -42,15 +48,17 @@ def load_original(
         UserError: for an unknown name, or originals that are missing or damaged.
     """
     if resize is not None and name != "imagefolder":
-        raise UserError(f"resize: is for imagefolder, not for {name}; leave it out")
+        raise UserError(f"--resize: is for imagefolder, not for {name}; leave it out")
     if name == "digits" or name.startswith("toy:"):
         if source is not None:
             raise UserError(f"--source: {name} needs no originals, got {source}; leave it out")
         if name == "digits":
             return _digits()
         return _toy(name.removeprefix("toy:"), toy_samples)
+    if name == "mnist":
+        return mnist.load(name, source)
     if name == "fashion-mnist":
-        return fashion_mnist.load(source or fashion_mnist.DIRECTORY)
+        return mnist.load(name, source or mnist.DIRECTORY)
     if name == "cifar10":
         return cifar10.load(source)
     if name == "imagefolder":

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,9 @@ from ebm_dist.errors import RunFailed, UserError
 from ebm_dist.private import scratch
 from ebm_dist.seeds import derive_seed
 
+_MAX_LISTED = 100
+"""Classes that are counted one by one."""
+
 
 def prepare(
     name: str,
@@ -37,16 +42,18 @@ def prepare(
     resize: int | None = None,
     shard_size: int | None = None,
     toy_samples: int = 8192,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Write `name` as shards and dataset.json in `out_dir`, which appears when it is complete.
 
     Args:
-        name: digits, fashion-mnist, cifar10, imagefolder or toy:NAME.
+        name: digits, mnist, fashion-mnist, cifar10, imagefolder or toy:NAME.
         out_dir: the directory to make; must not exist, or be empty.
         source: where the originals are, for the names that have any.
         resize: side in pixels to which imagefolder cuts and scales its images.
         shard_size: samples a shard.
         toy_samples: training samples of a toy.
+        say: is told what was left out, and how many samples each split has of each class.
 
     Raises:
         UserError: for originals or a directory that will not do.
@@ -58,6 +65,8 @@ def prepare(
     original = load_original(
         name, None if source is None else Path(source), resize=resize, toy_samples=toy_samples
     )
+    for note in original.notes:
+        say(note)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -66,7 +75,7 @@ def prepare(
             f"{out}: cannot be written ({error.strerror}); choose another directory"
         ) from None
     try:
-        manifest = _write(original, partial, shard_size or original.shard_size)
+        manifest = _write(original, partial, shard_size or original.shard_size, say)
         partial.chmod(0o755)
         _install(partial, out)
     except OSError as error:
@@ -125,10 +134,16 @@ def _refuse_occupied(out: Path) -> None:
         raise UserError(f"{out}: is not empty and holds no {FILE_NAME}; name a new directory")
 
 
-def _write(original: Original, directory: Path, shard_size: int) -> Manifest:
+def _write(
+    original: Original, directory: Path, shard_size: int, say: Callable[[str], None]
+) -> Manifest:
     splits: dict[SplitName, tuple[ShardEntry, ...]] = {}
     for split, samples in original.splits.items():
-        splits[split] = tuple(_write_split(original, split, samples, directory, shard_size))
+        entries, counts = _write_split(original, split, samples, directory, shard_size)
+        splits[split] = tuple(entries)
+        say(f"{split}: {_counted(samples.num, counts, original.classes)}")
+    if "test" not in splits:
+        say("test: no samples; a run that evaluates needs data.holdout or data.test_source")
     spec = original.layout.spec
     manifest = Manifest(
         name=original.name,
@@ -145,7 +160,7 @@ def _write(original: Original, directory: Path, shard_size: int) -> Manifest:
 
 def _write_split(
     original: Original, split: SplitName, samples: Samples, directory: Path, shard_size: int
-) -> list[ShardEntry]:
+) -> tuple[list[ShardEntry], Counter[int]]:
     from webdataset.writer import TarWriter
 
     # A shuffled order on disk, once: originals are sorted by class or by writer, and a shuffle
@@ -153,6 +168,7 @@ def _write_split(
     rng = np.random.default_rng(derive_seed(0, "data", "prepare", original.name, split))
     order = rng.permutation(samples.num)
     entries = []
+    counts: Counter[int] = Counter()
     for number, start in enumerate(range(0, samples.num, shard_size)):
         path = directory / f"{split}-{number:06d}.tar"
         chosen = order[start : start + shard_size]
@@ -164,6 +180,7 @@ def _write_split(
                     sample: dict[str, str | bytes] = {"__key__": f"{index:08d}", **encode(x)}
                     if label is not None:
                         sample["cls"] = str(label).encode()
+                        counts[label] += 1
                     writer.write(sample)
             stream.flush()
             os.fsync(stream.fileno())
@@ -175,7 +192,18 @@ def _write_split(
                 sha256=sha256_of(path),
             )
         )
-    return entries
+    return entries, counts
+
+
+def _counted(num: int, counts: Counter[int], classes: tuple[str, ...]) -> str:
+    if not classes:
+        return f"{num} samples without labels"
+    if len(classes) > _MAX_LISTED:
+        each = [counts[k] for k in range(len(classes))]
+        return f"{num} samples, {min(each)} to {max(each)} of each of {len(classes)} classes"
+    # A folder's name may hold anything, and this goes to a terminal.
+    names = [name if name.isprintable() else ascii(name) for name in classes]
+    return f"{num} samples: " + ", ".join(f"{counts[k]} {name}" for k, name in enumerate(names))
 
 
 def encode(x: np.ndarray) -> dict[str, bytes]:

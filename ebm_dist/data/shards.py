@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import lzma
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tarfile import (
+    EOFHeaderError,  # pyright: ignore[reportAttributeAccessIssue]
+    HeaderError,
+    ReadError,
+)
+from typing import Any, BinaryIO, Self, cast
 
 from ebm_dist.errors import UserError
 
 MAX_MEMBER_BYTES = 256 * 2**20
 """Bytes of one member, after decompression: a tar.gz of kilobytes can unfold into gigabytes."""
 
-_END_OF_ARCHIVE = bytes(512)
+BROKEN = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError)
+"""What reading a damaged or truncated archive raises."""
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+"""What tarfile reads. A file of another name is read too where data.source names it."""
+
+_BLOCK = 512
+_MAX_PADDING = 64 * 2**20
+"""Bytes after a tar's end that are looked at; GNU tar fills up to 10 kB, `cat` puts a tar there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +70,11 @@ def check_shard(shard: ShardFile, *, checksum: bool) -> None:
         )
 
 
-def read_shard(shard: ShardFile) -> Iterator[dict[str, Any]]:
+def read_shard(shard: ShardFile, left_out: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The samples of a shard in their order: `__key__`, `__url__` and bytes by extension.
+
+    Args:
+        left_out: is given the names of members that belong to no sample.
 
     Raises:
         UserError: for a tar that is missing, truncated, empty, no tar, or has other samples than
@@ -69,18 +86,18 @@ def read_shard(shard: ShardFile) -> Iterator[dict[str, Any]]:
     check_shard(shard, checksum=False)
     count = 0
     try:
-        for sample in group_by_keys(_members(shard.path)):
+        for sample in group_by_keys(_members(shard.path, left_out)):
             count += 1
             yield sample
     except UserError:
         raise
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
+    except BROKEN as error:
         raise UserError(
-            f"{shard.path}: not a whole tar file ({_reason(error)}); copy or write it again"
+            f"{shard.path}: not a whole tar file ({reason(error)}); copy or write it again"
         ) from None
     except ValueError as error:
         raise UserError(
-            f"{shard.path}: not a webdataset shard ({_reason(error)}); members of one sample "
+            f"{shard.path}: not a webdataset shard ({reason(error)}); members of one sample "
             "share a key and have different extensions"
         ) from None
     if count == 0:
@@ -94,16 +111,24 @@ def read_shard(shard: ShardFile) -> Iterator[dict[str, Any]]:
         )
 
 
-def _members(path: Path) -> Iterator[dict[str, Any]]:
+def _members(path: Path, left_out: list[str] | None) -> Iterator[dict[str, Any]]:
     """webdataset's `tar_file_expander` for a local file, which knows neither a limit on the size
-    of a member nor a tar that was cut between two members."""
+    of a member nor links nor a tar that was cut or damaged between two members."""
     _refuse_cut_tar(path)
     url = str(path)
     # Seeking, not streaming (`r|`): the latter copies the rest of its buffer at every read.
-    with path.open("rb", buffering=2**18) as file, tarfile.open(fileobj=file, mode="r:*") as stream:
+    with (
+        path.open("rb", buffering=2**18) as file,
+        tarfile.open(fileobj=file, mode="r:*", tarinfo=_Header) as stream,
+    ):
         for info in stream:
-            if not info.isreg() or re.match(r"__[^/]*__($|/)", info.name):
+            if info.isdir() or re.match(r"__[^/]*__($|/)", info.name):
                 continue
+            if base_plus_ext(info.name)[0] is None:
+                if left_out is not None and info.isreg():
+                    left_out.append(info.name)
+                continue
+            _refuse_link(info, path)
             if info.size > MAX_MEMBER_BYTES:
                 raise UserError(
                     f"{path}: member {info.name!r} has {info.size} bytes; at most "
@@ -114,22 +139,68 @@ def _members(path: Path) -> Iterator[dict[str, Any]]:
             yield {"fname": info.name, "data": member.read(), "__url__": url}
             # A tarfile remembers every header it saw.
             stream.members = []  # pyright: ignore[reportAttributeAccessIssue]
+        _refuse_more(cast(BinaryIO, stream.fileobj), path)
 
 
 def _refuse_cut_tar(path: Path) -> None:
+    """At once, for the usual form of a tar; the end of the others is seen when they are read."""
     with path.open("rb") as stream:
-        start = stream.read(512)
-        plain = start[257:262] == b"ustar"
-        if not plain:  # compressed files end with checksums of their own
+        if stream.read(_BLOCK)[257:262] != b"ustar":
             return
-        stream.seek(-512, 2)
-        if stream.read(512) != _END_OF_ARCHIVE:
+        stream.seek(-_BLOCK, 2)
+        if stream.read(_BLOCK) != bytes(_BLOCK):
             raise UserError(
                 f"{path}: tar without its end-of-archive mark: it was truncated, or its writer "
                 "did not finish; copy or write it again"
             )
 
 
-def _reason(error: BaseException) -> str:
+def _refuse_link(info: tarfile.TarInfo, path: Path) -> None:
+    """Links are never followed; one in a sample's place is a sample lost."""
+    if not info.isreg():
+        what = "link" if info.islnk() or info.issym() else "device"
+        raise UserError(
+            f"{path}: member {info.name!r} is a {what}, which is not read; write its content "
+            "instead (tar --dereference --hard-dereference)"
+        )
+
+
+def _refuse_more(padding: BinaryIO, path: Path) -> None:
+    """`padding` is what follows a tar's end, and nobody reads."""
+    for _ in range(0, _MAX_PADDING, 2**20):
+        block = padding.read(2**20)
+        if block.count(0) != len(block):
+            raise UserError(
+                f"{path}: something follows the end of the tar, perhaps another tar (`cat` does "
+                "not join tars); give each tar as a shard of its own"
+            )
+        if not block:
+            return
+
+
+class _Header(tarfile.TarInfo):
+    """tarfile takes a damaged header or the end of the file for the end of the tar."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile)
+        except EOFHeaderError:  # the block of zeros that is the end
+            raise
+        except HeaderError as error:
+            raise ReadError(
+                f"no end-of-archive mark but {error} at byte {tarfile.offset}"
+            ) from None
+
+
+def base_plus_ext(name: str) -> tuple[str | None, str | None]:
+    """webdataset's key and extension of a member; (None, None) for a name that has no key."""
+    from webdataset.tariterators import base_plus_ext as split
+
+    return split(name)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an exception, or its type."""
     text = str(error.args[0]) if error.args else ""
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.splitlines()[0].rstrip(":") if text else type(error).__name__

@@ -64,8 +64,8 @@ def _stored(config: DataConfig, dataset: Dataset, split: SplitName):
     shards = dataset.train if split == "train" else dataset.test
     if shards is None:
         raise UserError(
-            f"data.test_source: {config.location} has no test split; name held-out shards in "
-            "data.test_source, or set data.holdout to the part to hold out"
+            f"data.holdout: {config.location} has no test split; set data.holdout to the part to "
+            "hold out, such as 0.1, or name held-out shards in data.test_source"
         )
     for shard in shards:
         check_shard(shard, checksum=config.verify)

@@ -84,8 +84,9 @@ class NetworkSection(BoundSection):
             return bound
         if spec.num_classes is None:
             raise ValueError(
-                "energy.num_classes: 'data', but the data has no labels; give a number, or leave "
-                "it out for an energy without classes"
+                "energy.num_classes: 'data', but the data names no classes; set data.num_classes "
+                "where plain shards hold .cls labels, else give a number, or leave it out for an "
+                "energy without classes"
             )
         return bound.model_copy(update={"num_classes": spec.num_classes})
 

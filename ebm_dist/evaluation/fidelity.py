@@ -141,7 +141,7 @@ class Fidelity:
             num_reference: samples behind each reference: the distance of few samples is biased
                 upwards, so use the number that `distance` will be given.
         """
-        _check_data(train, test, spec)
+        check_data(train, test, spec)
         assert train.label is not None
         num_classes = spec.num_classes or int(train.label.max()) + 1
         # Features of images that the classifier has seen are more extreme than of any other: real
@@ -283,7 +283,8 @@ def _matrix_sqrt(covariance: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
-def _check_data(train: Batch, test: Batch, spec: EventSpec) -> None:
+def check_data(train: Batch, test: Batch, spec: EventSpec) -> None:
+    """Raise ValueError for data that the classifier cannot be trained on."""
     if spec.kind != "image" or len(spec.shape) != 3:
         raise ValueError(
             f"evaluation.fidelity: needs images (C, H, W), the data has {spec.kind} events of "
@@ -298,5 +299,6 @@ def _check_data(train: Batch, test: Batch, spec: EventSpec) -> None:
         if tuple(batch.x.shape[1:]) != spec.shape or batch.x.shape[0] < 4:
             raise ValueError(
                 f"evaluation.fidelity: the {name} split is {tuple(batch.x.shape)}, expected at "
-                f"least 4 images of shape {spec.shape}"
+                f"least 4 images of shape {spec.shape}; add images, or set evaluation.fidelity: "
+                "false"
             )

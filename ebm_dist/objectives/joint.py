@@ -33,8 +33,9 @@ class JointSection(ContrastiveFields):
     def bind(self, spec: EventSpec) -> JointSection:
         if spec.num_classes is None:
             raise ValueError(
-                "objective.name: joint needs labelled data, and data.source has no labels; choose "
-                "labelled data, or objective.name: contrastive"
+                "objective.name: joint needs the number of the data's classes; set "
+                "data.num_classes where plain shards hold .cls labels, else choose labelled data, "
+                "or objective.name: contrastive"
             )
         return super().bind(spec)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import lzma
 import multiprocessing
 import os
 import pickle
@@ -19,8 +20,8 @@ from data_shards import npy, png
 from PIL import Image
 
 from ebm_dist.data import DataConfig, DataStream, check, describe, load_split, prepare
-from ebm_dist.data.fashion_mnist import DIRECTORY
 from ebm_dist.data.manifest import read_manifest
+from ebm_dist.data.mnist import DIRECTORY
 from ebm_dist.data.prepare import materialise
 from ebm_dist.data.restricted_pickle import read_plain_pickle
 from ebm_dist.errors import UserError
@@ -111,6 +112,38 @@ def test_fashion_mnist_is_read_from_idx_files(tmp_path: Path, gz: bool):
     x, label = write_fashion(tmp_path / "idx", gz=gz)
     prepare("fashion-mnist", tmp_path / "out", source=tmp_path / "idx")
     assert as_set(*stored(tmp_path / "out")) == as_set(x[:, None], label)
+
+
+@pytest.mark.parametrize("gz", [True, False])
+def test_idx_files_named_with_a_dot_are_read(tmp_path: Path, gz: bool):
+    x, label = write_fashion(tmp_path / "idx", gz=gz)
+    for path in (tmp_path / "idx").iterdir():
+        path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+    prepare("fashion-mnist", tmp_path / "out", source=tmp_path / "idx")
+    assert as_set(*stored(tmp_path / "out")) == as_set(x[:, None], label)
+
+
+@pytest.mark.parametrize("whole", ["plain", "gzipped"])
+def test_a_cut_idx_file_beside_the_whole_one_is_passed_over(tmp_path: Path, whole: str):
+    x, label = write_fashion(tmp_path / "idx", gz=whole == "gzipped")
+    suffix = ".gz" if whole == "plain" else ""
+    (tmp_path / "idx" / f"train-images-idx3-ubyte{suffix}").write_bytes(b"\x1f\x8b\x08\0")
+    prepare("fashion-mnist", tmp_path / "out", source=tmp_path / "idx")
+    assert as_set(*stored(tmp_path / "out")) == as_set(x[:, None], label)
+
+
+def test_mnist_is_a_set_of_its_own_with_digits_for_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    x, label = write_fashion(tmp_path / "idx")
+    manifest = prepare("mnist", tmp_path / "out", source=tmp_path / "idx")
+    assert (manifest.name, manifest.classes[9]) == ("mnist", "9")
+    assert as_set(*stored(tmp_path / "out")) == as_set(x[:, None], label)
+    with pytest.raises(UserError, match="mnist: needs --source"):
+        prepare("mnist", tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="data prepare mnist OUT --source SOURCE"):
+        describe(DataConfig(source="mnist"))
 
 
 @pytest.mark.skipif(not DIRECTORY.is_dir(), reason="Debian package dataset-fashion-mnist is absent")
@@ -365,6 +398,17 @@ def test_a_cut_binary_batch_or_archive_is_refused(tmp_path: Path):
         prepare("cifar10", tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "cifar-10-python.tar.xz"])
+def test_what_a_failed_download_of_cifar10_leaves_is_one_line(tmp_path: Path, name: str):
+    page = b"<!DOCTYPE html><html><body>404</body></html>"
+    damaged = bytearray(lzma.compress(bytes(10_000)))
+    damaged[40] ^= 255
+    (tmp_path / name).write_bytes(page if name.endswith("gz") else bytes(damaged))
+    with pytest.raises(UserError, match=f"{name}: not a whole archive") as error:
+        prepare("cifar10", tmp_path / "out", source=tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
 # -- a folder of images
 
 
@@ -427,9 +471,9 @@ def test_resize_cuts_the_middle_square(tmp_path: Path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("sizes", "resize"),
-        ("no image", "not a readable PNG or JPEG"),
-        ("empty", "no .png or .jpg"),
+        ("sizes", "--resize 6"),
+        ("no image", "not a readable PNG, JPEG, BMP or WebP"),
+        ("empty", "no training images"),
         ("stray", "lies beside the class folders"),
         ("missing", "needs --source"),
     ],
@@ -472,7 +516,11 @@ def test_prepare_refuses_a_directory_in_use(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("digit", "did you mean 'digits'"), ("toy:rnig", "did you mean"), ("mnist", "fashion-mnist")],
+    [
+        ("digit", "did you mean 'digits'"),
+        ("toy:rnig", "did you mean"),
+        ("mnists", "did you mean 'mnist'"),
+    ],
 )
 def test_unknown_names_get_the_nearest(tmp_path: Path, name: str, message: str):
     with pytest.raises(UserError, match=message):

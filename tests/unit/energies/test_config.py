@@ -97,7 +97,7 @@ def test_two_equal_members_start_from_different_weights():
         ("rbm", {"num_visible": 63}, BITS, r"energy\.num_visible: 63.*64"),
         ("ising", {"shape": (4, 4)}, BITS, r"\(4, 4\).*\(1, 8, 8\)"),
         ("transformer_lm", {}, DIGITS, r"takes categorical events, the data is image"),
-        ("mlp", {"num_classes": "data"}, PLANE, r"energy\.num_classes.*no labels"),
+        ("mlp", {"num_classes": "data"}, PLANE, r"energy\.num_classes.*names no classes"),
         (
             "sum",
             {"members": [{"name": "ring"}]},

@@ -1,7 +1,8 @@
-"""Fashion-MNIST, from its IDX files."""
+"""MNIST and Fashion-MNIST, from their IDX files."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import struct
 import zlib
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ebm_dist.data.decode import Layout
+from ebm_dist.data.manifest import SplitName
 from ebm_dist.data.original import Original, Samples, of_arrays
 from ebm_dist.errors import UserError
 from ebm_dist.types import EventSpec
@@ -17,7 +19,7 @@ from ebm_dist.types import EventSpec
 DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts the IDX files."""
 
-_CLASSES = (
+_GARMENTS = (
     "t-shirt/top",
     "trouser",
     "pullover",
@@ -29,11 +31,20 @@ _CLASSES = (
     "bag",
     "ankle boot",
 )
+_SETS = {
+    "mnist": ("MNIST (LeCun, Cortes & Burges)", tuple(str(digit) for digit in range(10))),
+    "fashion-mnist": ("Fashion-MNIST (Xiao, Rasul & Vollgraf 2017)", _GARMENTS),
+}
 LAYOUT = Layout(EventSpec((1, 28, 28), "image", 10), 256, labelled=True)
 
 
-def load(directory: Path) -> Original:
-    """The IDX files of `directory`, gzipped or plain."""
+def load(name: str, directory: Path | None) -> Original:
+    """The IDX files of `directory`, gzipped or plain. The files do not tell the two sets apart."""
+    if directory is None:
+        raise UserError(
+            f"{name}: needs --source, the directory of its four IDX files (train-images-idx3-ubyte "
+            "and so on, gzipped or plain)"
+        )
 
     def split(stem: str) -> Samples:
         images = _read_idx(directory, f"{stem}-images-idx3-ubyte", num_dims=3)
@@ -45,24 +56,34 @@ def load(directory: Path) -> Original:
             )
         return of_arrays(images[:, None], labels)
 
-    return Original(
-        "fashion-mnist",
-        "Fashion-MNIST (Xiao, Rasul & Vollgraf 2017), its own train and test parts",
-        LAYOUT,
-        _CLASSES,
-        {"train": split("train"), "test": split("t10k")},
-    )
+    law, classes = _SETS[name]
+    splits: dict[SplitName, Samples] = {"train": split("train"), "test": split("t10k")}
+    return Original(name, f"{law}, its own train and test parts", LAYOUT, classes, splits)
 
 
 def _read_idx(directory: Path, stem: str, *, num_dims: int) -> np.ndarray:
     """A uint8 IDX file, gzipped or plain: 0, 0, 8, dimensions, big-endian sizes, bytes."""
-    candidates = [directory / f"{stem}.gz", directory / stem]
-    path = next((path for path in candidates if path.is_file()), None)
-    if path is None:
+    # torchvision and the set's own page write `-idx3`, Kaggle's copies `.idx3`.
+    names = [stem, stem.replace("-idx", ".idx")]
+    found = [
+        directory / f"{name}{suffix}"
+        for name in names
+        for suffix in ("", ".gz")
+        if (directory / f"{name}{suffix}").is_file()
+    ]
+    if not found:
         raise UserError(
-            f"{candidates[0]}: is missing; install the Debian package (`apt-get install "
-            "dataset-fashion-mnist`) or point --source at the directory of the IDX files"
+            f"{directory / stem}: is missing, and so is {stem}.gz; point --source at the directory "
+            "of the IDX files (Debian has Fashion-MNIST's: `apt-get install dataset-fashion-mnist`)"
         )
+    # A download that was cut may lie beside the whole file.
+    for path in found[:-1]:
+        with contextlib.suppress(UserError):
+            return _parse_idx(path, num_dims)
+    return _parse_idx(found[-1], num_dims)
+
+
+def _parse_idx(path: Path, num_dims: int) -> np.ndarray:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             header = stream.read(4 + 4 * num_dims)
