@@ -19,7 +19,7 @@ from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import resolve_mode, scrub
 from ebm_dist.metrics.jsonl import METRICS_FILE, JsonlSink, read_rows
 from ebm_dist.metrics.names import FRAME
-from ebm_dist.metrics.sink import WandbSink, new_run_id
+from ebm_dist.metrics.sink import WandbSink, first_run_id
 from ebm_dist.metrics.tile import enlarge, tile
 
 MAX_WAITING = 10_000
@@ -41,9 +41,10 @@ class MetricHub:
     speaks to W&B. Trouble is said once, in `notices`.
 
     **Resume.** With `resume_step` s, rows beyond s are moved to `metrics.superseded.jsonl`:
-    `metrics.jsonl` always holds one history. `rewind` does the same in a live run that goes
-    back to a checkpoint. A row of a newer epoch than any before does it by itself. On W&B, where
-    nothing can be taken back, the newer rows carry the greater `epoch`.
+    `metrics.jsonl` always holds one history. W&B takes nothing back: there the updates that a
+    resumed run repeats keep the rows that were logged first. `rewind` moves rows in a live run
+    that goes back to a checkpoint, and so does a row of a newer epoch than any before; what it
+    went back from may not be finite, so W&B gets the newer rows as well, with the greater `epoch`.
 
     Args:
         run_config: shown on W&B, with secrets hidden.
@@ -84,7 +85,7 @@ class MetricHub:
                     run_dir=self._run_dir,
                     run_config=run_config,
                     run_name=run_name,
-                    run_id=resume_id or new_run_id(),
+                    run_id=first_run_id(resume_id),
                     resume_step=resume_step,
                     notice=self._notice,
                 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import shlex
 import shutil
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,19 +18,30 @@ from typing import Any, Literal
 from ebm_dist.metrics.config import TrackingConfig as TrackingConfig
 from ebm_dist.metrics.credentials import scrub, scrub_config
 from ebm_dist.metrics.jsonl import JsonlSink as JsonlSink
-from ebm_dist.metrics.jsonl import decode, encode, read_rows, repair, replace_rows
 from ebm_dist.metrics.names import FRAME
+from ebm_dist.metrics.spool import Continuity, Spool
 
 FIRST_RETRY = 1.0
 LAST_RETRY = 60.0
 """Seconds between attempts to reach W&B: doubled from the first to the last."""
-IN_FLIGHT_S = 60.0
-"""Longer than W&B's service holds a row before it sends it."""
+DEFAULT_PROJECT = "ebm_dist"
 
 
 def new_run_id() -> str:
     """A W&B run id nobody else has."""
     return uuid.uuid4().hex[:10]
+
+
+def first_run_id(resume_id: str | None) -> str:
+    """The id to begin with: an agent's, else that of the checkpoint, WANDB_RUN_ID or a new one."""
+    said = os.environ.get("WANDB_RUN_ID")
+    if said and _under_an_agent():
+        return said  # a sweep's run is the agent's to name: the client takes no other id there
+    return resume_id or said or new_run_id()
+
+
+def _under_an_agent() -> bool:
+    return any(os.environ.get(name) for name in ("WANDB_SWEEP_ID", "WANDB_LAUNCH"))
 
 
 def default_entity() -> str | None:
@@ -40,71 +51,17 @@ def default_entity() -> str | None:
     return wandb.Api().default_entity
 
 
-class Spool:
-    """Items on their way to W&B, in a file: a dead server or a dead hub loses none.
-
-    An item is taken by reading on, and the file is emptied when all has been taken. After a
-    crash what was in the file is sent again: rows carry their step, so that twice is harmless.
-    """
-
-    def __init__(self, path: Path, *, resume_step: int | None) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._taken = 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        repair(path)
-        if resume_step is not None and path.exists():
-            rows = [row for row in read_rows(path) if row.get("step", 0) <= resume_step]
-            replace_rows(path, rows)
-
-    def put(self, item: Mapping[str, Any]) -> None:
-        with self._lock, open(self._path, "ab", buffering=0) as file:
-            file.write(encode(item))
-
-    def take(self, most: int = 500) -> list[tuple[dict[str, Any] | None, int]]:
-        """Up to `most` items, each with the mark to hand to `advance` when it is delivered.
-
-        An item is None where its line is no JSON object.
-        """
-        items, mark = [], self._taken
-        with self._lock, contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
-            file.seek(self._taken)
-            for line in file:
-                if len(items) >= most or not line.endswith(b"\n"):
-                    break
-                mark += len(line)
-                items.append((decode(line), mark))
-        return items
-
-    def advance(self, mark: int) -> None:
-        """All up to `mark` is delivered."""
-        self._taken = mark
-
-    def done(self) -> None:
-        """Empty the file if all of it is delivered."""
-        with self._lock, contextlib.suppress(FileNotFoundError):
-            if os.path.getsize(self._path) <= self._taken:
-                os.truncate(self._path, 0)
-                self._taken = 0
-
-    def empty(self) -> bool:
-        with self._lock:
-            try:
-                return os.path.getsize(self._path) <= self._taken
-            except FileNotFoundError:
-                return True
-
-
 class WandbSink:
     """Sends items to one W&B run from a thread of its own; no call of it waits for a server.
 
-    Where the server cannot be reached the items stay in the spool and the thread tries again,
-    with pauses that double up to a minute. If it is still away at the end, the spool becomes an
-    offline run of the same id. `notice` is called once for each kind of trouble, in one line.
+    Where the server cannot be reached the thread tries again, with pauses that double up to a
+    minute. If it is still away at the end, an offline run of the same id holds what no service was
+    given. `notice` is called once for each kind of trouble, in one line.
 
-    Resume is by `run_id` with resume="allow". Rows hold `step`, and every metric is drawn
-    against it: W&B's own counter would refuse the rows of a run that went back to a
-    checkpoint.
+    Resume is by `run_id` with resume="allow", and goes on after the last line that the server has,
+    so that it gets every item once. A run that was deleted on its page is replaced by another,
+    which gets all of them. Rows hold `step`, and every metric is drawn against it: W&B's own
+    counter would refuse the rows of a run that went back to a checkpoint.
     """
 
     def __init__(
@@ -120,7 +77,6 @@ class WandbSink:
         notice: Callable[[str], None],
     ) -> None:
         self.mode: Literal["online", "offline"] = mode
-        self.run_id = run_id
         self.url: str | None = None
         self.dir = run_dir / "wandb"
         self._config = config
@@ -130,14 +86,18 @@ class WandbSink:
         self._notice = notice
         self._told: set[str] = set()
         self._run: Any = None
-        self._recent: deque[tuple[float, Mapping[str, Any]]] = deque(maxlen=2000)  # when, what
-        self._lost_at = 0.0
         self._spool = Spool(self.dir / "spool.jsonl", resume_step=resume_step)
+        self._kept = Continuity(self.dir / "continuity.json", run_id)
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._give_up_at = float("inf")
         self._thread = threading.Thread(target=self._work, name="wandb-sink", daemon=True)
         self._thread.start()
+
+    @property
+    def run_id(self) -> str:
+        """The id of the W&B run."""
+        return self._kept.run_id
 
     @property
     def sync_command(self) -> str:
@@ -208,6 +168,16 @@ class WandbSink:
                 "AuthenticationError",
                 "UsageError",
             ) or "returned error 401" in str(error)
+            lost_id = mode == "online" and _is_deleted(error) and not _under_an_agent()
+            if lost_id and "deleted" not in self._told:
+                old = self.run_id
+                self._kept.rename(new_run_id())
+                self._tell(
+                    "deleted",
+                    f"W&B: run {old} was deleted on the server, which does not give its id again; "
+                    f"run {self.run_id} takes its place and is sent everything",
+                )
+                return self._connect(mode)
             if mode == "online" and wrong_key:
                 # Asking again would not mend it.
                 self.mode = "offline"
@@ -222,13 +192,36 @@ class WandbSink:
                 f"are kept and it is tried again",
             )
             return False
+        if self.run_id != self._run.id:
+            self._kept.rename(self._run.id)
+        if summary := self._spool.start_at(self._num_arrived(mode)):
+            self._run.summary.update(summary)
         if "away" in self._told or "lost" in self._told:
             if mode == self.mode:
                 self._notice("W&B: connected; what was kept is being sent")
-                if "lost" in self._told:
-                    self._send_again()
             self._told -= {"away", "lost"}
         return True
+
+    def _num_arrived(self, mode: Literal["online", "offline"]) -> int:
+        """Items that need not be sent: lines of the run's history that the server has.
+
+        Offline runs of one id are sent one after the other, so each holds what those before it
+        do not.
+        """
+        if mode == "online":
+            self._kept.num_passed_on = self._num_lines() if self._run.resumed else 0
+        return self._kept.num_passed_on
+
+    def _num_lines(self) -> int:
+        import wandb
+
+        try:
+            where = {"entity": self._run.entity, "project": self._run.project}
+            api = wandb.Api(overrides=where, timeout=math.ceil(self._config.init_timeout))
+            return int(api.run(self._run.id).historyLineCount)
+        except Exception:
+            # Reckoned by the client from the last line or the summary, which may be ahead of it.
+            return int(self._run.starting_step)
 
     def _init(self, mode: Literal["online", "offline"]) -> Any:
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -247,7 +240,7 @@ class WandbSink:
             x_disable_viewer=True,
         )
         run = wandb.init(
-            project=self._config.project,
+            project=self._config.project or DEFAULT_PROJECT,
             entity=self._config.entity,
             group=self._config.group,
             tags=list(self._config.tags) or None,
@@ -274,41 +267,23 @@ class WandbSink:
         while items := self._spool.take():
             for item, mark in items:
                 try:
-                    if item is not None:
-                        self._send(item)
-                        self._recent.append((time.monotonic(), item))
-                except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-                    # This item's own fault: it must not stand in the way of all others.
-                    self._tell("item", f"W&B: an item was left out ({_first_line(error)})")
+                    self._send(item)
                 except Exception as error:
                     self._lost(error)
                     return False
                 self._spool.advance(mark)
-            self._spool.done()
+                self._kept.num_passed_on += item.get("kind") != "summary"
+            self._kept.save()
         return True
 
     def _lost(self, error: Exception) -> None:
         self._tell(
             "lost", f"W&B: connection lost ({_first_line(error)}); metrics are kept and sent later"
         )
-        self._lost_at = time.monotonic()
         run, self._run = self._run, None
         with contextlib.suppress(Exception):
             run.finish()
         self._stop_service()  # it may be dead; the next attempt starts another
-
-    def _send_again(self) -> None:
-        """Repeat what the service took and may have died with.
-
-        That is rows beyond the server's last step, and the last minute's: its summary, which is
-        all that W&B tells of a run, is sent by itself and may be ahead of the rows. A row that
-        comes twice is one point of a curve.
-        """
-        with contextlib.suppress(Exception):
-            known = self._run.summary.get("step")
-            for at, item in list(self._recent):
-                if known is None or item.get("step", 0) > known or at > self._lost_at - IN_FLIGHT_S:
-                    self._send(item)
 
     @staticmethod
     def _stop_service() -> None:
@@ -320,25 +295,18 @@ class WandbSink:
                 wandb.teardown()
 
     def _send(self, item: Mapping[str, Any]) -> None:
-        import wandb
-
-        frame = {name: item[name] for name in FRAME if item.get(name) is not None}
-        kind = item["kind"]
-        if kind == "row":
-            values = {
-                name: float("nan") if value is None else value
-                for name, value in item["values"].items()
-            }
-            self._run.log({**frame, **values})
-        elif kind == "image":
-            self._run.log({**frame, item["name"]: wandb.Image(item["path"])})
-        elif kind == "histogram":
-            pair = (item["counts"], item["edges"])
-            self._run.log({**frame, item["name"]: wandb.Histogram(np_histogram=pair)})
-        elif kind == "summary":
+        if item.get("kind") == "summary":
             self._run.summary.update(item["values"])
-        else:
-            raise ValueError(f"unknown kind {kind!r}")
+            return
+        frame = {name: item[name] for name in FRAME if item.get(name) is not None}
+        try:
+            values = _logged(item)
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            # This item's own fault: it must not stand in the way of all others. A line of the
+            # history it is all the same, for lines are what is counted.
+            self._tell("item", f"W&B: an item was left out ({_first_line(error)})")
+            values = {}
+        self._run.log({**frame, **values})
 
     def _end(self) -> None:
         if self._run is None and self.mode == "online" and not self._spool.empty():
@@ -370,6 +338,27 @@ class WandbSink:
         if kind not in self._told:
             self._told.add(kind)
             self._notice(line)
+
+
+def _logged(item: Mapping[str, Any]) -> dict[str, Any]:
+    """What `item` adds to a line of the history; raises where there is something wrong with it."""
+    import wandb
+
+    kind = item["kind"]
+    if kind == "row":
+        return {
+            name: float("nan") if value is None else value for name, value in item["values"].items()
+        }
+    if kind == "image":
+        return {item["name"]: wandb.Image(item["path"])}
+    if kind == "histogram":
+        return {item["name"]: wandb.Histogram(np_histogram=(item["counts"], item["edges"]))}
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def _is_deleted(error: BaseException) -> bool:
+    """Whether the server says that a run of this id was there and is deleted."""
+    return "HTTP 409" in str(error) or "previously created and deleted" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from ebm_dist.metrics import sink as sink_module
 from ebm_dist.metrics.credentials import find_key, resolve_mode, scrub, scrub_config
 from ebm_dist.metrics.hub import MetricHub
 from ebm_dist.metrics.jsonl import read_rows
-from ebm_dist.metrics.sink import Spool, TrackingConfig
+from ebm_dist.metrics.sink import TrackingConfig
 
 pytest.importorskip("wandb")
 
@@ -141,13 +141,107 @@ def test_a_resumed_run_goes_on_under_its_id(server: WandbServer, tmp_path: Path)
             hub.log(step, 0, {"energy/gap": 0.0})
     first = hub.info()["id"]
     with MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits", first, resume_step=2) as hub:
-        for step in range(3, 6):
+        for step in range(3, 8):
             hub.log(step, 1, {"energy/gap": 1.0})
     assert hub.info()["id"] == first
     assert list(server.runs) == [first]
     steps = [(row["epoch"], row["step"]) for row in server.runs[first].history]
-    assert steps == [(0, step) for step in range(5)] + [(1, step) for step in range(3, 6)]
-    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == list(range(6))
+    # What the server has it keeps, so the updates that are made again keep their first row there.
+    assert steps == [(0, step) for step in range(5)] + [(1, step) for step in range(5, 8)]
+    assert [row["epoch"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0] * 3 + [1] * 5
+
+
+HUB_TO_BE_KILLED = """
+import sys, time
+from ebm_dist.metrics.hub import MetricHub
+from ebm_dist.metrics.sink import TrackingConfig
+hub = MetricHub(TrackingConfig(init_timeout=60), sys.argv[1], {}, "digits", "killed")
+for step in range(130):
+    hub.log(step, 0, {"energy/gap": 0.0})
+    if step % 50 == 0:
+        hub.log(step, 0, {"fidelity/distance": 1.0})
+while not (hub.info()["url"] and hub.flush() and hub._wandb._spool.empty()):
+    time.sleep(0.05)
+print("told", flush=True)
+time.sleep(600)
+"""
+
+
+def test_after_a_kill_and_a_resume_the_server_has_every_row_once(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    server.stall = True  # the client sends every quarter of a minute: of a short run it has nothing
+    command = [sys.executable, "-c", HUB_TO_BE_KILLED, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"told\n"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    server.stall = False
+    config = TrackingConfig(init_timeout=60, finish_timeout=60)
+    with MetricHub(config, tmp_path, {}, "digits", "killed", resume_step=100) as hub:
+        for step in range(101, 150):
+            hub.log(step, 1, {"energy/gap": 1.0})
+    history = server.run("killed").history
+    for name, steps in (("energy/gap", range(150)), ("fidelity/distance", (0, 50, 100))):
+        assert [row["step"] for row in history if name in row] == list(steps)
+    assert len(history) == 153
+    assert hub.notices() == []
+
+
+def test_a_run_that_was_deleted_on_the_server_is_replaced_once_and_sent_whole(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    config = TrackingConfig(init_timeout=3.0, finish_timeout=30.0)
+    with MetricHub(config, tmp_path, {}, "digits") as hub:
+        _log(hub, range(5))
+        until(lambda: hub.info()["url"])
+    first = hub.info()["id"]
+    del server.runs[first]
+    server.deleted = {first}
+    with MetricHub(config, tmp_path, {}, "digits", first, resume_step=4) as hub:
+        _log(hub, range(5, 9))
+        until(lambda: hub.info()["url"])
+    second = hub.info()["id"]
+    assert second != first
+    (said,) = hub.notices()
+    assert f"run {first} was deleted on the server" in said
+    assert f"run {second} takes its place" in said
+    # The checkpoint may still name the deleted one.
+    with MetricHub(config, tmp_path, {}, "digits", first, resume_step=8) as hub:
+        _log(hub, [9])
+    assert hub.info()["id"] == second
+    assert list(server.runs) == [second]
+    assert [row["step"] for row in server.runs[second].history] == list(range(10))
+
+
+def test_under_an_agent_the_hub_names_the_run_that_the_agent_made(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "agents-own")
+    hub = MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits", "of-the-checkpoint")
+    before = hub.info()["id"]  # a checkpoint may be written before W&B answers
+    hub.log(1, 0, {"energy/gap": 0.0})
+    hub.close()
+    assert [before, hub.info()["id"], *server.runs] == ["agents-own"] * 3
+
+
+def test_offline_attempts_make_one_history_when_they_are_synced(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MetricHub(TrackingConfig(wandb="offline"), tmp_path, {}, "digits") as hub:
+        _log(hub, range(10))
+    with MetricHub(
+        TrackingConfig(wandb="offline"), tmp_path, {}, "digits", hub.info()["id"], resume_step=6
+    ) as hub:
+        _log(hub, range(7, 15))
+    command = hub.info()["notice"].split("`")[1].removeprefix("wandb ")
+    # A shell, for its pattern.
+    subprocess.run(f"{sys.executable} -m wandb {command}", shell=True, check=True, timeout=120)
+    assert [row["step"] for row in server.runs[hub.info()["id"]].history] == list(range(15))
 
 
 def test_a_server_that_is_down_blocks_nothing_and_is_sent_the_spool_later(
@@ -177,7 +271,6 @@ def test_a_server_that_is_down_blocks_nothing_and_is_sent_the_spool_later(
         "cannot start a run yet",
         "connected; what was kept is being sent",
     ]
-    assert (tmp_path / "wandb" / "spool.jsonl").stat().st_size == 0
     assert len(list((tmp_path / "wandb").glob("run-*"))) == 1, "failed attempts leave nothing"
 
 
@@ -227,13 +320,14 @@ def test_a_killed_wandb_service_is_replaced_and_told_again(
 ) -> None:
     with MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits") as hub:
         _log(hub, range(5))
-        spool = tmp_path / "wandb" / "spool.jsonl"
-        until(lambda: hub.info()["url"] and hub.flush() and spool.stat().st_size == 0)
+        until(
+            lambda: hub.info()["url"] and hub.flush() and hub._wandb and hub._wandb._spool.empty()
+        )
         _kill_service()
         _log(hub, range(5, 8))
         until(lambda: "connected; what was kept is being sent" in " ".join(hub.notices()))
-    steps = {row["step"] for row in server.runs[hub.info()["id"]].history}
-    assert steps == set(range(8))
+    steps = [row["step"] for row in server.runs[hub.info()["id"]].history]
+    assert steps == list(range(8))
 
 
 def test_rows_that_only_the_summary_has_seen_are_told_again(
@@ -248,7 +342,7 @@ def test_rows_that_only_the_summary_has_seen_are_told_again(
         _kill_service()
         _log(hub, [5])
         until(lambda: "connected; what was kept is being sent" in " ".join(hub.notices()))
-    assert {row["step"] for row in run.history} == set(range(6))
+    assert [row["step"] for row in run.history] == list(range(6))
 
 
 def _log(hub: MetricHub, steps: Iterable[int]) -> None:
@@ -275,19 +369,6 @@ def _service_pids() -> list[int]:
             found.append(int(path.parent.name))
     assert found
     return found
-
-
-def test_a_spool_is_read_again_after_a_crash_up_to_the_checkpoint(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "spool.jsonl", resume_step=None)
-    for step in (1, 2, 3):
-        spool.put({"kind": "row", "step": step, "values": {}})
-    items = spool.take(2)
-    spool.advance(items[-1][1])
-    assert [item["step"] for item, _ in spool.take() if item] == [3]
-    with open(tmp_path / "spool.jsonl", "ab") as file:
-        file.write(b'{"kind": "ro')  # the crash
-    again = Spool(tmp_path / "spool.jsonl", resume_step=2)
-    assert [item["step"] for item, _ in again.take() if item] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ class ServedRun:
 class WandbServer:
     """Serves at `url` between `start` and `stop`; may be started again on the same port.
 
-    `fail` makes that many of the next requests answer 503.
+    `fail` makes that many of the next requests answer 503, `stall` refuses every row, and `deleted`
+    holds the ids of runs that were deleted on their pages.
     """
 
     def __init__(self) -> None:
@@ -46,6 +47,8 @@ class WandbServer:
         self.keys_seen: set[str] = set()
         self.fail = 0
         self.reject_key = False
+        self.stall = False
+        self.deleted: set[str] = set()
         self.port = 0
         self._http: ThreadingHTTPServer | None = None
 
@@ -123,6 +126,25 @@ class WandbServer:
                 "wandbConfig": json.dumps({"t": 1}),
             }
         return {"model": {"id": "p", "name": "p", "bucket": bucket}}
+
+    def _on_Run(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        run = self.runs[variables["name"]]
+        return {
+            "project": {
+                "run": {
+                    "id": run.name,
+                    "name": run.name,
+                    "projectId": "1",
+                    "state": "running",
+                    "config": json.dumps(run.config),
+                    "systemMetrics": "{}",
+                    "summaryMetrics": json.dumps(run.summary),
+                    "historyLineCount": len(run.history),
+                    "historyKeys": {},
+                    "user": {"name": "tester", "username": "tester"},
+                }
+            }
+        }
 
     def _on_UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         name = variables.get("name") or variables.get("id")
@@ -203,8 +225,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/graphql":
             request = json.loads(body)
-            data = self.state.answer(request["query"], request.get("variables") or {})
-            self._reply(200, {"data": data})
+            query, variables = request["query"], request.get("variables") or {}
+            name = variables.get("name") or variables.get("id")
+            if "UpsertBucket" in query and name in self.state.deleted:
+                said = f"run {name} was previously created and deleted; try a new run name"
+                self._reply(409, {"errors": [{"message": said}], "data": {"upsertBucket": None}})
+                return
+            self._reply(200, {"data": self.state.answer(query, variables)})
+        elif self.state.stall:
+            self._reply(503, {})
         elif match := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
             self.state.take_stream(match.group(1), json.loads(body))
             self._reply(200, {"exitcode": None, "limits": {}})
