@@ -27,6 +27,7 @@ from ebm_dist.buffer.policy import shard_capacities
 from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.config import RunConfig
 from ebm_dist.errors import RunFailed
+from ebm_dist.metrics.credentials import run_name, with_environment
 from ebm_dist.metrics.hub import MetricHub
 from ebm_dist.types import EventSpec
 
@@ -265,10 +266,11 @@ class _Spawner:
         return self._backend.spawn(
             MetricHub,
             {
-                "config": config.tracking,
+                # As this process is told, which the user started; a cluster's may be told nothing.
+                "config": with_environment(config.tracking),
                 "run_dir": self._run_dir.absolute(),
                 "run_config": config.model_dump(mode="json"),
-                "run_name": config.run.name,
+                "run_name": run_name(config.run.name),
                 "resume_id": resume_id,
                 "resume_step": resume_step,
             },

@@ -313,9 +313,13 @@ def dashboard_write(
 
 @dashboard_app.command("publish", epilog="Example: ebm-dist dashboard publish --project ebm_dist")
 def dashboard_publish(
-    project: Annotated[str, typer.Option(help="The W&B project.")] = "ebm_dist",
+    project: Annotated[
+        str | None,
+        typer.Option(help="The W&B project; WANDB_PROJECT or ebm_dist when left out."),
+    ] = None,
     entity: Annotated[
-        str | None, typer.Option(help="The W&B team or user; the key's own when left out.")
+        str | None,
+        typer.Option(help="The W&B team or user; WANDB_ENTITY or the key's own when left out."),
     ] = None,
 ) -> None:
     """Save the workspace in a W&B project."""

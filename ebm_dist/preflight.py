@@ -20,6 +20,7 @@ from ebm_dist.data.shards import check_shard
 from ebm_dist.data.survey import survey
 from ebm_dist.errors import UserError
 from ebm_dist.evaluation.fidelity import check_data
+from ebm_dist.metrics.credentials import with_environment
 from ebm_dist.samplers.compiler import missing
 
 MAX_CHECKSUM_BYTES = 256 * 2**20
@@ -31,7 +32,7 @@ log = logging.getLogger("ebm_dist")
 
 
 def preflight(config: RunConfig) -> None:
-    """Refuse a run whose shards, Ray cluster or compiler are not there.
+    """Refuse a run whose shards, Ray cluster or compiler are not there, or whose names W&B refuses.
 
     Raises:
         UserError: a shard is missing, cut short or altered, there is nothing to evaluate on,
@@ -41,6 +42,8 @@ def preflight(config: RunConfig) -> None:
     check_shards(config.data)
     check_evaluation(config)
     check_compiler(config)
+    if config.tracking.wandb != "off":
+        with_environment(config.tracking)
     if config.runtime.backend == "ray":
         require_token(config.runtime.address)
         check_address(config.runtime.address)

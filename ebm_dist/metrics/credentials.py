@@ -1,4 +1,4 @@
-"""Whether W&B can be reached with a key, without importing it and without reading the key out."""
+"""What the environment says about W&B, without importing it and without reading a key out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
+
+from pydantic import ValidationError
 
 from ebm_dist.errors import UserError
 from ebm_dist.metrics.config import TrackingConfig
@@ -29,6 +31,45 @@ _HIDDEN = "***"
 _SECRET_KEY = re.compile(r"(api_?key|passw|secret|token$|credential)", re.IGNORECASE)
 _IN_ADDRESS = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")  # user:password@host
 _LIKE_A_KEY = re.compile(r"\blocal-\w{40,}\b|\bwandb_v1_\w+|\b[0-9a-f]{40}\b")
+
+
+DEFAULT_PROJECT = "ebm_dist"
+_VARIABLES = {
+    "project": "WANDB_PROJECT",
+    "entity": "WANDB_ENTITY",
+    "group": "WANDB_RUN_GROUP",
+    "tags": "WANDB_TAGS",
+}
+
+
+def with_environment(config: TrackingConfig) -> TrackingConfig:
+    """`config` with the names that it leaves out as W&B's own variables and settings have them.
+
+    Raises:
+        UserError: W&B would not take a name that they hold.
+    """
+    found: dict[str, Any] = {}
+    for key, variable in _VARIABLES.items():
+        if getattr(config, key) or not (said := _setting(variable[6:].lower(), variable)):
+            continue
+        found[key] = tuple(said.split(",")) if key == "tags" else said
+        try:
+            TrackingConfig(**{key: found[key]})
+        except ValidationError as error:
+            raise UserError(f"{variable}: {first_fault(error)}") from None
+    if not config.project:
+        found.setdefault("project", DEFAULT_PROJECT)
+    return config.model_copy(update=found)
+
+
+def first_fault(error: ValidationError) -> str:
+    """What a name of `TrackingConfig` lacks."""
+    return error.errors()[0]["msg"].removeprefix("Value error, ")
+
+
+def run_name(name: str) -> str:
+    """The name of the run on its page: WANDB_NAME, or else `name`."""
+    return os.environ.get("WANDB_NAME") or name
 
 
 def resolve_mode(config: TrackingConfig) -> tuple[Mode, str]:

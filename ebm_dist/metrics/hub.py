@@ -16,7 +16,8 @@ import numpy as np
 
 from ebm_dist.errors import UserError
 from ebm_dist.metrics.config import TrackingConfig
-from ebm_dist.metrics.credentials import resolve_mode, scrub
+from ebm_dist.metrics.credentials import resolve_mode, scrub, with_environment
+from ebm_dist.metrics.credentials import run_name as name_on_page
 from ebm_dist.metrics.jsonl import METRICS_FILE, JsonlSink, read_rows
 from ebm_dist.metrics.names import FRAME
 from ebm_dist.metrics.sink import WandbSink, first_run_id
@@ -66,6 +67,7 @@ class MetricHub:
         resume_step: int | None = None,
     ) -> None:
         self._run_dir = Path(run_dir).absolute()
+        config = with_environment(config)
         mode, self._line = resolve_mode(config)
         self._notices: list[str] = []
         self._told: set[str] = set()
@@ -84,7 +86,7 @@ class MetricHub:
                     mode,
                     run_dir=self._run_dir,
                     run_config=run_config,
-                    run_name=run_name,
+                    run_name=name_on_page(run_name),
                     run_id=first_run_id(resume_id),
                     resume_step=resume_step,
                     notice=self._notice,

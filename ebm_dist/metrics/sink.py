@@ -24,7 +24,6 @@ from ebm_dist.metrics.spool import Continuity, Spool
 FIRST_RETRY = 1.0
 LAST_RETRY = 60.0
 """Seconds between attempts to reach W&B: doubled from the first to the last."""
-DEFAULT_PROJECT = "ebm_dist"
 
 
 def new_run_id() -> str:
@@ -240,7 +239,7 @@ class WandbSink:
             x_disable_viewer=True,
         )
         run = wandb.init(
-            project=self._config.project or DEFAULT_PROJECT,
+            project=self._config.project,
             entity=self._config.entity,
             group=self._config.group,
             tags=list(self._config.tags) or None,

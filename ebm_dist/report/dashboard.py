@@ -8,8 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ebm_dist.errors import RunFailed, UserError
-from ebm_dist.metrics.credentials import find_key, scrub
+from ebm_dist.metrics.config import TrackingConfig
+from ebm_dist.metrics.credentials import find_key, first_fault, scrub, with_environment
 from ebm_dist.metrics.names import IMAGES, METRICS
 from ebm_dist.metrics.sink import default_entity
 from ebm_dist.report.plots import PANELS
@@ -124,8 +127,10 @@ def build(project: str, entity: str) -> Any:
     )
 
 
-def publish(project: str = "ebm_dist", entity: str | None = None) -> str:
+def publish(project: str | None = None, entity: str | None = None) -> str:
     """Save the workspace in a W&B project and return its address.
+
+    A name that is left out is the one that a run would use here.
 
     Raises:
         UserError: no key is configured, no entity can be found, or a package is missing.
@@ -134,9 +139,13 @@ def publish(project: str = "ebm_dist", entity: str | None = None) -> str:
     if find_key() is None:
         raise UserError("dashboard publish needs a W&B key: run `wandb login` or set WANDB_API_KEY")
     os.environ.setdefault("WANDB_SILENT", "true")
-    if entity is None:
-        entity = os.environ.get("WANDB_ENTITY") or _default_entity()
-    workspace = build(project, entity)
+    try:
+        names = with_environment(TrackingConfig(project=project, entity=entity))
+    except ValidationError as error:
+        key = error.errors()[0]["loc"][0]
+        raise UserError(f"--{key}: {first_fault(error)}") from None
+    assert names.project is not None
+    workspace = build(names.project, names.entity or _default_entity())
     try:
         workspace.save()
     except Exception as error:

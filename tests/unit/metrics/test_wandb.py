@@ -17,9 +17,16 @@ import numpy as np
 import pytest
 from wandb_server import KEY, WandbServer
 
+from ebm_dist.config import load
 from ebm_dist.errors import UserError
 from ebm_dist.metrics import sink as sink_module
-from ebm_dist.metrics.credentials import find_key, resolve_mode, scrub, scrub_config
+from ebm_dist.metrics.credentials import (
+    find_key,
+    resolve_mode,
+    scrub,
+    scrub_config,
+    with_environment,
+)
 from ebm_dist.metrics.hub import MetricHub
 from ebm_dist.metrics.jsonl import read_rows
 from ebm_dist.metrics.sink import TrackingConfig
@@ -392,6 +399,54 @@ def test_the_mode_follows_config_then_environment_then_key(
     assert found == mode
     assert line in said
     assert KEY not in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("project", "team/project", r"tracking.entity"),
+        ("project", "p" * 129, r"expected 1 to 128 characters, got 129"),
+        ("entity", "a:b", r"without / \\ # \? % : in it, got 'a:b'"),
+        ("group", "", r"expected 1 to 128 characters, got 0"),
+        ("tags", ["t", "t" * 80], r"expected 1 to 64 characters, got 80"),
+    ],
+)
+def test_names_that_wandb_refuses_are_refused_at_load_and_in_the_environment(
+    key: str, value: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        TrackingConfig(**{key: value})
+    if value:
+        variable = {"group": "WANDB_RUN_GROUP"}.get(key, f"WANDB_{key.upper()}")
+        monkeypatch.setenv(variable, ",".join(value) if key == "tags" else value)
+        with pytest.raises(UserError, match=rf"{variable}: .*{says}"):
+            with_environment(TrackingConfig())
+        assert getattr(
+            with_environment(TrackingConfig(**{key: ["ok"] if key == "tags" else "ok"})), key
+        )
+
+
+def test_wandbs_own_variables_name_the_run_where_the_config_does_not(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert with_environment(TrackingConfig()).project == "ebm_dist"
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_NAME", "shown")
+    monkeypatch.setenv("WANDB_TAGS", "a,b")
+    config = with_environment(TrackingConfig(group="mine", **QUICK))
+    assert (config.project, config.group, config.tags) == ("theirs", "mine", ("a", "b"))
+    assert with_environment(TrackingConfig(project="mine")).project == "mine"
+    with MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits") as hub:
+        hub.log(1, 0, {"energy/gap": 0.0})
+    info = hub.info()
+    assert info["url"] == f"{server.url}/tester/theirs/runs/{info['id']}"
+    assert server.runs[info["id"]].display_name == "shown"
+
+
+def test_the_shipped_configs_leave_the_names_to_the_environment() -> None:
+    configs = [*(Path(__file__).parents[3] / "configs").rglob("*.yaml")]
+    assert configs
+    assert all(load(path).tracking.project is None for path in configs)
 
 
 def test_online_without_a_key_is_the_users_error() -> None:
