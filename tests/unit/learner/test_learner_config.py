@@ -9,6 +9,11 @@ import pytest
 from pydantic import ValidationError
 
 from ebm_dist.learner.config import LearnerConfig, learning_rate
+from ebm_dist.learner.deepspeed_values import (
+    ActivationCheckpointing,
+    CommsLogger,
+    ZeroOptimization,
+)
 from ebm_dist.learner.options import DECIDED, deepspeed_options
 
 
@@ -63,6 +68,56 @@ def test_unknown_options_are_refused_with_the_nearest_name():
     text = refusal(deepspeed={"zero_optimization": {"reduce_bucket": 1}})
     assert "zero_optimization.reduce_bucket" in text
     assert "did you mean 'reduce_bucket_size'" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"zero_optimization": {"reduce_bucket_size": -5}},
+            "zero_optimization.reduce_bucket_size: expected greater than 0, got -5",
+        ),
+        ({"wall_clock_breakdown": "maybe"}, "wall_clock_breakdown: expected true or false, got"),
+        ({"dump_state": "no"}, "dump_state: expected true or false, got 'no'"),  # a true string
+        ({"gradient_predivide_factor": 0}, "gradient_predivide_factor: expected greater than 0"),
+        ({"communication_data_type": "int8"}, "communication_data_type: expected 'fp32', 'fp16'"),
+        (
+            {"flops_profiler": {"profile_step": "1"}},
+            "flops_profiler.profile_step: expected a valid",
+        ),
+        ({"comms_logger": [1]}, "comms_logger: expected a mapping of options, got [1]"),
+        (
+            {"activation_checkpointing": {"partition_activationss": True}},
+            "activation_checkpointing.partition_activationss: unknown DeepSpeed option; did you "
+            "mean 'partition_activations'?",
+        ),
+    ],
+)
+def test_values_that_deepspeed_cannot_use_are_refused_before_it_is_imported(
+    options: dict[str, Any], says: str
+):
+    assert says in refusal(deepspeed=options)
+
+
+def test_the_options_passed_on_are_judged_as_deepspeed_judges_them():
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    def takes(build: Any, **options: Any) -> bool:
+        try:
+            build(**options)
+        except (ValidationError, ValueError):
+            return False
+        return True
+
+    values = (-5, -1, 0, 1, 5e8, 0.5, True, "yes", "maybe", "7", None, [], {})
+    for ours, theirs in ((ZeroOptimization, DeepSpeedZeroConfig), (CommsLogger, CommsLoggerConfig)):
+        for name in ours.model_fields:
+            for value in values:
+                expected = takes(theirs, **{name: value})
+                assert takes(ours, **{name: value}) == expected, (name, value)
+    assert set(ActivationCheckpointing.model_fields) == set(ACT_CHKPT_DEFAULT)
 
 
 def test_stage_3_options_are_refused_where_they_do_nothing():
