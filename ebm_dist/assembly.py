@@ -218,6 +218,7 @@ class _Spawner:
             config.evaluation.trace_chains,
             config.evaluation.trace_records,
             config.evaluation.stagnation_fraction,
+            config.evaluation.stagnation_rhat,
         )
 
     def hire(self, index: int) -> Handle | None:

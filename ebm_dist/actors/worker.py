@@ -258,6 +258,7 @@ def round_stats(chain: Chain, start: Tensor) -> dict[str, float]:
     stats = dict(zip(names, torch.stack(values).tolist()))
     trace = chain.energies.cpu()
     if trace.shape[0] >= 4:
+        # The time is that of a chain about its own mean; ESS and R-hat see chains that differ.
         stats["chain/autocorrelation"] = float(autocorrelation_time(trace))
         stats["chain/ess"] = float(effective_sample_size(trace))
         stats["chain/rhat"] = float(split_rhat(trace))

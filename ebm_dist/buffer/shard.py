@@ -245,7 +245,7 @@ class Shard(ShardChains):
         if self._trace is not None:
             followed = self._trace.follows(slots)
             x = self._positions(rows[followed])
-            self._trace.record(slots[followed], x, out.fresh[followed])
+            self._trace.record(slots[followed], x, moved.energy[followed], out.fresh[followed])
         age, aged = self._ages(out, moved)
         self._slots.adopt(
             slots,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ebm_dist.diagnostics import autocorrelation_time, effective_sample_size, stagnation
+from ebm_dist.diagnostics import effective_sample_size, stagnation
 
 MIN_RECORDS = 20
 """Below it a healthy chain's own spread is small by chance."""
@@ -29,6 +29,7 @@ class TracePlan:
     num_chains: int
     num_records: int
     max_stuck: float
+    max_rhat: float = 1.2
 
 
 class ChainTrace:
@@ -41,6 +42,7 @@ class ChainTrace:
         self._first = 0
         self._capacity = capacity
         self._records = np.zeros((plan.num_records, self._num, *event_shape), np.float32)
+        self._energies = np.zeros((plan.num_records, self._num), np.float32)
         self._clear()
 
     def _clear(self) -> None:
@@ -56,11 +58,15 @@ class ChainTrace:
         """Which of `slots` (M,) are followed, as their places in it."""
         return np.flatnonzero((slots - self._first) % self._capacity < self._num)
 
-    def record(self, slots: np.ndarray, position: np.ndarray, fresh: np.ndarray) -> None:
-        """The chains of `slots` (M,), all followed, are at `position` (M, *event) after a round."""
+    def record(
+        self, slots: np.ndarray, position: np.ndarray, energy: np.ndarray, fresh: np.ndarray
+    ) -> None:
+        """The chains of `slots` (M,), all followed, are at `position` (M, *event) after a round,
+        at `energy` (M,) under the weights of the day."""
         row = (slots - self._first) % self._capacity
         self._counts[row[fresh]] = 0
-        self._records[self._counts[row] % self._plan.num_records, row] = position
+        place = self._counts[row] % self._plan.num_records, row
+        self._records[place], self._energies[place] = position, energy
         self._counts[row] += 1
         self._recorded += len(row)
 
@@ -81,13 +87,24 @@ class ChainTrace:
         # Each chain's own last `length` rounds, oldest first.
         at = (self._counts[rows] - length + np.arange(length)[:, None]) % self._plan.num_records
         trace = torch.from_numpy(self._records[at, rows])
-        found = stagnation(trace, where=where, max_fraction=self._plan.max_stuck)
+        energies = torch.from_numpy(self._energies[at, rows])
+        # The weights move from round to round, and all energies with them.
+        energies = energies - energies.mean(dim=1, keepdim=True)
+        found = stagnation(
+            trace,
+            energies,
+            where=where,
+            max_fraction=self._plan.max_stuck,
+            max_rhat=self._plan.max_rhat,
+        )
+        ess = float(effective_sample_size(trace).min())
         report = {
             "values": {
                 "chain/stagnant": found.fraction,
                 "chain/trace_rhat": found.rhat,
-                "chain/trace_autocorrelation": float(autocorrelation_time(trace).max()),
-                "chain/trace_ess": float(effective_sample_size(trace).min()),
+                "chain/trace_energy_rhat": found.energy_rhat,
+                "chain/trace_autocorrelation": trace.shape[0] * trace.shape[1] / ess,
+                "chain/trace_ess": ess,
             },
             "alarm": found.alarm,
             "stuck": self.slots[rows[found.stuck.numpy()]],

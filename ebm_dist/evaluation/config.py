@@ -57,6 +57,10 @@ class EvaluationConfig(Section):
     stagnation_fraction: PositiveFloat = 0.25
     """Share of stuck chains above which the stagnation alarm sounds."""
 
+    stagnation_rhat: Annotated[float, Field(gt=1.0)] = 1.2
+    """Split R-hat of any coordinate or of the energy, over the followed rounds, above which the
+    stagnation alarm sounds as well."""
+
     reseed_stuck: bool = False
     """Give stuck chains a fresh start when the alarm sounds. What was followed is not kept in
     checkpoints, so a resumed run may re-seed others than one that was not stopped."""

@@ -76,21 +76,33 @@ METRICS: dict[str, Metric] = {
     "sampler/kinetic": Metric("mean squared velocity of the chains; T at small steps", "energy"),
     # Chains.
     "chain/autocorrelation": _promised(
-        "integrated autocorrelation time of the energy along a round", "steps"
+        "integrated autocorrelation time of the energy along a round, of a chain about its own "
+        "mean: (1 + rho) / (1 - rho) for an AR(1) chain, 1 for independent draws; differences "
+        "between chains do not count, see chain/rhat",
+        "steps",
     ),
-    "chain/ess": _promised("effective sample size of a round's energies, over all chains", "draws"),
+    "chain/ess": _promised(
+        "effective sample size of a round's energies over all chains, of chains cut in half as "
+        "arviz does: chains that differ in mean or drift lower it",
+        "draws",
+    ),
     "chain/rhat": _promised("split R-hat of energies over chains; above 1.1 they disagree"),
     "chain/self_transition": _promised("probability that a step leaves the chain where it was"),
     "chain/age_mean": _promised("rounds a chain has lived since it was initialised", "rounds"),
     "chain/age_max": Metric("rounds that the oldest chain has lived", "rounds"),
     "chain/stagnant": Metric("share of chains that the stagnation test calls stuck"),
     "chain/trace_autocorrelation": Metric(
-        "integrated autocorrelation time of positions over rounds, the slowest coordinate", "rounds"
+        "rounds of the followed chains for one effective draw of positions, the worst coordinate; "
+        "chains that differ in mean raise it",
+        "rounds",
     ),
     "chain/trace_ess": Metric(
         "effective sample size of the followed chains over rounds, the worst coordinate", "draws"
     ),
     "chain/trace_rhat": Metric("split R-hat of positions over rounds, the worst coordinate"),
+    "chain/trace_energy_rhat": Metric(
+        "split R-hat of energies over rounds, less the mean of each round, with which weights move"
+    ),
     "chain/alarms": Metric("stagnation alarms so far", "count"),
     "chain/reseeded": Metric("stuck chains that were started anew so far", "chains"),
     "chain/displacement": Metric("mean distance of chains from where they began to live", "x"),

@@ -55,6 +55,80 @@ def test_ess_of_constant_traces_is_the_number_of_distinct_chains():
     assert diagnostics.effective_sample_size(torch.zeros(20, 4)) == 1
 
 
+def wandering(num_records, num_chains, drift):
+    """A trace that any library can be given: no generator is in it."""
+    t = torch.arange(num_records, dtype=torch.float64)[:, None]
+    b = torch.arange(num_chains, dtype=torch.float64)
+    return torch.sin(2.1 * t * t + 1.3 * b) + torch.sin(0.7 * t + b) + drift * t / num_records
+
+
+@pytest.mark.parametrize(
+    ("num_records", "num_chains", "drift", "expected"),
+    [
+        (10, 1, 0.0, 3.89378),
+        (11, 4, 1.0, 21.18778),
+        (64, 1, 0.0, 31.71361),
+        (64, 8, 0.0, 280.2655),
+        (65, 8, 3.0, 54.07576),
+        (200, 16, 6.0, 32.35261),
+        (200, 2, 0.5, 207.24682),
+    ],
+)
+def test_ess_is_that_of_arviz(num_records, num_chains, drift, expected):
+    # arviz 0.23.4, ess(method="mean").
+    trace = wandering(num_records, num_chains, drift)
+    assert diagnostics.effective_sample_size(trace) == pytest.approx(expected, rel=1e-5)
+
+
+def test_ess_sees_chains_that_drift_together():
+    # Whole chains agree with each other; the halves of each do not.
+    trace = ar1(0.5, 200, 8) + torch.linspace(0, 6, 200)[:, None]
+    assert diagnostics.effective_sample_size(trace) < 30
+
+
+def test_ess_of_swinging_chains_exceeds_their_number_up_to_its_bound():
+    num = 50 * 4
+    swing = torch.tensor([1.0, -1.0]).repeat(25)[:, None].expand(50, 4) + ar1(0.0, 50, 4) / 100
+    assert diagnostics.effective_sample_size(swing) == pytest.approx(num * math.log10(num))
+
+
+@pytest.mark.parametrize("num_records", [20, 60, 400])
+@pytest.mark.parametrize("apart", [0.0, 10.0])
+def test_time_of_an_ar1_chain_is_its_own_however_short_the_trace_and_far_the_means(
+    num_records, apart
+):
+    # (1 + rho) / (1 - rho) = 39. The error from independent repetitions.
+    num_chains, num_repetitions = 256, 24
+    offset = apart * torch.arange(num_chains)
+    trace = ar1(0.95, num_records, num_chains * num_repetitions)
+    times = torch.stack(
+        [
+            diagnostics.autocorrelation_time(part + offset).log()
+            for part in trace.split(num_chains, dim=1)
+        ]
+    )
+    error = float(times.std()) / math.sqrt(num_repetitions)
+    assert 4 * error < 0.35
+    assert abs(float(times.mean()) - math.log(39)) < 4 * error + 0.02
+
+
+@pytest.mark.parametrize(("rho", "expected"), [(0.0, 1.0), (0.5, 3.0), (-0.5, 1 / 3)])
+def test_time_of_quick_chains(rho, expected):
+    time = diagnostics.autocorrelation_time(ar1(rho, 200, 256, event=(2,)))
+    assert time.tolist() == pytest.approx([expected] * 2, rel=0.1)
+
+
+def test_time_of_a_slow_chain_under_noise_is_that_of_both():
+    # Half the variance white, half AR(1) of time 39: 20.
+    trace = ar1(0.95, 2000, 64) + ar1(0.0, 2000, 64, seed=1)
+    assert diagnostics.autocorrelation_time(trace) == pytest.approx(20, rel=0.2)
+
+
+def test_time_of_chains_that_never_move_is_the_longest_of_a_trace():
+    stuck = torch.arange(4.0).expand(20, 4)
+    assert diagnostics.autocorrelation_time(stuck) == pytest.approx(200)
+
+
 def test_ess_falls_where_chains_disagree():
     trace = ar1(0.0, 100, 4) + 5 * torch.arange(4.0)
     assert diagnostics.effective_sample_size(trace) < 10
@@ -126,6 +200,33 @@ def test_confined_chains_raise_an_alarm_that_proposes_longer_or_hotter_chains():
     assert found.alarm is not None
     assert "sampler.num_steps" in found.alarm
     assert "parallel_tempering" in found.alarm
+
+
+def test_chains_that_never_move_in_one_coordinate_raise_an_alarm_though_none_is_stuck():
+    trace = ar1(0.0, 64, 32, event=(10,))
+    trace[..., 4] = torch.tensor([-3.0, 3.0]).repeat(16)
+    found = diagnostics.stagnation(trace, where="shard 2")
+    assert not found.stuck.any()
+    assert found.alarm is not None
+    assert found.alarm.startswith("shard 2: the chains move, but disagree about coordinate 4")
+
+
+def test_chains_of_two_unequal_modes_raise_an_alarm_though_none_is_stuck():
+    side = torch.where(torch.arange(40) < 8, 2.0, -2.0)
+    found = diagnostics.stagnation(side + 0.8 * ar1(0.5, 64, 40))
+    assert found.fraction == 0
+    assert found.rhat > 2
+    assert found.alarm is not None
+
+
+def test_chains_that_agree_in_every_coordinate_and_not_in_energy_raise_an_alarm():
+    # On a sphere of another radius each: every coordinate has mean 0.
+    radius = torch.linspace(1, 3, 16)[:, None]
+    trace = radius * torch.nn.functional.normalize(ar1(0.0, 64, 16, event=(50,)), dim=-1)
+    found = diagnostics.stagnation(trace, trace.square().sum(-1) / 2)
+    assert found.rhat < 1.2 < found.energy_rhat
+    assert found.alarm is not None
+    assert "disagree about the energy" in found.alarm
 
 
 def test_basin_occupancy_can_be_reweighted():

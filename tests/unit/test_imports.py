@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "ebm_dist"
 ROWS = [
     {"section", "types", "seeds", "generators", "errors", "weights", "threads", "private"},
     {"strict_yaml", "config_text", "energy_call"},
-    {"diagnostics"},
+    {"diagnostics", "correlation_time"},
     {"metrics"},
     {"energies"},
     {"samplers"},

@@ -92,7 +92,7 @@ def test_a_trace_holds_each_chains_own_rounds_in_order() -> None:
     for k in range(40):
         slots = rng.permutation(10)[:7]  # some chains are elsewhere in each round
         slots = slots[trace.follows(slots)]
-        trace.record(slots, moves[k][slots], np.zeros(len(slots), bool))
+        trace.record(slots, moves[k][slots], np.zeros(len(slots)), np.zeros(len(slots), bool))
     report = trace.report("shard 0")
     assert report is not None
     # White noise: no memory, every chain explores all.
@@ -113,8 +113,39 @@ def test_a_fresh_start_is_no_move_between_modes() -> None:
         fresh = np.full(8, k == 10)  # every chain starts anew on the other side
         where = side if k < 10 else -side
         noise = 0.01 * rng.normal(size=(8, 1)).astype(np.float32)
-        trace.record(slots, where + noise, fresh)
+        trace.record(slots, where + noise, np.zeros(8), fresh)
     report = trace.report("shard 3")
     assert report is not None
     assert report["values"]["chain/stagnant"] == 1.0
     assert report["alarm"].startswith("shard 3: 8 of 8 chains are confined")
+
+
+def test_a_coordinate_that_no_chain_leaves_raises_the_alarm_of_its_shard() -> None:
+    plan = TracePlan(num_chains=16, num_records=32, max_stuck=0.25)
+    trace = ChainTrace(plan, capacity=16, event_shape=(10,))
+    slots, rng = np.arange(16), np.random.default_rng(0)
+    for _ in range(32):
+        x = rng.normal(size=(16, 10)).astype(np.float32)
+        x[:, 7] = np.where(slots % 2 == 0, -3.0, 3.0)
+        trace.record(slots, x, np.zeros(16), np.zeros(16, bool))
+    report = trace.report("shard 1")
+    assert report is not None
+    assert report["values"]["chain/stagnant"] == 0
+    assert report["alarm"].startswith("shard 1: the chains move, but disagree about coordinate 7")
+
+
+@pytest.mark.parametrize("apart", [0.0, 3.0])
+def test_energies_are_judged_less_what_moving_weights_do_to_all(apart: float) -> None:
+    plan = TracePlan(num_chains=16, num_records=32, max_stuck=0.25)
+    trace = ChainTrace(plan, capacity=16, event_shape=(1,))
+    slots, rng = np.arange(16), np.random.default_rng(0)
+    for k in range(32):
+        x = rng.normal(size=(16, 1)).astype(np.float32)
+        energy = 10.0 * k + apart * (slots % 2) + rng.normal(size=16)
+        trace.record(slots, x, energy, np.zeros(16, bool))
+    report = trace.report("shard 0")
+    assert report is not None
+    assert (report["values"]["chain/trace_energy_rhat"] > 1.2) == (apart > 0)
+    assert (report["alarm"] is not None) == (apart > 0)
+    if apart:
+        assert "disagree about the energy" in report["alarm"]
