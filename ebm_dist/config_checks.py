@@ -120,22 +120,24 @@ def _check_band(config: RunConfig) -> Iterator[str]:
 
 
 def _check_temperature(config: RunConfig) -> Iterator[str]:
-    stated = getattr(config.objective, "temperature", None)
-    reads = []
-    if config.flow.stale == "reweight" and config.flow.mode == "async":
-        reads.append("flow.stale: reweight")
-    if config.buffer.jarzynski and config.flow.mode == "async":
-        reads.append("buffer.jarzynski with flow.mode: async")
-    if getattr(config.objective, "kl_weight", 0.0) > 0:
-        reads.append("objective.kl_weight")
-    if stated is None or not reads:
-        return
-    temperature = config.sampler.build().temperature
-    if not math.isclose(stated, temperature, rel_tol=1e-3):
+    """One T: that of the model exp(-E/T)/Z, which the chains move at and the objective fits."""
+    objective, temperature = config.objective, config.sampler.build().temperature
+    reweights = config.flow.mode == "async" and (
+        config.flow.stale == "reweight" or config.buffer.jarzynski
+    )
+    if temperature == 0 and objective.reads_temperature(reweights=reweights):
+        key = "noise_std" if getattr(config.sampler, "noise_std", None) == 0 else "temperature"
         yield (
-            f"objective.temperature: expected the sampler's temperature {temperature:g} "
-            f"({' and '.join(reads)} reads it), got {stated:g}; set objective.temperature: "
-            f"{temperature:g}"
+            f"sampler.{key}: expected a number above 0, since objective.name "
+            f"{objective.name} fits exp(-E/T)/Z at the sampler's T, got 0; raise it"  # type: ignore[attr-defined]
+        )
+        return
+    stated = objective.temperature
+    if stated is not None and not math.isclose(stated, temperature, rel_tol=1e-3):
+        yield (
+            f"objective.temperature: expected the model's, which is the sampler's T = "
+            f"{temperature:g}, got {stated:g}; leave it out (objective.temperature=null), or "
+            "change the sampler's"
         )
 
 

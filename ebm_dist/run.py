@@ -100,7 +100,9 @@ def bind(config: RunConfig, spec: EventSpec) -> RunConfig:
             update={
                 "energy": config.energy.bind(spec),
                 "sampler": config.sampler.bind(spec),
-                "objective": config.objective.bind(spec),
+                "objective": config.objective.bind(spec).at_temperature(
+                    config.sampler.build().temperature
+                ),
             }
         )
     except ValueError as error:

@@ -34,7 +34,7 @@ from ebm_dist.objectives.penalties import (
     penalty_points,
     spectral_norms,
 )
-from ebm_dist.objectives.weighting import staleness_log_weight
+from ebm_dist.objectives.weighting import Truncation, staleness_log_weight
 from ebm_dist.types import Batch, EnergyFn, Negatives
 
 __all__ = ["Contrastive", "ContrastiveFields", "ContrastiveSection", "staleness_log_weight"]
@@ -62,11 +62,9 @@ class ContrastiveFields(ObjectiveSection):
     """Weight of the sum of the largest singular values of the energy's weight matrices (VAEBM:
     0.2). Not for ZeRO stage 3, which takes the matrices apart."""
 
-    temperature: PositiveFloat = 1.0
-    """The sampler's T. Read by the weights of stale negatives and by the KL term."""
-
-    truncation: float | None = Field(default=None, ge=1.0)
-    """Largest weight of a stale negative in units of the mean one; sqrt(M) when left out."""
+    truncation: Truncation = None
+    """Largest weight of a stale negative in units of the mean one, `inf` for no limit; sqrt(M)
+    when left out."""
 
     kl_weight: NonNegativeFloat = 0.0
     """Weight of the KL term that contrastive divergence drops (Du et al. 2021)."""
@@ -84,6 +82,9 @@ class ContrastiveFields(ObjectiveSection):
         if value is None and info.data.get("kl_weight", 0) > 0:
             raise ValueError("required when kl_weight > 0; give the sampler's step_size")
         return value
+
+    def reads_temperature(self, *, reweights: bool) -> bool:
+        return reweights or self.kl_weight > 0
 
 
 @FAMILY.register
@@ -162,7 +163,7 @@ class Contrastive(Objective):
             weight, metrics = self.negative_weight(
                 negatives,
                 energy_neg,
-                temperature=config.temperature,
+                temperature=config.fitted_temperature,
                 truncation=config.truncation,
             )
             mean_neg = (weight * energy_neg).sum()
@@ -185,7 +186,7 @@ class Contrastive(Objective):
                 energy,
                 negatives.x.to(data.dtype),
                 step_size=config.kl_step_size,
-                temperature=config.temperature,
+                temperature=config.fitted_temperature,
                 repel_weight=config.repel_weight,
                 generator=generator,
                 weight=weight,

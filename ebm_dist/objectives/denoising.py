@@ -39,9 +39,6 @@ class DenoisingSection(ObjectiveSection):
     """What one energy means at several levels. none: the same energy at each, a compromise
     between the blurred laws; scale: E/s at level s (Song & Ermon 2020, technique 3)."""
 
-    temperature: PositiveFloat = 1.0
-    """T of the law exp(-E/T)/Z that is fitted."""
-
     def module(self) -> Objective:
         return Denoising(self)
 
@@ -76,7 +73,7 @@ class Denoising(Objective):
         _, _, grad = energy_and_grad(energy, x + wide_std * noise)
         with torch.enable_grad():
             factor = wide_std if self.config.conditioning == "none" else torch.ones_like(wide_std)
-            residual = factor / self.config.temperature * grad - noise
+            residual = factor / self.config.fitted_temperature * grad - noise
             loss = 0.5 * sum_event(residual.square()).mean()
         # No energy/positive: the energies at hand are those of blurred data.
         return loss, {"loss/total": loss.detach()}

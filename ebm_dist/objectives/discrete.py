@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from einops import rearrange, repeat
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,9 +29,6 @@ class NeighbourSection(ObjectiveSection):
     num_sites: PositiveInt | None = None
     """Sites compared for each datum, drawn without replacement; all when left out. A site costs
     one energy for each other state, so all of 28x28 cost 784 a datum."""
-
-    temperature: PositiveFloat = 1.0
-    """T of the law exp(-E/T)/Z that is fitted."""
 
 
 @FAMILY.register
@@ -60,7 +57,7 @@ class PseudoLikelihoodSection(NeighbourSection):
                 "objective.one_hot: left to the data, but the section is not bound to any; give "
                 "false for binary events, true for categorical ones"
             )
-        return PseudoLikelihood(self.num_sites, self.temperature, one_hot=self.one_hot)
+        return PseudoLikelihood(self.num_sites, self.fitted_temperature, one_hot=self.one_hot)
 
 
 @FAMILY.register
@@ -72,7 +69,7 @@ class RatioMatchingSection(NeighbourSection):
     example: ClassVar[dict[str, Any]] = {}
 
     def module(self) -> Objective:
-        return RatioMatching(self.num_sites, self.temperature, one_hot=False)
+        return RatioMatching(self.num_sites, self.fitted_temperature, one_hot=False)
 
 
 class NeighbourObjective(Objective):

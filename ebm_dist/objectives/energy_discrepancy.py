@@ -47,9 +47,6 @@ class EnergyDiscrepancySection(ObjectiveSection):
     stabiliser: NonNegativeFloat = 1.0
     """w: weight of the datum itself among them. It bounds the loss from below at finite M."""
 
-    temperature: PositiveFloat = 1.0
-    """T of the law exp(-E/T)/Z that is fitted."""
-
     def bind(self, spec: EventSpec) -> Self:
         bound = super().bind(spec)
         flips = spec.kind == "binary"
@@ -92,7 +89,7 @@ class EnergyDiscrepancy(Objective):
         x, num, generator = batch.x.detach(), self.config.num_samples, given(generator)
         noised = self.perturb(x, generator)
         others = self.perturb(repeat(noised, "b ... -> (b m) ...", m=num), generator)
-        values = energies_of(energy, torch.cat([x, others])) / self.config.temperature
+        values = energies_of(energy, torch.cat([x, others])) / self.config.fitted_temperature
         here, there = values[: len(x)], rearrange(values[len(x) :], "(b m) -> b m", m=num)
         difference = rearrange(here, "b -> b 1") - there
         if self.config.stabiliser > 0:
@@ -100,7 +97,7 @@ class EnergyDiscrepancy(Objective):
             difference = torch.cat([difference, torch.full_like(difference[:, :1], own)], 1)
         loss = (difference.logsumexp(1) - math.log(num)).mean()
         return loss, {
-            "energy/positive": here.detach().mean() * self.config.temperature,
+            "energy/positive": here.detach().mean() * self.config.fitted_temperature,
             "loss/total": loss.detach(),
         }
 

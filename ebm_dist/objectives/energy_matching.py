@@ -21,6 +21,7 @@ from ebm_dist.objectives.objective import (
     uniform,
 )
 from ebm_dist.objectives.transport import pair
+from ebm_dist.objectives.weighting import Truncation
 from ebm_dist.types import Batch, EnergyFn, EventKind, Negatives
 
 
@@ -58,11 +59,12 @@ class EnergyMatchingSection(ObjectiveSection):
     warmup_steps: NonNegativeInt = 0
     """Updates of the flow part alone. The trainer announces each update by `begin_update`."""
 
-    temperature: PositiveFloat = 1.0
-    """The sampler's T (epsilon_max); read by the weights of stale negatives."""
+    truncation: Truncation = None
+    """Largest weight of a stale negative in units of the mean one, `inf` for no limit; sqrt(M)
+    when left out."""
 
-    truncation: float | None = Field(default=None, ge=1.0)
-    """Largest weight of a stale negative in units of the mean one; sqrt(M) when left out."""
+    def reads_temperature(self, *, reweights: bool) -> bool:
+        return reweights
 
     def module(self) -> Objective:
         return EnergyMatching(self)
@@ -100,7 +102,7 @@ class EnergyMatching(Objective):
             weight, extra = self.negative_weight(
                 negatives,
                 energy_neg,
-                temperature=config.temperature,
+                temperature=config.fitted_temperature,
                 truncation=config.truncation,
             )
             gap = energy_pos.mean() - (trimmed(weight, energy_neg, config.trim_fraction)).sum()

@@ -56,9 +56,6 @@ class NoiseContrastiveSection(ObjectiveSection):
     log_z: float = 0.0
     """Where the learnt log Z starts."""
 
-    temperature: PositiveFloat = 1.0
-    """T of the law exp(-E/T)/Z that is fitted."""
-
     @field_validator("high")
     @classmethod
     def _above_low(cls, value: float, info: ValidationInfo) -> float:
@@ -120,7 +117,7 @@ class NoiseContrastive(Objective):
         data, ratio = batch.x.detach(), self.config.noise_ratio
         noise = self.draw(data.repeat(ratio, *([1] * (data.ndim - 1))), given(generator))
         x = torch.cat([data, noise])
-        log_p = -energies_of(energy, x) / self.config.temperature - self.log_z
+        log_p = -energies_of(energy, x) / self.config.fitted_temperature - self.log_z
         logit = log_p - self.log_density(x) - math.log(ratio)
         on_data, on_noise = logit[: len(data)], logit[len(data) :]
         # Sum over the noise of a datum, mean over data: nu times the mean over noise.
@@ -130,7 +127,7 @@ class NoiseContrastive(Objective):
         balanced = 0.5 * ((on_data > fair).float().mean() + (on_noise < fair).float().mean())
         return loss, {
             "energy/positive": ((-log_p - self.log_z)[: len(data)]).detach().mean()
-            * self.config.temperature,
+            * self.config.fitted_temperature,
             "likelihood/log_z": self.log_z.detach().float().mean(),
             "likelihood/log_prob": log_p[: len(data)].detach().mean(),
             "objective/accuracy": balanced,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from ebm_dist.energy_call import energy_at
@@ -101,7 +102,7 @@ class Objective(nn.Module):
         energy_now: Tensor,
         *,
         temperature: float,
-        truncation: float | None = None,
+        truncation: float | Literal["inf"] | None = None,
     ) -> tuple[Tensor, Metrics]:
         """Normalised weights (M,) of the negatives, detached, and how many samples they are worth.
 
@@ -140,6 +141,25 @@ class ObjectiveSection(Section):
 
     example: ClassVar[dict[str, Any]] = {}
     """Small parameters that build without data; the protocol tests use them."""
+
+    temperature: PositiveFloat | None = None
+    """T of the law exp(-E/T)/Z that is fitted, and that negatives are drawn from: the sampler's,
+    which a run fills in; another one is refused. 1 where there is no sampler."""
+
+    @property
+    def fitted_temperature(self) -> float:
+        """T as a number."""
+        return 1.0 if self.temperature is None else self.temperature
+
+    def at_temperature(self, temperature: float) -> Self:
+        """This section for a model of that temperature, unless it states its own."""
+        if self.temperature is not None or temperature == 0:
+            return self
+        return self.model_copy(update={"temperature": temperature})
+
+    def reads_temperature(self, *, reweights: bool) -> bool:
+        """Whether the loss depends on T; `reweights` for stale negatives with weights."""
+        return True
 
     def build(self, seed: int = 0) -> Objective:
         """The module on the CPU; the same seed gives the same weights anywhere.

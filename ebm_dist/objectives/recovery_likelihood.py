@@ -56,9 +56,6 @@ class RecoveryLikelihoodSection(ObjectiveSection):
     loss_scale: Literal["none", "inverse_std"] = "inverse_std"
     """Weight of a level: inverse_std is smallest noise over its own (Gao et al.)."""
 
-    temperature: PositiveFloat = 1.0
-    """T of the law exp(-E/T)/Z that is fitted."""
-
     @field_validator("conditioning")
     @classmethod
     def _levels_keep_some_signal(cls, value: str, info: ValidationInfo) -> str:
@@ -169,7 +166,7 @@ class RecoveryLikelihood(Objective):
                 values = self.level_energies(energy, leaf, level)
                 grad = input_grad(values, leaf, create_graph=False)
             away = x - noisy
-            temperature = self.config.temperature
+            temperature = self.config.fitted_temperature
             value = values.detach() / temperature + 0.5 * sum_event(away.square()) / variance
             return value, grad / temperature + away / wide_variance
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from einops import rearrange
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from ebm_dist.objectives.objective import (
@@ -17,7 +17,7 @@ from ebm_dist.objectives.objective import (
     ObjectiveSection,
     energies_of,
 )
-from ebm_dist.objectives.weighting import Gather, normalised_weights
+from ebm_dist.objectives.weighting import Gather, Truncation, normalised_weights
 from ebm_dist.types import Batch, EnergyFn, EventSpec, Negatives
 
 
@@ -41,11 +41,9 @@ class ReverseKlSection(ObjectiveSection):
     energy_weight: NonNegativeFloat = 1.0
     """Weight of the energy's part beside the critic's; 0 trains the critic alone."""
 
-    temperature: PositiveFloat = 1.0
-    """The sampler's T."""
-
-    truncation: float | None = None
-    """Largest weight of a stale negative in units of the mean one; sqrt(M) when left out."""
+    truncation: Truncation = None
+    """Largest weight of a stale negative in units of the mean one, `inf` for no limit; sqrt(M)
+    when left out."""
 
     def bind(self, spec: EventSpec) -> Self:
         bound = super().bind(spec)
@@ -119,7 +117,10 @@ class ReverseKl(Objective):
         values, critic = energies_of(energy, x), self.critic(x)
         energy_neg, critic_neg = values[len(data) :], critic[len(data) :]
         weight, metrics = self.negative_weight(
-            negatives, energy_neg, temperature=config.temperature, truncation=config.truncation
+            negatives,
+            energy_neg,
+            temperature=config.fitted_temperature,
+            truncation=config.truncation,
         )
         mean_neg = (weight * critic_neg).sum()
         kl, critic_loss = self.estimate(critic[: len(data)], mean_neg)
@@ -130,7 +131,7 @@ class ReverseKl(Objective):
             )
         # Centred: E_p[dE/dw] times a constant is zero in mean, and most of the variance.
         advantage = (critic_neg - _over_ranks(mean_neg, self.gather_ranks)).detach()
-        energy_loss = -(weight * advantage * energy_neg).sum() / config.temperature
+        energy_loss = -(weight * advantage * energy_neg).sum() / config.fitted_temperature
         gradients = config.energy_weight * energy_loss + critic_loss
         loss = gradients - gradients.detach() + kl
         metrics |= {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from ebm_dist.objectives.objective import (
@@ -28,14 +28,11 @@ class ScoreMatchingSection(ObjectiveSection):
     kinds: ClassVar[tuple[EventKind, ...]] = ("real", "image")
     example: ClassVar[dict[str, Any]] = {}
 
-    temperature: PositiveFloat = 1.0
-    """T of the law exp(-E/T)/Z that is fitted."""
-
     max_event_size: PositiveInt = 1024
     """Refuse larger events: the Laplacian costs one backward pass for each of their numbers."""
 
     def module(self) -> Objective:
-        return ScoreMatching(self.temperature, self.max_event_size)
+        return ScoreMatching(self.fitted_temperature, self.max_event_size)
 
 
 class ScoreMatching(Objective):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from ebm_dist.objectives.objective import (
@@ -30,9 +30,6 @@ class SlicedScoreMatchingSection(ObjectiveSection):
     name: Literal["sliced_score_matching"] = "sliced_score_matching"
     kinds: ClassVar[tuple[EventKind, ...]] = ("real", "image")
     example: ClassVar[dict[str, Any]] = {}
-
-    temperature: PositiveFloat = 1.0
-    """T of the law exp(-E/T)/Z that is fitted."""
 
     num_projections: PositiveInt = 1
     """Directions for each datum."""
@@ -77,8 +74,8 @@ class SlicedScoreMatching(Objective):
                 else:
                     v = 2.0 * integers(2, leaf.shape, leaf, given(generator)).to(leaf.dtype) - 1.0
                 along = sum_event(v * grad)
-                curvature = sum_event(v * input_grad(along, leaf)) / config.temperature
+                curvature = sum_event(v * input_grad(along, leaf)) / config.fitted_temperature
                 slope = sum_event(grad.square()) if config.variance_reduced else along.square()
-                total = total + 0.5 * slope / config.temperature**2 - curvature
+                total = total + 0.5 * slope / config.fitted_temperature**2 - curvature
             loss = total.mean() / config.num_projections
         return loss, {"energy/positive": values.detach().mean(), "loss/total": loss.detach()}

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Annotated, Literal
 
 import torch
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 Gather = Callable[[Tensor], Tensor]
+
+Truncation = Annotated[
+    Annotated[float, Field(ge=1.0)] | Literal["inf"] | None,
+    # YAML's .inf too. Kept as a word, since JSON has no number for it.
+    BeforeValidator(lambda value: "inf" if value == math.inf else value),
+]
+"""The `truncation` of a section; of `staleness_log_weight`."""
 
 
 def normalised_weights(log_weight: Tensor, gather: Gather | None = None) -> Tensor:
@@ -46,7 +55,7 @@ def staleness_log_weight(
     energy_now: Tensor,
     energy_recorded: Tensor,
     temperature: float = 1.0,
-    truncation: float | None = None,
+    truncation: float | Literal["inf"] | None = None,
     gather: Gather | None = None,
 ) -> Tensor:
     """Log-weights (M,) of chains that follow older weights, detached.
@@ -70,7 +79,7 @@ def staleness_log_weight(
     if gather is not None:
         parts = gather(total.reshape(1))
         total, count = parts.logsumexp(0), count * parts.shape[0]
-    limit = math.sqrt(count) if truncation is None else truncation
+    limit = math.sqrt(count) if truncation is None else float(truncation)
     if math.isinf(limit):
         return log_weight
     return torch.minimum(log_weight, total - math.log(count) + math.log(limit))

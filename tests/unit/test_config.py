@@ -11,6 +11,7 @@ from ebm_dist import config, energies, objectives, samplers
 from ebm_dist.config import RunConfig, dump, load, schema
 from ebm_dist.config_checks import check_event
 from ebm_dist.errors import UserError
+from ebm_dist.run import bind
 from ebm_dist.types import EventSpec
 
 PROMISED = """
@@ -142,11 +143,16 @@ def test_the_schema_knows_every_section_and_member():
             "512 negatives at once",
         ),
         (["runtime.backend=inline", "learner.num_ranks=2"], "learner.num_ranks: ", "one process"),
-        (["flow.stale=reweight"], "objective.temperature: ", "1.25e-05"),
+        (["objective.temperature=1"], "objective.temperature: ", "T = 1.25e-05, got 1"),
         (
-            ["objective.kl_weight=1", "objective.kl_step_size=1"],
+            ["objective={name: score_matching, temperature: 1.0}"],
             "objective.temperature: ",
-            "objective.kl_weight reads it",
+            "T = 1.25e-05, got 1",
+        ),
+        (
+            ["objective={name: score_matching}", "sampler.noise_std=0"],
+            "sampler.noise_std: ",
+            "score_matching fits exp(-E/T)/Z",
         ),
     ],
 )
@@ -160,7 +166,28 @@ def test_what_a_refusal_advises_is_accepted(path):
     assert load(path, ["learner.num_ranks=3", "data.batch_size=129", "workers.num_chains=43"])
     assert load(path, ["workers.num_chains=100", "data.batch_size=200"])
     assert load(path, ["buffer.capacity=256"])
-    assert load(path, ["flow.stale=reweight", "objective.temperature=1.25e-05"])
+    assert load(path, ["objective.temperature=1", "objective.temperature=null"])
+    assert load(path, ["objective.temperature=1.25e-05"])
+
+
+@pytest.mark.parametrize("name", sorted(objectives.FAMILY.members))
+def test_every_objective_fits_the_temperature_of_the_chains(name):
+    section = objectives.FAMILY.members[name]
+    stated = {"name": name, **section.example}
+    data = {
+        "energy": {"name": "mlp", "num_classes": 3},
+        "objective": stated,
+        "sampler": {"name": "langevin", "step_size": 0.1, "noise_std": 0.1},
+    }
+    spec = EventSpec((2,), "real", num_classes=3)
+    if "real" not in section.kinds:
+        data["sampler"] = {"name": "gibbs", "temperature": 0.05}
+        spec = EventSpec((4,), "binary", num_classes=3)
+    bound = bind(load(data), spec)
+    assert bound.objective.fitted_temperature == pytest.approx(0.05)
+    assert load(json.loads(json.dumps(bound.model_dump(mode="json")))) == bound
+    with pytest.raises(UserError, match=r"objective\.temperature: expected the model's.*0\.05"):
+        load({**data, "objective": {**stated, "temperature": 1.0}})
 
 
 @pytest.mark.parametrize(
@@ -222,9 +249,21 @@ def test_rounded_weights_are_refused_where_energies_are_compared_with_the_learne
     assert load(path, [wire]).learner.wire == "bfloat16"
     with pytest.raises(UserError, match=r"learner\.wire: bfloat16.*Jarzynski"):
         load(path, [wire, "buffer.jarzynski=true", "buffer.reinit_prob=0"])
-    reweight = ["flow.stale=reweight", "objective.temperature=1.25e-05"]
+    reweight = ["flow.stale=reweight"]
     with pytest.raises(UserError, match=r"learner\.wire: bfloat16.*reweight"):
         load(path, [wire, *reweight])
+
+
+@pytest.mark.parametrize("name", ["contrastive", "joint", "energy_matching", "reverse_kl"])
+def test_weights_of_stale_negatives_can_go_without_a_limit(path, name):
+    for written in ("inf", ".inf"):
+        loaded = load(path, [f"objective={{name: {name}, truncation: {written}}}"])
+        assert loaded.objective.truncation == "inf"
+        assert load(yaml.safe_load(dump(loaded))) == loaded
+        json.dumps(loaded.model_dump(mode="json"), allow_nan=False)
+    assert load(path, [f"objective={{name: {name}, truncation: 5}}"]).objective.truncation == 5.0
+    for wrong in ("0.5", "-inf", ".nan", "much"):
+        refused(path, f"objective={{name: {name}, truncation: {wrong}}}")
 
 
 def test_a_missing_file_names_the_one_beside_it(path):
