@@ -376,6 +376,7 @@ class _Spawner:
                 "spec": self._spec,
                 "seed": config.run.seed,
                 "temperature": config.sampler.build().temperature,
+                "start_std": config.buffer.init_std,
                 "run_estimates_log_z": config.objective.name == "noise_contrastive",  # type: ignore[attr-defined]
             },
             name="evaluator",

@@ -201,6 +201,8 @@ def _schedule(config: RunConfig) -> Schedule:
         num_grid=config.evaluation.num_grid,
         num_samples=config.evaluation.num_samples,
         temperature=config.sampler.build().temperature,
+        seed=config.run.seed,
+        start_std=config.buffer.init_std,
         jarzynski=config.buffer.jarzynski,
     )
 

@@ -212,16 +212,22 @@ def _fidelity(
     fidelity = Fidelity.fit(train, test, export.spec, seed, num_reference=NUM_DRAWN)
     metrics = {f"fidelity/{name}": value for name, value in fidelity.reference().items()}
     metrics["fidelity/accuracy"] = fidelity.accuracy
-    say(f"drawing {NUM_DRAWN} samples from noise, {DRAW_STEPS} steps")
-    drawn, _ = draw(export, NUM_DRAWN, DRAW_STEPS, seed=seed, device=device)
-    metrics["fidelity/distance"] = fidelity.distance(drawn)
-    stored = export.chains()
-    if stored is not None:
-        metrics["fidelity/distance_of_chains"] = fidelity.distance(stored[:NUM_DRAWN])
-    return metrics, [
-        f"distance: {NUM_DRAWN} chains from noise after {DRAW_STEPS} steps; features of a small "
-        "classifier trained on the same data, so compare with these references only"
+    num = fidelity.num
+    say(f"drawing {num} samples from noise, {DRAW_STEPS} steps")
+    drawn, _ = draw(export, num, DRAW_STEPS, seed=seed, device=device)
+    # As in a run: unclamped chains leave the data's range by their noise, a picture cannot.
+    metrics["fidelity/distance"] = fidelity.distance(drawn.clamp(-1.0, 1.0))
+    notes = [
+        f"distance: {num} chains from noise after {DRAW_STEPS} steps, and every reference of as "
+        "many images; features of a small classifier trained on the same data, so compare with "
+        "these references only"
     ]
+    stored = export.chains()
+    if stored is not None and len(stored) >= num:
+        metrics["fidelity/distance_of_chains"] = fidelity.distance(stored[:num].clamp(-1.0, 1.0))
+    elif stored is not None:
+        notes.append(f"distance_of_chains: left out, the export holds {len(stored)} chains alone")
+    return metrics, notes
 
 
 def _landscape(

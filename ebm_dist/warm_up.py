@@ -35,7 +35,7 @@ def warmed_up(
     else:
         energy = config.energy.build(seed=derive_seed(seed, "energy")).eval()
         generator = torch.Generator().manual_seed(derive_seed(seed, "warm_up"))
-        x = spec.noise(config.workers.num_chains, generator)
+        x = spec.noise(config.workers.num_chains, generator, std=config.buffer.init_std)
         kernel = adapt_step_size(kernel, x, energy, sampler.adapt_steps, generator)
         value = float(getattr(kernel, name))
         said = (

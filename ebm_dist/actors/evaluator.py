@@ -17,6 +17,7 @@ from ebm_dist.evaluation.config import EvaluationConfig
 from ebm_dist.evaluation.exact import exact_log_partition, is_exact
 from ebm_dist.evaluation.fidelity import Fidelity
 from ebm_dist.evaluation.likelihood import log_likelihood, log_partition
+from ebm_dist.generators import seeded
 from ebm_dist.objectives.jarzynski import log_z_ratio, log_z_standard_error, weights_moved
 from ebm_dist.objectives.weighting import ess_ratio
 from ebm_dist.seeds import derive_seed
@@ -38,16 +39,19 @@ class Evaluator:
         *,
         seed: int,
         temperature: float = 1.0,
+        start_std: float = 1.0,
         run_estimates_log_z: bool = False,
     ) -> None:
         """
         Args:
             temperature: T of the run's chains: the likelihood is that of exp(-E/T)/Z.
+            start_std: of the noise that chains start from, buffer.init_std.
             run_estimates_log_z: training has an estimate of its own, under `likelihood/log_z`;
                 the exact one is then logged beside it.
         """
         self._config = config
         self._temperature = temperature
+        self._start_std = start_std
         self._run_estimates_log_z = run_estimates_log_z
         self._data = data
         self._spec = spec
@@ -76,17 +80,19 @@ class Evaluator:
                 recorded when the chain moved) and log_weight.
         """
         if self._test is None:
-            self._prepare()
+            self._prepare(min(self._config.num_samples, len(chains)))
         assert self._test is not None
         self._layout.load_(self._energy, torch.from_numpy(np.array(ema)))
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, "evaluate", step))
+        generator = seeded(derive_seed(self._seed, "evaluate", step))
+        noise = self._spec.noise(256, generator, std=self._start_std)
         with torch.no_grad():
             values = {
                 "energy/test": _mean_energy(self._energy, self._test),
-                "energy/noise": _mean_energy(self._energy, self._spec.noise(256, generator)),
+                "energy/noise": _mean_energy(self._energy, noise),
             }
-        if self._fidelity is not None:
-            x = torch.from_numpy(np.array(chains[: self._config.num_samples]))
+        # A buffer on its way to another number of chains may show fewer than before.
+        if self._fidelity is not None and len(chains) >= self._fidelity.num:
+            x = torch.from_numpy(np.array(chains[: self._fidelity.num]))
             # Unclamped chains leave the data's range by their noise; a picture cannot.
             values["fidelity/distance"] = self._fidelity.distance(x.clamp(-1.0, 1.0))
             values |= {f"fidelity/{k}": v for k, v in self._fidelity.reference().items()}
@@ -165,7 +171,7 @@ class Evaluator:
             for name, x in (("log_prob", self._train), ("log_prob_test", self._test))
         }
 
-    def _prepare(self) -> None:
+    def _prepare(self, num_chains: int) -> None:
         test = load_split(self._data, "test", self._config.num_test)
         self._test = test.x
         self._train = load_split(self._data, "train", self._config.num_test).x
@@ -176,7 +182,7 @@ class Evaluator:
                 self._spec,
                 derive_seed(self._seed, "fidelity"),
                 num_epochs=self._config.fidelity_epochs,
-                num_reference=self._config.num_samples,
+                num_reference=num_chains,
             )
 
 

@@ -38,6 +38,10 @@ class Schedule:
     num_grid: int
     num_samples: int
     temperature: float
+    seed: int
+    """Of the run."""
+    start_std: float
+    """Of the noise that chains start from."""
     jarzynski: bool = False
 
 

@@ -16,6 +16,7 @@ from ebm_dist.actors.handles import Ref
 from ebm_dist.actors.pool import RoundPool
 from ebm_dist.actors.stall import SHARDS, answer
 from ebm_dist.actors.window import MetricWindow
+from ebm_dist.seeds import derive_seed
 
 
 class Lookout:
@@ -165,8 +166,10 @@ class Lookout:
             share = -(-num // len(shards))
             refs = [shard.call("peek", share, key) for shard in shards]
         else:
-            worker = self._graph.workers[0]
-            refs = [worker.call("sample", num, self._schedule.num_steps, ema, key)]
+            worker, schedule = self._graph.workers[0], self._schedule
+            seed = derive_seed(schedule.seed, "samples", key)
+            std = schedule.start_std
+            refs = [worker.call("sample", num, schedule.num_steps, ema, seed, std)]
         pieces = [np.asarray(self._ask_shard(ref, "a picture of the chains")) for ref in refs]
         # Interleaved, so that the first k show every shard.
         order = np.argsort(np.concatenate([np.arange(len(p)) for p in pieces]), kind="stable")

@@ -162,12 +162,18 @@ class Worker:
         self._use(weights, version)
         return version
 
-    def sample(self, num: int, num_steps: int, weights: np.ndarray, seed: int) -> np.ndarray:
-        """`num` fresh chains from noise after `num_steps` steps, (num, *event)."""
+    def sample(
+        self, num: int, num_steps: int, weights: np.ndarray, seed: int, start_std: float
+    ) -> np.ndarray:
+        """`num` fresh chains from noise after `num_steps` steps, (num, *event).
+
+        Args:
+            seed: of this occasion and no other; starts and moves each have one derived from it.
+            start_std: of the noise, buffer.init_std.
+        """
         self._use(weights, None)
-        generator = seeded(seed)
-        start = self._spec.noise(num, generator)
-        return self._run(start, seed + 1, num_steps).position.cpu().numpy()
+        start = self._spec.noise(num, seeded(derive_seed(seed, "starts")), std=start_std)
+        return self._run(start, derive_seed(seed, "moves"), num_steps).position.cpu().numpy()
 
     def _fetch(self, lease: Lease) -> Tensor | None:
         """The chains of a lease, (M, *event) float32 on the device; None if it is void by now.

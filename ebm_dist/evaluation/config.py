@@ -16,7 +16,8 @@ class EvaluationConfig(Section):
     """Updates between evaluations; null turns all of them off."""
 
     num_samples: PositiveInt = 500
-    """Chains taken from the buffer for each measurement of sample quality."""
+    """Chains taken from the buffer for each measurement of sample quality, and images behind each
+    reference; a quarter of the training images where that is fewer."""
 
     num_grid: PositiveInt = 64
     """Chains in the sample grid written to `samples/` and logged as an image."""

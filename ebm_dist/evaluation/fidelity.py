@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import Batch, EventSpec
 
-FORMAT = "ebm_dist.fidelity/1"
+FORMAT = "ebm_dist.fidelity/2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +114,16 @@ class Fidelity:
         reference: dict[str, float],
         accuracy: float,
         spec: EventSpec,
+        num: int,
     ) -> None:
         self.net = net.eval().requires_grad_(False)
         self.moments = moments
         self.accuracy = accuracy
         """Of the classifier on the held-out data, in [0, 1]."""
         self.spec = spec
+        self.num = num
+        """Images behind each reference. The distance of few images is biased upwards, so only that
+        of as many compares with them."""
         self._reference = dict(reference)
 
     @staticmethod
@@ -138,24 +142,24 @@ class Fidelity:
             train: labelled images the classifier learns from; at most about 10,000 are worth it.
             test: held-out images, that samples are compared with.
             num_epochs: passes over `train`; by default as many as make about 600 updates.
-            num_reference: samples behind each reference: the distance of few samples is biased
-                upwards, so use the number that `distance` will be given.
+            num_reference: images behind each reference; fewer, `num`, where `train` is too small
+                to keep so many from the classifier.
         """
         check_data(train, test, spec)
         assert train.label is not None
         num_classes = spec.num_classes or int(train.label.max()) + 1
         # Features of images that the classifier has seen are more extreme than of any other: real
         # images that it has not seen are the floor a model can reach.
-        num_unseen = max(2, min(num_reference, train.x.shape[0] // 4))
-        seen = Batch(train.x[num_unseen:], train.label[num_unseen:])
-        unseen = train.x[:num_unseen]
+        num = max(2, min(num_reference, train.x.shape[0] // 4))
+        seen = Batch(train.x[num:], train.label[num:])
+        unseen = train.x[:num]
         net = _train(seen, spec, num_classes, seed, num_epochs)
         # One unit for all data sets: the total variance of real images is num_features.
         net.scale.fill_(Moments.of(_features(net, test.x)).covariance.diagonal().mean().sqrt())
         moments = Moments.of(_features(net, test.x))
         reference = {
             name: frechet_distance(_features(net, x), moments)
-            for name, x in _references(train.x, spec, seed, num_reference).items()
+            for name, x in _references(train.x, spec, seed, num).items()
         }
         reference["train"] = frechet_distance(_features(net, unseen), moments)
         accuracy = float("nan")
@@ -163,10 +167,10 @@ class Fidelity:
             with torch.no_grad():
                 guess = torch.cat([net(x).argmax(dim=1) for x in test.x.split(500)])
             accuracy = float((guess == test.label).float().mean())
-        return Fidelity(net, moments, reference, accuracy, spec)
+        return Fidelity(net, moments, reference, accuracy, spec, num)
 
     def distance(self, x: Tensor) -> float:
-        """Frechet distance of images (N, C, H, W) to the held-out ones; N as `num_reference`."""
+        """Frechet distance of images (N, C, H, W) to the held-out ones; give `num` of them."""
         if tuple(x.shape[1:]) != self.spec.shape:
             raise ValueError(
                 f"Fidelity.distance: images are {tuple(x.shape[1:])}, the classifier was trained "
@@ -199,6 +203,7 @@ class Fidelity:
             "accuracy": self.accuracy,
             "shape": list(self.spec.shape),
             "num_classes": self.net.head.out_features,
+            "num": self.num,
         }
         save_file(tensors, str(path), metadata={"meta": json.dumps(meta)})
 
@@ -225,7 +230,9 @@ class Fidelity:
             {name[4:]: value for name, value in tensors.items() if name.startswith("net/")}
         )
         moments = Moments(tensors["moments/mean"], tensors["moments/covariance"])
-        return Fidelity(net, moments, meta["reference"], float(meta["accuracy"]), spec)
+        return Fidelity(
+            net, moments, meta["reference"], float(meta["accuracy"]), spec, int(meta["num"])
+        )
 
 
 def _train(

@@ -40,7 +40,7 @@ METRICS: dict[str, Metric] = {
     ),
     "energy/positive_std": Metric("standard deviation of the energies of data", "energy"),
     "energy/negative_std": Metric("standard deviation of the energies of negatives", "energy"),
-    "energy/noise": Metric("mean energy of events from the reference noise", "energy"),
+    "energy/noise": Metric("mean energy of the noise that chains start from", "energy"),
     "energy/test": Metric("mean energy of held-out data", "energy"),
     "energy/magnitude": Metric("mean squared energy, of data and negatives", "energy^2"),
     "energy/grad_norm": Metric("mean norm of dE/dx where the gradient penalty looks", "energy/x"),

@@ -114,6 +114,14 @@ def test_same_seed_gives_the_same_features_and_leaves_the_global_generator():
     assert distances[0] == distances[1] != distances[2]
 
 
+def test_every_reference_is_of_as_many_images(fidelity):
+    # 1,300 training images can spare 325 from the classifier, fewer than the 400 asked for.
+    train, _ = digits()
+    assert fidelity.num == 325
+    floor = fidelity.distance(train.x[: fidelity.num])
+    assert floor == pytest.approx(fidelity.reference()["train"])
+
+
 def test_saved_fidelity_measures_the_same(fidelity, tmp_path):
     fidelity.save(tmp_path / "fidelity.safetensors")
     loaded = Fidelity.load(tmp_path / "fidelity.safetensors")
@@ -121,6 +129,7 @@ def test_saved_fidelity_measures_the_same(fidelity, tmp_path):
     assert loaded.distance(test.x[:100]) == fidelity.distance(test.x[:100])
     assert loaded.reference() == fidelity.reference()
     assert loaded.accuracy == fidelity.accuracy
+    assert loaded.num == fidelity.num
 
 
 def test_foreign_files_are_refused_in_one_line(tmp_path):

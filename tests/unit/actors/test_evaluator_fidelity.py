@@ -1,0 +1,24 @@
+"""What a run measures of its samples is measured of as many images as the floor beside it."""
+
+from __future__ import annotations
+
+import pytest
+
+from ebm_dist.actors.evaluator import Evaluator
+from ebm_dist.data import DataConfig, load_split
+from ebm_dist.energies import FAMILY
+from ebm_dist.evaluation.config import EvaluationConfig
+from ebm_dist.types import EventSpec
+from ebm_dist.weights import FlatLayout
+
+
+@pytest.mark.parametrize("num_chains", [120, 500])
+def test_training_images_as_samples_are_as_far_as_the_floor(num_chains: int) -> None:
+    # Digits keep a quarter of their training images from the classifier: fewer than 500.
+    data, spec = DataConfig(source="digits"), EventSpec((1, 8, 8), "image", 10)
+    energy = FAMILY.section("quadratic", precision=[1.0] * 64, learnable=True).bind(spec)  # type: ignore[attr-defined]
+    config = EvaluationConfig(fidelity_epochs=1, likelihood=False)
+    flat = FlatLayout.of(energy.build()).pack(energy.build()).numpy()
+    images = load_split(data, "train", config.fidelity_train).x[:num_chains].numpy()
+    values = Evaluator(config, data, energy, spec, seed=0).evaluate(1, images, flat)
+    assert values["fidelity/distance"] == pytest.approx(values["fidelity/train"])

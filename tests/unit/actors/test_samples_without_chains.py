@@ -1,0 +1,79 @@
+"""What a run without chains draws to be looked at: by its own seed, from where chains start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_runs import SMALL, curve, run
+
+from ebm_dist.actors.lookout import Lookout
+from ebm_dist.actors.worker import Worker
+from ebm_dist.energies import FAMILY as ENERGIES
+from ebm_dist.samplers import FAMILY as SAMPLERS
+from ebm_dist.types import EventSpec
+from ebm_dist.weights import FlatLayout
+
+FLAT = {
+    **SMALL,
+    "objective": {"name": "score_matching"},
+    "learner": {**SMALL["learner"], "lr": 1e-9},
+    "buffer": {**SMALL["buffer"], "init_std": 5.0},
+}
+
+
+def samples(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[np.ndarray]:
+    """What the run drew at its evaluations."""
+    chains, drawn = Lookout.chains, []
+
+    def watched(self: Lookout, *args):
+        drawn.append(chains(self, *args))
+        return drawn[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lookout, "chains", watched)
+        run(folder, "run.steps=2", "evaluation.every=1", *overrides, base=FLAT)
+    return drawn
+
+
+def test_samples_depend_on_the_seed_of_the_run_and_on_the_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = samples(tmp_path / "a", monkeypatch)[:2]
+    other = samples(tmp_path / "b", monkeypatch, "run.seed=4")[0]
+    assert not np.isin(first, other).any()
+    assert not np.isin(first, second).any()
+    # Noise of buffer.init_std = 5 under E = x^2: the mean of 256 energies is 25.
+    noise = curve(tmp_path / "a", "energy/noise")[1]
+    assert abs(noise - 25) < 4 * 25 * (2 / 256) ** 0.5
+
+
+class Noises:
+    """The worker's noise, by moves that are nothing else: E = 0 and 2 T h = 1."""
+
+    def __init__(self) -> None:
+        energy = ENERGIES.section("quadratic", precision=[1e-9])
+        sampler = SAMPLERS.section("langevin", step_size=0.5, temperature=1.0)
+        spec = EventSpec((1,), "real")
+        self._worker = Worker(energy, sampler, spec)  # type: ignore[arg-type]
+        self._flat = FlatLayout.of(energy.build()).pack(energy.build()).numpy()  # type: ignore
+
+    def __call__(self, seed: int, num_steps: int, start_std: float) -> torch.Tensor:
+        x = self._worker.sample(4000, num_steps, self._flat, seed, start_std)
+        return torch.from_numpy(np.array(x)).flatten()
+
+
+def test_samples_start_at_the_width_of_the_buffer_and_move_by_other_noise() -> None:
+    noises = Noises()
+    error = (2 / 4000) ** 0.5
+    for start_std in (0.5, 3.0):
+        x = noises(7, 1, start_std)
+        assert abs(float(x.var()) / (start_std**2 + 1) - 1) < 4 * error
+    starts = noises(7, 1, 1e6) / 1e6
+    moves = noises(7, 1, 1e-6)
+    # Neither of one occasion, nor of an occasion and the one after it.
+    for other in (moves, noises(8, 1, 1e-6), noises(6, 1, 1e-6), noises(8, 1, 1e6) / 1e6):
+        correlation = float(torch.corrcoef(torch.stack([starts, other]))[0, 1])
+        assert abs(correlation) < 4 / 4000**0.5
