@@ -86,7 +86,7 @@ class Objective(nn.Module):
         if self.reweight and isinstance(negatives, Tensor):
             raise ValueError(
                 "negatives: reweighting reads the energies that the worker recorded, got a bare "
-                "tensor; pass a Negatives, or leave objective.reweight False"
+                "tensor; pass a Negatives, or leave the objective's reweight False"
             )
         if self.needs_generator and generator is None:
             raise ValueError(
