@@ -8,10 +8,14 @@ import socket
 from ebm_dist.actors.access import (
     check_agreement,
     chosen_address,
+    instead,
+    refuse_second_ray,
     require_token,
+    resolved,
     split_address,
 )
 from ebm_dist.actors.evaluator import wants_fidelity
+from ebm_dist.actors.ray_temp import private_temp_dir
 from ebm_dist.config import RunConfig
 from ebm_dist.data import describe, load_split
 from ebm_dist.data.config import DataConfig
@@ -45,6 +49,7 @@ def preflight(config: RunConfig) -> None:
     if config.tracking.wandb != "off":
         with_environment(config.tracking)
     if config.runtime.backend == "ray":
+        refuse_second_ray()
         require_token(config.runtime.address)
         check_address(config.runtime.address)
         check_agreement(config.runtime.address)
@@ -90,15 +95,24 @@ def check_compiler(config: RunConfig) -> None:
 
 
 def check_address(configured: str) -> None:
-    """Whether something answers where Ray is said to be; Ray itself would retry for minutes."""
+    """Whether something answers where Ray is said to be; Ray itself would retry for minutes.
+
+    Of a local Ray: whether it has a place for its sockets.
+    """
     address, key = chosen_address(configured)
-    if address in ("local", "auto"):
+    if address == "local":
+        private_temp_dir()
         return
+    if (address := resolved(address)) == "auto":
+        raise UserError(
+            f"{key}: auto, but this user has started no Ray on this machine; start one with "
+            f"`ray start --head`, set {key}=HOST:PORT, or {instead(key)}"
+        )
     host, port = split_address(address, key)
     try:
         socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise UserError(
             f"{key}: no Ray cluster answers at {address} ({error.strerror or error}); start one "
-            f"with `ray start --head`, correct {key}, or use runtime.address=local"
+            f"with `ray start --head`, correct {key}, or {instead(key)}"
         ) from None

@@ -27,6 +27,15 @@ def open_private(path: Path) -> int:
     return descriptor
 
 
+def is_private(path: Path) -> bool:
+    """Whether `path` is such a directory."""
+    try:
+        os.close(open_private(path))
+    except OSError:
+        return False
+    return True
+
+
 def scratch(root: Path | None = None) -> Path:
     """This user's own directory below `root`, which is the temporary directory when left out.
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -19,9 +18,11 @@ import torch
 from rich.console import Console
 
 from ebm_dist import __version__, checkpoint
+from ebm_dist.actors.access import chosen_address
 from ebm_dist.actors.controller import Controller
 from ebm_dist.actors.graph import Schedule
 from ebm_dist.actors.handles import Backend, InlineBackend
+from ebm_dist.actors.object_store import check_shared_memory, store_need
 from ebm_dist.actors.ray_backend import RayBackend
 from ebm_dist.assembly import assemble
 from ebm_dist.config import RunConfig, dump, load
@@ -35,6 +36,7 @@ from ebm_dist.report.grid import save_grid
 from ebm_dist.run_dir import Resume, check_resumable, claimed, replace_text, run_log, starting_point
 from ebm_dist.types import EventSpec
 from ebm_dist.warm_up import warmed_up
+from ebm_dist.weights import FlatLayout
 
 log = logging.getLogger("ebm_dist")
 
@@ -210,31 +212,25 @@ def _schedule(config: RunConfig) -> Schedule:
 def _backend(config: RunConfig, spec: EventSpec, run_dir: Path) -> Backend:
     if config.runtime.backend == "inline":
         return InlineBackend()
-    event_bytes = 4 * int(np.prod(spec.shape))
-    # Leases and negatives in flight, one snapshot of every shard, and room for weights.
-    in_flight = 8 * (config.flow.max_lag + 2) * config.num_negatives * event_bytes
-    needed = in_flight + 3 * config.buffer.capacity * event_bytes + (256 << 20)
-    size = (config.runtime.object_store_mb or 0) << 20 or needed
-    _check_shared_memory(size)
+    need = store_need(
+        spec,
+        config.buffer,
+        config.flow,
+        num_workers=config.workers.bounds[1],
+        num_negatives=config.num_negatives,
+        num_weights=FlatLayout.of(config.energy.build(seed=0)).size,
+        wire=config.learner.wire,
+        needs_negatives=bool(config.objective.build().needs_negatives),
+    )
+    size = (config.runtime.object_store_mb or 0) << 20 or need.total
+    if chosen_address(config.runtime.address)[0] == "local":  # a cluster has its own
+        check_shared_memory(size, need)
     return RayBackend(
         config.runtime.address,
         namespace=f"ebm_dist-{_short_hash(str(run_dir.absolute()))}",
         start_timeout_s=config.runtime.start_timeout_s,
         object_store_bytes=size,
     )
-
-
-def _check_shared_memory(needed: int) -> None:
-    shared = Path("/dev/shm")
-    if not shared.is_dir():
-        return
-    free = shutil.disk_usage(shared).free
-    if free < needed:
-        raise UserError(
-            f"buffer.capacity: the run needs {needed >> 20} MiB of shared memory, /dev/shm has "
-            f"{free >> 20} MiB free; enlarge it (docker: --shm-size), lower buffer.capacity, or "
-            "set runtime.object_store_mb"
-        )
 
 
 @contextlib.contextmanager

@@ -26,15 +26,39 @@ running() {
   still_runs "$state/ray.pid"
 }
 
+# Sets `temp_dir` to where this Ray keeps its sessions. Its own directories and the sockets in them are
+# writable by everybody, so they lie where nobody else can enter; ebm_dist/actors/ray_temp.py does so too.
+choose_temp_dir() {
+  local root=${RAY_TMPDIR:-${TMPDIR:-/tmp}} private
+  local below=/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store
+  private=$root
+  if ! is_private "$root"; then
+    private=$root/ebm_dist-$UID
+    (umask 077 && mkdir "$private") 2>/dev/null || true
+    # What others could only read is made private; where they could write, they may have.
+    if [[ -d $private && ! -L $private && -O $private ]] &&
+      ((!(8#$(stat -c %a "$private") & 8#22))); then
+      chmod 700 "$private"
+    fi
+    is_private "$private" ||
+      fail "$private: expected a directory of this user with mode 700; remove it, or set RAY_TMPDIR"
+  fi
+  if ((${#private} + ${#below} > 107)); then
+    fail "$root is too long for the sockets of Ray; set RAY_TMPDIR to a shorter directory, such as /tmp"
+  fi
+  temp_dir=$private/ray
+}
+
 # `ray start` in the background; $1 is the address that it must answer at, the rest its arguments.
 launch_ray() {
   local address=$1 pid deadline
   shift
   running && fail "a Ray started here runs already (process $pid); launch/local.sh stop"
+  choose_temp_dir
   (umask 077 && mkdir -p "$state")
   # A session of its own, so that closing the terminal does not take it along. --block makes one
   # process the owner of all of them: `ray stop` would end every other Ray of this user as well.
-  setsid ray start --block --disable-usage-stats "$@" "${EBM_RAY_PORTS[@]}" \
+  setsid ray start --block --disable-usage-stats --temp-dir="$temp_dir" "$@" "${EBM_RAY_PORTS[@]}" \
     </dev/null >"$state/ray.log" 2>&1 &
   pid=$!
   identity_of "$pid" >"$state/ray.pid"

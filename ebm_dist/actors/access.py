@@ -16,8 +16,10 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+from ebm_dist.actors.ray_temp import noted_cluster
 from ebm_dist.errors import UserError
 
 KNOCK_S = 20.0
@@ -43,6 +45,35 @@ def chosen_address(configured: str) -> tuple[str, str]:
     if address.startswith(("http://", "https://")):
         raise UserError(f"{key}: {address} is a dashboard, which takes jobs; {_INSTEAD}")
     return address, key
+
+
+def refuse_second_ray() -> None:
+    """A process has one Ray at most, and one that is there is left as it is.
+
+    Raises:
+        UserError: `ray.init` was called before, in a notebook for example.
+    """
+    ray: Any = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        address = ray.get_runtime_context().gcs_address
+        raise UserError(
+            f"runtime.backend: this process has a Ray already ({address}); call ray.shutdown() "
+            f"first, or train in another process, with runtime.address={address} to use that Ray"
+        )
+
+
+def instead(key: str) -> str:
+    """What to do for a Ray of the run's own, where `key` says another one."""
+    # RAY_ADDRESS wins, so runtime.address would change nothing.
+    return "set RAY_ADDRESS=local" if key == "RAY_ADDRESS" else "use runtime.address=local"
+
+
+def resolved(address: str) -> str:
+    """`address`, or for auto the cluster that this user started on this machine, if there is one.
+
+    Ray itself would take any process of the machine for it.
+    """
+    return (noted_cluster() or address) if address == "auto" else address
 
 
 _INSTEAD = (
@@ -114,7 +145,7 @@ def check_agreement(configured: str) -> None:
         UserError: they do not.
     """
     address, key = chosen_address(configured)
-    gcs = _noted_cluster() if address == "auto" else address
+    gcs = noted_cluster() if address == "auto" else address
     mode = os.environ.get("RAY_AUTH_MODE") or "disabled"
     if address == "local" or mode not in ("token", "disabled"):
         return
@@ -248,15 +279,6 @@ def _host_of(address: str, key: str) -> str | None:
     if address != "auto":
         return split_address(address, key)[0]
     try:
-        return split_address(_noted_cluster(), key)[0]
+        return split_address(noted_cluster(), key)[0]
     except UserError:
         return None
-
-
-def _noted_cluster() -> str:
-    """Address of the cluster that Ray started last on this machine; empty if it noted none."""
-    noted = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
-    try:
-        return noted.read_text().strip()
-    except OSError:
-        return ""

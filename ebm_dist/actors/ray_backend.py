@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ebm_dist.actors.access import chosen_address, require_token
+from ebm_dist.actors.access import chosen_address, instead, require_token, resolved
 from ebm_dist.actors.handles import (
     UNREACHABLE_S,
     Handle,
@@ -22,6 +22,7 @@ from ebm_dist.actors.handles import (
     Unreachable,
     first_line,
 )
+from ebm_dist.actors.ray_temp import private_temp_dir
 from ebm_dist.actors.shared_memory import RunMemory
 from ebm_dist.errors import RunFailed, UserError
 
@@ -71,7 +72,7 @@ class RayBackend:
         # the connections on which others wait for its answers, and they would wait for ever.
         os.environ.setdefault("RAY_grpc_keepalive_timeout_ms", "60000")
         require_token(address)
-        address, _ = chosen_address(address)
+        address, key = chosen_address(address)
         self.local = address == "local"
         self.scattered = not self.local
         if self.local:
@@ -98,9 +99,10 @@ class RayBackend:
                 "address": "local",
                 "include_dashboard": False,
                 "object_store_memory": object_store_bytes,
+                "_temp_dir": str(private_temp_dir()),
             }
         else:
-            options["address"] = address
+            options["address"] = resolved(address)
         try:
             self._init(options)
         except Exception as error:
@@ -109,9 +111,9 @@ class RayBackend:
                     f"Ray did not start on this machine: {first_line(error)}"
                 ) from error
             raise UserError(
-                f"runtime.address: no Ray cluster answers at {address!r} ({first_line(error)}); "
+                f"{key}: no Ray cluster answers at {address!r} ({first_line(error)}); "
                 "start one with `ray start --head`, show its token (RAY_AUTH_MODE=token), "
-                "or use runtime.address=local"
+                f"or {instead(key)}"
             ) from error
         self._memory = RunMemory(namespace.removeprefix("ebm_dist-"), secrets.token_hex(4))
         self._own_node = ray.get_runtime_context().get_node_id()

@@ -1,8 +1,8 @@
 """Three machines made of one: nodes in namespaces of their own, on a switch with cables to cut.
 
-A node has its own network, processes, host name, `/dev/shm`, `/tmp/ray` and `/etc/hosts`; only the
-disk is shared, as a cluster's run directory is. The switch is a network namespace as well, so that
-nothing of it is seen outside and all of it is gone with its process.
+A node has its own network, processes, host name, `/dev/shm`, `/tmp/ray`, `/tmp/ebm_dist-UID` and
+`/etc/hosts`; only the disk is shared, as a cluster's run directory is. The switch is a network
+namespace as well, so that nothing of it is seen outside and all of it is gone with its process.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ INIT = """
 mount -t proc proc /proc
 mount -t tmpfs -o size=2g tmpfs /dev/shm
 mkdir -p /tmp/ray && mount --bind "$BED/$NAME/ray" /tmp/ray
+mkdir -p -m 700 "/tmp/ebm_dist-$UID" && mount --bind "$BED/$NAME/own" "/tmp/ebm_dist-$UID"
 mount --bind "$BED/hosts" /etc/hosts
 hostname "$NAME"
 ip link set lo up
@@ -121,6 +122,7 @@ class Bed:
     def _boot(self, name: str, address: str) -> Node:
         home = self.directory / name
         (home / "ray").mkdir(parents=True)
+        (home / "own").mkdir(mode=0o700)
         unshare = self._run(
             ["unshare", *NAMESPACES, "bash", "-c", INIT],
             env={**os.environ, "BED": str(self.directory), "NAME": name},

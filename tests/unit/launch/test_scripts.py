@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,18 @@ sys.exit(75)
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def home(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "bin").mkdir()
-    return tmp_path
+    # Short, for Ray's sockets; by this name for `environment`.
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as short:
+        Path(short).chmod(0o1777)
+        (tmp_path / "short").symlink_to(short)
+        yield tmp_path
 
 
 def environment(home: Path, **extra: str) -> dict[str, str]:
     base = {"HOME": str(home), "PATH": f"{home / 'bin'}:/usr/bin:/bin", "TMPDIR": str(home)}
+    base["RAY_TMPDIR"] = os.readlink(home / "short")
     return base | {"EBM_DIST_STATE": str(home / "state")} | extra
 
 
@@ -99,6 +105,9 @@ def test_head_binds_loopback_and_makes_a_private_token(home: Path) -> None:
     assert "RAY_health_check_failure_threshold=18" in env
     assert token.read_text() not in done.stdout + done.stderr + call + env
     assert "RAY_worker_niceness=0" in env
+    private = Path(os.readlink(home / "short")) / f"ebm_dist-{os.getuid()}"
+    assert f"--temp-dir={private}/ray " in call
+    assert private.stat().st_mode & 0o777 == 0o700
     pid = int((home / "state" / "ray.pid").read_text().split()[0])
     assert run(home, "local.sh", "start").returncode == 2
     assert run(home, "local.sh", "stop").returncode == 0
@@ -395,6 +404,28 @@ def test_stop_leaves_a_process_that_got_the_number_of_a_ray_before_a_restart(hom
 def test_loopback_is_this_machine_alone(host: str, alone: bool) -> None:
     script = f"source {LAUNCH / 'common.sh'}; is_loopback {host}"
     assert (subprocess.run(["bash", "-c", script]).returncode == 0) == alone
+
+
+def test_a_ray_keeps_its_sockets_where_nobody_else_can_enter_or_does_not_start(home: Path) -> None:
+    stand_in(home, "ray", RAY)
+    root = Path(os.readlink(home / "short"))
+    private = root / f"ebm_dist-{os.getuid()}"
+    private.mkdir()
+    private.chmod(0o777)
+    done = run(home, "local.sh", "start")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {private}: expected a directory of this user")
+    long = root / ("x" * 60)
+    long.mkdir()
+    done = run(home, "local.sh", "start", RAY_TMPDIR=str(long))
+    assert done.returncode == 2
+    assert "set RAY_TMPDIR to a shorter directory" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (home / "ray.calls").exists()
+    root.chmod(0o700)
+    assert run(home, "local.sh", "start").returncode == 0
+    run(home, "local.sh", "stop")
+    assert f"--temp-dir={root}/ray " in (home / "ray.calls").read_text()
 
 
 SRUN = """
