@@ -69,8 +69,8 @@ def assemble(
     low, high = config.workers.bounds
     for index in range(low if backend.concurrent else config.workers.num_workers):
         workers.append(spawn.worker(index))
-    num_nodes = len({worker.node for worker in workers})
-    if backend.concurrent and (line := shard_notice(len(shards), high, num_nodes)) is not None:
+    nodes = {worker.node for worker in workers}
+    if backend.concurrent and (line := shard_notice(len(shards), high, nodes)):
         say(line)
     evaluator = None
     if config.evaluation.every is not None:
@@ -337,8 +337,7 @@ class _Spawner:
     def rank(self, rank: int, node: str | None = None) -> Handle:
         config = self._config
         if node is None and rank == 0:  # the others follow
-            anywhere = Place(None, self.placer.shares().rank, self._plan.learner_threads)
-            self._ranks = self._place() or [anywhere] * config.learner.num_ranks
+            self._ranks = self._place() or self.placer.ranks_anywhere()
         place = self._ranks[rank]
         return self._backend.spawn(
             LearnerRank,

@@ -36,13 +36,12 @@ def is_private(path: Path) -> bool:
     return True
 
 
-def scratch(root: Path | None = None) -> Path:
-    """This user's own directory below `root`, which is the temporary directory when left out.
+def own_directory(path: Path) -> Path:
+    """`path` as a directory of this user's alone, made if it is not there.
 
     Raises:
         UserError: it cannot be made, or somebody else made what has its name.
     """
-    path = (root or Path(tempfile.gettempdir())) / f"ebm_dist-{os.geteuid()}"
     try:
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
@@ -61,3 +60,12 @@ def scratch(root: Path | None = None) -> Path:
             f"cannot be used ({error.strerror}); remove it, or set TMPDIR to a directory of yours"
         ) from None
     return path
+
+
+def scratch(root: Path | None = None) -> Path:
+    """This user's own directory below `root`, which is the temporary directory when left out.
+
+    Raises:
+        UserError: see `own_directory`.
+    """
+    return own_directory((root or Path(tempfile.gettempdir())) / f"ebm_dist-{os.geteuid()}")

@@ -194,6 +194,10 @@ class Placer:
         places = self._place_ranks(before, ())
         return Ranks(places, self._in_the_way(places, before)) if places is not None else None
 
+    def ranks_anywhere(self) -> list[Place]:
+        """For ranks that wait until Ray has room for them."""
+        return [Place(None, self.shares().rank, self._plan.learner_threads)] * self._num_ranks
+
     def _in_the_way(self, places: Sequence[Place], held: Sequence[str | None]) -> list[Handle]:
         """Workers that have to go before ranks can be in their places."""
         yielding: list[Handle] = []

@@ -95,16 +95,16 @@ def await_gpus(
     return num
 
 
-def shard_notice(num_shards: int, num_workers: int, num_nodes: int) -> str | None:
+def shard_notice(num_shards: int, num_workers: int, nodes: set[str | None]) -> str | None:
     """What to say of shards that are too few for the workers.
 
     Args:
-        num_nodes: those with workers.
+        nodes: those with workers.
     """
-    if num_shards and num_shards < num_nodes:
+    if num_shards and num_shards < len(nodes):
         return (
-            f"buffer.num_shards: {num_shards} for workers on {num_nodes} nodes, so most chains go "
-            f"over the network; with buffer.num_shards={num_nodes} they stay on their node"
+            f"buffer.num_shards: {num_shards} for workers on {len(nodes)} nodes, so most chains go "
+            f"over the network; with buffer.num_shards={len(nodes)} they stay on their node"
         )
     if num_shards == 1 and num_workers >= MANY_WORKERS:
         return (

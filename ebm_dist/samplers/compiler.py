@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ebm_dist.errors import UserError
+from ebm_dist.private import own_directory, scratch
 from ebm_dist.samplers.tape import CannotCompile
 
 
@@ -46,6 +50,28 @@ def prepare() -> None:
         InterpreterShim._dummy_gm()
 
 
+def take_own_cache() -> None:
+    """Have torch keep what it compiles where nobody else can have put it: it loads that again.
+
+    By itself it takes a directory in /tmp, of a name that anybody can know, as it finds it.
+
+    Raises:
+        CompilerFailed: there is no such place.
+    """
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    try:
+        try:
+            own = own_directory(Path(default_cache_dir()))
+        except UserError:
+            own = scratch() / "torchinductor"
+    except UserError as error:
+        raise CompilerFailed(str(error)) from None
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own)
+
+
 def load_source(source: str) -> None:
     """Compile C++ against torch and load it, once a machine, as `compile_graph` does.
 
@@ -54,6 +80,7 @@ def load_source(source: str) -> None:
     """
     from torch._inductor.codecache import CppCodeCache
 
+    take_own_cache()
     try:
         # torch has its own code compiled without fused multiplications and additions.
         CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
@@ -76,6 +103,8 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[[list[Te
     if on_cpu and (why := missing()) is not None:
         raise CompilerFailed(why)
     import torch._inductor as inductor
+
+    take_own_cache()
 
     patches: dict[str, Any] = {
         # In this process: a worker's share of cores is one or two, and a pool of compiling

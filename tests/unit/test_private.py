@@ -11,6 +11,7 @@ import pytest
 from ebm_dist.data.prepare import materialise
 from ebm_dist.errors import UserError
 from ebm_dist.private import scratch
+from ebm_dist.samplers.compiler import take_own_cache
 
 OURS = f"ebm_dist-{os.geteuid()}"
 
@@ -65,3 +66,20 @@ def test_data_without_a_home_is_not_read_from_a_cache_of_somebody_else(
     made = materialise("toy:ring", None, toy_samples=16)
     assert made.parent == tmp_path / OURS / "data"
     assert (tmp_path / OURS).stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("made", [None, open_to_all, link, of_another_user])
+def test_code_that_somebody_else_may_have_compiled_is_not_loaded(
+    made: Callable[[Path], None] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = pytest.importorskip("torch._inductor.runtime.cache_dir_utils")
+    # Set first, so that what the compiler sets does not outlive the test.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    named = Path(cache.default_cache_dir())
+    if made is not None:
+        made(named)
+    take_own_cache()
+    expected = named if made is None else tmp_path / OURS / "torchinductor"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(expected)
+    assert cache.cache_dir() == str(expected)

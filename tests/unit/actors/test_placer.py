@@ -303,7 +303,7 @@ def test_a_head_without_cpus_gets_no_shard_no_rank_and_no_worker() -> None:
 def test_shards_too_few_for_the_workers_are_said(
     num_shards: int, num_workers: int, num_nodes: int, said: str | None
 ) -> None:
-    line = shard_notice(num_shards, num_workers, num_nodes)
+    line = shard_notice(num_shards, num_workers, {f"node-{i}" for i in range(num_nodes)})
     assert (said in line and "\n" not in line) if said and line else line is said
 
 
