@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ebm_dist.energies.layers import TransformerBlocks
 from ebm_dist.errors import NonFinite
 from ebm_dist.learner.config import LearnerConfig
-from ebm_dist.learner.group import Group
+from ebm_dist.learner.group import Group, numbered
 from ebm_dist.learner.micro_batch import micro_batches
 from ebm_dist.learner.optimizer import make_optimizer
 from ebm_dist.learner.options import deepspeed_options
@@ -55,7 +55,8 @@ class Engine:
         Args:
             energy, objective: the same on every rank; rank 0's weights are used.
             master_addr, master_port: where rank 0 listens; not read at world size 1.
-            device: this rank's device. The process must not have used DeepSpeed on another kind.
+            device: this rank's device; cuda is the current one. The process must not have used
+                DeepSpeed on another kind.
 
         Raises:
             ValueError: the energy and objective have nothing to train, or
@@ -65,7 +66,7 @@ class Engine:
         self.config = config
         self.rank = rank
         self.world_size = world_size
-        self.device = torch.device(device)
+        self.device = numbered(device)
         self.step = 0
         # One rank has nothing to shard: the stages would copy and reduce for no saving.
         self.zero_stage = config.zero_stage if world_size > 1 else 0
@@ -79,15 +80,17 @@ class Engine:
             _recompute(energy)
         # Before DeepSpeed has it: ZeRO-3 leaves parameters of shape (0,).
         self.layout = FlatLayout.of(energy)
-        # Walking the modules for them costs a hundredth of a small network's update.
-        self._published = list(flat_tensors(energy).values())
-        self._energy_parameters = list(energy.parameters())
         self._module = LearningStep(
             energy,
             objective,
             autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             keep_gathered=self.zero_stage == 3,
         )
+        # Before its tensors are noted below: a move keeps parameters, but makes other buffers.
+        self._module.to(self.device)
+        # Walking the modules for them costs a hundredth of a small network's update.
+        self._published = list(flat_tensors(energy).values())
+        self._energy_parameters = list(energy.parameters())
         self._parameters = dict(self._module.named_parameters())
         persistent = self._module.state_dict(keep_vars=True).keys()
         self._buffer_names = [n for n, _ in self._module.named_buffers() if n in persistent]
@@ -256,7 +259,6 @@ class Engine:
         self.close()
 
     def _wrap(self) -> Any:
-        self._module.to(self.device)
         trainable = [p for p in self._module.parameters() if p.requires_grad]
         options = deepspeed_options(
             self.config,

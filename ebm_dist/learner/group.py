@@ -18,6 +18,14 @@ from ebm_dist.errors import RunFailed
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+def numbered(device: torch.device | str) -> torch.device:
+    """`device` as tensors on it name it: CUDA's with an index, without which nothing can be set."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 class Group:
     """This process's place among the ranks, from `join` to `leave`."""
 
@@ -96,9 +104,13 @@ class Group:
 
 
 def quiet_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed without its banner, and without its compiled collective on CPU."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    """Import DeepSpeed without its banner, and without its compiled collective on CPU.
+
+    Raises:
+        RunFailed: this process has used it on another kind of device.
+    """
+    # Outright: a value that the environment has for another program would win over runtime.device.
+    os.environ["DS_ACCELERATOR"] = device.type
     # DeepSpeed's calls of torch's older names are not the user's to change.
     warnings.filterwarnings(
         "ignore", category=FutureWarning, message="`?torch.distributed.* is deprecated"
@@ -109,6 +121,12 @@ def quiet_deepspeed(device: torch.device) -> Any:
         import deepspeed
         import deepspeed.ops
     logger.setLevel(logging.ERROR)
+    # It looks at the environment once a process.
+    if (used := deepspeed.accelerator.get_accelerator().device_name()) != device.type:
+        raise RunFailed(
+            f"this process has used DeepSpeed on {used} already, the learner is to run on "
+            f"{device.type}; start it in a process of its own"
+        )
     # A shared-memory collective would be compiled at first use, for 30 to 60 s; gloo does the same
     # work. DeepSpeed reads this dict for it, and by itself runs a compiler to fill the dict.
     known = deepspeed.ops.__dict__.setdefault("__compatible_ops__", defaultdict(bool))
