@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ebm_dist import checkpoint
-from ebm_dist.actors.attempts import Attempts
 from ebm_dist.actors.auditor import SHORT_RUN_REINIT, AuditLink, Auditor
 from ebm_dist.actors.elastic import Elasticity
 from ebm_dist.actors.evaluator import Evaluator
 from ebm_dist.actors.graph import Graph, Leave
-from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
+from ebm_dist.actors.handles import Backend, Handle
 from ebm_dist.actors.learner import LearnerRank
-from ebm_dist.actors.learners import LearnerGroup, Wait
+from ebm_dist.actors.learners import LearnerGroup
 from ebm_dist.actors.observers import EvaluatorLink, HubLink
 from ebm_dist.actors.placer import Place
 from ebm_dist.actors.places import placed, shard_notice
 from ebm_dist.actors.shard_host import ShardHost
+from ebm_dist.actors.start_up import await_parts, meet
 from ebm_dist.actors.watch import ShardWatch
 from ebm_dist.actors.worker import Worker
 from ebm_dist.buffer.policy import shard_capacities
 from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.config import RunConfig
-from ebm_dist.errors import RunFailed
 from ebm_dist.metrics.credentials import run_name, with_environment
 from ebm_dist.metrics.hub import MetricHub
 from ebm_dist.types import EventSpec
@@ -84,29 +82,15 @@ def assemble(
             batch_size=config.num_negatives,
             divisor=config.learner.num_ranks * config.learner.accumulation,
             from_chains=spawn.needs_negatives and config.buffer.reinit_prob < SHORT_RUN_REINIT,
-            wait_s=config.flow.stall_timeout_s if config.flow.mode == "sync" else 0.0,
+            wait_s=config.flow.stall_timeout_s
+            if config.flow.mode == "sync" and config.evaluation.audit_feedback
+            else 0.0,
             say=say,
         )
-    parts = [hub.handle, *shards, *workers, *learners.ranks]
-    backend.await_started([*parts, *(link.handle for link in (evaluator, auditor) if link)])
-
-    def wait(
-        refs: Sequence[Ref], timeout: float, *, each: Callable[[Ref], Any] | None = None
-    ) -> None:
-        pending, deadline = list(refs), time.monotonic() + timeout
-        while pending:
-            done = backend.wait(pending, 1.0)
-            for ref in done:
-                if each is not None:
-                    each(ref)
-            pending = [ref for ref in pending if ref not in done]
-            if pending and time.monotonic() > deadline:
-                raise RunFailed(
-                    f"the learner ranks did not meet in {timeout:.0f} s "
-                    "(runtime.start_timeout_s); see their logs, or raise it if they are only slow"
-                )
-
-    _meet(learners, wait)
+    links = [link for link in (hub, evaluator, auditor) if link is not None]
+    kinds = ((shards, spawn.shard), (workers, spawn.worker), (learners.ranks, spawn.rank))
+    await_parts(backend, links, kinds, say)
+    meet(backend, learners, say)
 
     def close_ranks() -> None:
         # DeepSpeed's process group outlives the actor call that made it; leave it in order.
@@ -158,19 +142,6 @@ def assemble(
         watch=watch,
         auditor=auditor,
     )
-
-
-def _meet(learners: LearnerGroup, wait: Wait) -> None:
-    """Have the ranks meet; a group that loses one meanwhile is replaced, as it is later on."""
-    attempts, form = Attempts(), learners.meet
-    attempts.begin_start()
-    while True:
-        try:
-            form(wait)
-            return
-        except PartDied as died:
-            attempts.failed(died)
-            form = learners.rebuild
 
 
 class _Spawner:

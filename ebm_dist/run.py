@@ -21,6 +21,7 @@ from ebm_dist import __version__, checkpoint
 from ebm_dist.actors.access import chosen_address
 from ebm_dist.actors.controller import Controller
 from ebm_dist.actors.graph import Schedule
+from ebm_dist.actors.halt import Halted
 from ebm_dist.actors.handles import Backend, InlineBackend
 from ebm_dist.actors.object_store import check_shared_memory, store_need
 from ebm_dist.actors.ray_backend import RayBackend
@@ -89,6 +90,11 @@ def train(
         with run_log(directory):
             try:
                 return _train(config, spec, directory, found, console or Console(), said)
+            except Halted as halted:  # while it started, or went back: there is nothing new to keep
+                if halted.is_failure:
+                    raise RunFailed(str(halted)) from None
+                (console or Console()).print("stopped while it started; the same command goes on")
+                return RunResult(directory, found.step if found else 0, False, None, {})
             except Exception:
                 log.exception("the run failed")
                 raise
@@ -125,7 +131,7 @@ def _train(
         if said is not None:
             _Logged(view).say(said)
         view.say("starting " + ("in this process" if config.runtime.backend == "inline" else "Ray"))
-        backend = _backend(config, spec, run_dir)
+        backend = _backend(config, spec, run_dir, stop.is_set)
         stack.callback(backend.close)
         listen()  # Ray has put a handler of its own in place of ours, which aborts on SIGTERM
         if (notice := getattr(backend, "log_dir", None)) is not None:
@@ -146,7 +152,6 @@ def _train(
             learner=config.learner,
             run_dir=run_dir,
             view=_Logged(view),
-            should_stop=stop.is_set,
             meta={
                 "name": config.run.name,
                 "version_of_ebm_dist": __version__,
@@ -209,9 +214,11 @@ def _schedule(config: RunConfig) -> Schedule:
     )
 
 
-def _backend(config: RunConfig, spec: EventSpec, run_dir: Path) -> Backend:
+def _backend(
+    config: RunConfig, spec: EventSpec, run_dir: Path, told: Callable[[], bool]
+) -> Backend:
     if config.runtime.backend == "inline":
-        return InlineBackend()
+        return InlineBackend(told)
     need = store_need(
         spec,
         config.buffer,
@@ -230,6 +237,7 @@ def _backend(config: RunConfig, spec: EventSpec, run_dir: Path) -> Backend:
         namespace=f"ebm_dist-{_short_hash(str(run_dir.absolute()))}",
         start_timeout_s=config.runtime.start_timeout_s,
         object_store_bytes=size,
+        told=told,
     )
 
 

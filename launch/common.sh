@@ -30,6 +30,8 @@ export RAY_grpc_keepalive_timeout_ms=60000
 export RAY_USAGE_STATS_ENABLED=0
 # Ray runs actors at niceness 15: beside any other program they would get its leavings.
 export RAY_worker_niceness=0
+# By Ray's 60 s a process that imports Ray from a slow network disk is ended, and begins anew.
+export RAY_worker_register_timeout_seconds="${RAY_worker_register_timeout_seconds:-300}"
 # Ray kills a stopped job after 3 s by default; a checkpoint may take longer.
 export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-120}"
 

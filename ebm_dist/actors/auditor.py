@@ -156,9 +156,7 @@ class AuditLink:
             found = self._backend.get(ref, 60.0)
         except PartDied as died:
             self._say(f"the auditor died ({died}); update {step} goes without an audit")
-            self.restarts += 1
-            self._backend.kill(self.handle)
-            self.handle = self._spawn()
+            self.start_anew()
             return None
         except Exception as error:  # an audit that fails must not cost the run
             self._say(f"the audit of update {step} failed: {first_line(error)}")
@@ -168,6 +166,19 @@ class AuditLink:
         if self._config.audit_feedback:
             self._feed_back(found["negatives"], found["energies"], version)
         return step, {**found["values"], "audit/fed_back": float(self._fed_back)}
+
+    def give_up(self, why: str) -> None:
+        """Do without the audit under way."""
+        if self._pending is not None:
+            self._say(f"update {self._pending[0]} goes without an audit: {why}")
+            self._pending = None
+            self.start_anew()
+
+    def start_anew(self) -> None:
+        """Another process in place of one that is dead, or is not waited for any more."""
+        self.restarts += 1
+        self._backend.kill(self.handle)
+        self.handle = self._spawn()
 
     def extra(self) -> tuple[int, Ref] | None:
         """(number, reference) of the negatives that the next update gets on top, if any."""

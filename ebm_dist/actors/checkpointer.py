@@ -15,7 +15,7 @@ from ebm_dist import checkpoint
 from ebm_dist.actors.cut import Progress, shard_file, write_cut
 from ebm_dist.actors.graph import Graph, Schedule
 from ebm_dist.actors.handles import PartDied, Ref, first_line
-from ebm_dist.actors.stall import SHARDS, answer
+from ebm_dist.actors.stall import answer
 from ebm_dist.errors import NonFinite, RunFailed
 
 PATIENCE_S = 5.0
@@ -165,7 +165,7 @@ class Checkpointer:
         ]
         # The small half of the answer: with it the shard has copied what the cut is to hold.
         metas = [
-            answer(self._backend, small, self._timeout, SHARDS, self._waits(progress, shard.name))
+            answer(self._backend, shard, small, self._timeout, self._waits(progress))
             for shard, (small, _) in zip(self._graph.shards, calls)
         ]
         arrays = [large for _, large in calls]
@@ -266,18 +266,19 @@ class Checkpointer:
 
     def _state(self, rank: int, ref: Ref) -> Any:
         if not self._backend.wait([ref], self._timeout):
-            raise TimeoutError(self._late(f"learner-{rank}"))
+            self._graph.learners.broken = True  # whoever waits for them next has them replaced
+            raise PartDied(self._late(f"learner-{rank}"))
         return self._graph.learners.result(ref)
 
     def _chains(self, index: int, ref: Ref) -> Any:
         try:
             return self._backend.get(ref, self._timeout)
         except TimeoutError:
-            raise TimeoutError(self._late(self._graph.shards[index].name)) from None
+            raise PartDied(self._late(self._graph.shards[index].name)) from None
 
     def _late(self, name: str) -> str:
         return f"the state of {name} did not come in {self._timeout:.0f} s (flow.stall_timeout_s)"
 
     @staticmethod
-    def _waits(progress: Progress, name: str) -> str:
-        return f"update {progress.step}: the checkpoint waits for {name}"
+    def _waits(progress: Progress) -> str:
+        return f"checkpoint of update {progress.step}"

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ebm_dist.actors.handles import Backend, Handle, ObjectLost, PartDied, Ref
+from ebm_dist.actors.handles import (
+    Backend,
+    Handle,
+    ObjectLost,
+    PartDied,
+    Ref,
+    fault_of_the_machine,
+)
 from ebm_dist.actors.rounds import MAX_ATTEMPTS, MAX_STARTS
 from ebm_dist.actors.seats import Seat, Seats
 from ebm_dist.errors import RunFailed
@@ -84,11 +91,11 @@ class Crew:
         if seat.state == "retiring" and seat.load == 0 and seat in self.seats:
             self._remove(seat)
 
-    def welcome(self, ref: Ref) -> Seat | None:
+    def welcome(self, ref: Ref) -> tuple[Seat, str] | None:
         """The answer `ref` of a newcomer is there: open its seat.
 
         Returns:
-            The seat of a newcomer that died instead.
+            The seat of a newcomer that died or failed instead, and why.
         """
         seat = self.arriving.pop(ref)
         try:
@@ -97,9 +104,13 @@ class Crew:
             # The weights may be what is lost, with their node or with the rank that was to send
             # them: then the newcomer is well.
             if not isinstance(died, ObjectLost) and not self._backend.alive(seat.handle):
-                return seat
+                return seat, f"it did not live to hold weights: {died}"
             self._empty_handed.append(seat)
             return None
+        except Exception as error:
+            if (fault := fault_of_the_machine(error)) is None:
+                raise
+            return seat, f"it could not take the weights: {fault}"
         seat.num_starts = 0
         self.seats.open(seat)
         return None

@@ -13,11 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ebm_dist.actors.band import StepBand, num_late
 from ebm_dist.actors.cut import Progress
 from ebm_dist.actors.graph import Graph, Schedule
-from ebm_dist.actors.handles import PartDied, Ref
+from ebm_dist.actors.handles import Handle, PartDied, Ref, RollBack
 from ebm_dist.actors.locality import ShardChoice, shards_of_update
 from ebm_dist.actors.pool import RoundPool
 from ebm_dist.actors.rounds import Committed, Purpose
@@ -26,7 +27,6 @@ from ebm_dist.actors.stall import (
     FREE_CHAINS,
     LATE_ROUNDS,
     NEGATIVES,
-    SHARDS,
     SPARE_STEPS,
     WORKERS,
     Queue,
@@ -37,10 +37,6 @@ from ebm_dist.actors.waits import LearnerWaits
 from ebm_dist.buffer.policy import FlowConfig
 
 POLL_S = 0.2
-
-
-class RollBack(PartDied):
-    """The run as a whole has to go back to its last checkpoint."""
 
 
 @dataclass(slots=True)
@@ -166,8 +162,7 @@ class NegativeFlow:
             lambda: self._blocked(NEGATIVES),
         )
         while pool.releases:  # or the next update might draw before these chains are free
-            ref, timeout = pool.releases.pop(), self._flow.stall_timeout_s
-            answer(self._backend, ref, timeout, SHARDS, self._waited_for("chains"))
+            self._answer(*pool.releases.pop(), "chains")
         chosen = [pool.committed.pop(i) for i in wanted]
         taken = self._take(chosen)
         if len(taken) < len(chosen):
@@ -282,8 +277,7 @@ class NegativeFlow:
         taken = []
         for lease, there, negatives in replies:
             try:
-                timeout = self._flow.stall_timeout_s
-                if answer(self._backend, there, timeout, SHARDS, self._waited_for("negatives")):
+                if self._answer(self._shards[lease.shard], there, "negatives"):
                     taken.append((lease, negatives))
             except PartDied as died:
                 if not self._backend.alive(self._shards[lease.shard]):
@@ -378,7 +372,11 @@ class NegativeFlow:
             if self._flow.mode == "async":
                 self.top_up(reserved)
             state = (pool.mcmc_steps, pool.num_refused, pool.restarts, pool.crew.seats.num_serving)
-            watchdog.look(state, blocked)
+            watchdog.look(state, blocked, pool.replace_a_hung_shard)
+
+    def _answer(self, shard: Handle, ref: Ref, what: str) -> Any:
+        timeout = self._flow.stall_timeout_s
+        return answer(self._backend, shard, ref, timeout, self._waited_for(what))
 
     def _blocked(self, queue: Queue) -> tuple[Queue, str]:
         """Which queue it is that keeps `queue` from being filled."""

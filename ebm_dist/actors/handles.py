@@ -11,10 +11,11 @@ import contextlib
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ebm_dist.actors.halt import Halt
 from ebm_dist.errors import RunFailed, UserError
 
 Ref = Any
@@ -31,6 +32,10 @@ class ObjectLost(PartDied):
     The part that was called may be well. Nothing brings the object back: a call is not repeated
     by itself, and results do not outlive the object store of the node that computed them.
     """
+
+
+class RollBack(PartDied):
+    """The run as a whole has to go back to its last checkpoint."""
 
 
 UNREACHABLE_S = 90.0
@@ -83,6 +88,8 @@ class Backend(Protocol):
     scattered: bool
     """Whether they are on several nodes: an object may then be lost with the one that holds it,
     and the others live on."""
+    halt: Halt
+    """Whether the run is to end; whoever waits long looks at it."""
 
     def spawn(
         self,
@@ -134,8 +141,12 @@ class Backend(Protocol):
         """
         ...
 
-    def await_started(self, handles: Sequence[Any]) -> None:
-        """Wait until each constructor has run; raises what it raised."""
+    def await_started(self, handles: Sequence[Handle]) -> tuple[Handle, PartDied] | None:
+        """Wait until each constructor has run; raises what it raised.
+
+        Returns:
+            The first that died meanwhile, and how; the others are not waited for any more.
+        """
         ...
 
     def nodes(self) -> list[Node]:
@@ -157,6 +168,19 @@ class Backend(Protocol):
 def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def fault_of_the_machine(error: BaseException) -> str | None:
+    """In one line what a part raised, if its device or memory may be the cause: then another
+    process may succeed.
+
+    Torch raises RuntimeError, or a subclass, for out of memory, for a fault of the GPU and for a
+    collective that lost somebody. Of ours, RunFailed means the run and not the machine.
+    """
+    cause = getattr(error, "cause", None) or error  # Ray wraps it
+    if isinstance(cause, RuntimeError | MemoryError) and not isinstance(cause, RunFailed):
+        return first_line(cause)
+    return None
 
 
 def tune_process(num_threads: int | None) -> None:
@@ -248,7 +272,12 @@ class InlineBackend:
     concurrent = False
     scattered = False
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[], bool] = lambda: False) -> None:
+        """
+        Args:
+            told: whether the run is told to stop.
+        """
+        self.halt = Halt(told)
         tune_process(None)
         self._parts: list[InlineHandle] = []
 
@@ -289,7 +318,7 @@ class InlineBackend:
     def rendezvous(self, handle: Handle, port: int | None = None) -> InlineResult:
         return InlineResult(meeting_point("127.0.0.1", port))
 
-    def await_started(self, handles: Sequence[Any]) -> None:
+    def await_started(self, handles: Sequence[Handle]) -> None:
         """They have: `spawn` runs the constructor."""
 
     def where(self, handle: Handle) -> str | None:

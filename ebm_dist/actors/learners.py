@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from ebm_dist.actors.handles import Backend, Handle, ObjectLost, PartDied, Ref, first_line
+from ebm_dist.actors.handles import (
+    Backend,
+    Handle,
+    ObjectLost,
+    PartDied,
+    Ref,
+    fault_of_the_machine,
+)
 from ebm_dist.errors import RunFailed
 
 
@@ -275,10 +282,12 @@ class LearnerGroup:
             raise
         except Exception as error:
             self.broken = True
-            # With peers, an error that is none of ours is the collective that lost one of them.
-            if self._num_ranks > 1 and _is_runtime_error(error):
-                cause = getattr(error, "cause", None) or error
-                raise PartDied(f"a learner rank lost the others: {first_line(cause)}") from error
+            # With peers, an error that is none of ours is the collective that lost one of them. In
+            # this process there is no other device to try.
+            fault = fault_of_the_machine(error)
+            if fault is not None and (self._num_ranks > 1 or self._backend.concurrent):
+                what = "lost the others" if self._num_ranks > 1 else "failed"
+                raise PartDied(f"a learner rank {what}: {fault}") from error
             raise
 
     def lost(self) -> bool:
@@ -293,8 +302,3 @@ class LearnerGroup:
 
     def _results(self, refs: Sequence[Ref]) -> list[Any]:
         return [self.result(ref) for ref in refs]
-
-
-def _is_runtime_error(error: Exception) -> bool:
-    """Torch raises RuntimeError, or a subclass, for a failed collective; Ray wraps it."""
-    return isinstance(getattr(error, "cause", None) or error, RuntimeError)

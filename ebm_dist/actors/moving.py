@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ebm_dist.actors.graph import Graph
 from ebm_dist.actors.handles import Handle, PartDied, Ref
 from ebm_dist.actors.pool import RoundPool
-from ebm_dist.actors.stall import SHARDS, answer
+from ebm_dist.actors.stall import answer
 
 LOOK_S = 2.0
 """Between two looks at the cluster."""
@@ -83,11 +83,13 @@ class Mover:
     def _make(self, index: int, move: _Move) -> None:
         detail = f"{move.old.name} leaves its node"
         try:
-            answer(self._backend, move.started, self._timeout, SHARDS, detail)
+            answer(self._backend, move.new, move.started, self._timeout, detail)
             # From actor to actor. The loop stands still: what moved meanwhile would be lost.
             meta, arrays = move.old.call("hand_over", num_returns=2)
             taken = move.new.call("restore", arrays, meta)
-            answer(self._backend, taken, self._timeout, SHARDS, detail)
+            # In turn, since either may hang, and the other would be blamed for it.
+            answer(self._backend, move.old, meta, self._timeout, detail)
+            answer(self._backend, move.new, taken, self._timeout, detail)
         except PartDied:
             self._give_up(index)
             if not self._backend.alive(move.old, 0.0):

@@ -96,13 +96,17 @@ class HubLink:
 
     def _replace(self, died: PartDied) -> None:
         self._say(f"the metric hub died ({died}); another one goes on in its place")
-        self.restarts += 1
-        self._backend.kill(self.handle)
-        self.handle = self._spawn(self._info.get("id"))
+        self.start_anew()
         again = list(self._unconfirmed)
         self._unconfirmed.clear()
         for _, method, args in again:
             self._unconfirmed.append((self.handle.call(method, *args), method, args))
+
+    def start_anew(self) -> None:
+        """Another process in place of one that is dead."""
+        self.restarts += 1
+        self._backend.kill(self.handle)
+        self.handle = self._spawn(self._info.get("id"))
 
 
 class EvaluatorLink:
@@ -135,9 +139,25 @@ class EvaluatorLink:
             return step, self._backend.get(ref, 60.0)
         except PartDied as died:
             self._say(f"the evaluator died ({died}); update {step} goes unmeasured")
-            self.restarts += 1
-            self._backend.kill(self.handle)
-            self.handle = self._spawn()
+            self.start_anew()
         except Exception as error:  # a measurement that fails must not cost the run
             self._say(f"evaluation at update {step} failed: {first_line(error)}")
         return None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a measurement is under way."""
+        return self._pending is not None
+
+    def give_up(self, why: str) -> None:
+        """Do without the measurement under way."""
+        if self._pending is not None:
+            self._say(f"update {self._pending[0]} goes unmeasured: {why}")
+            self._pending = None
+            self.start_anew()
+
+    def start_anew(self) -> None:
+        """Another process in place of one that is dead, or is not waited for any more."""
+        self.restarts += 1
+        self._backend.kill(self.handle)
+        self.handle = self._spawn()

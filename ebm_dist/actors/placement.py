@@ -27,8 +27,10 @@ class RuntimeConfig(Section):
     """auto takes CUDA where there is a GPU at the start; cuda waits for the cluster's, as long as
     start_timeout_s."""
 
-    start_timeout_s: PositiveFloat = 120.0
-    """Seconds that the actors may take to start before the run gives up."""
+    start_timeout_s: PositiveFloat = 300.0
+    """Seconds without another actor coming up after which a run that starts gives up, and what a
+    worker that joins later may take. Eight processes that import torch from one network disk have
+    taken more than 120."""
 
     cpus_per_worker: PositiveFloat = 1.0
     """Ray CPUs that a worker claims on a cluster; on a local Ray nothing is claimed."""

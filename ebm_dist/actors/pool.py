@@ -20,8 +20,16 @@ from typing import Any
 
 from ebm_dist.actors.checkouts import Checkouts
 from ebm_dist.actors.crew import Crew
-from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
-from ebm_dist.actors.rounds import MAX_ATTEMPTS, RETRY_S, Committed, Purpose, Round
+from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref, fault_of_the_machine
+from ebm_dist.actors.overdue import Overdue
+from ebm_dist.actors.rounds import (
+    MAX_ATTEMPTS,
+    RETRY_S,
+    Committed,
+    Purpose,
+    Round,
+    failed_too_often,
+)
 from ebm_dist.actors.seats import Seat
 from ebm_dist.errors import RunFailed
 
@@ -52,7 +60,7 @@ class RoundPool:
             say: is told what died.
             num_chains: of a round.
             depth: rounds that a worker may have before it.
-            hang_s: a worker that holds a round for longer is replaced.
+            hang_s: a part that holds a round for longer is replaced.
             start_timeout_s: one that does not hold weights by then is given up.
         """
         self._backend = backend
@@ -62,14 +70,13 @@ class RoundPool:
         self._say = say
         self._checkouts = Checkouts(backend, shards, num_chains)
         self._depth = depth
-        self._hang_s = hang_s
+        self._overdue = Overdue(backend, shards, hang_s, clock)
         self._clock = clock
         self._rounds: OrderedDict[Ref, Round] = OrderedDict()  # in the order of `started`
         self._waiting: deque[Round] = deque()
         self._delayed: list[tuple[float, Round]] = []
         self._noted: set[str] = set()
         self._shard_failures = [0] * len(self._shards)
-        self._idle_before = (0.0, 0.0)
         self.crew = Crew(
             backend,
             workers,
@@ -81,8 +88,8 @@ class RoundPool:
         self._seats = self.crew.seats
         # Ordered dicts: the first key of a plain one is found past all that were taken before it.
         self.committed: OrderedDict[int, Committed] = OrderedDict()
-        self.releases: list[Ref] = []
-        """Answers of shards that were told to keep the chains of a spare round."""
+        self.releases: list[tuple[Handle, Ref]] = []
+        """Shards, and their answers, that were told to keep the chains of a spare round."""
         self.counts: dict[int, dict[str, float]] = {}
         self.restarts = 0
         self.num_refused = 0
@@ -174,10 +181,7 @@ class RoundPool:
 
     def _submit(self, round_: Round) -> None:
         if round_.attempts >= MAX_ATTEMPTS:
-            raise RunFailed(
-                f"round {round_.lease_id} of shard {round_.shard} failed {MAX_ATTEMPTS} times; "
-                "see the log of its workers"
-            )
+            raise failed_too_often(round_)
         shard = self._shards[round_.shard]
         node = getattr(shard, "node", None)
         seat = self._seats.first(node)
@@ -190,11 +194,11 @@ class RoundPool:
         round_.version = self.crew.version
         round_.started = self._clock()
         round_.weights = self.crew.weights
-        lease = self._checkouts.lease(round_, seat)
-        moved = seat.handle.call(
-            "run_round", lease, round_.weights, round_.version, round_.num_steps
+        round_.leased = self._checkouts.lease(round_, seat)
+        round_.moved = seat.handle.call(
+            "run_round", round_.leased, round_.weights, round_.version, round_.num_steps
         )
-        round_.ref = shard.call("checkin", moved, round_.lease_id)
+        round_.ref = shard.call("checkin", round_.moved, round_.lease_id)
         self._rounds[round_.ref] = round_
         self._seats.load(seat, +1)
         self.num_started += 1
@@ -224,10 +228,11 @@ class RoundPool:
         for ref in done:
             if ref in self._rounds:
                 self._finish(ref)
-            elif ref in self.crew.arriving and (seat := self.crew.welcome(ref)) is not None:
-                self._redo_rounds_of(seat, "it did not live to hold weights")
+            elif ref in self.crew.arriving and (failed := self.crew.welcome(ref)) is not None:
+                self._redo_rounds_of(*failed)
         self._start_waiting()
-        self._replace_a_hung_worker(now)
+        self._replace_who_hangs()
+        self._overdue.renew_leases(self.rounds())
         self.crew.give_up_the_overdue(now)
         return [ref for ref in others if ref in done]
 
@@ -247,6 +252,13 @@ class RoundPool:
             reply = self._backend.get(ref, timeout=30.0)
         except PartDied as died:
             self._recover(round_, seat, died)
+            return
+        except Exception as error:
+            # The worker's, since a shard computes nothing; another process, on another device it
+            # may be, has the same chains and noise.
+            if (fault := fault_of_the_machine(error)) is None:
+                raise
+            self._fail(round_, seat, f"its round failed: {fault}")
             return
         self.crew.release_if_done(seat)
         self.counts[round_.shard] = reply["counts"]
@@ -276,44 +288,49 @@ class RoundPool:
         self.steps[round_.purpose] += reply["num_steps"] * reply["num_chains"]
         self.num_by_rows += reply["by_rows"]
         if round_.purpose == "spare":
-            self.releases.append(self._shards[round_.shard].call("release", round_.lease_id))
+            shard = self._shards[round_.shard]
+            self.releases.append((shard, shard.call("release", round_.lease_id)))
             return
-        self.committed[round_.lease_id] = Committed(
-            lease_id=round_.lease_id,
-            shard=round_.shard,
-            version=reply["version"],
-            num_steps=reply["num_steps"],
-            num_chains=reply["num_chains"],
-            stats=reply["stats"],
-        )
+        self.committed[round_.lease_id] = Committed.of(round_, reply)
 
     # --- when parts die -----------------------------------------------------------------------
 
-    def _replace_a_hung_worker(self, now: float) -> None:
-        if not self._rounds:
+    def _replace_who_hangs(self) -> None:
+        if self.replace_a_hung_shard(self._overdue.hang_s):
             return
-        oldest = next(iter(self._rounds.values()))
-        if now - oldest.started > self._hang_s and oldest.seat is not None:
-            self._redo_rounds_of(oldest.seat, f"held a round for {self._hang_s:.0f} s")
+        if (round_ := self._overdue.held(self._rounds.values())) is not None:
+            assert round_.seat is not None
+            round_.trouble = self._overdue.held_too_long
+            self._redo_rounds_of(round_.seat, round_.trouble)
+
+    def replace_a_hung_shard(self, seconds: float) -> bool:
+        """Replace a shard that a round older than `seconds` waits for, if there is one."""
+        index = self._overdue.shard(self._rounds.values(), seconds)
+        if index is not None:
+            self.replace_shard(index, f"a round has waited for it for {seconds:.0f} s")
+        return index is not None
 
     def _recover(self, failed: Round, seat: Seat, died: PartDied) -> None:
         """Replace the part that took `failed` with it, and start its rounds again."""
         if not self._backend.alive(self._shards[failed.shard]):
             self.replace_shard(failed.shard, str(died))
         elif not self._backend.alive(seat.handle):
-            self._rounds[failed.ref] = failed
-            self._seats.load(seat, +1)
-            self._redo_rounds_of(seat, str(died))
-        else:  # unreachable for a moment
-            # No fault of the round: weights are lost, or a node is and Ray has yet to see.
+            self._fail(failed, seat, str(died))
+        else:  # no fault of the round: weights are lost, or a node is and Ray has yet to see
             failed.version = -1
             failed.attempts -= 1
             self._delayed.append((self._clock() + RETRY_S, failed))
         self.crew.release_if_done(seat)
 
+    def _fail(self, failed: Round, seat: Seat, why: str) -> None:
+        """Replace the worker of a round that has come back without chains; the round is redone."""
+        failed.trouble = why
+        self._rounds[failed.ref] = failed
+        self._seats.load(seat, +1)
+        self._redo_rounds_of(seat, why)
+
     def redo_lost(self) -> None:
-        """Start again, under the present weights, what waits for weights that are lost: who waits
-        is told of it late."""
+        """Start again, under the present weights, what waits for weights that are lost."""
         for ref, round_ in list(self._rounds.items()):
             if round_.weights is self.crew.weights or not self._backend.lost(round_.weights):
                 continue
@@ -326,16 +343,20 @@ class RoundPool:
             self._submit(round_)
         self.crew.send_again()
 
-    def check(self) -> None:
-        """Replace the shards and workers that are known to be dead."""
+    def check(self, trouble: Exception | None = None) -> None:
+        """Replace the shards and workers that are known to be dead; `trouble` may say why."""
+
+        def why(part: Handle) -> str:
+            return str(trouble) if f"{part.name} " in str(trouble) else "its process is gone"
+
         for index, shard in enumerate(self._shards):
             if not self._backend.alive(shard):
-                self.replace_shard(index, "its process is gone")
+                self.replace_shard(index, why(shard))
         for seat in self._seats:
             # One that starts has been sent weights, and is found out by its answer; to ask whether
             # it is alive would wait for Ray to place it.
             if seat.state != "starting" and not self._backend.alive(seat.handle):
-                self._redo_rounds_of(seat, "its process is gone")
+                self._redo_rounds_of(seat, why(seat.handle))
 
     def replace_shard(self, index: int, why: str) -> None:
         """Start another process on the chains of a dead shard, without the rounds it knew of.
@@ -377,10 +398,3 @@ class RoundPool:
         self.crew.replace(seat, why)
         for round_ in sorted(again, key=lambda item: item.lease_id):
             self._submit(round_)
-
-    def take_idle_seconds(self) -> float:
-        """Mean seconds a worker had no round since the last call."""
-        serving, idle = self._seats.seconds()
-        before, self._idle_before = self._idle_before, (serving, idle)
-        count = max(1, self._seats.num_serving)
-        return (idle - before[1]) / count

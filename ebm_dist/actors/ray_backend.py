@@ -7,11 +7,11 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ebm_dist.actors.access import chosen_address, instead, require_token, resolved
+from ebm_dist.actors.halt import Halt
 from ebm_dist.actors.handles import (
     UNREACHABLE_S,
     Handle,
@@ -22,30 +22,17 @@ from ebm_dist.actors.handles import (
     Unreachable,
     first_line,
 )
+from ebm_dist.actors.own_ray import OwnRay, RayDied
+from ebm_dist.actors.ray_starts import RayHandle, Starts
 from ebm_dist.actors.ray_temp import private_temp_dir
 from ebm_dist.actors.shared_memory import RunMemory
+from ebm_dist.actors.stall import LOOK_S
 from ebm_dist.errors import RunFailed, UserError
 
 log = logging.getLogger("ebm_dist")
 
 FAREWELL_S = 5.0
 """How long the end of a run waits for one part on each node to remove what it has mapped there."""
-
-
-@dataclass(slots=True)
-class RayHandle:
-    name: str
-    actor: Any
-    node: str | None = None
-    runs_on: str | None = None
-    """Id of the node, once it has started."""
-    num_gpus: float = 0.0
-
-    def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
-        return self.actor.call.options(num_returns=num_returns).remote(method, *args)
-
-    def aside(self, method: str, *args: Any, num_returns: int = 1) -> Any:
-        return self.actor.aside.options(num_returns=num_returns).remote(method, *args)
 
 
 class RayBackend:
@@ -60,7 +47,12 @@ class RayBackend:
         namespace: str,
         start_timeout_s: float,
         object_store_bytes: int | None = None,
+        told: Callable[[], bool] = lambda: False,
     ) -> None:
+        """
+        Args:
+            told: whether the run is told to stop.
+        """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Ray runs actors at niceness 15: beside any other program they would get its leavings.
@@ -71,6 +63,9 @@ class RayBackend:
         # As launch/common.sh has it: by Ray's 20 s this process would drop, while a cable is out,
         # the connections on which others wait for its answers, and they would wait for ever.
         os.environ.setdefault("RAY_grpc_keepalive_timeout_ms", "60000")
+        # By Ray's 60 s a process that imports Ray itself from a slow disk would be ended, and begin
+        # anew with the same.
+        os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
         require_token(address)
         address, key = chosen_address(address)
         self.local = address == "local"
@@ -115,13 +110,15 @@ class RayBackend:
                 "start one with `ray start --head`, show its token (RAY_AUTH_MODE=token), "
                 f"or {instead(key)}"
             ) from error
+        self._own = OwnRay(ray) if self.local else None
+        self.halt = Halt(told, self._own.ailing) if self._own is not None else Halt(told)
         self._memory = RunMemory(namespace.removeprefix("ebm_dist-"), secrets.token_hex(4))
         self._own_node = ray.get_runtime_context().get_node_id()
         self._own_memory = self._memory.hold(self._own_node)
         self._host: Any = ray.remote(Host)
         self._host_with_aside = self._ray.remote(concurrency_groups={ASIDE: 1})(HostWithAside)
         self._handles: list[RayHandle] = []
-        self._starting: list[tuple[RayHandle, Ref]] = []
+        self._starts = Starts(ray, exceptions)
         self._num_spawned: dict[str, int] = {}
 
     def _init(self, options: dict[str, Any]) -> None:
@@ -158,6 +155,9 @@ class RayBackend:
         shared: bool = False,
         node: str | None = None,
     ) -> RayHandle:
+        self._check()
+        if (gone := self.halt.ailing()) is not None:
+            raise RayDied(f"{gone}, and {name} cannot be started")
         env: dict[str, str] = {}
         if num_threads is not None:
             # Before torch is imported, or its pools keep the size they were born with.
@@ -188,18 +188,8 @@ class RayBackend:
         ).remote(factory, kwargs, num_threads, self._memory, shared)
         handle = RayHandle(name, actor, node=node, num_gpus=num_gpus)
         self._handles.append(handle)
-        self._starting.append((handle, actor.ready.remote()))
+        self._starts.begin(handle, actor.ready.remote())
         return handle
-
-    def _note_started(self) -> None:
-        """Keep, and log, the process of each part that has started since."""
-        for handle, ref in list(self._starting):
-            if not self._ray.wait([ref], timeout=0)[0]:
-                continue
-            self._starting.remove((handle, ref))
-            with contextlib.suppress(self._errors.RayError):  # whoever calls it will see
-                pid, address, handle.runs_on = self._ray.get(ref, timeout=30.0)
-                log.info("%s runs as process %d on %s", handle.name, pid, address)
 
     def _on(self, node: str) -> Any:
         # A soft affinity has been seen to miss a node that had room.
@@ -227,20 +217,16 @@ class RayBackend:
             if node["Alive"]
         ]
 
-    def await_started(self, handles: Sequence[Any]) -> None:
-        """Wait until each constructor has run; raises what it raised."""
-        deadline = time.monotonic() + self._start_timeout_s
-        for handle in handles:
-            remaining = max(0.1, deadline - time.monotonic())
-            try:
-                self.get(handle.actor.ready.remote(), remaining)
-            except TimeoutError:
-                raise RunFailed(
-                    f"{handle.name} did not start in {self._start_timeout_s:.0f} s; the "
-                    f"cluster has {self._ray.available_resources()} free. Lower "
-                    "workers.num_workers, or raise runtime.start_timeout_s"
-                ) from None
-        self._note_started()
+    def await_started(self, handles: Sequence[Handle]) -> tuple[Handle, PartDied] | None:
+        return self._starts.wait(self, handles, self._start_timeout_s)
+
+    def _check(self) -> None:
+        if self._own is not None:
+            self._own.check()
+
+    @property
+    def _is_well(self) -> bool:
+        return self._own is None or self._own.well
 
     def rendezvous(self, handle: Handle, port: int | None = None) -> Ref:
         assert isinstance(handle, RayHandle)
@@ -252,10 +238,14 @@ class RayBackend:
     def wait(self, refs: Sequence[Ref], timeout: float) -> list[Ref]:
         if not refs:
             return []
-        if self._starting:
-            self._note_started()
+        self._starts.note()
         unique = list(dict.fromkeys(refs))
-        done, _ = self._ray.wait(unique, num_returns=1, timeout=timeout, fetch_local=False)
+        done, left = [], timeout
+        while not done and left >= 0.0:
+            self._check()
+            now = min(left, LOOK_S)
+            done, _ = self._ray.wait(unique, num_returns=1, timeout=now, fetch_local=False)
+            left -= LOOK_S
         if done and len(unique) > 1:
             done, _ = self._ray.wait(unique, num_returns=len(unique), timeout=0, fetch_local=False)
         return done
@@ -263,10 +253,18 @@ class RayBackend:
     def get(self, ref: Ref, timeout: float) -> Any:
         errors = self._errors
         try:
+            self._check()
+            # On one machine nothing is fetched that would have to be fetched anew.
+            while self._own is not None and timeout > LOOK_S:
+                with contextlib.suppress(errors.GetTimeoutError):
+                    return self._ray.get(ref, timeout=LOOK_S)
+                timeout -= LOOK_S
+                self._check()
             return self._ray.get(ref, timeout=timeout)
         except errors.GetTimeoutError as error:
             raise TimeoutError(str(error)) from None
         except errors.RayTaskError as error:
+            self._check()
             cause = error.cause
             # An argument that failed wraps its own error in that of the call which was given it.
             while isinstance(cause, errors.RayTaskError) and cause.cause is not None:
@@ -278,6 +276,7 @@ class RayBackend:
                 raise self._gone(cause) from None
             raise
         except errors.RayError as error:
+            self._check()
             cause = _init_cause(error)
             if isinstance(cause, (UserError, RunFailed, ValueError)):
                 raise cause from None
@@ -324,7 +323,7 @@ class RayBackend:
         """
         assert isinstance(handle, RayHandle)
         deadline = time.monotonic() + UNREACHABLE_S
-        while not self._known_dead(handle):
+        while not (handle.killed or self._known_dead(handle)):
             if timeout <= 0:
                 return True
             try:
@@ -343,6 +342,9 @@ class RayBackend:
 
     def _known_dead(self, handle: RayHandle) -> bool:
         """What Ray's control store says, which does not wait for a busy actor."""
+        self._check()
+        if not self._is_well:
+            return False
         try:
             known = self._ray._private.state.actors(actor_id=handle.actor._actor_id.hex())
         except Exception:  # what cannot be asked says nothing
@@ -352,14 +354,17 @@ class RayBackend:
     def kill(self, handle: Handle) -> None:
         """End the part's process, if it has not ended yet."""
         assert isinstance(handle, RayHandle)
-        with contextlib.suppress(self._errors.RayError):
-            self._ray.kill(handle.actor, no_restart=True)
+        handle.killed = True
+        if self._is_well:
+            with contextlib.suppress(self._errors.RayError):
+                self._ray.kill(handle.actor, no_restart=True)
         self._handles = [known for known in self._handles if known is not handle]
 
     def close(self) -> None:
         """Stop our actors, and the Ray that we started; a cluster that we joined goes on."""
-        with contextlib.suppress(Exception):
-            self._remove_memory()
+        if self._is_well:
+            with contextlib.suppress(Exception):
+                self._remove_memory()
         for handle in list(self._handles):
             with contextlib.suppress(Exception):
                 self.kill(handle)
@@ -372,7 +377,7 @@ class RayBackend:
 
         All parts of a node are asked, since one may be busy or stuck; one answer will do.
         """
-        self._note_started()
+        self._starts.note()
         asked = {
             handle.actor.remove_memory.remote(): handle.runs_on
             for handle in self._handles

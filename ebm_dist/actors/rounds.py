@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ebm_dist.actors.handles import Ref
 from ebm_dist.actors.seats import Seat
+from ebm_dist.errors import RunFailed
 
 MAX_ATTEMPTS = 5
 """Starts of one round, and deaths of one worker or shard without a commit between, before giving
@@ -41,8 +42,15 @@ class Round:
     seat: Seat | None = None
     weights: Ref = None
     """What it was last started under."""
+    leased: Ref = None
+    """What the shard answers to the checkout, where the worker has not been given it yet."""
+    moved: Ref = None
+    """What the worker answers."""
     ref: Ref = None
+    """What the shard answers to the checkin: the last of the three calls."""
     attempts: int = 0
+    trouble: str = ""
+    """Why it was not committed when it was last tried."""
     starved: bool = False
     """Its shard had too few free chains when it was last tried."""
     started: float = 0.0
@@ -58,3 +66,17 @@ class Committed:
     num_steps: int
     num_chains: int
     stats: dict[str, float]
+
+    @classmethod
+    def of(cls, round_: Round, reply: dict[str, Any]) -> Committed:
+        """What the shard of `round_` replied when it had committed its chains."""
+        names = ("version", "num_steps", "num_chains", "stats")
+        return cls(round_.lease_id, round_.shard, **{name: reply[name] for name in names})
+
+
+def failed_too_often(round_: Round) -> RunFailed:
+    return RunFailed(
+        f"round {round_.lease_id} of shard {round_.shard} failed {MAX_ATTEMPTS} times, on one "
+        f"worker after another; the last time: {round_.trouble}. If memory ran out, lower "
+        "workers.num_chains; run.log names the times before"
+    )

@@ -29,6 +29,8 @@ class Seat:
     """The weights that its present process was sent to begin with."""
     load: int = 0
     """Rounds before it."""
+    busy_since: float = 0.0
+    """When it can have begun the first of them, on the pool's clock."""
     num_starts: int = 0
     """Deaths in a row before it held weights."""
     failures: int = 0
@@ -76,6 +78,7 @@ class Seats:
         self._last = clock()
         self._serving_s = 0.0
         self._idle_s = 0.0
+        self._idle_before = 0.0
 
     def __iter__(self) -> Iterator[Seat]:
         return iter(list(self._seats.values()))
@@ -144,6 +147,8 @@ class Seats:
             self._account()
             self._dequeue(seat)
             self._num_idle -= seat.load == 0
+        if change < 0 or seat.load == 0:
+            seat.busy_since = self._clock()
         seat.load = max(0, seat.load + change)
         if serving:
             self._num_idle += seat.load == 0
@@ -153,6 +158,12 @@ class Seats:
         """Seconds that seats have served, and those of them without a round, summed over seats."""
         self._account()
         return self._serving_s, self._idle_s
+
+    def take_idle_seconds(self) -> float:
+        """Mean seconds that a seat had no round since the last call."""
+        _, idle = self.seconds()
+        before, self._idle_before = self._idle_before, idle
+        return (idle - before) / max(1, self._num_serving)
 
     def _account(self) -> None:
         now = self._clock()

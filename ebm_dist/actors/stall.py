@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from ebm_dist.actors.handles import Backend, Ref
+from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
 from ebm_dist.errors import RunFailed
 
 
@@ -55,16 +56,10 @@ DELIVERY = Queue(
     "the shards' nodes, over the network",
     "raise flow.stall_timeout_s if the network is only slow",
 )
-UPDATES = Queue(
-    "the learner ranks' answers to an update",
-    "every learner rank (a rank's own wait for the others ends after learner.timeout_s)",
-    "raise flow.stall_timeout_s if an update is only slow",
-)
-SHARDS = Queue(
-    "a shard's answers",
-    "the shard's process",
-    "see the log of the shard; its node may be out of reach",
-)
+
+
+LOOK_S = 1.0
+"""Between two looks whether the run is to end."""
 
 
 class Stalled(RunFailed):
@@ -87,11 +82,17 @@ class Watchdog:
         self._since = clock()
         self._seen: Hashable = None
 
-    def look(self, state: Hashable, blocked: Callable[[], tuple[Queue, str]]) -> None:
+    def look(
+        self,
+        state: Hashable,
+        blocked: Callable[[], tuple[Queue, str]],
+        mend: Callable[[float], bool] = lambda seconds: False,
+    ) -> None:
         """Take note of `state`, anything that changes whenever there is progress.
 
         Args:
             blocked: says which queue it is, and what was waited for.
+            mend: replaces what has hung for so many seconds, before the run is given up.
 
         Raises:
             Stalled: it has been the same for too long.
@@ -99,17 +100,29 @@ class Watchdog:
         now = self._clock()
         if state != self._seen:
             self._seen, self._since = state, now
-        elif now - self._since > self._timeout_s:
+        elif now - self._since > self._timeout_s and not mend(self._timeout_s):
             raise Stalled(blocked()[0], self._timeout_s, blocked()[1])
 
 
-def answer(backend: Backend, ref: Ref, timeout_s: float, queue: Queue, detail: str) -> Any:
-    """The value of `ref`.
+def answer(backend: Backend, part: Handle, ref: Ref, timeout_s: float, detail: str) -> Any:
+    """The value of `ref`, which `part` was asked for.
 
     Raises:
-        Stalled: it was not there in time.
+        PartDied: it is gone; or it gave no answer in time, which ends it.
+        Halted: the run is to end.
     """
-    try:
-        return backend.get(ref, timeout_s)
-    except TimeoutError as error:
-        raise Stalled(queue, timeout_s, detail) from error
+    began = time.monotonic()
+    # One call where the answer is there, as it mostly is. Where it is not, it is not asked for its
+    # value again: what had come of it by then, from another node, would have to come anew.
+    with contextlib.suppress(TimeoutError):
+        return backend.get(ref, min(LOOK_S, timeout_s))
+    while (left := began + timeout_s - time.monotonic()) > 0:
+        backend.halt.check(began)
+        if backend.wait([ref], min(LOOK_S, left)):
+            break
+    with contextlib.suppress(TimeoutError):
+        return backend.get(ref, max(left, LOOK_S))
+    backend.kill(part)
+    raise PartDied(
+        f"{detail}: {part.name} gave no answer for {timeout_s:.0f} s (flow.stall_timeout_s)"
+    )

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from ebm_dist.actors.handles import Backend, Handle
-from ebm_dist.actors.stall import SHARDS, answer
+from ebm_dist.actors.stall import answer
 
 
 class ShardWatch:
@@ -46,8 +46,8 @@ class ShardWatch:
         sums: dict[str, list[float]] = defaultdict(list)
         refs = [shard.call("health", self._reseed) for shard in self._shards]
         for index, ref in enumerate(refs):
-            detail = f"{self._shards[index].name} was asked how its chains move"
-            report = answer(self._backend, ref, self._timeout, SHARDS, detail)
+            detail = "waited for how the chains move"
+            report = answer(self._backend, self._shards[index], ref, self._timeout, detail)
             if report is None:
                 continue
             for name, value in report["values"].items():

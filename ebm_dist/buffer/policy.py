@@ -57,7 +57,8 @@ class BufferConfig(Section):
     below this."""
 
     lease_timeout_s: PositiveFloat = 120.0
-    """Seconds after which a lease that was not checked in gives its chains back."""
+    """Seconds after which a lease that nobody works on any more gives its chains back. A worker
+    that is at one round for twice as long is taken for hung, and replaced."""
 
 
 class FlowConfig(Section):

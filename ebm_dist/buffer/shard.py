@@ -356,6 +356,13 @@ class Shard(ShardChains):
         self._earliest = min((v.deadline for v in self._leases.values()), default=math.inf)
         return overdue
 
+    def renew(self, lease_ids: Sequence[int]) -> None:
+        """Begin the time of those of the leases anew that are out: their rounds are under way."""
+        self.expire()
+        for lease_id in lease_ids:
+            if (out := self._leases.get(lease_id)) is not None:
+                out.deadline = self._clock() + self._config.lease_timeout_s
+
     def cancel(self, lease_id: int) -> bool:
         """Void a lease: its slots keep the chains they had before it."""
         out = self._leases.pop(lease_id, None)

@@ -8,8 +8,8 @@ training goes on in legs of some hundred updates, each of which has to be finish
 soak lasts as long as it is asked to however fast the machine is.
 
 No more than `MAX_DOWN` parts are down at once: a machine that is killed faster than it can start
-processes shows nothing but that. A part that starts is hit like any other, and so are learners
-that come back.
+processes shows nothing but that. A part that starts is hit like any other, in the first start of
+the run as well, and so are learners that come back.
 """
 
 from __future__ import annotations
@@ -153,9 +153,10 @@ def _soak(
     while True:
         time.sleep(0.1)
         now = time.time()
+        if not next_kill and _starting(_marked(mark)):
+            next_kill = now + rng.uniform(0.0, period_s)
         if not began and rows(run_dir):
             began, patience = now, now + 4 * seconds + 400
-            next_kill = now + period_s
         enough = len(report.kills) >= min_kills or now > began + 4 * seconds
         over = bool(began) and now > began + seconds and enough
         if now > patience:
@@ -177,7 +178,7 @@ def _soak(
         if (step := newest_step(run_dir)) != checked:
             checked = step
             _check_identities(run_dir, report)
-        if began and not over and now >= next_kill:
+        if next_kill and not over and now >= next_kill:
             part = _kill_one(run_dir, rng, mark)
             next_kill = now + (period_s * rng.uniform(0.5, 1.5) if part else 0.5)
             if part is not None:
@@ -193,6 +194,7 @@ def _soak(
 def _kill_one(run_dir: Path, rng: random.Random, mark: str) -> str | None:
     """SIGKILL a part that lives; its name, None if too many are down as it is."""
     ours, known = _marked(mark), pids(run_dir)
+    known |= _starting(ours)
     alive = sorted(name for name, pid in known.items() if pid in ours)
     if len(known) - len(alive) >= MAX_DOWN:
         return None
@@ -203,6 +205,17 @@ def _kill_one(run_dir: Path, rng: random.Random, mark: str) -> str | None:
         os.kill(known[part], signal.SIGKILL)
         return part
     return None
+
+
+def _starting(ours: set[int]) -> dict[str, int]:
+    """The processes that are in the constructor of a part, which Ray names in their titles."""
+    found: dict[str, int] = {}
+    for pid in ours:
+        with contextlib.suppress(OSError):
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+            if named := re.match(r"ray::([a-z]+(-\d+)?)[.\d]*:\w+\.__init__", title):
+                found[named[1]] = pid
+    return found
 
 
 def _marked(mark: str) -> set[int]:

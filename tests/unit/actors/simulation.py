@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from ebm_dist.actors.halt import Halt
 from ebm_dist.actors.handles import ObjectLost, PartDied
 from ebm_dist.buffer.rows import open_rows
 from ebm_dist.types import Lease, MovedChains
+
+NEVER = 10**9
+"""The tick of what a part that hangs will answer."""
 
 
 @dataclass(eq=False)
@@ -48,7 +52,11 @@ class SimBackend:
     concurrent: bool = True
     scattered: bool = True
     tick: int = 0
+    hung: set[str] = field(default_factory=set)
+    """Names of parts that are stopped: they answer nothing, and are not dead. One that is killed
+    is not among them any more."""
     pending: list[SimRef] = field(default_factory=list)
+    halt: Halt = field(default_factory=Halt)
 
     def spawn(
         self,
@@ -70,11 +78,20 @@ class SimBackend:
                 raise PartDied(f"{handle.name} is dead")
             return getattr(handle.part, method)(*(self._value(a) for a in args))
 
-        late = method in ("checkin", "hold")
+        stuck = handle.name in self.hung or any(
+            isinstance(a, SimRef) and a.ready_at >= NEVER for a in args
+        )
+        late = stuck or method in ("checkin", "hold")
         ticks = self.delay() if method == "checkin" else int(late)
-        ref = SimRef(compute, self.tick + ticks, involved)
+        ref = SimRef(compute, NEVER if stuck else self.tick + ticks, involved)
         self.pending.append(ref)
-        if not late or self.eager():
+        if method == "checkin" and isinstance(args[0], SimRef) and not stuck:
+            args[0].ready_at = ref.ready_at  # it is the worker that takes the time
+        if stuck and num_returns > 1:
+            parts = [SimRef(compute, NEVER, involved) for _ in range(num_returns)]
+            self.pending += parts
+            return parts
+        if not late or (not stuck and self.eager()):
             self._run(ref)
         if num_returns == 1:
             return ref
@@ -112,6 +129,8 @@ class SimBackend:
         return [ref for ref in refs if ref.ready_at <= self.tick]
 
     def get(self, ref: SimRef, timeout: float) -> Any:
+        if ref.ready_at >= NEVER:
+            raise TimeoutError
         return self._value(ref)
 
     def lost(self, ref: SimRef) -> bool:
@@ -122,6 +141,7 @@ class SimBackend:
 
     def kill(self, handle: SimHandle) -> None:
         handle.dead = True
+        self.hung.discard(handle.name)
         for ref in self.pending:
             if id(handle) in ref.involved and ref.ready_at > self.tick:
                 ref.compute, ref.ready_at = None, self.tick

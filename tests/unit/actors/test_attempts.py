@@ -132,7 +132,7 @@ def test_a_run_whose_starts_are_hit_more_often_than_an_update_may_fail_goes_on(
             raise DIED
         load(self, *args, **options)
 
-    monkeypatch.setattr("ebm_dist.actors.controller.RETRY_S", 0.0)
+    monkeypatch.setattr("ebm_dist.actors.going_back.RETRY_S", 0.0)
     monkeypatch.setattr(LearnerGroup, "update", dies)
     monkeypatch.setattr(LearnerGroup, "load", dies_too)
     options = (f"flow.mode={mode}", "run.steps=6", "checkpoint.every=2")

@@ -11,9 +11,11 @@ from small_runs import run
 from torch import Tensor
 
 from ebm_dist.actors.controller import Controller
+from ebm_dist.actors.going_back import WayBack
 from ebm_dist.actors.handles import InlineBackend, InlineHandle, InlineResult, PartDied
 from ebm_dist.actors.learner import LearnerRank
 from ebm_dist.actors.learners import LearnerGroup
+from ebm_dist.actors.rounds import MAX_ATTEMPTS
 from ebm_dist.errors import RunFailed
 
 
@@ -42,7 +44,8 @@ def test_a_part_that_dies_while_a_run_is_restored_leaves_the_result_as_it_is(
 ) -> None:
     run(tmp_path / "whole", "run.steps=6", "checkpoint.every=3")
     run(tmp_path / "parts", "run.steps=3", "checkpoint.every=3")
-    calls = fails_once(monkeypatch, Controller, step)
+    owner = Controller if step == "_publish_current" else WayBack
+    calls = fails_once(monkeypatch, owner, step)
     assert run(tmp_path / "parts", "run.steps=6", "checkpoint.every=3")[0].finished
     assert len(calls) > 1
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
@@ -109,3 +112,41 @@ def test_a_rank_that_dies_before_its_state_is_in_the_first_checkpoint_is_replace
     whole, hit = weights(tmp_path / "whole"), weights(tmp_path / "hit")
     if mode == "sync":
         assert all((whole[key] == hit[key]).all() for key in whole)
+
+
+@pytest.mark.parametrize("part", ["hub", "shard-1", "worker-0", "learner-0", "evaluator"])
+def test_a_part_that_dies_in_its_own_start_is_named_and_replaced(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaths: list[InlineHandle] = []
+
+    def started(self: InlineBackend, handles: list[InlineHandle]) -> Any:
+        alive = [handle for handle in handles if handle.name == part]
+        if len(deaths) == MAX_ATTEMPTS - 1:
+            assert alive
+            assert not any(handle is dead for handle in alive for dead in deaths)
+            return None
+        deaths.append(alive[0])
+        return alive[0], PartDied("killed by the test")
+
+    monkeypatch.setattr(InlineBackend, "await_started", started)
+    options = ("run.steps=3", "evaluation.every=2")
+    result, screen = run(tmp_path / "hit", *options)
+    assert result.finished
+    assert screen.count(f"{part} died while the run started") == MAX_ATTEMPTS - 1
+    monkeypatch.undo()
+    run(tmp_path / "whole", *options)
+    whole, hit = weights(tmp_path / "whole"), weights(tmp_path / "hit")
+    assert all((whole[key] == hit[key]).all() for key in whole)
+
+
+def test_a_part_that_dies_in_every_start_ends_the_run_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(self: InlineBackend, handles: list[InlineHandle]) -> Any:
+        dead = next(handle for handle in handles if handle.name == "worker-0")
+        return dead, PartDied("killed by the test")
+
+    monkeypatch.setattr(InlineBackend, "await_started", started)
+    with pytest.raises(RunFailed, match=r"worker-0 was started 5 times .*killed by the test"):
+        run(tmp_path / "r", "run.steps=3")

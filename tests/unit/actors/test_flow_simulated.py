@@ -160,7 +160,7 @@ def test_workers_that_are_hit_while_they_start_are_started_on() -> None:
 
 def test_a_worker_that_hangs_is_replaced() -> None:
     world = World(mode="async", num_workers=2, max_delay=10**6)
-    world.pool._hang_s = 0.05
+    world.pool._overdue.hang_s = 0.05
     for _ in range(2):
         world.pool.poll(0.0)
     world.flow.top_up()

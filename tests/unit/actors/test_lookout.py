@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_runs import run
+from small_runs import curve, run
 
 from ebm_dist.actors.flow import RollBack
 from ebm_dist.actors.handles import PartDied
 from ebm_dist.actors.lookout import Lookout
+from ebm_dist.actors.observers import EvaluatorLink
 
 
 @pytest.mark.parametrize(
@@ -56,3 +57,36 @@ def test_a_run_that_goes_back_evaluates_at_its_usual_updates(
     assert "going back" in screen
     pictures = sorted((tmp_path / "r" / "samples").glob("*.png"))
     assert [int(path.stem.removeprefix("step_")) for path in pictures] == [4, 8]
+
+
+def test_an_evaluation_that_outlasts_the_next_ones_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect, asked = EvaluatorLink.collect, []
+
+    def slow(self: EvaluatorLink, timeout: float) -> tuple[int, dict[str, float]] | None:
+        if self.busy:
+            asked.append(timeout)
+        return None if len(asked) < 8 else collect(self, timeout)
+
+    monkeypatch.setattr(EvaluatorLink, "collect", slow)
+    result, screen = run(tmp_path / "r", "run.steps=20", "evaluation.every=2")
+    assert result.finished
+    assert asked[:8] == [0.0] * 8, "no update waited for it"
+    assert screen.count("is still under way") == 1
+    measured = curve(tmp_path / "r", "energy/test")
+    assert next(iter(measured)) == 2
+    assert list(measured)[-1] == 20
+    assert 3 < len(measured) < 10
+
+
+def test_measurements_that_do_not_end_are_given_up_at_the_end_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EvaluatorLink, "collect", lambda self, timeout: None)
+    options = ("run.steps=4", "evaluation.every=2", "flow.stall_timeout_s=0.2")
+    result, screen = run(tmp_path / "r", *options)
+    assert result.finished
+    assert "update 2 goes unmeasured" in screen
+    assert "update 4 goes unmeasured" in screen
+    assert "flow.stall_timeout_s" in screen

@@ -8,7 +8,7 @@ import pytest
 from worlds import CHAINS, NUM_STEPS, World
 
 from ebm_dist.actors import stall
-from ebm_dist.actors.stall import Queue, Stalled, Watchdog, answer
+from ebm_dist.actors.stall import Queue, Stalled, Watchdog
 
 NEVER = 10**9
 
@@ -102,12 +102,3 @@ def test_a_watchdog_raises_after_its_time_and_not_while_anything_moves(queue: Qu
         watchdog.look(99, lambda: (queue, "waiting"))
     for part in (queue.name, queue.filled_by, queue.remedy):
         assert part in str(error.value)
-
-
-def test_an_answer_that_does_not_come_names_its_queue() -> None:
-    class Silent:
-        def get(self, ref: Any, timeout: float) -> Any:
-            raise TimeoutError
-
-    with pytest.raises(Stalled, match=r"update 3: .*a shard's answers for 7 s"):
-        answer(Silent(), None, 7.0, stall.SHARDS, "update 3")  # type: ignore[arg-type]

@@ -37,12 +37,15 @@ class World:
         max_ticks: int = 10**6,
         nodes: tuple[str | None, ...] = (None,),
         scattered: bool = True,
+        tick_s: float = 0.0,
+        lease_timeout_s: float = 120.0,
         **flow: Any,
     ) -> None:
         """
         Args:
             max_ticks: of one update; longer is a deadlock.
             nodes: shards and workers are put on them in turn.
+            tick_s: the clocks of shards and pool go on by so much a tick; the pool's own when 0.
             directory: shards map their chains there, each under its node's name.
         """
         self.config = FlowConfig(**({"stall_timeout_s": 30} | flow))
@@ -56,6 +59,8 @@ class World:
         self.counts: Counter[str] = Counter()
         self.said: list[str] = []
         self.now = 0.0
+        self.tick_s = tick_s
+        self.lease_timeout_s = lease_timeout_s
         self.ticks_left = max_ticks
         self.backend = SimBackend(
             delay=lambda: int(self.rng.integers(1, max_delay + 1)),
@@ -76,7 +81,8 @@ class World:
             say=self.said.append,
             num_chains=CHAINS,
             depth=2,
-            hang_s=1e9,
+            hang_s=2.0 * lease_timeout_s if tick_s else 1e9,
+            **({"clock": lambda: self.now} if tick_s else {}),
         )
         graph = SimpleNamespace(
             backend=self.backend, shards=self.shards, capacities=[capacity // 2] * 2
@@ -106,7 +112,9 @@ class World:
     def spawn_shard(self, index: int) -> SimHandle:
         node = self.nodes[index % len(self.nodes)]
         options = {
-            "config": BufferConfig(capacity=self.capacity, reinit_prob=0.2),
+            "config": BufferConfig(
+                capacity=self.capacity, reinit_prob=0.2, lease_timeout_s=self.lease_timeout_s
+            ),
             "spec": SPEC,
             "index": index,
             "capacity": self.capacity // 2,
@@ -119,6 +127,7 @@ class World:
         return self.backend.spawn(Shard, options, name=f"shard-{index}", node=node)
 
     def misfortune(self) -> None:
+        self.now += self.tick_s
         self.ticks_left -= 1
         if self.ticks_left < 0:
             raise AssertionError("deadlock: the update is not made")
