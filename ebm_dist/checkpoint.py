@@ -3,8 +3,9 @@
 A checkpoint is a directory of safetensors files and JSON. It is written under a temporary
 name, every file is fsynced and checksummed, the directory is renamed, and only then does
 `manifest.json` name it. The loader trusts neither name: it takes the newest directory whose
-checksums hold. Tensors are whole, not per rank, so the number of ranks, shards and workers
-may differ on resume.
+checksums hold. A directory with another name than `name_of` gives is somebody else's, such as a
+copy that was put aside: it is neither read nor removed. Tensors are whole, not per rank, so the
+number of ranks, shards and workers may differ on resume.
 
 A file may be a difference: some rows of the arrays, with the numbers of those rows, and in
 `meta.json` the checkpoint that holds the same file whole and that file's checksum. Differences
@@ -13,9 +14,8 @@ never refer to differences, so two files at most make one set of arrays.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -24,20 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import PositiveInt
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ebm_dist.durable import new_directory, replace_text
 from ebm_dist.errors import UserError
+from ebm_dist.safe_open import make_directory, read_bytes, sha256
 from ebm_dist.section import Section
+from ebm_dist.tensor_file import save_tensors
 
 FORMAT = 2
 _READABLE = (1, FORMAT)  # format 1 has no differences
 
 ROWS = "row"
 """In a file that is a difference: the numbers of the rows that it holds, (M,) int64."""
+
+_NAME = re.compile(r"step_(\d{8,18})")
 
 
 class CheckpointConfig(Section):
@@ -74,7 +77,8 @@ class CheckpointDir:
 
     @property
     def names(self) -> list[str]:
-        return sorted(file.stem for file in self.path.glob("*.safetensors"))
+        files = (Path(name) for name in _checksums(self.path))  # others are not the checkpoint's
+        return sorted(file.stem for file in files if file.suffix == ".safetensors")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of `<name>.safetensors`."""
@@ -115,31 +119,21 @@ def save(
         OSError: the disk refused. The checkpoints before this one are untouched.
     """
     root = run_dir / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
+    make_directory(root)
     final = root / name_of(step)
-    temporary = root / f".tmp-{final.name}-{os.getpid()}"
-    for abandoned in root.glob(".tmp-*"):  # a run directory has one writer: those are of the dead
-        shutil.rmtree(abandoned, ignore_errors=True)
-    temporary.mkdir()
+    for path in root.glob(".tmp-step_*"):  # of killed writers of earlier versions
+        if re.fullmatch(r"\.tmp-step_\d{8,}-\d+", path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
     refers = {name: asdict(base) for name, base in (bases or {}).items()}
     assert all(base["checkpoint"] != final.name for base in refers.values())
-    try:
+    # It replaces that of a run that was resumed from before this step and came to it again.
+    with new_directory(final, replace=True, family=_NAME.pattern) as part:
         for name, entries in tensors.items():
-            _save_tensors(entries, temporary / f"{name}.safetensors")
+            save_tensors(entries, part / f"{name}.safetensors")
         content = {"format": FORMAT, "step": step, **meta, "bases": refers}
-        _write_json(temporary / "meta.json", content)
-        files = sorted(temporary.iterdir())
-        _write_json(temporary / "checksums.json", {f.name: _sha256(f) for f in files})
-        for file in temporary.iterdir():
-            _fsync(file)
-        _fsync(temporary)
-        if final.exists():  # a run that was resumed from before this step wrote it again
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _fsync(root)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        _write_json(part / "meta.json", content)
+        files = sorted(path for path in part.iterdir() if not path.name.startswith("."))
+        _write_json(part / "checksums.json", {file.name: sha256(file) for file in files})
     prune(root, keep)
     return final
 
@@ -151,7 +145,13 @@ def name_of(step: int) -> str:
 
 def checksum(path: Path, name: str) -> str:
     """What `<name>.safetensors` was when the checkpoint at `path` was written."""
-    return json.loads((path / "checksums.json").read_text())[f"{name}.safetensors"]
+    return _checksums(path)[f"{name}.safetensors"]
+
+
+def newest_name(run_dir: Path) -> str | None:
+    """The name of the newest checkpoint, whole or not; None where there is none."""
+    paths = _by_age(run_dir / "checkpoints")
+    return paths[0].name if paths else None
 
 
 def prune(root: Path, keep: int) -> None:
@@ -174,7 +174,7 @@ def prune(root: Path, keep: int) -> None:
 
 def _referred(path: Path) -> Iterable[str]:
     try:
-        meta = json.loads((path / "meta.json").read_text())
+        meta = json.loads(read_bytes(path / "meta.json"))
         return [base.checkpoint for base in _bases(meta).values()]
     except (OSError, ValueError, TypeError, AttributeError):  # damaged: no one will load it
         return []
@@ -194,6 +194,8 @@ def latest(run_dir: Path | str) -> CheckpointDir | None:
     for path in _by_age(root):
         try:
             opened = open_checkpoint(path)
+            if name_of(opened.step) != path.name:
+                raise UserError(f"{path.name}: holds update {opened.step}, so it was renamed")
         except UserError as error:
             skipped.append(str(error))
             continue
@@ -213,15 +215,15 @@ def open_checkpoint(path: Path) -> CheckpointDir:
         UserError: a file is missing, truncated or altered, or the format is another one.
     """
     try:
-        sums = json.loads((path / "checksums.json").read_text())
+        sums = _checksums(path)
         for name, expected in sums.items():
             if Path(name).name != name:
                 raise UserError(f"{path.name}: checksums.json names a file outside the checkpoint")
-            if _sha256(path / name) != expected:
+            if sha256(path / name) != expected:
                 raise UserError(
                     f"{path.name}: {name} does not match its checksum (torn or altered)"
                 )
-        meta = json.loads((path / "meta.json").read_text())
+        meta = json.loads(read_bytes(path / "meta.json"))
         if "meta.json" not in sums or not isinstance(meta, dict):
             raise UserError(f"{path.name}: meta.json is not covered by a checksum")
         for name, base in _bases(meta).items():
@@ -247,7 +249,7 @@ def _check_base(path: Path, name: str, base: Base) -> None:
     file = path.parent / base.checkpoint / f"{name}.safetensors"
     if not file.is_file():
         raise UserError(f"{path.name}: {base.checkpoint}/{file.name}, to which it refers, is gone")
-    if _sha256(file) != base.sha256:
+    if sha256(file) != base.sha256:
         raise UserError(
             f"{path.name}: {base.checkpoint}/{file.name}, to which it refers, does not match its "
             "checksum (torn or altered)"
@@ -256,54 +258,27 @@ def _check_base(path: Path, name: str, base: Base) -> None:
 
 def write_manifest(run_dir: Path, content: Mapping[str, Any]) -> None:
     """Replace `manifest.json` in one step."""
-    temporary = run_dir / "manifest.json.tmp"
-    _write_json(temporary, content)
-    _fsync(temporary)
-    temporary.replace(run_dir / "manifest.json")
-
-
-def tensors_or_refuse(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file from outside; UserError if it is not one."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    replace_text(run_dir / "manifest.json", _json(content))
 
 
 def _by_age(root: Path) -> list[Path]:
     """Checkpoint directories, newest first."""
-    return sorted(root.glob("step_*"), key=lambda path: path.name, reverse=True)
+    found: list[tuple[int, Path]] = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in root.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match and path.name == name_of(int(match[1])) and not path.is_symlink():
+                found.append((int(match[1]), path))
+    return [path for _, path in sorted(found, reverse=True)]
 
 
-def _save_tensors(entries: Mapping[str, Tensor | np.ndarray], path: Path) -> None:
-    try:
-        save_file({key: _contiguous(value) for key, value in entries.items()}, path)
-    except SafetensorError as error:
-        # safetensors has its own type for a full disk too, with the number in its text.
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        code = int(number.group(1))
-        raise OSError(code, os.strerror(code), str(path)) from error
+def _checksums(path: Path) -> dict[str, str]:
+    return json.loads(read_bytes(path / "checksums.json"))
 
 
-def _contiguous(value: Tensor | np.ndarray) -> Tensor:
-    tensor = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
-    return tensor.detach().cpu().contiguous()
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    path.write_text(_json(content), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shlex
 import sys
@@ -18,6 +19,8 @@ import typer
 
 import ebm_dist
 from ebm_dist.errors import RunFailed, UserError, one_line
+from ebm_dist.paths import expand_argument
+from ebm_dist.signals import interrupting
 
 # Everything else is imported inside the command that needs it: `--help` answers within a
 # second, and sampling an export works where Ray and DeepSpeed are not installed.
@@ -75,11 +78,17 @@ STOPPED = 75
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv` (sys.argv when None) and return its exit code.
 
-    0 done, 2 the user's input is wrong, 1 the run failed, 75 a signal stopped the training after
-    it had written a checkpoint. `EBM_DIST_DEBUG=1` lets exceptions through with their traceback.
+    0 done, 2 the user's input is wrong, 1 the run failed, 75 a signal stopped the training and
+    there is a checkpoint to go on from, 130 a signal came before there was one, or stopped another
+    command. `EBM_DIST_DEBUG=1` lets exceptions through with their traceback.
     """
+    arguments = [expand_argument(text) for text in (sys.argv[1:] if argv is None else argv)]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale may lack the sign of a square
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(args=None if argv is None else list(argv), standalone_mode=False)
+        with interrupting():
+            code = app(args=arguments, standalone_mode=False)
     except Exception as error:
         if os.environ.get("EBM_DIST_DEBUG") == "1":
             raise
@@ -123,7 +132,9 @@ def _explain(error: Exception) -> int:
         return _say(f"{error.name} is not installed: pip install 'ebm_dist[train]'", 2)
     if type(error) is ValueError:
         return _say(" ".join(str(error).split()), 2)
-    with tempfile.NamedTemporaryFile("w", prefix="ebm-dist-", suffix=".log", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="ebm-dist-", suffix=".log", delete=False, encoding="utf-8"
+    ) as file:
         traceback.print_exception(error, file=file)
     what = " ".join(str(error).split())[:300]
     return _say(f"{type(error).__name__}: {what}; the traceback is in {file.name}", 1)
@@ -157,8 +168,8 @@ def _failures_say_how_to_resume(run_dir: Path) -> Iterator[None]:
 
 @app.command(
     epilog="Example: ebm-dist train configs/digits.yaml learner.lr=2e-4 --run-dir runs/digits\n\n"
-    "Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped by Ctrl-C or SIGTERM "
-    "after a checkpoint; the same command goes on."
+    "Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped by Ctrl-C, SIGTERM or "
+    "SIGHUP after a checkpoint (the same command goes on), 130 stopped before there was one."
 )
 def train(
     config: ConfigFile,
@@ -229,10 +240,14 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the result here as JSON.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    data: Annotated[
+        str | None, typer.Option(help="Where the model's data is, if no longer at data.source.")
+    ] = None,
 ) -> None:
     """Measure an exported model on one suite of tests."""
     import json
 
+    from ebm_dist.durable import write_output
     from ebm_dist.export_reader import open_export
     from ebm_dist.suites import evaluate as run_suite
 
@@ -240,14 +255,14 @@ def evaluate(
         print(f"{suite}: {text}", file=sys.stderr, flush=True)
 
     export = open_export(checkpoint)
-    result = run_suite(export, suite, seed=seed, device=_device(device), say=say)
+    result = run_suite(export, suite, seed=seed, device=_device(device), data=data, say=say)
     width = max(map(len, result["metrics"]), default=0)
     for name, value in result["metrics"].items():
         print(f"{one_line(name):<{width}}  {value:.6g}")
     for note in result["notes"]:
         print(f"note: {one_line(note)}")
     if out is not None:
-        _write_text(out, json.dumps(result, indent=2) + "\n")
+        write_output(out, json.dumps(result, indent=2) + "\n")
 
 
 @app.command(epilog="Example: ebm-dist export runs/digits digits-model")
@@ -361,16 +376,6 @@ def config_schema() -> None:
     from ebm_dist.config import schema
 
     print(json.dumps(schema(), indent=2))
-
-
-def _write_text(out: Path, text: str) -> None:
-    part = out.with_name(f".{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(out)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager

@@ -23,8 +23,9 @@ from ebm_dist.evaluation.config import EvaluationConfig
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.objectives import ObjectiveConfig
+from ebm_dist.safe_open import open_to_read
 from ebm_dist.samplers import SamplerConfig
-from ebm_dist.section import Section
+from ebm_dist.section import Section, UserPath
 from ebm_dist.strict_yaml import read_yaml, write_yaml
 
 MAX_FILE_BYTES = 2**20
@@ -42,7 +43,7 @@ class RunSection(Section):
     steps: PositiveInt = 1000
     """Learner updates in all, those before a resume included."""
 
-    dir: Annotated[str, Field(min_length=1)] = "runs"
+    dir: Annotated[UserPath, Field(min_length=1)] = "runs"
     """The run is kept in dir/name unless --run-dir says otherwise."""
 
 
@@ -120,13 +121,16 @@ def schema() -> dict[str, Any]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        with open_to_read(path, follow=True) as file:
+            text = file.read(MAX_FILE_BYTES + 1).decode()
+        if len(text) > MAX_FILE_BYTES:
             raise UserError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, so not a config")
-        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{_similar_file(path)}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a directory, expected a YAML file") from None
+    except UserError:
+        raise
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text, expected a YAML file") from None
     except OSError as error:

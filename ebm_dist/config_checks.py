@@ -185,8 +185,8 @@ def _check_audit(config: RunConfig) -> Iterator[str]:
     if audit.audit_every is None:
         if audit.audit_feedback:
             yield (
-                "evaluation.audit_feedback: true, but no audit runs; set evaluation.audit_every: 1000, "
-                "or evaluation.audit_feedback: false"
+                "evaluation.audit_feedback: true, but no audit runs; set evaluation.audit_every: "
+                "1000, or evaluation.audit_feedback: false"
             )
         return
     if audit.audit_steps <= config.sampler.num_steps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebm_dist.durable import replacing
 from ebm_dist.errors import NonFinite, UserError
 from ebm_dist.export_reader import Export
 from ebm_dist.seeds import derive_seed
@@ -90,21 +90,17 @@ def save_samples(out: Path, x: Tensor, energy: Tensor, export: Export) -> None:
         UserError: another suffix, or `out` cannot be written.
     """
     check_suffix(out)
-    part = out.with_name(f".{out.name}.part{out.suffix}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".png":
             from ebm_dist.report.grid import save_grid
 
-            save_grid(x, part, export.spec)
-        else:
-            np.savez_compressed(part, x=x.numpy(), energy=energy.numpy())
-        part.replace(out)
+            save_grid(x, out, export.spec)
+            return
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as file:
+            np.savez_compressed(file, x=x.numpy(), energy=energy.numpy())
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def check_suffix(out: Path) -> None:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ebm_dist.buffer.codec import as_float32
+from ebm_dist.durable import new_directory
 from ebm_dist.energies import EnergySection
 from ebm_dist.errors import UserError
 from ebm_dist.export_reader import (
@@ -34,6 +31,7 @@ from ebm_dist.export_reader import (
     open_export,
 )
 from ebm_dist.samplers import KernelSection
+from ebm_dist.tensor_file import save_tensors
 from ebm_dist.types import EventSpec
 from ebm_dist.weights import FlatLayout
 
@@ -181,40 +179,36 @@ def write_export(
         raise UserError(
             f"{out_dir}: exists and is not an export; choose another directory, or empty this one"
         )
-    part = out_dir.parent / f".{out_dir.name}.{uuid.uuid4().hex[:8]}.part"
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32, copy=True)
+        for name, tensor in energy.state_dict().items()
+    }
     try:
-        part.mkdir(parents=True)
-        tensors = {
-            name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-            for name, tensor in energy.state_dict().items()
-        }
-        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
-        config = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "event": asdict(spec),
-            "energy": section.model_dump(mode="json"),
-            "sampler": sampler.model_dump(mode="json"),
-            "start_std": start_std,
-            "weights": {
-                "file": WEIGHTS,
-                "bytes": (part / WEIGHTS).stat().st_size,
-                "sha256": file_hash(part / WEIGHTS),
-                "num_parameters": sum(p.numel() for p in energy.parameters()),
-            },
-            **(about or {}),
-        }
-        (part / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
-        if chains is not None:
-            save_file({"x": chains.float().contiguous()}, part / CHAINS)
-            save_grid(chains[:64], part / GRID, spec)
-        (part / CARD).write_text(card)
-        _sync(part)
-        _replace(part, out_dir)
+        with new_directory(out_dir, replace=True) as part:
+            save_tensors(tensors, part / WEIGHTS, metadata={"format": "pt"})
+            config = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "event": asdict(spec),
+                "energy": section.model_dump(mode="json"),
+                "sampler": sampler.model_dump(mode="json"),
+                "start_std": start_std,
+                "weights": {
+                    "file": WEIGHTS,
+                    "bytes": (part / WEIGHTS).stat().st_size,
+                    "sha256": file_hash(part / WEIGHTS),
+                    "num_parameters": sum(p.numel() for p in energy.parameters()),
+                },
+                **(about or {}),
+            }
+            text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+            (part / CONFIG).write_text(text, encoding="utf-8")
+            if chains is not None:
+                save_tensors({"x": chains.float()}, part / CHAINS)
+                save_grid(chains[:64], part / GRID, spec)
+            (part / CARD).write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out_dir}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return out_dir
 
 
@@ -223,26 +217,3 @@ def _replaceable(path: Path) -> bool:
         return False
     names = {item.name for item in path.iterdir()}
     return not names or (CONFIG in names and names <= {WEIGHTS, CONFIG, CARD, GRID, CHAINS})
-
-
-def _sync(directory: Path) -> None:
-    for path in [*directory.iterdir(), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _replace(part: Path, out_dir: Path) -> None:
-    """Put `part` in the place of `out_dir`; a directory can only be renamed over an empty one."""
-    old = part.with_suffix(".old")
-    if out_dir.exists():
-        out_dir.rename(old)
-    try:
-        part.rename(out_dir)
-    except OSError:
-        if old.exists():
-            old.rename(out_dir)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

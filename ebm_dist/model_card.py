@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ebm_dist
+from ebm_dist.metrics.jsonl import read_rows
 
 QUALITY = ("likelihood/", "fidelity/", "ood/", "robustness/", "audit/", "classifier/")
 """Metrics that measure the model; the rest measure the run."""
@@ -46,19 +46,12 @@ def temperature_source(sampler: Mapping[str, Any]) -> str:
 def last_metrics(path: Path) -> dict[str, tuple[float, int]]:
     """Name -> (last value, its step) in a metrics.jsonl; lines cut short are passed over."""
     last: dict[str, tuple[float, int]] = {}
-    if not path.is_file():
-        return last
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                continue
-            for name, value in row.items():
-                if "/" in name and isinstance(value, int | float):
-                    last[name] = (float(value), row["step"])
+    for row in read_rows(path):
+        if not isinstance(row.get("step"), int):
+            continue
+        for name, value in row.items():
+            if "/" in name and isinstance(value, int | float):
+                last[name] = (float(value), row["step"])
     return last
 
 

@@ -6,9 +6,8 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,16 @@ from ebm_dist.assembly import assemble
 from ebm_dist.config import RunConfig, dump, load
 from ebm_dist.config_checks import check_event
 from ebm_dist.data import describe
+from ebm_dist.data.dataset import located
+from ebm_dist.durable import replace_text
 from ebm_dist.errors import RunFailed, UserError, one_line
 from ebm_dist.export import export_run
 from ebm_dist.metrics.progress import Progress, final_screen
+from ebm_dist.paths import user_path
 from ebm_dist.preflight import preflight
 from ebm_dist.report.grid import save_grid
-from ebm_dist.run_dir import Resume, check_resumable, claimed, replace_text, run_log, starting_point
+from ebm_dist.run_dir import Resume, check_resumable, claimed, run_log, starting_point, writable
+from ebm_dist.signals import asking, interrupting
 from ebm_dist.types import EventSpec
 from ebm_dist.warm_up import warmed_up
 from ebm_dist.weights import FlatLayout
@@ -78,26 +81,37 @@ def train(
     if not isinstance(config, RunConfig):
         config = load(config)
     preflight(config)
+    config = config.model_copy(update={"data": located(config.data)})
     spec = describe(config.data)
     config = bind(config, spec)
-    directory = Path(run_dir) if run_dir is not None else Path(config.run.dir) / config.run.name
-    with claimed(directory):
+    directory = Path(config.run.dir) / config.run.name
+    if run_dir is not None:
+        try:
+            directory = Path(user_path(run_dir))
+        except ValueError as error:
+            raise UserError(f"--run-dir: {error}") from None
+    with claimed(directory) as unguarded:
         found = starting_point(directory, resume)
         if found is not None:
             check_resumable(config, found)
         config, said = warmed_up(config, spec, found)
-        replace_text(directory / "config.yaml", dump(config))
+        with writable(directory):
+            replace_text(directory / "config.yaml", dump(config))
+        notices = [line for line in (unguarded, said) if line]
         with run_log(directory):
+            console = console or Console()
             try:
-                return _train(config, spec, directory, found, console or Console(), said)
+                with interrupting():
+                    return _train(config, spec, directory, found, console, notices)
             except Halted as halted:  # while it started, or went back: there is nothing new to keep
                 if halted.is_failure:
                     raise RunFailed(str(halted)) from None
-                (console or Console()).print("stopped while it started; the same command goes on")
-                return RunResult(directory, found.step if found else 0, False, None, {})
+                return _interrupted(directory, console)
             except Exception:
                 log.exception("the run failed")
                 raise
+            except KeyboardInterrupt:
+                return _interrupted(directory, console)
 
 
 def bind(config: RunConfig, spec: EventSpec) -> RunConfig:
@@ -123,17 +137,20 @@ def _train(
     run_dir: Path,
     found: checkpoint.CheckpointDir | None,
     console: Console,
-    said: str | None,
+    notices: Sequence[str],
 ) -> RunResult:
     with contextlib.ExitStack() as stack:
-        stop, listen = stack.enter_context(_signals_ask_to_stop())
         view = stack.enter_context(Progress(config.run.steps, config.run.name, console))
-        if said is not None:
-            _Logged(view).say(said)
+        for line in notices:
+            _Logged(view).say(line)
         view.say("starting " + ("in this process" if config.runtime.backend == "inline" else "Ray"))
-        backend = _backend(config, spec, run_dir, stop.is_set)
+        stop = threading.Event()
+        try:
+            backend = _backend(config, spec, run_dir, stop.is_set)
+        except SystemExit:  # by Ray's handler of SIGTERM, which is now in place of ours
+            raise KeyboardInterrupt from None
         stack.callback(backend.close)
-        listen()  # Ray has put a handler of its own in place of ours, which aborts on SIGTERM
+        stack.enter_context(interrupting())
         if (notice := getattr(backend, "log_dir", None)) is not None:
             log.info("Ray's logs: %s", notice)
         graph = assemble(config, spec, run_dir, backend, found, stack, _Logged(view).say)
@@ -165,7 +182,8 @@ def _train(
         if found is not None:
             controller.restore(found)
             view.say(f"resumed from {found.path.name}")
-        finished = controller.run()
+        with asking(stop):
+            finished = controller.run()
         every = config.evaluation.every
         if finished and every is not None and config.run.steps % every:
             controller.evaluate()  # else the loop has just done so
@@ -193,6 +211,16 @@ def _train(
     return RunResult(
         run_dir, controller.progress.step, finished, export_dir, dict(controller.metrics)
     )
+
+
+def _interrupted(run_dir: Path, console: Console) -> RunResult:
+    """The result where a signal came while the loop was not there to be asked to stop."""
+    name = checkpoint.newest_name(run_dir)
+    log.info("interrupted; the newest checkpoint is %s", name)
+    if name is None:
+        raise KeyboardInterrupt
+    console.print(f"interrupted; the same command goes on from {name}")
+    return RunResult(run_dir, int(name.rpartition("_")[2]), False, None, {})
 
 
 def _schedule(config: RunConfig) -> Schedule:
@@ -239,35 +267,6 @@ def _backend(
         object_store_bytes=size,
         told=told,
     )
-
-
-@contextlib.contextmanager
-def _signals_ask_to_stop() -> Iterator[tuple[threading.Event, Callable[[], None]]]:
-    """SIGINT and SIGTERM set the event; a second one ends the process as usual.
-
-    The function listens again, after somebody else has taken the signals.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop, lambda: None
-        return
-    numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def ask(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(number, before[number])
-
-    def listen() -> None:
-        for number in before:
-            signal.signal(number, ask)
-
-    listen()
-    try:
-        yield stop, listen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Logged:

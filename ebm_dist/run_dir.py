@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from ebm_dist import checkpoint
 from ebm_dist.config import RunConfig
+from ebm_dist.durable import lock
 from ebm_dist.errors import UserError
+from ebm_dist.safe_open import make_directory, open_to_append
 
 Resume = Literal["auto", "never", "must"]
+
+_DIRECTORIES = ("checkpoints", "samples", "wandb")
+"""Where a run writes below its directory."""
 
 log = logging.getLogger("ebm_dist")
 
@@ -65,30 +68,47 @@ def check_resumable(config: RunConfig, found: checkpoint.CheckpointDir) -> None:
 
 
 @contextlib.contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
-    """Make `run_dir` ours for the time of a run; two writers would tear each other's files."""
-    try:
+def claimed(run_dir: Path) -> Iterator[str | None]:
+    """Make `run_dir` ours for the time of a run; two writers would tear each other's files.
+
+    Yields:
+        A line to say where the file system cannot keep a second run out.
+    """
+    with writable(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        handle = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"--run-dir: {run_dir} cannot be written ({error.strerror}); choose another directory"
-        ) from None
+        for name in _DIRECTORIES:
+            if (run_dir / name).is_symlink():
+                make_directory(run_dir / name)
+        handle = open_to_append(run_dir / ".lock")
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        with writable(run_dir):
+            ours = lock(handle)
+        if ours is False:
             raise UserError(
                 f"--run-dir: another process trains in {run_dir}; stop it, or choose another"
-            ) from None
+            )
+        yield None if ours else f"{run_dir}: the file system has no locks; start no second run here"
+
+
+@contextlib.contextmanager
+def writable(run_dir: Path) -> Iterator[None]:
+    """What the disk refuses within it is a UserError."""
+    try:
         yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"--run-dir: {run_dir} cannot be written ({error.strerror or error}); make room, or "
+            "choose another directory"
+        ) from None
 
 
 @contextlib.contextmanager
 def run_log(run_dir: Path) -> Iterator[None]:
     """Write what happens, tracebacks included, to `run.log`."""
-    handler = logging.FileHandler(run_dir / "run.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    with writable(run_dir):
+        handler = _LogFile(run_dir / "run.log")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -99,8 +119,27 @@ def run_log(run_dir: Path) -> Iterator[None]:
         handler.close()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write `path` so that a reader sees the old text or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+class _LogFile(logging.Handler):
+    """Appends records to a file. What a full disk refuses is lost, and the next record says so:
+    the run goes on, and its terminal is not flooded with tracebacks of `logging`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._file = open_to_append(path)
+        self._num_lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lost = f"({self._num_lost} records before this one were lost)\n" if self._num_lost else ""
+        data = f"{lost}{self.format(record)}\n".encode(errors="backslashreplace")
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError
+            self._num_lost = 0
+        except OSError:
+            self._num_lost += 1
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+        super().close()

@@ -6,7 +6,12 @@ import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any, Generic, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from ebm_dist.paths import user_path
+
+UserPath = Annotated[str, AfterValidator(user_path)]
+"""A path in a config: `~` is the home directory."""
 
 
 class Section(BaseModel):

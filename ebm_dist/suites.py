@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +26,7 @@ from ebm_dist.evaluation import (
     robust_accuracy,
 )
 from ebm_dist.export_reader import Export
+from ebm_dist.paths import user_path
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import Batch, EventKind
 
@@ -44,11 +47,13 @@ def evaluate(
     *,
     seed: int = 0,
     device: str = "cpu",
+    data: str | None = None,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Measure `export` on one suite.
 
     Args:
+        data: where the data of the model is now, if not where its run had it.
         seed: of every draw; the same seed gives the same result on the same device.
         say: told in one line what is under way.
 
@@ -66,6 +71,8 @@ def evaluate(
         "landscape": _landscape,
     }[suite]
     export.energy.to(device)
+    if data is not None:
+        export = _with_data(export, data)
     try:
         metrics, notes = measure(export, seed, torch.device(device), say)
     except ValueError as error:
@@ -92,7 +99,15 @@ def _load(export: Export, split: Literal["train", "test"], limit: int) -> Batch:
     try:
         return load_split(DataConfig.model_validate(section), split, limit)
     except UserError as error:
-        raise UserError(f"the model's own data is needed: {error}") from None
+        raise UserError(
+            f"the model's own data is needed: {error}; say where it is now with --data"
+        ) from None
+
+
+def _with_data(export: Export, data: str) -> Export:
+    section = {**(export.config.get("data") or {}), "source": os.path.abspath(user_path(data))}
+    section.pop("shards", None)
+    return replace(export, config={**export.config, "data": section})
 
 
 def _generator(seed: int, device: torch.device, *path: str) -> torch.Generator:

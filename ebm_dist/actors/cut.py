@@ -13,6 +13,7 @@ import numpy as np
 from ebm_dist import checkpoint
 from ebm_dist.actors.handles import Handle, Ref
 from ebm_dist.errors import NonFinite, RunFailed
+from ebm_dist.safe_open import read_bytes
 
 _RETRY_STRIDE = 1 << 40
 """Lease ids of each attempt after a roll-back start this much higher."""
@@ -139,7 +140,7 @@ def write_manifest(run_dir: Path, latest: str, progress: Progress, name: str) ->
 def read_manifest(run_dir: Path) -> dict[str, Any]:
     """The manifest, or nothing: a checkpoint can be resumed from without one."""
     try:
-        content = json.loads((run_dir / "manifest.json").read_text())
+        content = json.loads(read_bytes(run_dir / "manifest.json"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -131,6 +131,9 @@ class RayBackend:
                 if not (self.local and attempts_left and "timed out" in str(error)):
                     raise
                 self._ray.shutdown()
+            except BaseException:  # a signal: what has been started must not stay
+                self._ray.shutdown()
+                raise
 
     @property
     def num_gpus(self) -> int:

@@ -6,20 +6,20 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from ebm_dist.section import Section
+from ebm_dist.section import Section, UserPath
 
 
 class DataConfig(Section):
     """Where the data comes from and how a stream of it is made."""
 
-    source: str | None = None
+    source: UserPath | None = None
     """`digits`, `fashion-mnist`, `toy:NAME`, or prepared or plain webdataset shards: a directory,
     a file, or a brace pattern such as `path/{00..07}.tar`. `digits` if `shards` is left out too."""
 
-    shards: str | None = None
+    shards: UserPath | None = None
     """The same for shards alone; give `source` or `shards`, not both."""
 
-    test_source: str | None = None
+    test_source: UserPath | None = None
     """Held-out shards, where the source has no test split of its own, as plain shards."""
 
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -69,7 +69,7 @@ class DataConfig(Section):
     cache_mib: PositiveInt = 512
     """Memory for decoded samples of one rank, in MiB, under `cache: auto`."""
 
-    cache_dir: str | None = None
+    cache_dir: UserPath | None = None
     """Where built-in sources keep their shards; `~/.cache/ebm_dist/data` when left out
     ($XDG_CACHE_HOME is honoured)."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from dataclasses import dataclass, replace
@@ -68,6 +69,22 @@ def open_dataset(config: DataConfig) -> Dataset:
     _refuse_plain_keys(config, f"{config.location}, which is built in,")
     directory = materialise(config.location, config.cache_dir, toy_samples=config.toy_samples)
     return _of_manifest(directory, None)
+
+
+def located(config: DataConfig) -> DataConfig:
+    """`config` with relative paths made absolute: parts of a run work in other directories."""
+    paths = {"cache_dir": config.cache_dir, "test_source": config.test_source}
+    if static_layout(config.location) is None:
+        paths |= {"source": config.source, "shards": config.shards}
+    here = os.getcwd()
+    return config.model_copy(
+        update={
+            key: os.path.join(here, path)
+            for key, path in paths.items()
+            # A brace pattern may begin with whole paths, and braces of ours would be part of one.
+            if path is not None and not path.startswith("{/") and "{" not in here
+        }
+    )
 
 
 def _find(config: DataConfig) -> Dataset:

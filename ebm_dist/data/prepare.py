@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,9 @@ from ebm_dist.data.manifest import (
 from ebm_dist.data.original import Original, Samples
 from ebm_dist.data.originals import load_original
 from ebm_dist.data.shards import sha256_of
+from ebm_dist.durable import new_directory
 from ebm_dist.errors import RunFailed, UserError
+from ebm_dist.paths import user_path
 from ebm_dist.private import scratch
 from ebm_dist.seeds import derive_seed
 
@@ -58,32 +59,31 @@ def prepare(
     Raises:
         UserError: for originals or a directory that will not do.
     """
-    out = Path(out_dir)
+    try:
+        out = Path(user_path(out_dir))
+        originals = Path(user_path(source)) if source is not None else None
+    except ValueError as error:
+        raise UserError(str(error)) from None
     _refuse_occupied(out)
     if shard_size is not None and shard_size < 1:
         raise UserError(f"shard_size: must be at least 1 sample, got {shard_size}")
-    original = load_original(
-        name, None if source is None else Path(source), resize=resize, toy_samples=toy_samples
-    )
+    original = load_original(name, originals, resize=resize, toy_samples=toy_samples)
     for note in original.notes:
         say(note)
+    manifest = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        with new_directory(out, replace=False) as part:
+            manifest = _write(original, part, shard_size or original.shard_size, say)
     except OSError as error:
-        raise UserError(
-            f"{out}: cannot be written ({error.strerror}); choose another directory"
-        ) from None
-    try:
-        manifest = _write(original, partial, shard_size or original.shard_size, say)
-        partial.chmod(0o755)
-        _install(partial, out)
-    except OSError as error:
+        if manifest is not None and (out / FILE_NAME).is_file():
+            raise UserError(f"{out}: another process wrote it meanwhile; use it as it is") from None
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise UserError(
+                f"{out}: cannot be written ({error.strerror or error}); choose another directory"
+            ) from None
         raise RunFailed(
             f"{out}: writing failed ({error.strerror}); nothing was left there"
         ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 
@@ -154,7 +154,7 @@ def _write(
         splits=splits,
     )
     text = json.dumps(manifest.model_dump(mode="json"), indent=1)
-    _write_durably(directory / FILE_NAME, text.encode())
+    (directory / FILE_NAME).write_text(text, encoding="utf-8")
     return manifest
 
 
@@ -172,18 +172,15 @@ def _write_split(
     for number, start in enumerate(range(0, samples.num, shard_size)):
         path = directory / f"{split}-{number:06d}.tar"
         chosen = order[start : start + shard_size]
-        with path.open("wb") as stream:
-            # mtime 0: the same originals give the same bytes, hence the same checksums.
-            with TarWriter(stream, encoder=False, mtime=0) as writer:
-                for index in chosen:
-                    x, label = samples.get(int(index))
-                    sample: dict[str, str | bytes] = {"__key__": f"{index:08d}", **encode(x)}
-                    if label is not None:
-                        sample["cls"] = str(label).encode()
-                        counts[label] += 1
-                    writer.write(sample)
-            stream.flush()
-            os.fsync(stream.fileno())
+        # mtime 0: the same originals give the same bytes, hence the same checksums.
+        with path.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0) as writer:
+            for index in chosen:
+                x, label = samples.get(int(index))
+                sample: dict[str, str | bytes] = {"__key__": f"{index:08d}", **encode(x)}
+                if label is not None:
+                    sample["cls"] = str(label).encode()
+                    counts[label] += 1
+                writer.write(sample)
         entries.append(
             ShardEntry(
                 file=path.name,
@@ -215,20 +212,3 @@ def encode(x: np.ndarray) -> dict[str, bytes]:
         return {"png": stream.getvalue()}
     np.save(stream, x, allow_pickle=False)
     return {"npy": stream.getvalue()}
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _install(partial: Path, out: Path) -> None:
-    try:
-        # Atomic, and on POSIX it also replaces an empty directory.
-        os.rename(partial, out)
-    except OSError:
-        if (out / FILE_NAME).is_file():
-            raise UserError(f"{out}: another process wrote it meanwhile; use it as it is") from None
-        raise

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ebm_dist.durable import replace_text, replacing
 from ebm_dist.errors import UserError
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import resolve_mode, scrub, with_environment
@@ -22,6 +23,7 @@ from ebm_dist.metrics.jsonl import METRICS_FILE, JsonlSink, read_rows
 from ebm_dist.metrics.names import FRAME
 from ebm_dist.metrics.sink import WandbSink, first_run_id
 from ebm_dist.metrics.tile import enlarge, tile
+from ebm_dist.safe_open import make_directory
 
 MAX_WAITING = 10_000
 """Items that may wait for the disk; beyond it rows are dropped and counted."""
@@ -254,13 +256,12 @@ class MetricHub:
         elif kind == "summary":
             self._summary.update(item)
             self._pass_on({"kind": "summary", "values": item})
-            part = self._run_dir / f".{SUMMARY_FILE}.part"
             finite = {
                 name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in self._summary.items()
             }
-            part.write_text(json.dumps(finite, indent=2, sort_keys=True) + "\n")
-            part.replace(self._run_dir / SUMMARY_FILE)
+            text = json.dumps(finite, indent=2, sort_keys=True) + "\n"
+            replace_text(self._run_dir / SUMMARY_FILE, text)
         elif kind == "rewind":
             self._rewind(item)
         elif kind == "flush":
@@ -310,10 +311,9 @@ class MetricHub:
         from PIL import Image
 
         path = self._run_dir / "samples" / f"{name.replace('/', '-')}-{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        Image.fromarray(enlarge(tile(value))).save(part, format="PNG")
-        part.replace(path)
+        make_directory(path.parent)
+        with replacing(path) as file:
+            Image.fromarray(enlarge(tile(value))).save(file, format="PNG")
         return path
 
     def _trouble(self, kind: str, error: Exception) -> None:

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ebm_dist.durable import replacing
+from ebm_dist.safe_open import open_to_append, open_to_read, open_to_repair
+
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
 """Rows of an attempt that died after its last checkpoint; no curve uses them."""
@@ -50,8 +53,7 @@ class JsonlSink:
         self._open()
 
     def _open(self) -> None:
-        # Unbuffered: what `append` returned from is the kernel's, and outlives a SIGKILL.
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._file = open_to_append(self.path)
         self._size = os.fstat(self._file.fileno()).st_size
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -79,7 +81,7 @@ class JsonlSink:
             (kept if row.get("step", 0) <= step else gone).append(row)
         if not gone:
             return 0
-        with open(self.path.with_name(SUPERSEDED_FILE), "ab") as file:
+        with open_to_append(self.path.with_name(SUPERSEDED_FILE)) as file:
             file.write(b"".join(map(encode, gone)))
         replace_rows(self.path, kept)
         self._file.close()
@@ -96,9 +98,9 @@ class JsonlSink:
 
 def repair(path: Path) -> None:
     """Give `path` a last line that is whole; do nothing where there is no file."""
-    if not path.exists() or path.stat().st_size == 0:
+    if not os.path.lexists(path):
         return
-    with open(path, "rb+") as file:
+    with open_to_repair(path) as file:
         end = file.seek(0, os.SEEK_END)
         start, tail = end, b""
         while start > 0 and b"\n" not in tail:
@@ -118,12 +120,8 @@ def repair(path: Path) -> None:
 
 def replace_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Make `rows` the whole content of `path`, in one rename."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
+    with replacing(path) as file:
         file.write(b"".join(map(encode, rows)))
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -132,7 +130,7 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     Yields nothing where the file is missing or empty.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115
+        file = open_to_read(path)
     except FileNotFoundError:
         return
     with file:

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ebm_dist.durable import replace_text, replacing
 from ebm_dist.metrics.jsonl import decode, encode, read_rows, repair
+from ebm_dist.safe_open import make_directory, open_to_append, open_to_read, read_bytes
 
 RECENT = 2000
 """Last items of the file that may come again from a hub's driver: twice what it keeps for one."""
@@ -38,7 +40,7 @@ class Spool:
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
         self._path = path
         self._lock = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         repair(path)
         self._at_start: int | None = path.stat().st_size if path.exists() else 0
         self._taken = 0  # bytes
@@ -59,7 +61,7 @@ class Spool:
         if names & known:
             known -= names  # if it comes a third time, the run went back and means it
             return
-        with self._lock, open(self._path, "ab", buffering=0) as file:
+        with self._lock, open_to_append(self._path) as file:
             file.write(encode(item))
 
     def start_at(self, num: int) -> dict[str, Any]:
@@ -70,7 +72,7 @@ class Spool:
             self._path.touch()
             # A server that is met for the first time has nothing that this attempt has put in.
             end = self._path.stat().st_size if self._at_start is None else self._at_start
-            with open(self._path, "rb") as file:
+            with open_to_read(self._path) as file:
                 while left and self._taken < end:
                     line = file.readline()
                     self._taken += len(line)
@@ -83,9 +85,8 @@ class Spool:
                 # The server has more than this file tells of: the machine died before its disk
                 # had the last items, or the run is older than the file. Empty items stand for them.
                 data, empty = self._path.read_bytes(), encode({}) * left
-                part = self._path.with_name(f".{self._path.name}.part")
-                part.write_bytes(data[:end] + empty + data[end:])
-                part.replace(self._path)
+                with replacing(self._path) as file:
+                    file.write(data[:end] + empty + data[end:])
                 self._taken = end + len(empty)
             self._at_start = None
         return summary
@@ -96,7 +97,7 @@ class Spool:
         An item is empty where its line is no JSON object.
         """
         items, mark = [], self._taken
-        with self._lock, contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
+        with self._lock, contextlib.suppress(FileNotFoundError), open_to_read(self._path) as file:
             file.seek(self._taken)
             for line in file:
                 if len(items) >= most or not line.endswith(b"\n"):
@@ -139,7 +140,7 @@ class Continuity:
         self.num_passed_on = 0
         """Items that a service of W&B was given for this run."""
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            content = json.loads(path.read_text())
+            content = json.loads(read_bytes(path))
             self._replaced = dict(content["replaced"])
             for _ in self._replaced:  # the one in its place may have been deleted as well
                 self.run_id = self._replaced.get(self.run_id, self.run_id)
@@ -159,7 +160,5 @@ class Continuity:
             "replaced": self._replaced,
             "num_passed_on": self.num_passed_on,
         }
-        part = self._path.with_name(f".{self._path.name}.part")
         with contextlib.suppress(OSError):
-            part.write_text(json.dumps(content) + "\n")
-            part.replace(self._path)
+            replace_text(self._path, json.dumps(content) + "\n")

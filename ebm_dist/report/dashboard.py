@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ebm_dist.durable import write_output
 from ebm_dist.errors import RunFailed, UserError
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import find_key, first_fault, scrub, with_environment
@@ -76,11 +77,7 @@ def write(path: str | os.PathLike[str]) -> Path:
         UserError: `path` cannot be written.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(spec(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: cannot write {path} ({error.strerror})") from None
+    write_output(path, json.dumps(spec(), indent=2, ensure_ascii=False) + "\n")
     return path
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebm_dist.durable import replacing
 from ebm_dist.energy_call import energy_at
 from ebm_dist.metrics.tile import enlarge, tile
 from ebm_dist.types import EnergyFn, EventSpec
@@ -74,7 +75,9 @@ def _write_pixels(pixels: np.ndarray, path: Path, title: str | None) -> None:
         framed.paste(picture, (0, strip))
         ImageDraw.Draw(framed).text((4, 3), title, fill="black")
         picture = framed
-    _replace(path, lambda part: picture.save(part, format="PNG"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:  # a reader (W&B, a browser) must never meet half a picture
+        picture.save(file, format="PNG")
 
 
 def _write_figure(
@@ -100,21 +103,9 @@ def new_figure(size: tuple[float, float]) -> Figure:
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 100) -> None:
     """Write `figure` to `path` as PNG, without the version stamp that changes its bytes."""
-    _replace(
-        path,
-        lambda part: figure.savefig(part, format="png", dpi=dpi, metadata={"Software": None}),
-    )
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    # A reader (W&B, a browser) must never meet half a picture.
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
 
 
 def _histogram(axes: Axes, flat: Tensor, energy: EnergyFn | None, spec: EventSpec) -> None:

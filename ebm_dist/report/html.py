@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ebm_dist.durable import write_output
 from ebm_dist.errors import UserError
 from ebm_dist.metrics.credentials import scrub_known
 from ebm_dist.metrics.jsonl import METRICS_FILE, SUPERSEDED_FILE, decode
@@ -20,6 +21,7 @@ from ebm_dist.metrics.names import describe
 from ebm_dist.metrics.progress import number
 from ebm_dist.report.health import Finding, examine
 from ebm_dist.report.plots import PANELS, Pairs, collect, draw_panel, other_panels
+from ebm_dist.safe_open import open_to_read, read_bytes
 
 MAX_PICTURES = 12
 MAX_PICTURE_BYTES = 400_000
@@ -68,14 +70,7 @@ def write_report(
             f"RUN_DIR: {run_dir} holds none of {', '.join(known)}; give the directory of a run"
         )
     out = Path(out) if out is not None else run_dir / "report.html"
-    page = render(run_dir)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(f".{out.name}.{os.getpid()}.part")
-        part.write_text(page, encoding="utf-8")
-        part.replace(out)
-    except OSError as error:
-        raise UserError(f"--out: cannot write {out} ({error.strerror})") from None
+    write_output(out, render(run_dir))
     return out
 
 
@@ -103,7 +98,7 @@ def _rows(path: Path) -> tuple[list[dict[str, object]], int]:
     """The rows of the file, and how many lines of it were torn."""
     rows, num_torn = [], 0
     try:
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             for line in file:
                 row = decode(line)
                 if row is not None:
@@ -147,7 +142,7 @@ def _finding(finding: Finding) -> str:
 
 def _samples(directory: Path) -> Iterator[str]:
     pictures = []
-    if directory.is_dir():
+    if directory.is_dir() and not directory.is_symlink():
         pictures = sorted(directory.glob("*.png"), key=lambda path: (_step_of(path), path.name))
     figures = []
     # First, last and an even choice between: what changed is seen without every picture.
@@ -176,7 +171,7 @@ def _embedded(path: Path) -> str | None:
     from PIL import Image
 
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             picture.load()
             if len(data) > MAX_PICTURE_BYTES:
@@ -225,7 +220,7 @@ def _table(series: Mapping[str, Pairs]) -> Iterator[str]:
 
 def _final(path: Path) -> Iterator[str]:
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(read_bytes(path))
     except (OSError, ValueError):
         return
     if isinstance(summary, dict) and summary:
@@ -238,7 +233,7 @@ def _final(path: Path) -> Iterator[str]:
 
 def _config(path: Path) -> Iterator[str]:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_bytes(path).decode(errors="replace")
     except OSError:
         return
     yield "<h2>Config</h2>"

@@ -271,7 +271,7 @@ def available(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _load() -> None:
-    compiler.load_source("".join(source.read_text() for source in _SOURCES))
+    compiler.load_source("".join(source.read_text(encoding="utf-8") for source in _SOURCES))
 
 
 def _try(m: int, r: int, dtype: torch.dtype) -> None:

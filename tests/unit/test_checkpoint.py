@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ebm_dist import checkpoint
+from ebm_dist import checkpoint, durable
 from ebm_dist.checkpoint import latest, open_checkpoint, save
 from ebm_dist.errors import UserError
 
@@ -154,8 +156,12 @@ def test_a_full_disk_leaves_the_checkpoints_before_valid(after: int, tmp_path, m
 
         return call
 
-    for name in ("save_file", "_write_json", "_fsync"):
-        monkeypatch.setattr(checkpoint, name, refusing(getattr(checkpoint, name)))
+    for module, name in (
+        (checkpoint, "save_tensors"),
+        (checkpoint, "_write_json"),
+        (durable, "sync"),
+    ):
+        monkeypatch.setattr(module, name, refusing(getattr(module, name)))
     with pytest.raises(OSError, match="No space"):
         write(tmp_path, 8)
     monkeypatch.undo()
@@ -308,8 +314,74 @@ def test_a_base_cannot_lie_outside_the_checkpoints(tmp_path: Path) -> None:
 
 def test_what_killed_writers_left_is_removed_by_the_next(tmp_path: Path) -> None:
     write(tmp_path, 4)
-    left = tmp_path / "checkpoints" / ".tmp-step_00000008-1"
-    left.mkdir()
-    (left / "learner.safetensors").write_bytes(b"half")
+    for name in (".tmp-step_00000008-1", ".step_00000012.0123abcd.part"):
+        left = tmp_path / "checkpoints" / name
+        left.mkdir()
+        (left / ".lock").touch()
+        (left / "learner.safetensors").write_bytes(b"half")
     write(tmp_path, 8)
-    assert not left.exists()
+    assert names(tmp_path) == ["step_00000004", "step_00000008"]
+
+
+def test_what_the_program_did_not_write_under_its_own_names_is_neither_read_nor_removed(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, 4)
+    root = tmp_path / "checkpoints"
+    others = ["step_best", "step_99", "step_00000099.old", ".tmp-notes", ".step_best.part"]
+    for name in others:
+        shutil.copytree(root / "step_00000004", root / name)
+    (root / "step_00000050").symlink_to(root / "step_best")
+    for step in (8, 12):
+        write(tmp_path, step, keep=2)
+    assert latest(tmp_path).step == 12  # type: ignore[union-attr]
+    own = ["step_00000008", "step_00000012"]
+    assert names(tmp_path) == sorted([*others, "step_00000050", *own])
+    # Beside the files that the checksums name as well.
+    shutil.copy(root / own[1] / "shard_0000.safetensors", root / own[1] / "shard_0001.safetensors")
+    assert latest(tmp_path).names == ["learner", "shard_0000"]  # type: ignore[union-attr]
+
+
+def test_a_copy_under_the_name_of_another_update_is_not_resumed_from(tmp_path: Path) -> None:
+    path = write(tmp_path, 4)
+    shutil.copytree(path, path.parent / "step_00000900")
+    found = latest(tmp_path)
+    assert found is not None
+    assert (found.step, len(found.skipped)) == (4, 1)
+    assert "it was renamed" in found.skipped[0]
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        write(tmp_path, step, keep=1)
+    assert names(tmp_path) == ["step_100000000"]
+
+
+def test_a_file_system_that_cannot_sync_a_directory_keeps_checkpoints(
+    tmp_path: Path, monkeypatch
+) -> None:
+    fsync = os.fsync
+
+    def of_files_alone(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    write(tmp_path, 4)
+    assert latest(tmp_path).step == 4  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_fifo_or_a_link_in_a_checkpoint_is_passed_over_at_once(file, tmp_path: Path) -> None:
+    for step, put in (
+        (8, os.mkfifo),
+        (12, lambda path: path.symlink_to(tmp_path / "checkpoints" / "step_00000004" / file)),
+    ):
+        write(tmp_path, 4)
+        path = write(tmp_path, step) / file
+        path.unlink()
+        put(path)
+    found = latest(tmp_path)
+    assert found is not None
+    assert (found.step, len(found.skipped)) == (4, 2)

@@ -104,7 +104,7 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ebm_dist.export._sync", full)
+    monkeypatch.setattr("ebm_dist.durable.sync", full)
     with pytest.raises(UserError, match="No space left"):
         write(tmp_path / "model", {"name": "mlp"}, EventSpec((3,), "real"))
     assert list(tmp_path.iterdir()) == []

@@ -12,8 +12,10 @@ PACKAGE = Path(__file__).parents[2] / "ebm_dist"
 
 # A module imports only from its own row and from rows above it.
 ROWS = [
+    {"paths"},
     {"section", "types", "seeds", "generators", "errors", "weights", "threads", "private"},
-    {"strict_yaml", "config_text", "energy_call"},
+    {"strict_yaml", "config_text", "energy_call", "safe_open", "signals"},
+    {"durable", "tensor_file"},
     {"diagnostics", "correlation_time"},
     {"metrics"},
     {"energies"},

@@ -1,0 +1,40 @@
+"""Paths as people write them in a config or behind an option, where no shell reads them."""
+
+from __future__ import annotations
+
+import os
+import re
+
+
+def user_path(path: str | os.PathLike[str]) -> str:
+    """`path` with the home directory for a leading `~`.
+
+    Raises:
+        ValueError: it names variables or an unknown user. Variables are not filled in: a config
+            from elsewhere could put a secret of the environment into a name, and the name into
+            every record of the run.
+    """
+    text = os.fspath(path)
+    if re.search(r"\$(\w|\{\w+\})", text):
+        raise ValueError(
+            f"expected a path, got {text!r}, and variables are not filled in; write the path "
+            "itself, with ~ for the home directory"
+        )
+    if not text.startswith("~"):
+        return text
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ValueError(
+            f"expected a path, got {text!r}, which begins with the home of an unknown user; "
+            "write ~/ for your own, or ./~ for a folder of that name"
+        )
+    return expanded
+
+
+def expand_argument(argument: str) -> str:
+    """`~/x` and `--option=~/x` of a command line, where no shell expands the latter."""
+    option, value = "", argument
+    if argument.startswith("--"):
+        option, equals, value = argument.partition("=")
+        option += equals
+    return option + (os.path.expanduser(value) if value.startswith("~") else value)

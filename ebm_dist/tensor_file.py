@@ -1,0 +1,41 @@
+"""Tensors as a safetensors file, with the error that a full disk is."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_tensors(
+    entries: Mapping[str, Tensor | np.ndarray],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `entries` to `path`, in a directory of our own making.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    tensors = {key: _contiguous(value) for key, value in entries.items()}
+    try:
+        save_file(tensors, path, metadata=dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        # safetensors has its own type for a full disk too, with the number in its text.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number.group(1))
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def _contiguous(value: Tensor | np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+    return tensor.detach().cpu().contiguous()
