@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ebm_dist.buffer.codec import Codec
+from ebm_dist.energies.limits import MAX_PARTS, limited, numbers_in_memory
 from ebm_dist.errors import UserError
 from ebm_dist.objectives import jarzynski
-from ebm_dist.types import EventSpec
+from ebm_dist.types import MAX_EVENT_NUMBERS, EventSpec
 
 if TYPE_CHECKING:
     from ebm_dist.config import RunConfig
@@ -271,11 +272,13 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
             labels that the data does not have or logits that the energy does not have, or
             nothing can be trained.
     """
+    _check_sizes(config, spec)
     try:
-        energy = config.energy.bind(spec)
-        config.sampler.bind(spec)
-        objective = config.objective.bind(spec).build()
-        module = energy.build()
+        with limited(max_parts=MAX_PARTS, max_numbers=numbers_in_memory()):
+            energy = config.energy.bind(spec)
+            config.sampler.bind(spec)
+            objective = config.objective.bind(spec).build()
+            module = energy.build()
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
     _check_storage(config, spec)
@@ -295,6 +298,35 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
             f"energy.name: {energy.name} has no parameters to train; choose a network such as "  # type: ignore[attr-defined]
             "mlp, or set learnable: true where the energy has it"
         )
+
+
+def _check_sizes(config: RunConfig, spec: EventSpec) -> None:
+    """Refuse counts of events that no machine holds, before anything is started."""
+    numbers = math.prod(spec.shape)
+    if numbers > MAX_EVENT_NUMBERS:
+        raise UserError(
+            f"{config.data.location}: events of shape {spec.shape} have {numbers} numbers, at most "
+            f"{MAX_EVENT_NUMBERS} are sampled; set data.resize for images"
+        )
+    # Of a cluster the driver's memory says nothing, but for what the driver holds itself.
+    here = config.runtime.backend == "inline" or config.runtime.address is None
+    counts = {
+        "data.batch_size": config.data.batch_size,
+        "buffer.num_negatives": config.num_negatives,
+        "workers.num_chains": config.workers.num_chains,
+        "evaluation.num_samples": config.evaluation.num_samples,
+        "evaluation.num_grid": config.evaluation.num_grid,
+        "evaluation.num_ais_chains": config.evaluation.num_ais_chains,
+        "evaluation.audit_chains": config.evaluation.audit_chains,
+        **({"buffer.capacity": config.buffer.capacity} if here else {}),
+    }
+    room = numbers_in_memory()
+    for key, count in counts.items():
+        if count * numbers > room:
+            raise UserError(
+                f"{key}: {count} events of shape {spec.shape} are {count * numbers * 4 >> 30} GiB, "
+                f"this machine has {room * 4 >> 30}; lower {key} to {room // numbers // 4} or less"
+            )
 
 
 def _check_storage(config: RunConfig, spec: EventSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,9 @@ from ebm_dist.export_reader import Export
 from ebm_dist.seeds import derive_seed
 
 Start = Literal["noise", "chains"]
+
+MAX_DRAWN = 2**28
+"""Numbers in all samples of one draw: a gibibyte, and a few times that while they are moved."""
 
 
 def draw(
@@ -44,6 +48,12 @@ def draw(
         UserError: `chains` was asked for and the export holds none.
         NonFinite: a chain left the finite numbers.
     """
+    room = MAX_DRAWN // math.prod(export.spec.shape)
+    if num > room:
+        raise UserError(
+            f"--num {num}: samples of shape {export.spec.shape} take gigabytes; draw {room} at "
+            "most at a time, with another --seed for each"
+        )
     device = torch.device(device)
     energy = export.energy.to(device)
     kernel = export.sampler.build()

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from ebm_dist import energies, samplers
 from ebm_dist.energies import EnergySection
+from ebm_dist.energies.limits import limited
 from ebm_dist.errors import UserError
 from ebm_dist.samplers import KernelSection
-from ebm_dist.types import EventKind, EventSpec
+from ebm_dist.types import MAX_EVENT_NUMBERS, EventKind, EventSpec
 
 FORMAT = "ebm_dist"
 FORMAT_VERSION = 1
@@ -36,6 +37,9 @@ WEIGHTS, CONFIG, CARD, GRID, CHAINS = (
 )
 MAX_CONFIG_BYTES = 64 * 2**20
 """Room for energies whose constants (stored patterns, a precision matrix) are config."""
+
+MAX_DEPTH = 32
+MAX_SECTIONS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,8 @@ class Export:
         x = _read_tensors(path).get("x")
         if x is None or x.dtype != torch.float32 or tuple(x.shape[1:]) != self.spec.shape:
             raise UserError(f"{path}: expected float32 chains x of shape (N, *{self.spec.shape})")
+        if len(x) == 0 or not torch.isfinite(x).all():
+            raise UserError(f"{path}: holds no finite chains; draw with --start noise")
         return x
 
 
@@ -87,9 +93,9 @@ def open_export(path: str | Path) -> Export:
     assert isinstance(section, EnergySection)
     assert isinstance(sampler, KernelSection)
     start_std = config.get("start_std", 1.0)
-    if not isinstance(start_std, int | float) or not math.isfinite(start_std) or start_std <= 0:
+    if not isinstance(start_std, int | float) or not 0 < start_std < 1e30:
         raise UserError(
-            f"{path / CONFIG}: start_std: expected a positive number, got {start_std!r}"
+            f"{path / CONFIG}: start_std: expected a positive number, got {start_std!r:.80}"
         )
     energy = _read_energy(path / WEIGHTS, section, config)
     shape = getattr(energy, "event_shape", None)
@@ -135,13 +141,14 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: not valid JSON, cut short or damaged; copy the export again"
         ) from None
+    _refuse_nesting(config, path)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise UserError(f"{path}: format is not {FORMAT!r}: this file is of something else")
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format_version is {version!r}, this release reads {FORMAT_VERSION}; use the "
-            "release of ebm_dist that wrote it, or export the run again"
+            f"{path}: format_version is {version!r:.80}, this release reads {FORMAT_VERSION}; use "
+            "the release of ebm_dist that wrote it, or export the run again"
         )
     return config
 
@@ -149,16 +156,19 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_spec(config: dict[str, Any], path: Path) -> EventSpec:
     event = config.get("event")
     if not isinstance(event, dict):
-        raise UserError(f"{path}: event: expected shape, kind and num_classes, got {event!r}")
+        raise UserError(f"{path}: event: expected shape, kind and num_classes, got {event!r:.80}")
     shape, kind, classes = event.get("shape"), event.get("kind"), event.get("num_classes")
     kinds = get_args(EventKind)
     if (
         not isinstance(shape, list)
         or not shape
         or not all(_is_size(size) for size in shape)
-        or math.prod(shape) > 2**31
+        or math.prod(shape) > MAX_EVENT_NUMBERS
     ):
-        raise UserError(f"{path}: event.shape: expected positive sizes, got {shape!r:.80}")
+        raise UserError(
+            f"{path}: event.shape: expected positive sizes of at most {MAX_EVENT_NUMBERS} numbers "
+            f"in all, got {shape!r:.80}"
+        )
     if kind not in kinds:
         raise UserError(f"{path}: event.kind: expected one of {', '.join(kinds)}, got {kind!r:.80}")
     if classes is not None and not _is_size(classes):
@@ -176,8 +186,26 @@ def _section(config: dict[str, Any], key: str, family: Any, path: Path) -> Any:
         raise UserError(f"{path}: {key}: expected a section with a name")
     try:
         return family.section(**params)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _refuse_nesting(config: Any, path: Path) -> None:
+    """Checking sections takes a step of recursion for each level, and time for each section."""
+    level, num_sections = [config], 0
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for value in level
+            for item in (value.values() if isinstance(value, dict) else value)
+            if isinstance(item, dict | list)
+        ]
+        num_sections += sum(isinstance(value, dict) for value in level)
+        if not level:
+            return
+        if num_sections > MAX_SECTIONS:
+            raise UserError(f"{path}: more than {MAX_SECTIONS} sections, so not of an export")
+    raise UserError(f"{path}: deeper than {MAX_DEPTH} sections, so not of an export")
 
 
 def _read_energy(path: Path, section: EnergySection, config: dict[str, Any]) -> nn.Module:
@@ -199,7 +227,14 @@ def _read_energy(path: Path, section: EnergySection, config: dict[str, Any]) -> 
     shapes = _read_shapes(path)
     numbers = sum(math.prod(shape) for shape in shapes.values())
     _refuse_giants(section.model_dump(), limit=max(2**16, numbers), path=path.parent / CONFIG)
-    wanted = _state(section, path.parent / CONFIG)
+    try:
+        # The config may ask for any size; the weights on disk bound it, and some energies compute
+        # constants from it besides, of which the largest is a Hopfield network's matrix.
+        with limited(max_parts=2**12 + 32 * len(shapes), max_numbers=2**27 + 4 * numbers):
+            energy = section.build()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path.parent / CONFIG}: {' '.join(str(error).split())}") from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in energy.state_dict().items()}
     _compare(shapes, wanted, path)
     tensors = _read_tensors(path)
     for name, tensor in tensors.items():
@@ -207,27 +242,8 @@ def _read_energy(path: Path, section: EnergySection, config: dict[str, Any]) -> 
             raise UserError(f"{path}: {name} is {tensor.dtype}, an export holds float32")
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} is not finite; the run had diverged, export another")
-    energy = section.build()
     energy.load_state_dict(tensors)
     return energy.eval().requires_grad_(False)
-
-
-def _state(section: EnergySection, config: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight of the energy that `section` describes."""
-    try:
-        # Without memory: the config may ask for any size, the weights on disk bound it.
-        with torch.device("meta"):
-            state = section.module().state_dict()
-    except (NotImplementedError, RuntimeError):
-        # Some energies compute with their constants while they are built, which meta tensors
-        # refuse; those constants are in the config, and so no larger than it.
-        try:
-            state = section.build().state_dict()
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{config}: {' '.join(str(error).split())}") from None
-    except ValueError as error:
-        raise UserError(f"{config}: {' '.join(str(error).split())}") from None
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

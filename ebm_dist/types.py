@@ -13,6 +13,9 @@ from torch import Tensor
 EnergyFn = Callable[[Tensor], Tensor]
 """Maps x (B, *event) to energies (B,) in float32; lower is likelier."""
 
+MAX_EVENT_NUMBERS = 2**24
+"""Of one event: 64 chains then take 4 GiB."""
+
 EventKind = Literal["image", "real", "binary", "categorical"]
 
 

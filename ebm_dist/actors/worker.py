@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from einops import rearrange
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from ebm_dist.actors.shared_memory import NodeMemory
@@ -27,7 +27,7 @@ from ebm_dist.weights import FlatLayout
 class WorkersConfig(Section):
     """The pool that moves the chains."""
 
-    num_workers: PositiveInt = 1
+    num_workers: PositiveInt = Field(default=1, le=100_000)
     """Worker actors; where an elastic pool begins."""
 
     min_workers: PositiveInt | None = None

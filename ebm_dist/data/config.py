@@ -86,7 +86,7 @@ class DataConfig(Section):
     member: str | None = None
     """Extension of the member that holds x, where a sample has several: `jpg`, `image.png`, …"""
 
-    toy_samples: PositiveInt = 8192
+    toy_samples: PositiveInt = Field(default=8192, le=2**24)
     """Training samples of a `toy:` source; a quarter as many again are its test split."""
 
     @model_validator(mode="before")

@@ -16,6 +16,9 @@ from ebm_dist.energies.gaussian import constant_or_parameter
 from ebm_dist.types import EventKind, EventSpec
 
 Storage = Literal["hebbian", "pseudo_inverse"]
+MAX_UNITS = 2**12
+"""Their weights are 2**24 numbers; to store as many patterns in them takes a minute."""
+
 Patterns = Tensor | Sequence[Sequence[float]]
 
 
@@ -59,6 +62,11 @@ class Hopfield(FiniteEnergy):
         learnable: bool = False,
     ) -> None:
         spins = _as_spins(patterns)
+        if spins[0].numel() > MAX_UNITS:
+            raise ValueError(
+                f"energy.patterns: {spins[0].numel()} units; at most {MAX_UNITS} have a matrix of "
+                "weights that fits"
+            )
         event_shape = tuple(spins.shape[1:])
         super().__init__(event_shape)
         self.event = EventSpec(event_shape, "binary")
@@ -205,10 +213,10 @@ class HopfieldSection(EnergySection):
     patterns: tuple[tuple[Literal[-1, 0, 1], ...], ...] | None = None
     """What to store, (num_patterns, num_units) in {0,1} or {-1,1}; random when left out."""
 
-    num_patterns: PositiveInt = 3
+    num_patterns: PositiveInt = Field(default=3, le=MAX_UNITS)
     """Random patterns to store where none are given."""
 
-    num_units: PositiveInt = 32
+    num_units: PositiveInt = Field(default=32, le=MAX_UNITS)
     """Units of the random patterns."""
 
     storage: Storage = "hebbian"
@@ -240,10 +248,10 @@ class ModernHopfieldSection(EnergySection):
     patterns: tuple[tuple[float, ...], ...] | None = Field(default=None, min_length=1)
     """What to store, (num_patterns, num_dims); random signs when left out."""
 
-    num_patterns: PositiveInt = 3
+    num_patterns: PositiveInt = Field(default=3, le=MAX_UNITS)
     """Random patterns to store where none are given."""
 
-    num_dims: PositiveInt = 16
+    num_dims: PositiveInt = Field(default=16, le=MAX_UNITS)
     """Entries of the random patterns."""
 
     beta: PositiveFloat = 8.0

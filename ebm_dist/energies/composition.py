@@ -233,7 +233,7 @@ Member = Annotated[
 
 
 class _MembersSection(EnergySection):
-    members: tuple[Member, ...] = Field(min_length=1)
+    members: tuple[Member, ...] = Field(min_length=1, max_length=256)
     """Energy sections, `{name: ..., ...}` each."""
 
     def bind(self, spec: EventSpec) -> Self:

@@ -10,7 +10,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from ebm_dist.section import Family, Section
-from ebm_dist.types import EventKind, EventSpec
+from ebm_dist.types import MAX_EVENT_NUMBERS, EventKind, EventSpec
 
 
 class Energy(nn.Module):
@@ -28,6 +28,10 @@ class Energy(nn.Module):
 
     def __init__(self, event_shape: tuple[int, ...] | None) -> None:
         super().__init__()
+        if event_shape is not None and math.prod(event_shape) > MAX_EVENT_NUMBERS:
+            raise ValueError(
+                f"energy: events of shape {event_shape} have more than {MAX_EVENT_NUMBERS} numbers"
+            )
         self.event_shape = event_shape
 
     def forward(self, x: Tensor) -> Tensor:

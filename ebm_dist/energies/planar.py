@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from ebm_dist.energies.family import FAMILY, AnalyticEnergy, Energy, EnergySection
@@ -234,7 +234,7 @@ class CheckerboardSection(EnergySection):
     side: PositiveFloat = 1.0
     """Side of one square."""
 
-    num_squares: PositiveInt = 4
+    num_squares: PositiveInt = Field(default=4, le=64)
     """Squares along one side of the board."""
 
     barrier: NonNegativeFloat = 6.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from ebm_dist.samplers.kernel import (
@@ -83,7 +83,7 @@ class HmcSection(KernelSection):
     step_size: PositiveFloat
     """Size of a leapfrog step. Aim at an acceptance near .8."""
 
-    num_leapfrog_steps: PositiveInt = 10
+    num_leapfrog_steps: PositiveInt = Field(default=10, le=10_000)
     """Gradients a step."""
 
     temperature: PositiveFloat = 1.0

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from ebm_dist.energy_call import energy_at
@@ -113,10 +113,10 @@ class KernelSection(Section):
     example: ClassVar[dict[str, Any]] = {}
     """Small parameters that work on a target of unit scale; the protocol tests use them."""
 
-    num_steps: PositiveInt = 60
+    num_steps: PositiveInt = Field(default=60, le=1_000_000)
     """Steps that a chain makes in one round, between two looks at the weights."""
 
-    adapt_steps: NonNegativeInt = 0
+    adapt_steps: NonNegativeInt = Field(default=0, le=1_000_000)
     """Steps of warm-up before a new run, in which the step size follows the acceptance; it then
     stays. For samplers with an accept step; the step size given is where it starts from."""
 

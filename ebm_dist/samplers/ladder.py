@@ -30,7 +30,7 @@ class LadderSection(KernelSection):
     """The sampler that moves each copy, as a section of its own, or a kernel from `make`.
     Its temperature and num_steps are not used."""
 
-    temperatures: tuple[PositiveFloat, ...] = Field(min_length=2)
+    temperatures: tuple[PositiveFloat, ...] = Field(min_length=2, max_length=256)
     """Rising; the first is the temperature of the chains. A geometric ladder is a start."""
 
     @model_validator(mode="before")

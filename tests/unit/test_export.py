@@ -195,6 +195,14 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def tempered(depth: int) -> dict:
+    energy: dict = {"name": "ring"}
+    for _ in range(depth):
+        energy = {"name": "tempered", "temperature": 1.0, "member": energy}
+    return energy
+
+
+WIDE = {"name": "mlp", "event_shape": [2], "widths": [60_000, 60_000]}
 HEADER_BOMB = (2**62).to_bytes(8, "little") + b"{}"
 NESTED = b'{"format": ' + b"[" * 100_000
 FAULTS = {
@@ -224,7 +232,7 @@ FAULTS = {
     "unknown key": (lambda e: edit(e, energy__widht=3), "did you mean 'width'"),
     "negative width": (lambda e: edit(e, energy__width=-3), "energy.width"),
     "giant width": (lambda e: edit(e, energy__width=10**9), "size 1000000000"),
-    "wide": (lambda e: edit(e, energy__width=60_000), "shape"),
+    "wide": (lambda e: edit(e, energy__width=60_000), "needs more than"),
     "other width": (lambda e: edit(e, energy__width=8), "has shape"),
     "unknown sampler": (lambda e: edit(e, sampler__name="slice"), "sampler.name"),
     "bad sampler": (lambda e: edit(e, sampler__step_size=0), "sampler.step_size"),
@@ -234,6 +242,49 @@ FAULTS = {
     "other shape": (lambda e: edit(e, event__shape=[1, 4, 4]), "event"),
     "no event": (lambda e: edit(e, event=None), "event: expected"),
     "bad start_std": (lambda e: edit(e, start_std="wide"), "start_std"),
+    "65,536 blocks": (lambda e: edit(e, energy__num_blocks=2**16), "modules and weights"),
+    "100,000 stages": (lambda e: edit(e, energy__multipliers=[1] * 10**5), "modules and weights"),
+    "5,000 members": (
+        lambda e: edit(e, energy={"name": "sum", "members": 5000 * [{"name": "ring"}]}),
+        "more than 1000 sections",
+    ),
+    "257 members": (
+        lambda e: edit(e, energy={"name": "sum", "members": 257 * [{"name": "ring"}]}),
+        "energy.members",
+    ),
+    "giant members": (
+        lambda e: edit(e, energy={"name": "sum", "members": [WIDE, {"name": "ring"}]}),
+        "needs more than",
+    ),
+    "nested to no end": (lambda e: edit(e, energy=tempered(200)), "deeper than 32 sections"),
+    "giant hopfield": (
+        lambda e: edit(e, energy={"name": "hopfield", "num_units": 10**4, "num_patterns": 10**4}),
+        "energy.num_units",
+    ),
+    "giant patterns": (
+        lambda e: edit(e, energy={"name": "hopfield", "patterns": [[1] * 10**4]}),
+        "energy.patterns: 10000 units",
+    ),
+    "giant lattice": (
+        lambda e: edit(e, energy={"name": "ising", "shape": [2**14, 2**14]}),
+        "more than 16777216 numbers",
+    ),
+    "giant board": (
+        lambda e: edit(e, energy={"name": "checkerboard", "num_squares": 2**16}),
+        "energy.num_squares",
+    ),
+    "giant event": (lambda e: edit(e, event__shape=[1, 2**13, 2**12]), "event.shape"),
+    "leapfrog to no end": (
+        lambda e: edit(
+            e, sampler={"name": "hmc", "step_size": 0.1, "num_leapfrog_steps": 2**31 - 1}
+        ),
+        "sampler.num_leapfrog_steps",
+    ),
+    "steps to no end": (lambda e: edit(e, sampler__num_steps=2**31), "sampler.num_steps"),
+    "start_std of 400 digits": (lambda e: edit(e, start_std=10**400), "start_std"),
+    "step_size of 400 digits": (lambda e: edit(e, sampler__step_size=10**400), "step_size"),
+    "confinement of 400 digits": (lambda e: edit(e, energy__confinement=10**400), "energy"),
+    "size of 400 digits": (lambda e: edit(e, weights__bytes=10**400), "cut short"),
     "missing weight": (lambda e: rewrite_weights(e, lambda t: t.popitem()), "is missing"),
     "extra weight": (
         lambda e: rewrite_weights(e, lambda t: t.update(extra=torch.zeros(3))),
@@ -266,11 +317,20 @@ def test_a_damaged_or_hostile_export_is_refused_in_one_line(image_export, fault)
     assert str(image_export) in message
 
 
-@pytest.mark.parametrize("fault", ["cut", "shape"])
+def test_more_samples_than_memory_holds_are_refused_with_what_fits(image_export):
+    with pytest.raises(UserError, match=r"--num 4194305: .*draw 4194304 at most"):
+        draw(open_export(image_export), 2**22 + 1, 1)
+
+
+@pytest.mark.parametrize("fault", ["cut", "shape", "empty", "nan"])
 def test_damaged_chains_are_refused_only_when_they_are_asked_for(image_export, fault):
     path = image_export / "chains.safetensors"
     if fault == "cut":
         cut(path, 100)
+    elif fault == "empty":
+        save_file({"x": torch.zeros(0, 1, 8, 8)}, path)
+    elif fault == "nan":
+        save_file({"x": torch.full((3, 1, 8, 8), math.nan)}, path)
     else:
         save_file({"x": torch.zeros(3, 2)}, path)
     export = open_export(image_export)

@@ -1,0 +1,81 @@
+"""Bounds on what building an energy may take: a config of one line can ask for any size."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as registration
+from torch.utils._python_dispatch import TorchDispatchMode
+
+MAX_PARTS = 1_000_000
+"""Modules and parameters of an energy that a user builds: some ten seconds of Python."""
+
+
+@contextmanager
+def limited(*, max_parts: int, max_numbers: int) -> Iterator[None]:
+    """Within, energies of this thread are built as always, but for those that are too large.
+
+    Nothing is estimated from a config: modules and parameters are counted as they are registered,
+    and numbers before their memory is taken.
+
+    Raises:
+        ValueError: more than `max_parts` modules and parameters, or `max_numbers` numbers.
+    """
+    parts, thread = 0, threading.get_ident()
+
+    def count(module: nn.Module, name: str, part: object) -> None:
+        nonlocal parts
+        if threading.get_ident() != thread:
+            return
+        parts += 1
+        if parts > max_parts:
+            raise ValueError(
+                f"energy: has more than {max_parts} modules and weights; lower its depth, or the "
+                "number of its blocks, layers or members"
+            )
+
+    hooks = [
+        registration.register_module_module_registration_hook(count),
+        registration.register_module_parameter_registration_hook(count),
+    ]
+    try:
+        with _Numbers(max_numbers):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Numbers(TorchDispatchMode):
+    """Counts the numbers of every new tensor, before torch makes it."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._left = self._limit = limit
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # What makes a tensor out of nothing takes its sizes first: empty, zeros, randn, randint.
+        if not any(isinstance(arg, Tensor) for arg in args):
+            for arg in args:
+                if isinstance(arg, list | tuple) and all(isinstance(size, int) for size in arg):
+                    self._left -= math.prod(arg)
+                    break
+        if self._left < 0:
+            raise ValueError(
+                f"energy: needs more than {self._limit} numbers; lower its widths or depth"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def numbers_in_memory() -> int:
+    """Float32 numbers that this machine's memory holds."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // torch.float32.itemsize
