@@ -18,21 +18,21 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import PositiveInt
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ebm_dist.durable import new_directory, replace_text
 from ebm_dist.errors import UserError
 from ebm_dist.safe_open import make_directory, read_bytes, sha256
 from ebm_dist.section import Section
-from ebm_dist.tensor_file import save_tensors
+from ebm_dist.tensor_file import save_tensors, tensors_or_refuse
 
 FORMAT = 2
 _READABLE = (1, FORMAT)  # format 1 has no differences
@@ -82,7 +82,7 @@ class CheckpointDir:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of `<name>.safetensors`."""
-        return load_file(self.path / f"{name}.safetensors")
+        return tensors_or_refuse(self.path / f"{name}.safetensors")
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
         """The arrays of `<name>.safetensors`, whole also where the file is a difference."""
@@ -91,10 +91,28 @@ class CheckpointDir:
             return own
         rows = own.pop(ROWS)
         base = self.path.parent / bases[name].checkpoint / f"{name}.safetensors"
-        whole = {key: tensor.numpy() for key, tensor in load_file(base).items()}
+        whole = {key: tensor.numpy() for key, tensor in tensors_or_refuse(base).items()}
         for key, value in own.items():
             whole[key][rows] = value
         return whole
+
+    @contextmanager
+    def of_a_run(self) -> Iterator[None]:
+        """Within, what is read must be what a run wrote: checksums hold for a stranger's file too.
+
+        Raises:
+            UserError: in place of what a missing entry or one of another kind would raise.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{self.path}: its checksums hold, but a run did not write this "
+                f"({type(error).__name__}: {' '.join(str(error).split())}); move it away, or start "
+                "anew with another --run-dir"
+            ) from error
 
 
 def save(
@@ -226,11 +244,15 @@ def open_checkpoint(path: Path) -> CheckpointDir:
         meta = json.loads(read_bytes(path / "meta.json"))
         if "meta.json" not in sums or not isinstance(meta, dict):
             raise UserError(f"{path.name}: meta.json is not covered by a checksum")
+        if "learner.safetensors" not in sums:
+            raise UserError(f"{path.name}: learner.safetensors is missing")
+        if type(meta.get("step")) is not int:
+            raise UserError(f"{path.name}: meta.json holds no step")
         for name, base in _bases(meta).items():
             _check_base(path, name, base)
     except FileNotFoundError as error:
         raise UserError(f"{path.name}: {Path(error.filename).name} is missing") from None
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path.name}: unreadable ({type(error).__name__})") from None
@@ -244,7 +266,7 @@ def open_checkpoint(path: Path) -> CheckpointDir:
 
 def _check_base(path: Path, name: str, base: Base) -> None:
     """Raises UserError unless the file that `name` of `path` differs from is as it was."""
-    if Path(base.checkpoint).name != base.checkpoint:
+    if Path(base.checkpoint).name != base.checkpoint or base.checkpoint == "..":
         raise UserError(f"{path.name}: meta.json names a file outside the checkpoints")
     file = path.parent / base.checkpoint / f"{name}.safetensors"
     if not file.is_file():

@@ -29,6 +29,7 @@ from ebm_dist.export_reader import (
     find_export,
     load_energy,
     open_export,
+    read_spec,
 )
 from ebm_dist.samplers import KernelSection
 from ebm_dist.tensor_file import save_tensors
@@ -63,12 +64,13 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
             "and when it ends or is stopped"
         )
     run = config.load(run_dir / "config.yaml")
-    spec = _recorded_spec(found, run)
+    with found.of_a_run():
+        spec, weights = _recorded_spec(found, run), found.tensors("ema")["flat"]
     section = run.energy.bind(spec)
     energy = section.build().eval()
     try:
-        FlatLayout.of(energy).load_(energy, found.tensors("ema")["flat"])
-    except (KeyError, ValueError, OSError) as error:
+        FlatLayout.of(energy).load_(energy, weights)
+    except (ValueError, RuntimeError) as error:
         raise UserError(
             f"{found.path}: its averaged weights do not fit {run_dir / 'config.yaml'} "
             f"({' '.join(str(error).split())}); the run directory mixes two runs"
@@ -93,7 +95,8 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
             },
         ),
     }
-    chains = _last_chains(found, spec)
+    with found.of_a_run():
+        chains = _last_chains(found, spec)
     card = model_card.render(
         name=run.run.name,
         about=about,
@@ -120,8 +123,8 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
 def _recorded_spec(found: Any, run: Any) -> EventSpec:
     """The events of the run: as recorded, since the data may have moved away since."""
     event = found.meta.get("event")
-    if isinstance(event, dict):
-        return EventSpec(tuple(event["shape"]), event["kind"], event["num_classes"])
+    if event is not None:
+        return read_spec(found.meta, found.path / "meta.json")
     from ebm_dist.data import describe
 
     return describe(run.data)
@@ -135,7 +138,10 @@ def _last_chains(found: Any, spec: EventSpec) -> Tensor | None:
             continue
         shard = found.tensors(name)
         moved = shard["version"] >= 0 if "version" in shard else slice(None)
-        parts.append(torch.from_numpy(as_float32(shard["position"][moved].numpy(), spec)))
+        part = torch.from_numpy(as_float32(shard["position"][moved].numpy(), spec))
+        if part.shape[1:] != spec.shape:
+            raise ValueError(f"{name} holds chains of shape {tuple(part.shape[1:])}")
+        parts.append(part)
     if not parts or not any(len(part) for part in parts):
         return None
     x = torch.cat(parts)

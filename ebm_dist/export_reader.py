@@ -87,7 +87,7 @@ def open_export(path: str | Path) -> Export:
     """Read and check the export at `path`; arguments and errors as in `load_energy`."""
     path = find_export(Path(path))
     config = _read_config(path / CONFIG)
-    spec = _read_spec(config, path / CONFIG)
+    spec = read_spec(config, path / CONFIG)
     section = _section(config, "energy", energies.FAMILY, path / CONFIG)
     sampler = _section(config, "sampler", samplers.FAMILY, path / CONFIG)
     assert isinstance(section, EnergySection)
@@ -153,7 +153,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_spec(config: dict[str, Any], path: Path) -> EventSpec:
+def read_spec(config: Mapping[str, Any], path: Path) -> EventSpec:
+    """The events that `config["event"]` describes; UserError naming `path` if it describes none."""
     event = config.get("event")
     if not isinstance(event, dict):
         raise UserError(f"{path}: event: expected shape, kind and num_classes, got {event!r:.80}")

@@ -92,9 +92,10 @@ def train(
             raise UserError(f"--run-dir: {error}") from None
     with claimed(directory) as unguarded:
         found = starting_point(directory, resume)
-        if found is not None:
-            check_resumable(config, found)
-        config, said = warmed_up(config, spec, found)
+        with found.of_a_run() if found is not None else contextlib.nullcontext():
+            if found is not None:
+                check_resumable(config, found)
+            config, said = warmed_up(config, spec, found)
         with writable(directory):
             replace_text(directory / "config.yaml", dump(config))
         notices = [line for line in (unguarded, said) if line]
@@ -180,7 +181,8 @@ def _train(
         hub = graph.hub.info(60.0)
         view.say(str(hub.get("notice") or f"W&B: {hub.get('mode')}"))
         if found is not None:
-            controller.restore(found)
+            with found.of_a_run():
+                controller.restore(found)
             view.say(f"resumed from {found.path.name}")
         with asking(stop):
             finished = controller.run()

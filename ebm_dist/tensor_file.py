@@ -1,4 +1,4 @@
-"""Tensors as a safetensors file, with the error that a full disk is."""
+"""Tensors as a safetensors file: a full disk and a damaged file are errors that say so."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from ebm_dist.errors import UserError
 
 
 def save_tensors(
@@ -34,6 +36,14 @@ def save_tensors(
             raise
         code = int(number.group(1))
         raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def tensors_or_refuse(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file from outside; UserError if it is not one."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def _contiguous(value: Tensor | np.ndarray) -> Tensor:

@@ -27,12 +27,19 @@ def encode(row: Mapping[str, Any]) -> bytes:
 
 
 def decode(line: bytes | str) -> dict[str, Any] | None:
-    """The row of one line, or None where it is torn, empty or no object."""
+    """The row of one line, or None where it is torn, empty, no object, or its step no number."""
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = json.loads(line, parse_int=_whole)
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
+    if not isinstance(row, dict) or type(row.get("step", 0)) is not int:
+        return None
+    return row
+
+
+def _whole(digits: str) -> int | float:
+    # A number of hundreds of digits is no float, and fails wherever one is made of it.
+    return int(digits) if len(digits) < 19 else float(digits)
 
 
 class JsonlSink:

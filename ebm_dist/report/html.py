@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 import os
 import re
@@ -220,10 +219,10 @@ def _table(series: Mapping[str, Pairs]) -> Iterator[str]:
 
 def _final(path: Path) -> Iterator[str]:
     try:
-        summary = json.loads(read_bytes(path))
-    except (OSError, ValueError):
+        summary = decode(read_bytes(path))
+    except OSError:
         return
-    if isinstance(summary, dict) and summary:
+    if summary:
         yield "<h2>Final figures</h2><table>"
         for name, value in sorted(summary.items()):
             shown = number(value) if isinstance(value, int | float) else str(value)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ebm_dist.errors import one_line
 from ebm_dist.metrics.names import FRAME, describe
 from ebm_dist.report.grid import new_figure
 
 Pairs = list[tuple[int, float]]
+
+MAX_OTHER_PANELS = 60
+"""Pictures of metrics that no panel knows; each takes a tenth of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +118,12 @@ def other_panels(series: Mapping[str, Pairs]) -> tuple[Panel, ...]:
     for name in sorted(series):
         if name not in shown:
             groups.setdefault(name.split("/", 1)[0], []).append(name)
-    return tuple(
+    panels = (
         Panel(f"{prefix}: {', '.join(n.split('/', 1)[-1] for n in part)}"[:60], tuple(part))
         for prefix, names in groups.items()
         for part in (names[i : i + 5] for i in range(0, len(names), 5))
     )
+    return tuple(itertools.islice(panels, MAX_OTHER_PANELS))
 
 
 def draw_panel(panel: Panel, series: Mapping[str, Pairs], *, dpi: int = 90) -> bytes | None:
@@ -130,13 +136,18 @@ def draw_panel(panel: Panel, series: Mapping[str, Pairs], *, dpi: int = 90) -> b
     drawn: list[float] = []
     for name in names:
         steps, values = thin(series[name])
+        # Beyond this the ticks of an axis overflow.
+        values = [value if abs(value) < 1e100 else math.nan for value in values]
         drawn += [value for value in values if math.isfinite(value)]
         few = len(values) < 30
-        axes.plot(steps, values, label=name, linewidth=1.2, marker="." if few else None)
+        axes.plot(
+            steps, values, label=one_line(name)[:80], linewidth=1.2, marker="." if few else None
+        )
     # A panel of one point on a log axis, or of zeros, would come out empty.
     if panel.log and drawn and min(drawn) > 0:
         axes.set_yscale("log")
-    axes.set_title(panel.title, fontsize=10, loc="left")
+    # A dollar sign in a name would be the start of a formula.
+    axes.set_title(one_line(panel.title), fontsize=10, loc="left", parse_math=False)
     axes.set_xlabel("update", fontsize=8)
     units = {metric.unit for name in names if (metric := describe(name)) is not None}
     if len(units) == 1 and units != {"1"}:
@@ -144,7 +155,8 @@ def draw_panel(panel: Panel, series: Mapping[str, Pairs], *, dpi: int = 90) -> b
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     if len(names) > 1:
-        axes.legend(fontsize=7, framealpha=0.6)
+        for text in axes.legend(fontsize=7, framealpha=0.6).get_texts():
+            text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()

@@ -63,11 +63,11 @@ def test_a_step_written_again_replaces_the_old_one(tmp_path: Path) -> None:
 
 def test_non_contiguous_and_half_precision_tensors_survive(tmp_path: Path) -> None:
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    save(tmp_path, 1, {"a": {"t": x.t(), "h": x.bfloat16()}}, {}, keep=1)
+    save(tmp_path, 1, {"learner": {"t": x.t(), "h": x.bfloat16()}}, {}, keep=1)
     found = latest(tmp_path)
     assert found is not None
-    assert torch.equal(found.tensors("a")["t"], x.t())
-    assert torch.equal(found.tensors("a")["h"], x.bfloat16())
+    assert torch.equal(found.tensors("learner")["t"], x.t())
+    assert torch.equal(found.tensors("learner")["h"], x.bfloat16())
 
 
 def truncate(path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from ebm_dist.cli import main
+from ebm_dist.export_reader import file_hash
 
 BASE = {
     "run": {"name": "small", "steps": 2},
@@ -236,6 +237,19 @@ def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def forge(checkpoint: Path, *, without: str | None = None, **meta) -> None:
+    """Change a checkpoint as somebody would who also mends its checksums."""
+    edit_json(checkpoint / "meta.json", **meta)
+    sums = json.loads((checkpoint / "checksums.json").read_text())
+    sums["meta.json"] = file_hash(checkpoint / "meta.json")
+    if without:
+        (checkpoint / without).unlink()
+        del sums[without]
+    (checkpoint / "checksums.json").write_text(json.dumps(sums))
+
+
+OUTSIDE = {"checkpoint": "..", "sha256": ""}
+
 SHARDS = {
     "a shard is missing": lambda d: first(d, "train-*.tar").unlink(),
     "a shard is cut short": lambda d: cut(first(d, "train-*.tar"), 3000),
@@ -282,6 +296,36 @@ CHECKPOINTS = {
         lambda r: [p.write_text('{"../../x": ""}') for p in r.glob("checkpoints/*/checksums.json")],
         [],
         "outside the checkpoint",
+    ),
+    "no learner in any checkpoint": (
+        lambda r: [forge(p, without="learner.safetensors") for p in r.glob("checkpoints/*")],
+        [],
+        "learner.safetensors is missing",
+    ),
+    "no step in any checkpoint": (
+        lambda r: [forge(p, step="last") for p in r.glob("checkpoints/*")],
+        [],
+        "holds no step",
+    ),
+    "bases that are none": (
+        lambda r: [forge(p, bases={"learner": 3}) for p in r.glob("checkpoints/*")],
+        [],
+        "unreadable",
+    ),
+    "a base outside": (
+        lambda r: [forge(p, bases={"x": OUTSIDE}) for p in r.glob("checkpoints/*")],
+        [],
+        "outside the checkpoints",
+    ),
+    "a config of another program": (
+        lambda r: [forge(p, config={"a": 1}) for p in r.glob("checkpoints/*")],
+        [],
+        "a run did not write this",
+    ),
+    "shards of another program": (
+        lambda r: [forge(p, shards=[{"a": 1}, 2]) for p in r.glob("checkpoints/*")],
+        ["run.steps=4"],
+        "a run did not write this",
     ),
     "no checkpoint to resume": (
         lambda r: shutil.rmtree(r / "checkpoints"),
@@ -405,6 +449,10 @@ def test_a_damaged_export_is_one_line(capsys, finished, tmp_path, command, fault
         (["data", "prepare", "mnits", "/tmp/never"], "mnits"),
         (["data", "prepare", "cifar10", "/tmp/never", "--source", "/no/such"], "/no/such"),
         (["data", "prepare", "digits", "{run}"], "not empty"),
+        (["data", "prepare", "digits", "/tmp/" + 300 * "n"], "too long"),
+        (["sample", "/tmp/" + 300 * "n"], "too long"),
+        (["config", "show", 300 * "n" + ".yaml"], "too long"),
+        (["report", "/tmp/" + 300 * "n"], "too long"),
         (["config", "show", "/no/such.yaml"], "no such file"),
         (["train"], "config"),
         (["train", "a.yaml", "--resume", "maybe"], "--resume"),
@@ -423,6 +471,34 @@ def test_an_export_of_a_run_without_checkpoint_is_one_line(capsys, finished, tmp
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     line = one_line(capsys, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
     assert "no checkpoint yet" in line
+
+
+@pytest.mark.parametrize(
+    ("meta", "says"),
+    [
+        ({"event": {"shape": "wide"}}, "event.shape"),
+        ({"event": {"shape": [3], "kind": "real", "num_classes": None}}, "chains of shape (2,)"),
+        ({"event": {"shape": [2], "kind": ["real"]}}, "event.kind"),
+        ({"event": [2]}, "event"),
+    ],
+)
+def test_an_export_of_a_checkpoint_with_bad_events_is_one_line(
+    capsys, finished, tmp_path, meta, says
+):
+    shutil.copytree(finished, tmp_path / "run")
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        forge(checkpoint, **meta)
+    line = one_line(capsys, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert says in line or "energy.event_shape" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_of_a_checkpoint_without_averaged_weights_is_one_line(capsys, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        forge(checkpoint, without="ema.safetensors")
+    line = one_line(capsys, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert "ema.safetensors" in line
 
 
 def test_an_export_of_two_runs_mixed_up_is_one_line(capsys, finished, tmp_path):

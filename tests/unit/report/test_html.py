@@ -13,10 +13,19 @@ import torch
 
 from ebm_dist.errors import UserError
 from ebm_dist.metrics.jsonl import encode
+from ebm_dist.model_card import last_metrics
 from ebm_dist.report.grid import save_grid
 from ebm_dist.report.health import examine
 from ebm_dist.report.html import write_report
-from ebm_dist.report.plots import PANELS, Panel, collect, draw_panel, thin
+from ebm_dist.report.plots import (
+    MAX_OTHER_PANELS,
+    PANELS,
+    Panel,
+    collect,
+    draw_panel,
+    other_panels,
+    thin,
+)
 from ebm_dist.types import EventSpec
 
 
@@ -92,6 +101,39 @@ def test_a_run_without_metrics_still_has_a_page(content: bytes | None, tmp_path:
         (tmp_path / "metrics.jsonl").write_bytes(content)
     _, page = page_of(write_report(tmp_path))
     assert "no metrics were found" in " ".join(page.text)
+
+
+BAD_LINES = {
+    "a step that is text": b'{"step": "last", "energy/gap": 1.0}',
+    "a step that is a list": b'{"step": [1], "energy/gap": 1.0}',
+    "a value of 400 digits": b'{"step": 500, "energy/gap": 1' + 400 * b"0" + b"}",
+    "a step of 400 digits": b'{"step": 1' + 400 * b"0" + b', "energy/gap": 1.0}',
+    "a value of 5,000 digits": b'{"step": 500, "energy/gap": 1' + 5000 * b"0" + b"}",
+    "a name that is half a formula": b'{"step": 500, "my/$\\\\frac{": 1.0, "my/$x": 2.0}',
+    "a name that is half a pair": b'{"step": 500, "my/\\ud800": 1.0}',
+    "a name without end": b'{"step": 500, "my/' + 10**5 * b"a" + b'": 1.0, "my/b": 1.0}',
+    "a value of another kind": b'{"step": 500, "energy/gap": {"a": [1]}}',
+    "not finite": b'{"step": 500, "energy/gap": Infinity, "my/a": NaN, "my/b": 1e308}',
+    "nested to no end": b"[" * 100_000,
+    "another encoding": b'{"step": 500, "my/\xff\xfe": 1.0}',
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_one_bad_line_or_value_costs_no_page(bad: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    good = encode({"step": 1, "energy/gap": 0.5}) + encode({"step": 2, "energy/gap": 0.25})
+    (run / "metrics.jsonl").write_bytes(good + BAD_LINES[bad] + b"\n")
+    (run / "summary.json").write_text(f'{{"likelihood/log_z": 1{"0" * 400}}}')
+    text, _ = page_of(write_report(run))
+    assert "energy/gap" in text
+    assert last_metrics(run / "metrics.jsonl")["energy/gap"][1] in (2, 500)
+
+
+def test_thousands_of_names_are_drawn_in_a_bounded_number_of_pictures() -> None:
+    series = {f"my/{number}": [(1, 1.0)] for number in range(5000)}
+    assert len(other_panels(series)) == MAX_OTHER_PANELS
 
 
 def test_a_directory_that_is_no_run_is_the_users_error(tmp_path: Path) -> None:
