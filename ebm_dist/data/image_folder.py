@@ -22,7 +22,7 @@ def load(source: Path | None, resize: int | None) -> Original:
     if source is None or not source.is_dir():
         came = "none" if source is None else f"{source}, which is not a directory"
         raise UserError(f"imagefolder: needs --source, a directory of images; got {came}")
-    if resize is not None and not 1 <= resize * resize <= MAX_PIXELS:
+    if resize is not None and not 1 <= resize <= MAX_PIXELS**0.5:
         raise UserError(f"--resize: expected 1 to {MAX_PIXELS**0.5:.0f} pixels, got {resize}")
     found = scan(source)
     if not found.train:

@@ -122,6 +122,8 @@ def _members(path: Path, left_out: list[str] | None) -> Iterator[dict[str, Any]]
         tarfile.open(fileobj=file, mode="r:*", tarinfo=_Header) as stream,
     ):
         for info in stream:
+            # A tarfile remembers every header it saw.
+            stream.members = []  # pyright: ignore[reportAttributeAccessIssue]
             if info.isdir() or re.match(r"__[^/]*__($|/)", info.name):
                 continue
             if base_plus_ext(info.name)[0] is None:
@@ -137,8 +139,6 @@ def _members(path: Path, left_out: list[str] | None) -> Iterator[dict[str, Any]]
             member = stream.extractfile(info)
             assert member is not None
             yield {"fname": info.name, "data": member.read(), "__url__": url}
-            # A tarfile remembers every header it saw.
-            stream.members = []  # pyright: ignore[reportAttributeAccessIssue]
         _refuse_more(cast(BinaryIO, stream.fileobj), path)
 
 

@@ -31,15 +31,19 @@ def survey(dataset: Dataset) -> list[str]:
 
 def _unread(shard: ShardFile, layout: Layout) -> str:
     odd_names: list[str] = []
+    folders: set[str] = set()
     unread: Counter[str] = Counter()
     for sample in read_shard(shard, odd_names):
         decode_sample(sample, layout)
+        folders.add(sample["__key__"].rpartition("/")[0])
         unread.update(name for name in sample if not _is_read(name, layout))
     parts = [f"{num} members {name!r}" for name, num in unread.most_common(10)]
     if odd_names:
         parts.append(
             f"{len(odd_names)} members not named KEY.EXTENSION, the first {odd_names[0]!r}"
         )
+    if len(folders) > 1 and not layout.labelled:
+        parts.append(f"the names of {len(folders)} folders (labels are .cls members)")
     return f"{shard.path}: not read: {', '.join(parts)}" if parts else ""
 
 

@@ -164,8 +164,9 @@ def test_resize_is_an_option_and_its_advice_works(
     assert advice == "--resize 4"
     assert main([*command, *advice.split()]) == 0
     assert "train: 11 samples without labels" in capsys.readouterr().out
-    assert main([*command, "--resize", "0"]) == 2
-    assert main([*command, "--resize", "100000"]) == 2
+    for side in ("0", "-4", "100000"):
+        assert main([*command[:3], str(tmp_path / "other"), *command[4:], "--resize", side]) == 2
+        assert "--resize: expected 1 to 8192 pixels" in capsys.readouterr().err
 
 
 # -- splits and classes

@@ -15,8 +15,8 @@ import pytest
 from data_shards import npy, numbered_config, numbered_shards, png, write_tar
 
 from ebm_dist.cli import main
-from ebm_dist.config import load
-from ebm_dist.data import DataConfig, load_split, prepare
+from ebm_dist.config import dump, load
+from ebm_dist.data import DataConfig, describe, load_split, prepare
 from ebm_dist.data.dataset import open_dataset
 from ebm_dist.data.survey import survey
 from ebm_dist.errors import UserError
@@ -135,6 +135,12 @@ def test_members_that_no_sample_uses_are_counted_before_the_start(tmp_path: Path
     assert line == (
         f"{path}: not read: 1 members 'json', 1 members not named KEY.EXTENSION, the first 'README'"
     )
+
+
+def test_folders_in_a_shard_are_said_to_be_no_labels(tmp_path: Path):
+    path = write_tar(tmp_path / "s.tar", [("cat/0.png", png(GREY)), ("dog/0.png", png(GREY))])
+    (line,) = survey(open_dataset(DataConfig(source=str(path), batch_size=1)))
+    assert line == f"{path}: not read: the names of 2 folders (labels are .cls members)"
 
 
 # -- samples and labels
@@ -260,7 +266,7 @@ def test_labels_without_a_count_lead_to_data_num_classes(
     objective: str,
     energy: object,
 ):
-    from ebm_dist.config import dump
+    from ebm_dist.run import bind
 
     monkeypatch.chdir(tmp_path)
     base = {
@@ -275,7 +281,8 @@ def test_labels_without_a_count_lead_to_data_num_classes(
     error = capsys.readouterr().err
     assert "set data.num_classes where plain shards hold .cls labels" in error
     assert len(error.splitlines()) == 1
-    assert main(["train", "c.yaml", "data.num_classes=3", "--run-dir", "run"]) == 0
+    followed = load("c.yaml", ["data.num_classes=3"])
+    bind(followed, describe(followed.data))
 
 
 def test_images_too_few_for_fidelity_are_refused_before_the_start(tmp_path: Path):
