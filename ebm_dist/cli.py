@@ -300,7 +300,7 @@ def data_prepare(
     """Write webdataset shards from a data set's originals, and say how many of each class."""
     from ebm_dist.data import prepare
 
-    prepare(name, out_dir, source=source, resize=resize, say=print)
+    prepare(name, out_dir, source=source, resize=resize, say=lambda line: print(one_line(line)))
 
 
 @app.command(epilog="Example: ebm-dist report runs/digits --out digits.html")

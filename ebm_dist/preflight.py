@@ -22,7 +22,7 @@ from ebm_dist.data.config import DataConfig
 from ebm_dist.data.dataset import open_dataset
 from ebm_dist.data.shards import check_shard
 from ebm_dist.data.survey import survey
-from ebm_dist.errors import UserError
+from ebm_dist.errors import UserError, one_line
 from ebm_dist.evaluation.fidelity import check_data
 from ebm_dist.metrics.credentials import with_environment
 from ebm_dist.samplers.compiler import missing
@@ -65,7 +65,7 @@ def check_shards(config: DataConfig) -> None:
         for shard in shards:
             check_shard(shard, checksum=True)
     for line in survey(dataset):
-        log.warning("data: %s", line)
+        log.warning("data: %s", one_line(line))
 
 
 def check_evaluation(config: RunConfig) -> None:

@@ -198,9 +198,7 @@ def _counted(num: int, counts: Counter[int], classes: tuple[str, ...]) -> str:
     if len(classes) > _MAX_LISTED:
         each = [counts[k] for k in range(len(classes))]
         return f"{num} samples, {min(each)} to {max(each)} of each of {len(classes)} classes"
-    # A folder's name may hold anything, and this goes to a terminal.
-    names = [name if name.isprintable() else ascii(name) for name in classes]
-    return f"{num} samples: " + ", ".join(f"{counts[k]} {name}" for k, name in enumerate(names))
+    return f"{num} samples: " + ", ".join(f"{counts[k]} {name}" for k, name in enumerate(classes))
 
 
 def encode(x: np.ndarray) -> dict[str, bytes]:

@@ -111,12 +111,17 @@ def test_links_to_folders_are_read_once(tmp_path: Path):
     assert "again" in said
 
 
-def test_counts_are_said_by_class(tmp_path: Path):
-    pets(tmp_path / "in")
-    picture(tmp_path / "in" / "\x1b[31m" / "x.png")
-    _, said = prepared(tmp_path)
-    assert "train: 19 samples: 1 '\\x1b[31m', 9 cat, 9 dog" in said
-    assert "test: 2 samples: 0 '\\x1b[31m', 1 cat, 1 dog" in said
+def test_counts_are_printed_by_class_and_names_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    picture(pets(tmp_path / "in") / "\x1b[31m" / "x.png")
+    (tmp_path / "in" / "\x1b[2J.txt").write_text("")
+    command = ["data", "prepare", "imagefolder", str(tmp_path / "out")]
+    assert main([*command, "--source", str(tmp_path / "in")]) == 0
+    said = capsys.readouterr().out
+    assert "train: 19 samples: 1 \\x1b[31m, 9 cat, 9 dog\n" in said
+    assert "test: 2 samples: 0 \\x1b[31m, 1 cat, 1 dog\n" in said
+    assert "\x1b" not in said
 
 
 def test_one_colour_image_makes_all_colour_wherever_it_stands(tmp_path: Path):
