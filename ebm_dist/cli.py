@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import typer
 
 import ebm_dist
+from ebm_dist import installed
 from ebm_dist.errors import RunFailed, UserError, one_line
 from ebm_dist.paths import expand_argument
 from ebm_dist.signals import interrupting
@@ -129,7 +130,9 @@ def _explain(error: Exception) -> int:
     if isinstance(error, IsADirectoryError):
         return _say(f"{error.filename}: is a directory, expected a file", 2)
     if isinstance(error, ModuleNotFoundError) and error.name in ("ray", "deepspeed", "wandb"):
-        return _say(f"{error.name} is not installed: pip install 'ebm_dist[train]'", 2)
+        return _say(f"{error.name} is not installed: {installed.how_to_install('train')}", 2)
+    if isinstance(error, ModuleNotFoundError) and error.name == "fcntl":
+        return _say(installed.NO_FCNTL, 2)
     if type(error) is ValueError:
         return _say(" ".join(str(error).split()), 2)
     with tempfile.NamedTemporaryFile(
@@ -151,7 +154,7 @@ def _say(message: str | UserError, code: int) -> int:
 def _failures_say_how_to_resume(run_dir: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError):
+    except (ValueError, OSError, ModuleNotFoundError):
         raise
     except Exception as error:
         what = " ".join(str(error).split())
@@ -161,8 +164,8 @@ def _failures_say_how_to_resume(run_dir: Path) -> Iterator[None]:
             what += f"; log: {log}"
         if any(run_dir.glob("checkpoints/step_*")):
             config = run_dir / "config.yaml"
-            command = shlex.join(["ebm-dist", "train", str(config), "--run-dir", str(run_dir)])
-            what += f"; resume: {command} --resume must"
+            command = shlex.join(["train", str(config), "--run-dir", str(run_dir)])
+            what += f"; resume: {installed.command()} {command} --resume must"
         raise RunFailed(what) from error
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ebm_dist.installed import NO_FCNTL, how_to_install
+
 GIB = 2**30
 MIN_PYTHON = (3, 11)
 MIN_SHARED_MEMORY = 1 * GIB
@@ -41,6 +43,7 @@ def examine(directory: str | Path = ".") -> Iterator[Finding]:
     """Check everything, cheapest first; `directory` is where runs will be written."""
     checks: list[Callable[[], Finding]] = [
         check_python,
+        check_system,
         check_torch,
         check_accelerator,
         lambda: check_package("ray", "train"),
@@ -66,6 +69,11 @@ def check_python() -> Finding:
     text = f"{platform.python_version()} ({sys.executable})"
     recent = sys.version_info[:2] >= MIN_PYTHON
     return Finding("python", recent, text, "" if recent else "install Python 3.11 or newer")
+
+
+def check_system() -> Finding:
+    whole = importlib.util.find_spec("fcntl") is not None
+    return Finding("system", whole, platform.system(), "" if whole else NO_FCNTL)
 
 
 def check_torch() -> Finding:
@@ -103,7 +111,7 @@ def check_package(name: str, extra: str) -> Finding:
             name,
             False,
             "not installed; training needs it, loading and sampling an export does not",
-            f"pip install 'ebm_dist[{extra}]'",
+            how_to_install(extra),
         )
     return Finding(name, True, version)
 
@@ -172,7 +180,7 @@ def check_wandb() -> Finding:
             "wandb",
             True,
             "not installed: metrics go to metrics.jsonl only",
-            "pip install 'ebm_dist[train]' to have W&B pages",
+            f"{how_to_install('train')} to have W&B pages",
         )
     from ebm_dist.metrics.credentials import find_key
 
@@ -192,7 +200,7 @@ def check_data() -> Finding:
             "data",
             False,
             "scikit-learn (which ships the digits) is missing",
-            "pip install ebm_dist",
+            "pip install scikit-learn",
         )
     debian = Path("/usr/share/datasets/fashion-mnist")
     fashion = "fashion-mnist" if debian.is_dir() else ""

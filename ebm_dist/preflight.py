@@ -24,6 +24,7 @@ from ebm_dist.data.shards import check_shard
 from ebm_dist.data.survey import survey
 from ebm_dist.errors import UserError, one_line
 from ebm_dist.evaluation.fidelity import check_data
+from ebm_dist.installed import require
 from ebm_dist.metrics.credentials import with_environment
 from ebm_dist.samplers.compiler import missing
 
@@ -43,6 +44,7 @@ def preflight(config: RunConfig) -> None:
             nothing answers at the address, it is one that must not be joined without a token or
             means another one, or deterministic chains are to be compiled without a compiler.
     """
+    require("deepspeed", *(["ray"] if config.runtime.backend == "ray" else []))
     check_shards(config.data)
     check_evaluation(config)
     check_compiler(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,8 +28,11 @@ def save_tensors(
         OSError: the disk refused.
     """
     tensors = {key: _contiguous(value) for key, value in entries.items()}
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(tensors, path, metadata=dict(metadata) if metadata else None)
+        path.chmod(mode)  # safetensors makes files of its own mode, 600
     except SafetensorError as error:
         # safetensors has its own type for a full disk too, with the number in its text.
         number = re.search(r"os error (\d+)", str(error))

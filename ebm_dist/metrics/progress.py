@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ebm_dist import installed
 from ebm_dist.errors import one_line
 
 PLAIN_EVERY = 10.0
@@ -286,9 +287,7 @@ def final_screen(
     if quality:
         rows.add_row("", Text("   ".join(f"{k} {number(v)}" for k, v in quality.items())))
     if next_commands is None:
-        next_commands = suggested_commands(run_dir, export, interrupted=interrupted)
-    for index, command in enumerate(next_commands):
-        rows.add_row("next" if index == 0 else "", Text(command, style="green"))
+        next_commands = suggested_commands(run_dir, export, steps=steps, interrupted=interrupted)
     state = "interrupted" if interrupted else "done"
     console.print(
         Panel(
@@ -298,23 +297,29 @@ def final_screen(
             border_style="yellow" if interrupted else "green",
         )
     )
+    # Outside of the box and in one piece each, to be copied; a terminal may wrap them, as it does
+    # what is typed.
+    console.print("next", style="dim")
+    for command in next_commands:
+        console.print(Text(command, style="green"), soft_wrap=True)
 
 
 def suggested_commands(
-    run_dir: Path, export: str | Path | None, *, interrupted: bool = False
+    run_dir: Path, export: str | Path | None, *, steps: int, interrupted: bool = False
 ) -> list[str]:
-    """Commands that follow a run, ready to paste."""
+    """Commands that follow a run of `steps` updates, ready to paste."""
+    ebm_dist = installed.command()
     run = shlex.quote(shown(run_dir).plain)
     config = shlex.quote(shown(run_dir / "config.yaml").plain)
-    resume = f"ebm-dist train {config} --run-dir {run} --resume must"
+    resume = f"{ebm_dist} train {config} --run-dir {run} --resume must"
     if not interrupted:
-        resume += " run.steps=N   # N updates in all: train on"
+        resume += f" run.steps={2 * max(steps, 1)}"  # train on, for as long again
     if export:
         model = shlex.quote(shown(export).plain)
-        sample = f"ebm-dist sample {model} --num 64 --steps 500 --out more.png"
+        sample = f"{ebm_dist} sample {model} --num 64 --steps 500 --out more.png"
     else:
-        sample = f"ebm-dist export {run} {shlex.quote(shown(run_dir / 'export').plain)}"
-    commands = [sample, f"ebm-dist report {run}", resume]
+        sample = f"{ebm_dist} export {run} {shlex.quote(shown(run_dir / 'export').plain)}"
+    commands = [sample, f"{ebm_dist} report {run}", resume]
     return [commands[-1], *commands[:-1]] if interrupted else commands
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from ebm_dist.durable import write_output
 from ebm_dist.errors import RunFailed, UserError
+from ebm_dist.installed import how_to_install
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import find_key, first_fault, scrub, with_environment
 from ebm_dist.metrics.names import IMAGES, METRICS
@@ -93,7 +94,7 @@ def build(project: str, entity: str) -> Any:
         ws = importlib.import_module("wandb_workspaces.workspaces")
     except ImportError:
         raise UserError(
-            "dashboard publish needs wandb-workspaces: pip install 'ebm_dist[workspace]'"
+            f"dashboard publish needs wandb-workspaces: {how_to_install('workspace')}"
         ) from None
 
     def panel(entry: dict[str, Any]) -> Any:
@@ -155,7 +156,7 @@ def _default_entity() -> str:
     try:
         entity = default_entity()
     except ImportError:
-        raise UserError("dashboard publish needs wandb: pip install 'ebm_dist[train]'") from None
+        raise UserError(f"dashboard publish needs wandb: {how_to_install('train')}") from None
     except Exception as error:
         lines = scrub(str(error)).strip().splitlines() or [type(error).__name__]
         raise RunFailed(f"dashboard publish: W&B did not answer ({lines[0][:200]})") from None

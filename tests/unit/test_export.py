@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import ebm_dist
-from ebm_dist import energies, samplers
+from ebm_dist import checkpoint, energies, samplers
 from ebm_dist.draw import draw
 from ebm_dist.errors import UserError
 from ebm_dist.export import open_export, write_export
@@ -76,6 +78,18 @@ def test_a_reloaded_energy_equals_the_exported_one_bit_for_bit(tmp_path, energy,
         assert (loaded(x) - module(x)).abs().max().item() == 0.0
     fresh = energies.FAMILY.section(**energy).bind(spec).build(seed=3).eval()
     assert (loaded(x) - fresh(x).detach()).abs().max().item() > 0.0, "weights were not loaded"
+
+
+def test_all_files_of_an_export_and_of_a_checkpoint_have_the_mode_that_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / "export", {"name": "mlp", "widths": [4]}, EventSpec((2,), "real"))
+        checkpoint.save(tmp_path, 1, {"ema": {"flat": torch.zeros(3)}}, {}, keep=1)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
 
 
 def test_an_export_has_the_promised_files_and_can_be_written_over(image_export):

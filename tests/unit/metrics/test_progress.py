@@ -156,7 +156,8 @@ def test_the_last_screen_says_where_everything_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    console = terminal(140)
+    monkeypatch.setattr(progress.installed, "command", lambda: ".venv/bin/ebm-dist")
+    console = terminal(80)
     run = tmp_path / "runs" / "my digits"
     final_screen(
         run_dir=run,
@@ -167,21 +168,28 @@ def test_the_last_screen_says_where_everything_is(
         export=run / "export",
         console=console,
     )
-    text = re.sub(r"\s*│\s*|[╭╮╰╯─]", " ", console.export_text())
+    written = console.export_text()
+    # Each in one line of its own, however narrow the terminal, for somebody to copy.
+    for command in (
+        ".venv/bin/ebm-dist sample 'runs/my digits/export' --num 64 --steps 500 --out more.png",
+        ".venv/bin/ebm-dist report 'runs/my digits'",
+        ".venv/bin/ebm-dist train 'runs/my digits/config.yaml' --run-dir 'runs/my digits' "
+        "--resume must run.steps=6000",
+    ):
+        assert command in [line.rstrip() for line in written.splitlines()], written
+    text = re.sub(r"\s*│\s*|[╭╮╰╯─]", " ", written)
     for part in (
         "done at update 3,000 after 4:11",
         "runs/my digits/samples/step_00003000.png",
         "runs/my digits/metrics.jsonl",
         "wandb sync runs/my digits/wandb/x",
-        "ebm-dist sample 'runs/my digits/export'",
-        "ebm-dist report 'runs/my digits'",
-        "ebm-dist train 'runs/my digits/config.yaml' --run-dir 'runs/my digits' --resume must",
     ):
         assert part in text, text
 
 
-def test_an_interrupted_run_is_told_first_how_to_go_on() -> None:
-    commands = progress.suggested_commands(Path("runs/digits"), None, interrupted=True)
+def test_an_interrupted_run_is_told_first_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress.installed, "command", lambda: "ebm-dist")
+    commands = progress.suggested_commands(Path("runs/digits"), None, steps=7, interrupted=True)
     assert (
         commands[0] == "ebm-dist train runs/digits/config.yaml --run-dir runs/digits --resume must"
     )
