@@ -344,6 +344,7 @@ class _Spawner:
                 "data": config.data,
                 "energy": config.energy,
                 "spec": self._spec,
+                "sampler": config.sampler,
                 "seed": config.run.seed,
                 "temperature": config.sampler.build().temperature,
                 "start_std": config.buffer.init_std,

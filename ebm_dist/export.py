@@ -32,6 +32,7 @@ from ebm_dist.export_reader import (
     read_spec,
 )
 from ebm_dist.samplers import KernelSection
+from ebm_dist.samplers.law import curvature, unadjusted
 from ebm_dist.tensor_file import save_tensors
 from ebm_dist.types import EventSpec
 from ebm_dist.weights import FlatLayout
@@ -40,6 +41,9 @@ __all__ = ["Export", "export_run", "find_export", "load_energy", "open_export", 
 
 MAX_CHAINS = 512
 """Chains that an export keeps: enough for a warm start, small beside the weights."""
+
+NUM_PROBED = 64
+"""Of them, where the curvature of the energy is measured for the card."""
 
 
 def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
@@ -97,6 +101,10 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
     }
     with found.of_a_run():
         chains = _last_chains(found, spec)
+    metrics = model_card.last_metrics(run_dir / "metrics.jsonl")
+    measured = _curvature(energy, run.sampler, chains)
+    if measured is None and "sampler/curvature" in metrics:
+        measured = metrics["sampler/curvature"][0]
     card = model_card.render(
         name=run.run.name,
         about=about,
@@ -104,8 +112,10 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
         sampler=_set_keys(sampler),
         event=asdict(spec),
         num_parameters=sum(p.numel() for p in energy.parameters()),
-        metrics=model_card.last_metrics(run_dir / "metrics.jsonl"),
+        metrics=metrics,
         has_grid=chains is not None,
+        law=model_card.sampler_law(run.sampler, measured),
+        far_modes=run.objective.far_modes,
     )
     return write_export(
         out_dir,
@@ -148,6 +158,14 @@ def _last_chains(found: Any, spec: EventSpec) -> Tensor | None:
     # Even steps over slots, not the first ones: neighbours were leased together.
     index = torch.linspace(0, len(x) - 1, min(len(x), MAX_CHAINS)).round().long()
     return x[index].contiguous()
+
+
+def _curvature(energy: nn.Module, sampler: KernelSection, chains: Tensor | None) -> float | None:
+    """Of the exported energy along the last chains; None of a sampler whose law it is not in."""
+    kernel = unadjusted(sampler.build())
+    if kernel is None or chains is None:
+        return None
+    return curvature(kernel, energy, chains[:NUM_PROBED], torch.Generator().manual_seed(0))
 
 
 def _set_keys(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -11,6 +12,9 @@ from typing import Any
 
 import ebm_dist
 from ebm_dist.metrics.jsonl import read_rows
+from ebm_dist.samplers import KernelSection
+from ebm_dist.samplers.annealed_langevin import AnnealedLangevin
+from ebm_dist.samplers.law import effective_temperature, unadjusted
 
 QUALITY = ("likelihood/", "fidelity/", "ood/", "robustness/", "audit/", "classifier/")
 """Metrics that measure the model; the rest measure the run."""
@@ -19,6 +23,8 @@ CHAIN_HEALTH = (
     "energy/negative",
     "energy/gap",
     "sampler/acceptance",
+    "sampler/curvature",
+    "sampler/effective_temperature",
     "chain/autocorrelation",
     "chain/ess",
     "chain/rhat",
@@ -41,6 +47,50 @@ def temperature_source(sampler: Mapping[str, Any]) -> str:
     if sampler.get("temperatures"):
         return "the coldest of sampler.temperatures"
     return "the sampler's own"
+
+
+def sampler_law(sampler: KernelSection, curvature: float | None) -> list[str]:
+    """What sets the law of the sampler's chains apart from exp(-E/T), a sentence each.
+
+    Args:
+        curvature: of E along the chains, as `samplers.law.curvature` measures it; None where it
+            was not measured.
+    """
+    kernel, found = sampler.build(), []
+    moves = unadjusted(kernel)
+    if moves is not None:
+        symbol = "1 - a h² / (2 (2 - γ h))" if hasattr(moves, "friction") else "1 - a h / 2"
+        step = (
+            f"Step size h = {moves.step_size:g} without an accept step: where E has curvature a, "
+            f"the temperature of the chains is T_eff = T / ({symbol})."
+        )
+        if curvature is not None:
+            hot = effective_temperature(moves, curvature)
+            step += f" The mean curvature along the chains is {curvature:.4g}: " + (
+                f"T_eff = {hot:.6g}; stiffer directions are hotter, softer ones colder."
+                if math.isfinite(hot)
+                else "h is too long for it, and only clipping and clamping hold the chains."
+            )
+        found.append(step)
+        for key in ("grad_clip", "grad_norm_clip"):
+            if (limit := getattr(moves, key, None)) is not None:
+                found.append(
+                    f"{key} = {limit:g}: steeper slopes of E are followed as if they were no "
+                    "steeper, so the chains spread further there; T_eff does not count that."
+                )
+        if (clamp := getattr(moves, "clamp", None)) is not None:
+            found.append(
+                f"clamp = [{clamp[0]:g}, {clamp[1]:g}]: each move ends in this range, and what "
+                "would leave it piles up on its border."
+            )
+        if isinstance(moves, AnnealedLangevin):
+            found.append(
+                f"Cooling: each round of {sampler.num_steps} steps begins at T = "
+                f"{moves.start_temperature:g} and reaches T after {moves.num_annealing_steps}."
+            )
+    if sampler.precision == "bf16":
+        found.append("precision = bf16: gradients are rounded, by about 1%.")
+    return found
 
 
 def last_metrics(path: Path) -> dict[str, tuple[float, int]]:
@@ -97,8 +147,15 @@ def render(
     num_parameters: int,
     metrics: Mapping[str, tuple[float, int]],
     has_grid: bool,
+    law: list[str],
+    far_modes: str,
 ) -> str:
-    """README.md of an export; `about` holds data, objective, temperature and lineage."""
+    """README.md of an export; `about` holds data, objective, temperature and lineage.
+
+    Args:
+        law: of `sampler_law`.
+        far_modes: whether the objective sees their weights.
+    """
     lines = about["lineage"]
     grid = ["![The run's last chains](samples.png)", ""] if has_grid else []
     quality = [key for key in metrics if key.startswith(QUALITY)]
@@ -129,9 +186,16 @@ def render(
             "",
             "## Temperature",
             "",
-            f"T = {about['temperature']:.6g} ({about['temperature_source']}). Energies are in "
-            "units in which the sampler below targets exp(-E/T).",
+            f"T = {about['temperature']:.6g} ({about['temperature_source']}): the model is "
+            "exp(-E/T)/Z at this T. "
+            + (
+                "The sampler below leaves that law as it is."
+                if not law
+                else "The sampler below has another law:"
+            ),
             "",
+            *(f"- {line}" for line in law),
+            *([""] if law else []),
             "## Data",
             "",
             *_table(about["data"]),
@@ -142,6 +206,8 @@ def render(
                 f"- **{key}**: {_inline(section)}"
                 for key, section in _recipe(about, energy, sampler)
             ),
+            "",
+            f"Weights of modes that are far apart: {far_modes}.",
             "",
             "## Measured quality",
             "",

@@ -20,11 +20,16 @@ from ebm_dist.evaluation.likelihood import log_likelihood, log_partition
 from ebm_dist.generators import seeded
 from ebm_dist.objectives.jarzynski import log_z_ratio, log_z_standard_error, weights_moved
 from ebm_dist.objectives.weighting import ess_ratio
+from ebm_dist.samplers import KernelSection
+from ebm_dist.samplers.law import curvature, effective_temperature, unadjusted
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import EventSpec
 from ebm_dist.weights import FlatLayout
 
 log = logging.getLogger("ebm_dist")
+
+NUM_PROBED = 64
+"""Chains at which the curvature of the energy is measured."""
 
 
 class Evaluator:
@@ -36,6 +41,7 @@ class Evaluator:
         data: DataConfig,
         energy: EnergySection,
         spec: EventSpec,
+        sampler: KernelSection | None = None,
         *,
         seed: int,
         temperature: float = 1.0,
@@ -44,6 +50,7 @@ class Evaluator:
     ) -> None:
         """
         Args:
+            sampler: of the chains; its step size biases them, which is measured.
             temperature: T of the run's chains: the likelihood is that of exp(-E/T)/Z.
             start_std: of the noise that chains start from, buffer.init_std.
             run_estimates_log_z: training has an estimate of its own, under `likelihood/log_z`;
@@ -55,6 +62,7 @@ class Evaluator:
         self._run_estimates_log_z = run_estimates_log_z
         self._data = data
         self._spec = spec
+        self._moves = unadjusted(sampler.build()) if sampler is not None else None
         self._seed = seed
         self._energy = energy.build().eval().requires_grad_(False)
         self._layout = FlatLayout.of(self._energy)
@@ -90,6 +98,11 @@ class Evaluator:
                 "energy/test": _mean_energy(self._energy, self._test),
                 "energy/noise": _mean_energy(self._energy, noise),
             }
+        if self._moves is not None:
+            x = torch.from_numpy(np.array(chains[:NUM_PROBED]))
+            a = curvature(self._moves, self._energy, x, generator)
+            values["sampler/curvature"] = a
+            values["sampler/effective_temperature"] = effective_temperature(self._moves, a)
         # A buffer on its way to another number of chains may show fewer than before.
         if self._fidelity is not None and len(chains) >= self._fidelity.num:
             x = torch.from_numpy(np.array(chains[: self._fidelity.num]))

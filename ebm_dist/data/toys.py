@@ -101,6 +101,14 @@ _add_mixture(
     labelled=True,
 )
 _add_mixture(
+    "unequal_modes",
+    ".8 N(-3, .25) + .2 N(3, .25), 1-D: far modes, whose weights not every objective sees",
+    np.array([[-3.0], [3.0]]),
+    0.25 * np.eye(1),
+    np.array([0.8, 0.2]),
+    labelled=True,
+)
+_add_mixture(
     "gaussian_mixture",
     ".5 N((-2, 0), .25 I) + .3 N((2, 0), .25 I) + .2 N((0, 2), .25 I)",
     np.array([[-2.0, 0.0], [2.0, 0.0], [0.0, 2.0]]),

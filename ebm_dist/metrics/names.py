@@ -45,7 +45,10 @@ METRICS: dict[str, Metric] = {
     "energy/magnitude": Metric("mean squared energy, of data and negatives", "energy^2"),
     "energy/grad_norm": Metric("mean norm of dE/dx where the gradient penalty looks", "energy/x"),
     # Losses.
-    "loss/total": _promised("what the learner minimises"),
+    "loss/total": _promised(
+        "what the learner minimises; low does not mean that far modes have the data's weights, "
+        "which some objectives do not see (docs/objectives.md): likelihood/log_prob does"
+    ),
     "loss/contrastive": Metric("the likelihood term: energy of data minus that of negatives"),
     "loss/energy_l2": Metric("penalty on the size of energies, weighted"),
     "loss/gradient_penalty": Metric("penalty on the norm of dE/dx, weighted"),
@@ -59,6 +62,14 @@ METRICS: dict[str, Metric] = {
     "sampler/temperature": _promised(
         "temperature T of exp(-E/T) that the chains move at; noise_std^2 / (2 step_size) where "
         "the noise was given",
+        "energy",
+    ),
+    "sampler/curvature": Metric(
+        "mean curvature a of E along the chains: trace of the Hessian over its rows", "energy/x^2"
+    ),
+    "sampler/effective_temperature": Metric(
+        "temperature of chains without an accept step at that curvature, 2T / (2 - a h) under "
+        "Langevin; clipping and clamping are not counted",
         "energy",
     ),
     "sampler/acceptance": _promised("share of proposed moves that were accepted"),

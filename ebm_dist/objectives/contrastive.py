@@ -93,6 +93,11 @@ class ContrastiveSection(ContrastiveFields):
 
     name: Literal["contrastive"] = "contrastive"
     example: ClassVar[dict[str, Any]] = {"energy_l2": 0.1}
+    far_modes: ClassVar[str] = (
+        "seen as far as the chains cross between them: with sampler.name parallel_tempering, "
+        "not with chains that stay in the mode where they began (from data, or persistent "
+        "behind a barrier)"
+    )
 
     def module(self) -> Objective:
         return Contrastive(self)
@@ -107,6 +112,8 @@ class Contrastive(Objective):
     w is proportional to exp(negatives.log_weight), with the staleness weights on top where
     `reweight` is set, and sums to 1. Du & Mordatch (2019), arXiv:1903.08689; CD: Hinton
     (2002); PCD: Tieleman (2008).
+
+    Sees the weights of far modes only as far as chains cross between them (`parallel_tempering`).
     """
 
     needs_negatives = True

@@ -30,6 +30,10 @@ class DenoisingSection(ObjectiveSection):
     name: Literal["denoising_score_matching"] = "denoising_score_matching"
     kinds: ClassVar[tuple[EventKind, ...]] = ("real", "image")
     example: ClassVar[dict[str, Any]] = {"noise_std": 0.3}
+    far_modes: ClassVar[str] = (
+        "seen only where objective.noise_std reaches from one to the next, and what is fitted "
+        "is then the data blurred by as much"
+    )
 
     noise_std: PositiveFloat | tuple[PositiveFloat, ...] = Field()
     """Standard deviation s of the noise in data units, or several, one drawn for each datum.
@@ -49,6 +53,8 @@ class Denoising(Objective):
     The level-weighted loss s^2 * (Fisher divergence to the blurred data): levels count
     alike. Vincent (2011), eq. 11; several levels: Song & Ermon (2019), arXiv:1907.05600,
     eq. 6.
+
+    Does not see the weights of far modes unless the noise reaches from one to the next.
     """
 
     needs_generator = True

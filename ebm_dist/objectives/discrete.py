@@ -26,6 +26,10 @@ from ebm_dist.types import Batch, EnergyFn, EventKind, EventSpec, Negatives
 class NeighbourSection(ObjectiveSection):
     """What the objectives on neighbours share."""
 
+    far_modes: ClassVar[str] = (
+        "not seen: states that differ in many sites at once are never compared with each other"
+    )
+
     num_sites: PositiveInt | None = None
     """Sites compared for each datum, drawn without replacement; all when left out. A site costs
     one energy for each other state, so all of 28x28 cost 784 a datum."""
@@ -73,7 +77,10 @@ class RatioMatchingSection(NeighbourSection):
 
 
 class NeighbourObjective(Objective):
-    """A loss of log p(neighbour) - log p(x), summed over sites."""
+    """A loss of log p(neighbour) - log p(x), summed over sites.
+
+    Does not see the weights of far modes: it compares states that differ in one site.
+    """
 
     def __init__(self, num_sites: int | None, temperature: float, *, one_hot: bool) -> None:
         super().__init__()

@@ -30,6 +30,10 @@ class EnergyDiscrepancySection(ObjectiveSection):
     name: Literal["energy_discrepancy"] = "energy_discrepancy"
     kinds: ClassVar[tuple[EventKind, ...]] = ("real", "image", "binary")
     example: ClassVar[dict[str, Any]] = {"noise_std": 0.5, "flips": False}
+    far_modes: ClassVar[str] = (
+        "seen where the noise (objective.noise_std, flip_prob) reaches from one to the next, "
+        "not below"
+    )
 
     noise_std: PositiveFloat = 0.5
     """Standard deviation of the noise on real data: near 0 the loss is score matching, large
@@ -70,6 +74,8 @@ class EnergyDiscrepancy(Objective):
 
     x_j = x + s xi + s xi_j: the noise xi is the datum's, xi_j its own. Schroeder et al.
     (2023), arXiv:2307.06431, eq. 8; bits flip twice in place of the sums.
+
+    Sees the weights of far modes where the noise reaches from one to the next, not below.
     """
 
     needs_generator = True

@@ -32,6 +32,10 @@ class EnergyMatchingSection(ObjectiveSection):
     name: Literal["energy_matching"] = "energy_matching"
     kinds: ClassVar[tuple[EventKind, ...]] = ("real", "image")
     example: ClassVar[dict[str, Any]] = {}
+    far_modes: ClassVar[str] = (
+        "not seen by the flow part, whose -dE/dx is a velocity and not a score; by the "
+        "contrastive part as far as its chains cross between them"
+    )
 
     flow_weight: NonNegativeFloat = 1.0
     """Weight of the flow part."""
@@ -76,6 +80,8 @@ class EnergyMatching(Objective):
     x_t = (1-t) x0 + t x1, x0 noise, x1 data, t uniform; |.|^2 is the mean over the event's
     numbers, on which the authors' lambda rests; gap is mean E(x+) - trimmed mean E(x-).
     Balcerak et al. (2025), arXiv:2504.10612, algorithms 1 and 2.
+
+    The flow part does not see the weights of far modes, the contrastive one does if chains cross.
     """
 
     needs_generator = True

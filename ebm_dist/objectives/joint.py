@@ -20,6 +20,11 @@ class JointSection(ContrastiveFields):
 
     name: Literal["joint"] = "joint"
     example: ClassVar[dict[str, Any]] = {}
+    far_modes: ClassVar[str] = (
+        "seen as far as the chains cross between them: with sampler.name parallel_tempering, "
+        "not with chains that stay in the mode where they began (from data, or persistent "
+        "behind a barrier)"
+    )
 
     classification_weight: NonNegativeFloat = 1.0
     """Weight of -log p(y|x)."""
@@ -48,6 +53,8 @@ class Joint(Contrastive):
 
     Grathwohl et al. (2020), arXiv:1912.03263, eq. 9. The energy needs `logits(x)`:
     (B, num_classes).
+
+    Sees the weights of far modes only as far as chains cross between them.
     """
 
     needs_labels = True

@@ -33,6 +33,7 @@ class NoiseContrastiveSection(ObjectiveSection):
 
     name: Literal["noise_contrastive"] = "noise_contrastive"
     example: ClassVar[dict[str, Any]] = {"noise": "gaussian"}
+    far_modes: ClassVar[str] = "seen, where the noise covers all of them"
 
     noise: NoiseLaw | None = None
     """Law of the noise; by the data when left out: gaussian for real, uniform for images,
@@ -96,6 +97,8 @@ class NoiseContrastive(Objective):
 
     nu noise events a datum, q their density. At the optimum E and log Z are those of the
     data's law, for any q that covers it. Gutmann & Hyvarinen (2012), JMLR 13, eq. 8.
+
+    Sees the weights of far modes where the noise covers all of them.
     """
 
     needs_generator = True

@@ -142,6 +142,10 @@ class ObjectiveSection(Section):
     example: ClassVar[dict[str, Any]] = {}
     """Small parameters that build without data; the protocol tests use them."""
 
+    far_modes: ClassVar[str]
+    """Whether the loss depends on how the data's mass is shared among modes that are far apart:
+    "seen ..." or "not seen ...", for the model card and docs/objectives.md."""
+
     temperature: PositiveFloat | None = None
     """T of the law exp(-E/T)/Z that is fitted, and that negatives are drawn from: the sampler's,
     which a run fills in; another one is refused. 1 where there is no sampler."""

@@ -33,6 +33,10 @@ class RecoveryLikelihoodSection(ObjectiveSection):
     name: Literal["recovery_likelihood"] = "recovery_likelihood"
     kinds: ClassVar[tuple[EventKind, ...]] = ("real", "image")
     example: ClassVar[dict[str, Any]] = {"noise_std": (0.2, 0.5), "num_steps": 3}
+    far_modes: ClassVar[str] = (
+        "not seen: chains start at the noisy datum and stay in its mode, and what they get "
+        "wrong there can even drive a weight away"
+    )
 
     noise_std: PositiveFloat | tuple[PositiveFloat, ...] = Field()
     """Standard deviation of the noise to recover from in data units, or several, one drawn for
@@ -79,6 +83,8 @@ class RecoveryLikelihood(Objective):
     Under `level` the diffusion keeps the variance: x~ = sqrt(1 - s^2) x_t + s xi, and the
     energy is one of y = sqrt(1 - s^2) x_t. Gao et al. (2021), arXiv:2012.08125, eq. 4, 9
     and 16.
+
+    Does not see the weights of far modes: a chain stays in the mode that its datum came from.
     """
 
     needs_generator = True

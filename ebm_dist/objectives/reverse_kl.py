@@ -27,6 +27,10 @@ class ReverseKlSection(ObjectiveSection):
 
     name: Literal["reverse_kl"] = "reverse_kl"
     example: ClassVar[dict[str, Any]] = {"event_shape": (2,), "critic_widths": (8,)}
+    far_modes: ClassVar[str] = (
+        "seen as far as the chains cross between them; a model that cannot hold all of them "
+        "drops some"
+    )
 
     event_shape: tuple[PositiveInt, ...] | None = None
     """Shape of one x; taken from the data when left out."""
@@ -95,6 +99,8 @@ class ReverseKl(Objective):
     Belghazi et al. (2018), arXiv:1801.04062, eq. 5 and 6.
 
     The loss has the value of the estimate, in nats, and the gradients of both parts.
+
+    Sees the weights of far modes only as far as chains cross between them.
     """
 
     needs_negatives = True

@@ -27,6 +27,7 @@ class ScoreMatchingSection(ObjectiveSection):
     name: Literal["score_matching"] = "score_matching"
     kinds: ClassVar[tuple[EventKind, ...]] = ("real", "image")
     example: ClassVar[dict[str, Any]] = {}
+    far_modes: ClassVar[str] = "not seen: the score within a mode does not depend on its weight"
 
     max_event_size: PositiveInt = 1024
     """Refuse larger events: the Laplacian costs one backward pass for each of their numbers."""
@@ -40,6 +41,8 @@ class ScoreMatching(Objective):
 
     The Fisher divergence to the data, less a constant that the data alone decides.
     Hyvarinen (2005), JMLR 6, eq. 4.
+
+    Does not see the weights of far modes: the score within a mode does not depend on its weight.
     """
 
     def __init__(self, temperature: float, max_event_size: int) -> None:

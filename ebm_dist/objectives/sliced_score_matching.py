@@ -30,6 +30,7 @@ class SlicedScoreMatchingSection(ObjectiveSection):
     name: Literal["sliced_score_matching"] = "sliced_score_matching"
     kinds: ClassVar[tuple[EventKind, ...]] = ("real", "image")
     example: ClassVar[dict[str, Any]] = {}
+    far_modes: ClassVar[str] = "not seen: the score within a mode does not depend on its weight"
 
     num_projections: PositiveInt = 1
     """Directions for each datum."""
@@ -49,6 +50,8 @@ class SlicedScoreMatching(Objective):
 
     The explicit loss in mean over v. Song et al. (2019), arXiv:1905.07088, eq. 7 and 8
     (variance reduced).
+
+    Does not see the weights of far modes: the score within a mode does not depend on its weight.
     """
 
     needs_generator = True

@@ -133,7 +133,14 @@ def test_an_export_carries_its_recipe_temperature_and_lineage(run_dir, tmp_path)
         "lineage"
     ]["packages"]["torch"] == str(torch.__version__)
     card = (tmp_path / "model" / "README.md").read_text()
-    for text in ("toy:two_moons", "T = 1", "langevin", "`energy/gap`", "config_sha256"):
+    for text in (
+        "toy:two_moons",
+        "T = 1",
+        "langevin",
+        "T_eff = 1.",
+        "far apart: seen",
+        "config_sha256",
+    ):
         assert text in card, text
     assert (tmp_path / "model" / "samples.png").read_bytes().startswith(b"\x89PNG")
 

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from ebm_dist import samplers
 from ebm_dist.actors.evaluator import Evaluator
 from ebm_dist.data import DataConfig, load_split
 from ebm_dist.energies import FAMILY
 from ebm_dist.evaluation.config import EvaluationConfig
 from ebm_dist.types import EventSpec
 from ebm_dist.weights import FlatLayout
+
+
+def test_the_temperature_that_a_step_size_makes_of_t_is_measured() -> None:
+    data, spec = DataConfig(source="digits"), EventSpec((1, 8, 8), "image", 10)
+    energy = FAMILY.section("quadratic", precision=[3.0] * 64, learnable=True).bind(spec)  # type: ignore[attr-defined]
+    flat = FlatLayout.of(energy.build()).pack(energy.build()).numpy()
+    config = EvaluationConfig(fidelity=False, likelihood=False)
+    for name, measured in (("langevin", True), ("mala", False)):
+        sampler = samplers.FAMILY.section(name, step_size=0.2, temperature=0.5)
+        evaluator = Evaluator(config, data, energy, spec, sampler, seed=0, temperature=0.5)  # type: ignore[arg-type]
+        values = evaluator.evaluate(1, np.zeros((8, 1, 8, 8), np.float32), flat)
+        assert ("sampler/curvature" in values) == measured
+        if measured:
+            assert values["sampler/curvature"] == pytest.approx(3.0)
+            expected = 2 * 0.5 / (2 - 3.0 * 0.2)
+            assert values["sampler/effective_temperature"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("num_chains", [120, 500])
