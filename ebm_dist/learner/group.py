@@ -121,8 +121,9 @@ def quiet_deepspeed(device: torch.device) -> Any:
         import deepspeed
         import deepspeed.ops
     logger.setLevel(logging.ERROR)
-    # It looks at the environment once a process.
-    if (used := deepspeed.accelerator.get_accelerator().device_name()) != device.type:
+    accelerator = deepspeed.accelerator.get_accelerator()  # looks at the environment once a process
+    assert accelerator is not None
+    if (used := accelerator.device_name()) != device.type:
         raise RunFailed(
             f"this process has used DeepSpeed on {used} already, the learner is to run on "
             f"{device.type}; start it in a process of its own"
