@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-slow test-cluster test-jobs test-install test-gpu chaos lint format types gallery bench clean help
+.PHONY: train test test-slow test-cluster test-jobs test-install test-gpu gpu-check chaos lint format types gallery bench clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -45,6 +45,10 @@ test-jobs: $(JOBS)/.installed ## runs submitted to a Ray with its dashboard, in 
 
 test-install: $(STAMP) ## what the CPU image's Dockerfile installs, in a clean environment without Docker
 	$(BIN)/python -m pytest -q -rs -s tests/unit/launch/test_image_install.py
+
+# A machine that is lent for a quarter of an hour brings its own Python and torch, and no network.
+gpu-check: ## the first quarter of an hour with a GPU: GPU tests, runs, figures; in .venv if there is one
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu

@@ -71,10 +71,13 @@ def commit() -> str:
     where = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True)
+        except OSError:  # a copy of the tree, on a machine without git
+            return ""
         return done.stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + (
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (
         "+" if git("status", "--porcelain", "-uno") else ""
     )
 

@@ -156,7 +156,15 @@ def small_network(num_chains: int) -> Case:
 
 
 def images(shape: tuple[int, int, int], num_chains: int = 64) -> Case:
-    """A plain convolutional network of 1.26 million parameters."""
+    energy, x = image_network(num_chains, shape)
+    name = "conv " + "x".join(map(str, shape)) + f", {num_chains} chains"
+    return langevin_case(name, energy, x, convolutions=True)
+
+
+def image_network(
+    num_chains: int, shape: tuple[int, int, int] = (1, 28, 28)
+) -> tuple[nn.Module, Tensor]:
+    """A plain convolutional network of some 1.26 million parameters, and chains for it."""
     channels, side, _ = shape
     energy = seeded(
         lambda: nn.Sequential(
@@ -174,8 +182,7 @@ def images(shape: tuple[int, int, int], num_chains: int = 64) -> Case:
         )
     )
     x = torch.rand(num_chains, *shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    name = "conv " + "x".join(map(str, shape)) + f", {num_chains} chains"
-    return langevin_case(name, energy, x, convolutions=True)
+    return energy, x
 
 
 def langevin_case(name: str, energy: nn.Module, x: Tensor, *, convolutions: bool = False) -> Case:

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_walk import CONFIGS, QUICK
+from cuda_walk import CONFIGS, QUICK, faults
 
 HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.skipif(
-    torch.backends.cuda.is_built(), reason="this torch knows CUDA itself: see the marker gpu"
-)
-
-
-def walked(script: str, *words: str) -> subprocess.CompletedProcess[str]:
-    # A process of its own: the card changes torch, and DeepSpeed knows one kind of device.
-    env = {**os.environ, "DS_ACCELERATOR": "cpu"}  # runtime.device decides, and not this
-    command = [sys.executable, str(HERE / script), *words]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
-
-
-def faults(*words: str) -> dict[str, str | None]:
-    done = walked("cuda_walk.py", *words)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {row["part"]: row["error"] for row in map(json.loads, done.stdout.splitlines())}
+without = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch knows CUDA itself")
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +21,13 @@ def quick() -> dict[str, str | None]:
     return faults(*QUICK)
 
 
+@without
 @pytest.mark.parametrize("part", QUICK)
 def test_a_part_of_a_run_makes_no_call_that_cuda_refuses(quick, part) -> None:
     assert quick[part] is None, quick[part]
 
 
+@without
 @pytest.mark.slow
 def test_no_part_of_any_run_makes_a_call_that_cuda_refuses() -> None:
     found = faults()
@@ -49,8 +35,23 @@ def test_no_part_of_any_run_makes_a_call_that_cuda_refuses() -> None:
     assert not {part: error for part, error in found.items() if error is not None}
 
 
+@without
 def test_the_card_refuses_what_cuda_refuses() -> None:
-    done = walked("cuda_refusals.py")
+    command = [sys.executable, str(HERE / "cuda_refusals.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout)
     assert [what for what, error in said.items() if error is None] == []
+
+
+@pytest.fixture(scope="module")
+def real() -> dict[str, str | None]:
+    return faults("--real", *(name for name in QUICK if "ranks" not in name))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# Two ranks need two GPUs, and each other.
+@pytest.mark.parametrize("part", [name for name in QUICK if "ranks" not in name])
+def test_a_part_of_a_run_goes_through_on_a_gpu(real, part) -> None:
+    assert real[part] is None, real[part]
