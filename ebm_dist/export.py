@@ -61,13 +61,14 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: not a run directory, it has no config.yaml")
+    # config.yaml may have been changed since; what the weights were made by is the checkpoint's.
     found = checkpoint.latest(run_dir)
     if found is None:
         raise UserError(
             f"{run_dir}: has no checkpoint yet; the run writes one every checkpoint.every updates "
             "and when it ends or is stopped"
         )
-    run = config.load(run_dir / "config.yaml")
+    run = config.load(found.meta.get("config") or run_dir / "config.yaml")
     with found.of_a_run():
         spec, weights = _recorded_spec(found, run), found.tensors("ema")["flat"]
     section = run.energy.bind(spec)
@@ -76,10 +77,9 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
         FlatLayout.of(energy).load_(energy, weights)
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"{found.path}: its averaged weights do not fit {run_dir / 'config.yaml'} "
-            f"({' '.join(str(error).split())}); the run directory mixes two runs"
+            f"{found.path}: its averaged weights do not fit its config "
+            f"({' '.join(str(error).split())}); the checkpoint mixes two runs"
         ) from None
-    text = (run_dir / "config.yaml").read_bytes()
     sampler = run.sampler.model_dump(mode="json")
     about = {
         "temperature": run.sampler.build().temperature,
@@ -90,7 +90,7 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
             for key in ("objective", "buffer", "workers", "learner", "flow")
         },
         "lineage": model_card.lineage(
-            hashlib.sha256(text).hexdigest(),
+            hashlib.sha256(config.dump(run).encode()).hexdigest(),
             {
                 "run": run.run.name,
                 "seed": run.run.seed,

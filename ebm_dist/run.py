@@ -36,7 +36,9 @@ from ebm_dist.metrics.progress import Progress, final_screen
 from ebm_dist.paths import user_path
 from ebm_dist.preflight import preflight
 from ebm_dist.report.grid import save_grid
-from ebm_dist.run_dir import Resume, check_resumable, claimed, run_log, starting_point, writable
+from ebm_dist.resume import changes, check_resumable
+from ebm_dist.run_dir import Resume, claimed, run_log, starting_point, writable
+from ebm_dist.safe_open import make_directory
 from ebm_dist.signals import asking, interrupting
 from ebm_dist.types import EventSpec
 from ebm_dist.warm_up import warmed_up
@@ -94,11 +96,12 @@ def train(
         found = starting_point(directory, resume)
         with found.of_a_run() if found is not None else contextlib.nullcontext():
             if found is not None:
-                check_resumable(config, found)
+                check_resumable(config, spec, found)
             config, said = warmed_up(config, spec, found)
+            notices = [line for line in (unguarded, said) if line]
+            notices += changes(config, found) if found is not None else []
         with writable(directory):
             replace_text(directory / "config.yaml", dump(config))
-        notices = [line for line in (unguarded, said) if line]
         with run_log(directory):
             console = console or Console()
             try:
@@ -160,8 +163,12 @@ def _train(
 
         def draw(chains: np.ndarray, step: int) -> Path | None:
             path = run_dir / "samples" / f"step_{step:08d}.png"
-            path.parent.mkdir(exist_ok=True)
-            return save_grid(torch.from_numpy(np.array(chains)), path, spec)
+            try:
+                make_directory(path.parent)
+                return save_grid(torch.from_numpy(np.array(chains)), path, spec)
+            except OSError as error:
+                _Logged(view).say(f"{path.name} not written ({error.strerror or error})")
+                return None
 
         controller = Controller(
             graph,
@@ -193,7 +200,10 @@ def _train(
         hub = graph.hub.info(60.0)
         with contextlib.suppress(Exception):
             backend.get(graph.hub.handle.call("close"), config.tracking.finish_timeout + 10.0)
-    export_dir = export_run(run_dir, run_dir / "export") if finished else None
+    try:
+        export_dir = export_run(run_dir, run_dir / "export") if finished else None
+    except UserError as error:
+        raise RunFailed(f"trained to the last update, but not exported: {error}") from error
     pictures = sorted((run_dir / "samples").glob("*.png"))
     final_screen(
         run_dir=run_dir,

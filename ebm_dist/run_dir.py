@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from ebm_dist import checkpoint
-from ebm_dist.config import RunConfig
 from ebm_dist.durable import lock
 from ebm_dist.errors import UserError
 from ebm_dist.safe_open import make_directory, open_to_append
@@ -38,33 +37,6 @@ def starting_point(run_dir: Path, resume: Resume) -> checkpoint.CheckpointDir | 
             f"--resume must: {run_dir} holds no checkpoint; check --run-dir, or use --resume auto"
         )
     return found
-
-
-def check_resumable(config: RunConfig, found: checkpoint.CheckpointDir) -> None:
-    """Refuse to continue weights or chains of another model."""
-    then, now = found.meta["config"], config.model_dump(mode="json")
-    for key in ("energy", "objective"):
-        if then[key] != now[key]:
-            different = sorted(
-                name
-                for name in {*then[key], *now[key]}
-                if then[key].get(name) != now[key].get(name)
-            )
-            name = different[0]
-            raise UserError(
-                f"{key}.{name}: the checkpoint at {found.path} has {then[key].get(name)!r}, the "
-                f"config {now[key].get(name)!r}; restore it, or start anew with another --run-dir"
-            )
-    if config.buffer.jarzynski and not then["buffer"].get("jarzynski", False):
-        raise UserError(
-            f"buffer.jarzynski: the chains of the checkpoint at {found.path} carry no Jarzynski "
-            "weights; set it to false, or start anew with another --run-dir"
-        )
-    if found.step > config.run.steps:
-        raise UserError(
-            f"run.steps: the checkpoint at {found.path} is at update {found.step}, past "
-            f"{config.run.steps}; raise run.steps, or start anew with another --run-dir"
-        )
 
 
 @contextlib.contextmanager

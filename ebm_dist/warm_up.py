@@ -30,7 +30,7 @@ def warmed_up(
     kernel = sampler.build()
     name = kernel.tunable  # type: ignore[attr-defined]
     if found is not None:
-        value = float(found.meta["config"]["sampler"][name])
+        value = float(found.meta["config"]["sampler"].get(name, getattr(sampler, name)))
         said = f"sampler.{name}: {value:.4g}, as the run adapted it at its start"
     else:
         energy = config.energy.build(seed=derive_seed(seed, "energy")).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from ebm_dist import checkpoint
 from ebm_dist.actors.handles import Handle, Ref
 from ebm_dist.errors import NonFinite, RunFailed
 from ebm_dist.safe_open import read_bytes
+
+log = logging.getLogger("ebm_dist")
 
 _RETRY_STRIDE = 1 << 40
 """Lease ids of each attempt after a roll-back start this much higher."""
@@ -124,17 +127,21 @@ def _refuse_non_finite(file: str, entries: Mapping[str, Any]) -> None:
 
 
 def write_manifest(run_dir: Path, latest: str, progress: Progress, name: str) -> None:
-    """Say which checkpoint the run goes on from, and the newest version and epoch given out."""
-    checkpoint.write_manifest(
-        run_dir,
-        {
-            "format": checkpoint.FORMAT,
-            "run": name,
-            "latest": latest,
-            "step": progress.step,
-            **progress.remembered(),
-        },
-    )
+    """Say which checkpoint the run goes on from, and the newest version and epoch given out.
+
+    A full disk costs the manifest and not the run, which the checkpoints are enough to go on from.
+    """
+    content = {
+        "format": checkpoint.FORMAT,
+        "run": name,
+        "latest": latest,
+        "step": progress.step,
+        **progress.remembered(),
+    }
+    try:
+        checkpoint.write_manifest(run_dir, content)
+    except OSError as error:
+        log.warning("manifest.json not written (%s)", error.strerror or error)
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ confirm is told again to their successor.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,15 @@ from typing import Any
 import numpy as np
 
 from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref, first_line
+from ebm_dist.errors import UserError
 
 MAX_UNCONFIRMED = 1000
 """Calls kept for a successor of the hub; the oldest are forgotten first."""
+
+RESTART_S = 10.0
+"""Between two attempts to start a hub where the disk refused the one before."""
+
+_LOST = (PartDied, UserError, OSError)
 
 
 class HubLink:
@@ -40,6 +47,7 @@ class HubLink:
         self._spawn = spawn
         self._say = say
         self._info: dict[str, Any] = {"id": resume_id}
+        self._not_before = 0.0
         self._unconfirmed: deque[tuple[Ref, str, tuple[Any, ...]]] = deque(maxlen=MAX_UNCONFIRMED)
 
     def log(self, step: int, epoch: int, values: dict[str, float]) -> None:
@@ -60,10 +68,10 @@ class HubLink:
         """The W&B run as the hub knows it; as last known where it does not answer."""
         try:
             self._info = self._backend.get(self.handle.call("info"), timeout)
-        except PartDied as died:
-            self._replace(died)
         except TimeoutError:
             pass
+        except _LOST as error:
+            self._lost(error)
         return self._info
 
     def flush(self, timeout: float) -> None:
@@ -73,16 +81,16 @@ class HubLink:
                 self._confirm()
                 self._backend.get(self.handle.call("flush"), timeout)
                 return
-            except PartDied as died:
-                self._replace(died)
             except TimeoutError:
                 return
+            except _LOST as error:
+                self._lost(error)
 
     def _send(self, method: str, *args: Any) -> None:
         try:
             self._confirm()
-        except PartDied as died:
-            self._replace(died)
+        except _LOST as error:
+            self._lost(error)
         self._unconfirmed.append((self.handle.call(method, *args), method, args))
 
     def _confirm(self) -> None:
@@ -94,7 +102,16 @@ class HubLink:
             self._backend.get(ref, 30.0)
             self._unconfirmed.popleft()
 
-    def _replace(self, died: PartDied) -> None:
+    def _lost(self, error: Exception) -> None:
+        """Start another hub: at once for one that died, and now and then where one cannot start,
+        as on a full disk. What was sent stays here until one has taken it."""
+        if not isinstance(error, PartDied):
+            if time.monotonic() < self._not_before:
+                return
+            self._not_before = time.monotonic() + RESTART_S
+        self._replace(error)
+
+    def _replace(self, died: Exception) -> None:
         self._say(f"the metric hub died ({died}); another one goes on in its place")
         self.start_anew()
         again = list(self._unconfirmed)

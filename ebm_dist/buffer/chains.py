@@ -222,7 +222,9 @@ class ShardChains:
         self._slots.begin_init()
         self._slots.epoch[0] = max(self.epoch, meta.get("epoch", 0)) + 1
         self._whole_cuts.clear()
-        next_chain = int(meta.get("next_chain", arrays["chain_id"].max() + 1))
+        # A shard may be dealt no chain at all, where there is room for more than there were.
+        if (next_chain := meta.get("next_chain")) is None:
+            next_chain = int(arrays["chain_id"].max()) + 1
         rows = self._slots.row_of_slot
         for name in SlotStorage.row_fields:
             array = arrays[name]

@@ -46,6 +46,20 @@ Evaluate = Callable[[nn.Module | EnergyFn, Tensor], Tensor]
 class ContrastiveFields(ObjectiveSection):
     """What every objective with a contrastive part can be told about it."""
 
+    adjustable: ClassVar[frozenset[str]] = frozenset(
+        {
+            "energy_l2",
+            "gradient_penalty",
+            "gradient_penalty_at",
+            "gradient_penalty_std",
+            "spectral_penalty",
+            "truncation",
+            "kl_weight",
+            "kl_step_size",
+            "repel_weight",
+        }
+    )
+
     energy_l2: NonNegativeFloat = 0.0
     """Weight of mean E(x+)^2 + mean E(x-)^2, which holds the constant the energy leaves free."""
 

@@ -165,6 +165,10 @@ class ObjectiveSection(Section):
         """Whether the loss depends on T; `reweights` for stale negatives with weights."""
         return True
 
+    adjustable: ClassVar[frozenset[str]] = frozenset()
+    """Keys that may change when a run is resumed: they hold the training down, and neither the law
+    that is fitted nor any learnt number depends on them."""
+
     def build(self, seed: int = 0) -> Objective:
         """The module on the CPU; the same seed gives the same weights anywhere.
 

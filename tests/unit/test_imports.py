@@ -30,7 +30,7 @@ ROWS = [
     {"config", "config_checks"},
     {"report"},
     {"draw", "model_card", "export", "export_reader"},
-    {"suites", "preflight", "run_dir", "assembly", "warm_up"},
+    {"suites", "preflight", "run_dir", "resume", "assembly", "warm_up"},
     {"run"},
     {"doctor"},
     {"cli", "__main__"},

@@ -183,6 +183,29 @@ def test_room_for_more_chains_is_filled_with_fresh_ones(tmp_path: Path) -> None:
     assert chains(before).items() <= chains(after).items()
 
 
+def test_a_shard_may_be_dealt_no_chain_of_the_checkpoint(tmp_path: Path) -> None:
+    before, _ = make_shards(2, 20)
+    work(before, first_lease=0)
+    save(tmp_path, before)
+    after, capacities = make_shards(4, 80)
+    for ref in restore_shards(after, checkpoint.latest(tmp_path), capacities):
+        assert ref.error is None
+    assert identities(after) == list(range(80))
+    assert chains(before).items() <= chains(after).items()
+
+
+def test_a_manifest_that_a_full_disk_refuses_does_not_cost_the_checkpoint(
+    tmp_path: Path, monkeypatch
+) -> None:
+    def full(*args) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    shards, _ = make_shards(1, 6)
+    save(tmp_path, shards)
+    assert checkpoint.latest(tmp_path).step == 7
+
+
 def test_too_few_slots_are_refused_with_the_number_needed(tmp_path: Path) -> None:
     before, _ = make_shards(2, 20)
     save(tmp_path, before)
