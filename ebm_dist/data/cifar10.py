@@ -11,7 +11,7 @@ import numpy as np
 from ebm_dist.data.decode import Layout
 from ebm_dist.data.original import Original, Samples, of_arrays
 from ebm_dist.data.restricted_pickle import read_plain_pickle
-from ebm_dist.data.shards import BROKEN, reason
+from ebm_dist.data.shards import BROKEN, Header, reason
 from ebm_dist.errors import UserError
 from ebm_dist.types import EventSpec
 
@@ -80,7 +80,7 @@ def _files(source: Path) -> dict[str, bytes]:
                 if path.name in wanted and path.is_file():
                     keep(path.name, path.stat().st_size, path.read_bytes)
         elif source.is_file():
-            with tarfile.open(source) as archive:
+            with tarfile.open(source, tarinfo=Header) as archive:
                 for info in archive:
                     name = Path(info.name).name
                     member = archive.extractfile(info) if name in wanted and info.isreg() else None

@@ -105,7 +105,7 @@ def _interpret(data: bytes, where: str) -> Any:
             stack.append(tuple(items) if name == "TUPLE" else items)
         elif name == "DICT":
             items = since_mark()
-            stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+            stack.append(_keyed(items))
         elif name == "APPEND":
             item = stack.pop()
             _typed(stack[-1], list).append(item)
@@ -114,15 +114,19 @@ def _interpret(data: bytes, where: str) -> Any:
             _typed(stack[-1], list).extend(items)
         elif name == "SETITEM":
             value, key = stack.pop(), stack.pop()
-            _typed(stack[-1], dict)[key] = value
+            _typed(stack[-1], dict).update(_keyed([key, value]))
         elif name == "SETITEMS":
             items = since_mark()
-            _typed(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+            _typed(stack[-1], dict).update(_keyed(items))
         elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
             memo[argument] = stack[-1]
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
+            # A list that holds one list ten times, which holds one list ten times, is small here
+            # and endless for whoever walks it. What CIFAR-10 repeats is names and text.
+            if isinstance(memo[argument], list | tuple | dict):
+                raise ValueError("a list, tuple or dict that comes twice")
             stack.append(memo[argument])
         elif name == "GLOBAL":
             stack.append(_named(argument, where))
@@ -154,6 +158,13 @@ def _named(name: str, where: str) -> _Name:
     return _Name(_ARRAY_NAMES[name])
 
 
+def _keyed(items: list[Any]) -> dict[Any, Any]:
+    # The hash of a tuple in a tuple in a tuple ... takes the whole stack of C.
+    if not all(isinstance(key, str | bytes | int) for key in items[::2]):
+        raise ValueError("a key that is no text and no number")
+    return dict(zip(items[::2], items[1::2], strict=True))
+
+
 def _typed(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"expected {kind.__name__}, got {type(value).__name__}")
@@ -177,7 +188,11 @@ def _build(blank: _Blank, state: tuple[Any, ...]) -> None:
     if not isinstance(dtype, _Blank) or dtype.code != "u1":
         raise ValueError("an array that is not uint8")
     data = raw.encode("latin-1") if isinstance(raw, str) else bytes(_typed(raw, bytes))
-    if any(size < 0 for size in shape) or math.prod(shape) != len(data):
+    if len(_typed(shape, tuple)) > 8 or not all(
+        isinstance(size, int) and 0 <= size <= len(data) for size in shape
+    ):
+        raise ValueError("an array whose shape is none")
+    if math.prod(shape) != len(data):
         raise ValueError(f"an array of shape {shape} with {len(data)} bytes")
     order = "F" if fortran else "C"
     blank.value = np.frombuffer(data, dtype=np.uint8).reshape(shape, order=order)

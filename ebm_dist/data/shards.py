@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import lzma
 import re
@@ -23,11 +22,25 @@ from ebm_dist.errors import UserError
 MAX_MEMBER_BYTES = 256 * 2**20
 """Bytes of one member, after decompression: a tar.gz of kilobytes can unfold into gigabytes."""
 
-BROKEN = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError)
+BROKEN = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, RecursionError)
 """What reading a damaged or truncated archive raises."""
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 """What tarfile reads. A file of another name is read too where data.source names it."""
+
+MAX_MEMBERS = 1000
+"""Of one sample."""
+
+MAX_NAME_BYTES = 2**20
+"""Of the headers that hold long names and attributes."""
+
+_NAMING = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 
 _BLOCK = 512
 _MAX_PADDING = 64 * 2**20
@@ -86,7 +99,7 @@ def read_shard(shard: ShardFile, left_out: list[str] | None = None) -> Iterator[
     check_shard(shard, checksum=False)
     count = 0
     try:
-        for sample in group_by_keys(_members(shard.path, left_out)):
+        for sample in group_by_keys(_bounded(_members(shard.path, left_out), shard.path)):
             count += 1
             yield sample
     except UserError:
@@ -119,7 +132,7 @@ def _members(path: Path, left_out: list[str] | None) -> Iterator[dict[str, Any]]
     # Seeking, not streaming (`r|`): the latter copies the rest of its buffer at every read.
     with (
         path.open("rb", buffering=2**18) as file,
-        tarfile.open(fileobj=file, mode="r:*", tarinfo=_Header) as stream,
+        tarfile.open(fileobj=file, mode="r:*", tarinfo=Header) as stream,
     ):
         for info in stream:
             # A tarfile remembers every header it saw.
@@ -140,6 +153,21 @@ def _members(path: Path, left_out: list[str] | None) -> Iterator[dict[str, Any]]
             assert member is not None
             yield {"fname": info.name, "data": member.read(), "__url__": url}
         _refuse_more(cast(BinaryIO, stream.fileobj), path)
+
+
+def _bounded(members: Iterator[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
+    """`members`, refusing a sample that would be gathered without end."""
+    key, num_members, num_bytes = None, 0, 0
+    for member in members:
+        if (own := base_plus_ext(member["fname"])[0]) != key:
+            key, num_members, num_bytes = own, 0, 0
+        num_members, num_bytes = num_members + 1, num_bytes + len(member["data"])
+        if num_members > MAX_MEMBERS or num_bytes > MAX_MEMBER_BYTES:
+            raise UserError(
+                f"{path}: sample {key!r} has more than {MAX_MEMBERS} members or "
+                f"{MAX_MEMBER_BYTES} bytes in all; split it into samples"
+            )
+        yield member
 
 
 def _refuse_cut_tar(path: Path) -> None:
@@ -178,8 +206,18 @@ def _refuse_more(padding: BinaryIO, path: Path) -> None:
             return
 
 
-class _Header(tarfile.TarInfo):
-    """tarfile takes a damaged header or the end of the file for the end of the tar."""
+class Header(tarfile.TarInfo):
+    """Refuses a damaged header, or none, which tarfile takes for the end of the tar, and a name
+    longer than a name can be, which it would read whole, twice."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _NAMING and header.size > MAX_NAME_BYTES:
+            raise OSError(
+                f"a name or attribute of {header.size} bytes, at most {MAX_NAME_BYTES} are read"
+            )
+        return header
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:

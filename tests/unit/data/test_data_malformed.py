@@ -20,8 +20,9 @@ import pytest
 import torch
 from data_shards import npy, numbered_config, numbered_shards, png, take, write_tar
 
-from ebm_dist.data import DataConfig, DataStream, check, describe, load_split, prepare
+from ebm_dist.data import DataConfig, DataStream, check, describe, load_split, prepare, shards
 from ebm_dist.data import decode as decoding
+from ebm_dist.data.shards import ShardFile, read_shard
 from ebm_dist.errors import RunFailed, UserError
 
 GREY = np.arange(16, dtype=np.uint8).reshape(4, 4)
@@ -314,6 +315,67 @@ def test_member_that_unfolds_into_too_much_is_refused_unread(
     path.write_bytes(gzip.compress(inner.read_bytes()))
     with pytest.raises(UserError, match="at most 65536 are read"):
         describe(numbered_config(str(path)))
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, **attributes: str) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.pax_headers = size, kind, attributes
+    return info.tobuf(tarfile.PAX_FORMAT if attributes else tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE]
+)
+def test_a_name_of_a_gibibyte_is_not_read(tmp_path: Path, kind: bytes):
+    path = tmp_path / "long.tar"
+    with path.open("wb") as file:  # a hole: nothing is written for it
+        file.write(header("name", 2**30, kind))
+        file.seek(2**30, os.SEEK_CUR)
+        file.write(header("a.cls", 1) + b"1" + bytes(511) + bytes(1024))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="of 1073741824 bytes, at most") as error:
+            list(read_shard(ShardFile(path)))
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+    one_line(error, names="long.tar")
+
+
+def test_names_of_names_without_end_are_one_line(tmp_path: Path):
+    path = tmp_path / "names.tar"
+    name = header("././@LongLink", 2, tarfile.GNUTYPE_LONGNAME) + b"a\0" + bytes(510)
+    path.write_bytes(name * 5000 + header("a.cls", 1) + b"1" + bytes(511) + bytes(1024))
+    with pytest.raises(UserError) as error:
+        list(read_shard(ShardFile(path)))
+    one_line(error, names="names.tar")
+
+
+def test_sparse_members_cannot_fill_the_memory_with_one_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 2**20)
+    path = tmp_path / "sparse.tar"
+    size = str(2**20 - 1)
+    members = [
+        header(f"k.e{i}", 0, **{"GNU.sparse.size": size, "GNU.sparse.map": "0,0"})
+        for i in range(1000)
+    ]
+    path.write_bytes(b"".join(members) + bytes(1024))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="sample 'k' has more than") as error:
+            list(read_shard(ShardFile(path)))
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+    one_line(error, names="sparse.tar")
+
+
+def test_a_sample_of_too_many_members_is_refused(tmp_path: Path):
+    write_tar(tmp_path / "many.tar", [(f"k.e{i}", b"1") for i in range(1001)])
+    with pytest.raises(UserError, match="sample 'k' has more than 1000 members"):
+        list(read_shard(ShardFile(tmp_path / "many.tar")))
 
 
 def test_empty_tar_among_full_ones_is_named(tmp_path: Path):

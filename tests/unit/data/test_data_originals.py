@@ -320,6 +320,19 @@ def test_opcodes_and_names_beyond_plain_data_are_refused(opcodes: bytes):
         read_plain_pickle(opcodes, where="batch")
 
 
+# Lists of ten of the list before: a hundred bytes that are 10**40 for whoever walks them.
+SHARED = b"]q\x00" + b"".join(
+    b"](" + b"h%c" % (level - 1) * 10 + b"eq%c" % level for level in range(1, 40)
+)
+SHARED += b"."
+# The product of a hundred thousand sizes.
+SHAPE_BOMB = (
+    b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01("
+    + b"J\xff\xff\xff\x7f" * 100_000
+    + b"tcnumpy\ndtype\nU\x02u1\x85RI00\nU\x01xtb."
+)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -335,6 +348,9 @@ def test_opcodes_and_names_beyond_plain_data_are_refused(opcodes: bytes):
         b"T\xff\xff\xff\x7fabc.",  # claims 2 GiB
         b"L" + b"9" * 10_000 + b"L\n.",
         b"\xff\xff",
+        SHARED,
+        b"}" + b")" + b"\x85" * 200_000 + b"K\x01s.",  # a key of tuples that takes all of C's stack
+        SHAPE_BOMB,
         python2_pickle(*cifar_arrays(1))[:-2000],
         python2_pickle(*cifar_arrays(1)).replace(b"u1", b"O8"),
         python2_pickle(*cifar_arrays(1)).replace(b"M\x00\x0c\x86", b"M\x01\x0c\x86"),
