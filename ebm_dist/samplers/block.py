@@ -274,16 +274,16 @@ def _traced_energy(energy: EnergyFn, position: Tensor) -> tuple[GraphModule, lis
 
 def _traced(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> GraphModule:
     """`function(*inputs)` as a graph, rewritten for the compiler."""
-    # Not at the top: it loads a computer algebra system, which most processes never need.
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     try:
+        # Not at the top: it loads a computer algebra system, which most processes never need.
+        from torch.fx.experimental.proxy_tensor import make_fx
+
         graph = make_fx(function, DECOMPOSITIONS, tracing_mode="fake")(*inputs)
     except CannotCompile:
         raise
     except Exception as error:
         # The errors of a tracer are of many kinds, and all say the same thing here.
-        raise CannotCompile(f"torch cannot trace it: {_first_line(error)}") from error
+        raise CannotCompile(f"torch cannot trace it: {first_line(error)}") from error
     _refuse_hidden_noise(graph)
     scale_before_adding(graph)
     share_sigmoids(graph)
@@ -340,6 +340,7 @@ def _check(
             )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What `error` says, on one line."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]

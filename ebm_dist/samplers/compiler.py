@@ -78,10 +78,10 @@ def load_source(source: str) -> None:
     Raises:
         CompilerFailed: the compiler failed.
     """
-    from torch._inductor.codecache import CppCodeCache
-
     take_own_cache()
     try:
+        from torch._inductor.codecache import CppCodeCache
+
         # torch has its own code compiled without fused multiplications and additions.
         CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
     except Exception as error:
@@ -102,10 +102,7 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[[list[Te
     on_cpu = inputs[0].device.type == "cpu"
     if on_cpu and (why := missing()) is not None:
         raise CompilerFailed(why)
-    import torch._inductor as inductor
-
     take_own_cache()
-
     patches: dict[str, Any] = {
         # In this process: a worker's share of cores is one or two, and a pool of compiling
         # processes would outlive it.
@@ -119,6 +116,8 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[[list[Te
         "fallback_random": False,
     }
     try:
+        import torch._inductor as inductor
+
         with torch.no_grad():
             compiled = inductor.standalone_compile(
                 graph,

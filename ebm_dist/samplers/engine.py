@@ -31,7 +31,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ebm_dist.samplers.block import Block, build, cloned, copied, flatten, weights_of
+from ebm_dist.samplers.block import (
+    Block,
+    build,
+    cloned,
+    copied,
+    first_line,
+    flatten,
+    weights_of,
+)
 from ebm_dist.samplers.capture import Captured
 from ebm_dist.samplers.compiler import CompilerFailed, compile_graph, prepare
 from ebm_dist.samplers.kernel import Kernel, KernelState, value_and_grad
@@ -240,11 +248,12 @@ class Engine:
             started = time.perf_counter()
             try:
                 built, entry.how = self._built(kernel, energy, state, num_steps)
-            except CannotCompile as error:
+            except Exception as error:
                 entry.status = "refused"
-                if self._steady and isinstance(error, CompilerFailed):
+                # Of any kind: torch's insides change between versions, and memory can run out.
+                if self._steady and not _is_of_the_steps(error):
                     raise
-                self._say(f"sampler.engine: eager, because {error}")
+                self._say(f"sampler.engine: eager, because {first_line(error)}")
                 return
             entry.compile_s = time.perf_counter() - started
             self.compile_s += entry.compile_s
@@ -281,6 +290,11 @@ class Engine:
         except CannotCompile as error:
             # The steps may be sound, and the compiler's noise alone be another than ours.
             return build_(), f", their noise drawn beforehand since, fused, {error}"
+
+
+def _is_of_the_steps(error: Exception) -> bool:
+    """Whether no other machine would compile them either."""
+    return isinstance(error, CannotCompile) and not isinstance(error, CompilerFailed)
 
 
 def _identity(energy: EnergyFn) -> Any:

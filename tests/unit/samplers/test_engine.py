@@ -259,6 +259,43 @@ def test_without_a_compiler_rounds_are_eager_and_a_steady_engine_refuses(monkeyp
         )
 
 
+def without_standalone_compile(monkeypatch: pytest.MonkeyPatch) -> str:
+    import torch._inductor
+
+    monkeypatch.setattr(compiler, "missing", lambda: None)
+    monkeypatch.delattr(torch._inductor, "standalone_compile")
+    return "standalone_compile"
+
+
+def without_make_fx(monkeypatch: pytest.MonkeyPatch) -> str:
+    from torch.fx.experimental import proxy_tensor
+
+    monkeypatch.delattr(proxy_tensor, "make_fx")
+    return "make_fx"
+
+
+def without_memory(monkeypatch: pytest.MonkeyPatch) -> str:
+    def build(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(engine_module, "build", build)
+    return "CUDA out of memory. Tried to allocate 2 GiB"
+
+
+@pytest.mark.parametrize("lacking", [without_standalone_compile, without_make_fx, without_memory])
+def test_a_torch_with_other_insides_runs_single_steps_and_says_why(monkeypatch, lacking):
+    what = lacking(monkeypatch)
+    said: list[str] = []
+    engine = Engine("compiled", background=False, say=said.append)
+    x = torch.randn(6, 2, generator=generator(1))
+    chain = run_chain(make("langevin"), x, mlp(), 6, generator(2), engine=engine)
+    eager = run_chain(make("langevin"), x, mlp(), 6, generator(2))
+    assert torch.equal(chain.position, eager.position)
+    (line,) = said
+    assert line.startswith("sampler.engine: eager, because ")
+    assert what in line
+
+
 def test_rounds_go_on_eagerly_while_the_compiler_works_and_then_change_over(monkeypatch):
     released, begun = threading.Event(), threading.Event()
 
@@ -471,7 +508,7 @@ def test_beside_the_rounds_nothing_is_traced_that_takes_modules_of_other_threads
     run_chain(kernel, x, energy, 3, generator(2), engine=engine)
     for thread in threading.enumerate():
         if thread.name == "compile":
-            thread.join(timeout=120)
+            thread.join(timeout=500)
     assert engine.compile_s > 0
     here = threading.current_thread().name
     assert (True, here) in made, "or the test could see nothing"
