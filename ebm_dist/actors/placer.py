@@ -141,14 +141,11 @@ class Placer:
         avoid: Collection[str] = (),
     ) -> str | None:
         shards = Counter(shard.node for shard in self._shards)
-        large = self.shares().large
 
-        def crowd(node: str) -> tuple[bool, bool, float, float]:
-            # A small claim beside another one: on two nodes they would break two devices.
-            gap = room[node].get("GPU", 0.0) % large + SPARE if num_gpus < large else num_gpus
+        def crowd(node: str) -> tuple[bool, float, float]:
             # Where no shard is, chains come over the network: such nodes fill up last.
             ratio = (workers[node] + 1) / (shards[node] or 0.1)
-            return node in avoid, gap < num_gpus, ratio, -self._room(room[node], num_gpus)
+            return node in avoid, ratio, -self._room(room[node], num_gpus)
 
         open_ = [node for node, free in room.items() if self._room(free, num_gpus) >= 1]
         return min(open_, key=crowd, default=None)
