@@ -266,15 +266,14 @@ class Checkpointer:
 
     def _state(self, rank: int, ref: Ref) -> Any:
         if not self._backend.wait([ref], self._timeout):
-            self._graph.learners.broken = True  # whoever waits for them next has them replaced
-            raise PartDied(self._late(f"learner-{rank}"))
+            raise TimeoutError(self._late(f"learner-{rank}"))
         return self._graph.learners.result(ref)
 
     def _chains(self, index: int, ref: Ref) -> Any:
         try:
             return self._backend.get(ref, self._timeout)
         except TimeoutError:
-            raise PartDied(self._late(self._graph.shards[index].name)) from None
+            raise TimeoutError(self._late(self._graph.shards[index].name)) from None
 
     def _late(self, name: str) -> str:
         return f"the state of {name} did not come in {self._timeout:.0f} s (flow.stall_timeout_s)"

@@ -147,8 +147,11 @@ class Controller:
                 except PartDied as died:
                     self._recover(died)
             self._window.reset()
-            while not self._halt.due:
+            while True:
                 try:
+                    if self._halt.due:
+                        self._cuts.finish(self.progress, f"stopped at update {self.progress.step}")
+                        break
                     if self.progress.step >= self._schedule.num_updates:
                         self._lookout.catch_up(self._flat, self._ema)
                         self._cuts.finish(self.progress)
@@ -157,6 +160,7 @@ class Controller:
                     self._cuts.take_if_due(self.progress)
                     if self.progress.step == 0:  # from here on there is one to go back to
                         self._cuts.settle(self._flow.stall_timeout_s)
+                    self._is_whole = False  # of a part that moves, two have half of what it holds
                     self._mover.between_updates()
                     self._rank_mover.between_updates()
                     self._update()
@@ -170,22 +174,24 @@ class Controller:
                 f"{self._flow.stall_timeout_s:.0f} s (flow.stall_timeout_s): {error}"
             ) from error
         except Halted:
-            pass
+            self._keep_what_is_whole()
         except BaseException:
             # The cut under way is whole, whatever came after it.
             with contextlib.suppress(Exception):
                 self._cuts.settle(LEAVING_S)
             raise
-        return self._leave()
+        if (why := self._halt.ailing()) is not None:
+            raise RunFailed(why)
+        return False
 
     def _recover(self, trouble: PartDied | NonFinite) -> None:
         self._is_whole = False
         self._way_back.recover(trouble)
         self._is_whole = True
 
-    def _leave(self) -> bool:
-        """End before the last update, with a checkpoint of now where the parts still allow it."""
-        why, step = self._halt.ailing(), self.progress.step
+    def _keep_what_is_whole(self) -> None:
+        """Take a checkpoint of a run that ends within a wait, where the parts still allow it."""
+        step = self.progress.step
         try:
             if self._is_whole:
                 self._cuts.finish(self.progress, f"stopped at update {step}")
@@ -194,9 +200,6 @@ class Controller:
                 self._cuts.settle(LEAVING_S)
         except (PartDied, Halted, NonFinite, RunFailed) as trouble:
             self._view.say(f"stopped at update {step}, without a checkpoint of it: {trouble}")
-        if why is not None:
-            raise RunFailed(why)
-        return False
 
     @property
     def metrics(self) -> dict[str, float]:

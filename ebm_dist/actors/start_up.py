@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ebm_dist.actors.attempts import Attempts
 from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref
 from ebm_dist.actors.learners import LearnerGroup
-from ebm_dist.actors.rounds import MAX_ATTEMPTS
+from ebm_dist.actors.rounds import MAX_STARTS
 from ebm_dist.errors import RunFailed
 
 
@@ -44,9 +44,9 @@ def await_parts(
             return
         dead, died = lost
         deaths[dead.name] += 1
-        if deaths[dead.name] >= MAX_ATTEMPTS:
+        if deaths[dead.name] >= MAX_STARTS:
             raise RunFailed(
-                f"{dead.name} was started {MAX_ATTEMPTS} times and died each time: {died}. If "
+                f"{dead.name} was started {MAX_STARTS} times and died each time ({died}). If "
                 "memory ran out, lower workers.num_workers or data.batch_size; see its log"
             )
         say(f"{dead.name} died while the run started ({died}); another one is started")

@@ -8,8 +8,8 @@ training goes on in legs of some hundred updates, each of which has to be finish
 soak lasts as long as it is asked to however fast the machine is.
 
 No more than `MAX_DOWN` parts are down at once: a machine that is killed faster than it can start
-processes shows nothing but that. A part that starts is hit like any other, in the first start of
-the run as well, and so are learners that come back.
+processes shows nothing but that. A part that starts is hit like any other, and so are learners that
+come back; of each start of the run, the first as well, `MAX_START_KILLS` parts at the most.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ PEACE_S = 5.0
 """Between the last kill and the end of the last leg, at the least."""
 
 MAX_DOWN = 4
+MAX_START_KILLS = 4
 
 
 @dataclass
@@ -79,6 +80,8 @@ class Report:
     legs: int = 0
     restarts: int = 0
     kills: list[Kill] = field(default_factory=list)
+    start_kills: int = 0
+    """Of those, before the first row of a start of the run."""
     observations: int = 0
     identity_checks: int = 0
     lag_max: int = 0
@@ -94,6 +97,7 @@ class Report:
         table.add_column("seen")
         by_role = Counter(kill.role for kill in self.kills)
         table.add_row("killed", ", ".join(f"{role} {n}" for role, n in sorted(by_role.items())))
+        table.add_row("of those while the run started", str(self.start_kills))
         for role in sorted(by_role):
             times = [k.back_s for k in self.kills if k.role == role and k.back_s is not None]
             if times:
@@ -147,6 +151,7 @@ def _soak(
 ) -> None:
     goal, began = leg, 0.0
     next_kill, checked = 0.0, -1
+    before, num_start_kills = _newest_epoch(run_dir), 0
     process = start(run_dir, *OVERRIDES, f"run.steps={goal}")
     report.legs = 1
     patience = time.time() + 300
@@ -173,13 +178,19 @@ def _soak(
             if over and now > max((kill.at for kill in report.kills), default=0.0) + PEACE_S:
                 break
             goal += leg
+            before, num_start_kills = _newest_epoch(run_dir), 0
             process = start(run_dir, *OVERRIDES, f"run.steps={goal}", "--resume", "must")
             report.legs += 1
         if (step := newest_step(run_dir)) != checked:
             checked = step
             _check_identities(run_dir, report)
         if next_kill and not over and now >= next_kill:
-            part = _kill_one(run_dir, rng, mark)
+            starts = _newest_epoch(run_dir) == before
+            part = None
+            if not starts or num_start_kills < MAX_START_KILLS:
+                part = _kill_one(run_dir, rng, mark)
+            num_start_kills += starts and part is not None
+            report.start_kills += starts and part is not None
             next_kill = now + (period_s * rng.uniform(0.5, 1.5) if part else 0.5)
             if part is not None:
                 report.kills.append(Kill(part, now))
@@ -189,6 +200,11 @@ def _soak(
     _check_identities(run_dir, report)
     _note_successors(run_dir, report)
     _check_leftovers(mark, run_dir, report)
+
+
+def _newest_epoch(run_dir: Path) -> int:
+    """Of the rows logged so far; each start of the run begins another epoch."""
+    return max((int(row["epoch"]) for row in _all_rows(run_dir)), default=-1)
 
 
 def _kill_one(run_dir: Path, rng: random.Random, mark: str) -> str | None:
