@@ -103,7 +103,9 @@ class WayBack:
 
     def _answer(self, shard: Handle, ref: object, what: str) -> dict[str, dict[str, int]]:
         detail = f"update {self._progress.step}: {shard.name} was told {what}"
-        return answer(self._backend, shard, ref, self._flow.stall_timeout_s, detail)
+        # It may be a successor, which has to start before it answers.
+        timeout = max(self._flow.stall_timeout_s, self._graph.start_timeout_s)
+        return answer(self._backend, shard, ref, timeout, detail)
 
     def recover(self, trouble: PartDied | NonFinite) -> None:
         """Replace what is dead, and go back to the last checkpoint where state was lost or is

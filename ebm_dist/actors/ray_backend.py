@@ -23,7 +23,7 @@ from ebm_dist.actors.handles import (
     first_line,
 )
 from ebm_dist.actors.own_ray import OwnRay, RayDied
-from ebm_dist.actors.ray_starts import RayHandle, Starts
+from ebm_dist.actors.ray_starts import RayHandle, Starts, constructor_error
 from ebm_dist.actors.ray_temp import private_temp_dir
 from ebm_dist.actors.shared_memory import RunMemory
 from ebm_dist.actors.stall import LOOK_S
@@ -280,7 +280,7 @@ class RayBackend:
             raise
         except errors.RayError as error:
             self._check()
-            cause = _init_cause(error)
+            cause = constructor_error(error)
             if isinstance(cause, (UserError, RunFailed, ValueError)):
                 raise cause from None
             raise self._gone(error) from None
@@ -394,9 +394,3 @@ class RayBackend:
                 with contextlib.suppress(self._errors.RayError):  # it is dead
                     self._ray.get(ref, timeout=1.0)
                     left.discard(node)
-
-
-def _init_cause(error: Exception) -> BaseException | None:
-    """What the constructor of an actor raised, where Ray kept it."""
-    inner = getattr(error, "cause", None) or error.__cause__
-    return getattr(inner, "cause", None) or inner

@@ -92,3 +92,9 @@ class Starts:
                 )
         self.note()
         return None
+
+
+def constructor_error(error: Exception) -> BaseException | None:
+    """What the constructor of an actor raised, where Ray kept it."""
+    inner = getattr(error, "cause", None) or error.__cause__
+    return getattr(inner, "cause", None) or inner

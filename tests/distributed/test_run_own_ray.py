@@ -18,7 +18,7 @@ OPTIONS = (
     "run.steps=1000000",
     "flow.mode=async",
     "checkpoint.every=1000000",
-    "flow.stall_timeout_s=3",
+    "flow.stall_timeout_s=10",
 )
 
 
