@@ -53,6 +53,7 @@ class ContrastiveFields(ObjectiveSection):
             "gradient_penalty_at",
             "gradient_penalty_std",
             "spectral_penalty",
+            "temperature",  # the sampler's, which a smaller step size may change
             "truncation",
             "kl_weight",
             "kl_step_size",

@@ -503,10 +503,13 @@ def test_an_export_of_a_checkpoint_without_averaged_weights_is_one_line(capsys, 
 
 def test_an_export_of_two_runs_mixed_up_is_one_line(capsys, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    file = tmp_path / "run" / "config.yaml"
-    config = yaml.safe_load(file.read_text())
-    config["energy"]["widths"] = [9]
-    file.write_text(yaml.safe_dump(config))
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        meta = json.loads((path / "meta.json").read_text())
+        meta["config"]["energy"]["widths"] = [9]
+        (path / "meta.json").write_text(json.dumps(meta))
+        sums = json.loads((path / "checksums.json").read_text())
+        sums["meta.json"] = file_hash(path / "meta.json")
+        (path / "checksums.json").write_text(json.dumps(sums))
     line = one_line(capsys, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
     assert "mixes two runs" in line
     assert not (tmp_path / "out").exists()
