@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
+import json
 import lzma
 import os
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_shards import npy, numbered_config, numbered_shards, png, write_tar
+from rich.console import Console
 
 from ebm_dist.cli import main
 from ebm_dist.config import dump, load
@@ -21,6 +24,7 @@ from ebm_dist.data.dataset import open_dataset
 from ebm_dist.data.survey import survey
 from ebm_dist.errors import UserError
 from ebm_dist.preflight import preflight
+from ebm_dist.run import bind, train
 
 GREY = np.arange(16, dtype=np.uint8).reshape(4, 4)
 
@@ -162,6 +166,13 @@ def test_scattered_members_are_told_to_follow_each_other(
     config = DataConfig.model_validate({"source": str(path), "batch_size": 1, **changes})
     with pytest.raises(UserError, match=r"must follow each other.*tar --sort=name"):
         load_split(config, "train")
+    (tmp_path / "in").mkdir()
+    for name, data in members:
+        (tmp_path / "in" / name).write_bytes(data)
+    subprocess.run(["tar", "--sort=name", "-cf", path, "-C", tmp_path / "in", "."], check=True)
+    label = load_split(config, "train").label
+    assert label is not None
+    assert label.tolist() == [0, 1, 2] * 2
 
 
 def test_a_label_behind_a_second_dot_is_refused(tmp_path: Path):
@@ -175,6 +186,16 @@ def test_a_label_behind_a_second_dot_is_refused(tmp_path: Path):
 def test_bytes_behind_the_end_of_a_png_are_passed_over(tmp_path: Path):
     members = [(name, data + bytes(100)) for name, data in images(0, 3)]
     assert num_read(write_tar(tmp_path / "s.tar", members)) == 3
+
+
+def test_16_bit_images_are_read_as_the_refusal_advises(tmp_path: Path):
+    deep = np.linspace(0, 65535, 16).reshape(4, 4).astype(np.uint16)
+    path = write_tar(tmp_path / "s.tar", [("0.png", png(deep))])
+    assert "float .npy in [-1, 1] with data.kind: image" in refused(path)
+    write_tar(path, [("0.npy", npy(deep.astype(np.float32) / 32767.5 - 1))])
+    config = DataConfig(source=str(path), batch_size=1, kind="image")
+    x = load_split(config, "train").x
+    assert (tuple(x.shape), len(x.unique())) == ((1, 1, 4, 4), 16)
 
 
 @pytest.mark.parametrize("value", [1e39, -1e300])
@@ -236,6 +257,21 @@ def test_a_run_without_a_test_split_is_refused_and_each_advice_works(tmp_path: P
         preflight(load(base, [advice]))
 
 
+def test_a_weighted_run_on_plain_shards_with_a_holdout_logs_its_log_z(tmp_path: Path):
+    base = {
+        **RUN,
+        "data": {"source": numbered_shards(tmp_path, [64]), "batch_size": 16, "holdout": 0.2},
+        "energy": {"name": "quadratic", "precision": [2.0], "learnable": True},
+        "buffer": {"capacity": 64, "num_shards": 1, "reinit_prob": 0.0, "jarzynski": True},
+    }
+    train(load(base, []), run_dir=tmp_path / "run", console=Console(file=io.StringIO()))
+    rows = [
+        json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    for name in ("likelihood/log_z", "likelihood/log_prob_test", "energy/test"):
+        assert any(name in row for row in rows), name
+
+
 def test_prepared_shards_without_a_test_split_can_hold_a_part_out(tmp_path: Path):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -266,8 +302,6 @@ def test_labels_without_a_count_lead_to_data_num_classes(
     objective: str,
     energy: object,
 ):
-    from ebm_dist.run import bind
-
     monkeypatch.chdir(tmp_path)
     base = {
         **RUN,
