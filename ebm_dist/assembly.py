@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ebm_dist import checkpoint
-from ebm_dist.actors.auditor import SHORT_RUN_REINIT, AuditLink, Auditor
+from ebm_dist.actors.auditor import AuditLink, Auditor
 from ebm_dist.actors.elastic import Elasticity
 from ebm_dist.actors.evaluator import Evaluator
 from ebm_dist.actors.graph import Graph, Leave
@@ -25,6 +25,7 @@ from ebm_dist.actors.worker import Worker
 from ebm_dist.buffer.policy import shard_capacities
 from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.config import RunConfig
+from ebm_dist.evaluation.audit import SHORT_RUN_REINIT
 from ebm_dist.metrics.credentials import run_name, with_environment
 from ebm_dist.metrics.hub import MetricHub
 from ebm_dist.types import EventSpec

@@ -17,6 +17,12 @@ from torch import Tensor
 from ebm_dist.correlation_time import within_chain_time
 from ebm_dist.types import EnergyFn
 
+LADDER = (
+    "a ladder such as {name: parallel_tempering, kernel: {name: mala, step_size: 0.1}, "
+    "temperatures: [1, 2, 4], num_steps: 20}"
+)
+"""The advice for chains that do not mix; a whole section, since the keys of others do not fit."""
+
 
 def autocorrelation(trace: Tensor, max_lag: int | None = None) -> Tensor:
     """Autocorrelation (max_lag + 1,) at lags 0, 1, ..., in [-1, 1]; entry 0 is 1.
@@ -257,15 +263,16 @@ def stagnation(
         else:
             alarm = (
                 f"{where}: {count} are confined to one mode (autocorrelation {rho:.2f} at lag "
-                f"{lag}, split R-hat {rhat:.2f}). Raise sampler.num_steps, sampler.temperature "
-                f"or buffer.reinit_prob, or use sampler.name: parallel_tempering."
+                f"{lag}, split R-hat {rhat:.2f}). Raise sampler.num_steps, the noise "
+                f"(sampler.temperature or sampler.noise_std, whichever is set) or "
+                f"buffer.reinit_prob, or replace the sampler by {LADDER}."
             )
     elif max(rhat, energy_rhat) > max_rhat:
         what = f"coordinate {worst}" if rhat >= energy_rhat else "the energy"
         alarm = (
             f"{where}: the chains move, but disagree about {what} (split R-hat "
             f"{max(rhat, energy_rhat):.2f} over {num_records} records, above {max_rhat:g}). Raise "
-            f"sampler.num_steps, or use sampler.name: parallel_tempering."
+            f"sampler.num_steps, or replace the sampler by {LADDER}."
         )
     return Stagnation(stuck, fraction, float(rejects.mean()), rho, rhat, energy_rhat, alarm)
 

@@ -25,6 +25,7 @@ from ebm_dist.evaluation import (
     ood_report,
     robust_accuracy,
 )
+from ebm_dist.evaluation.audit import SHORT_RUN_REINIT
 from ebm_dist.export_reader import Export
 from ebm_dist.paths import user_path
 from ebm_dist.seeds import derive_seed
@@ -245,6 +246,14 @@ def _fidelity(
     return metrics, notes
 
 
+def _persists(export: Export) -> bool:
+    """Whether the run's chains were carried from update to update."""
+    try:
+        return float(export.config["recipe"]["buffer"]["reinit_prob"]) < SHORT_RUN_REINIT
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
 def _landscape(
     export: Export, seed: int, device: torch.device, say: Say
 ) -> tuple[dict[str, float], list[str]]:
@@ -265,6 +274,7 @@ def _landscape(
         short_steps=short,
         num_steps=AUDIT_FACTOR * short,
         generator=_generator(seed, device, "landscape", "chains"),
+        persistent=stored is not None and _persists(export),
     )
     metrics = {**audit.metrics(), "audit/energy_data": audit.energy_data}
     notes = [audit.alarm] if audit.alarm else ["no alarm: the long chains stay where the data is"]

@@ -21,10 +21,6 @@ from ebm_dist.seeds import derive_seed
 from ebm_dist.types import EventSpec
 from ebm_dist.weights import FlatLayout
 
-SHORT_RUN_REINIT = 0.5
-"""From this buffer.reinit_prob on, what training knows of the model is its chains' first rounds:
-the audit starts where they start. Below it, the audit goes on from where the chains are."""
-
 
 class Auditor:
     """Runs the audit of one set of weights at a time. Plain Python: a part of the graph."""
@@ -71,6 +67,7 @@ class Auditor:
             short_steps=self._short_steps,
             num_steps=self._config.audit_steps,
             generator=generator,
+            persistent=chains is not None,
         )
         with torch.no_grad():
             energies = self._energy(found.negatives) if len(found.negatives) else torch.zeros(0)

@@ -22,6 +22,10 @@ from ebm_dist.samplers.chain import run_chain
 from ebm_dist.samplers.kernel import Kernel
 from ebm_dist.types import EnergyFn
 
+SHORT_RUN_REINIT = 0.5
+"""From this buffer.reinit_prob on, what training knows of the model is its chains' first rounds:
+the audit starts where they start. Below it, the audit goes on from where the chains are."""
+
 
 @dataclass(frozen=True, slots=True)
 class Audit:
@@ -92,6 +96,7 @@ def long_run_audit(
     significance: float = 1e-3,
     min_shift: float = 0.05,
     chunk: int = 500,
+    persistent: bool = False,
 ) -> Audit:
     """Run chains `num_steps` and compare them with the data and with themselves when young.
 
@@ -108,6 +113,7 @@ def long_run_audit(
         short_steps: steps of training's chains.
         num_steps: steps in all, ten or more times as many.
         generator: noise of the chains and directions of the projections.
+        persistent: the starts are training's own persistent chains, for what the alarm says.
 
     Raises:
         ValueError: shapes differ, or the long run is not longer than the short one.
@@ -174,7 +180,9 @@ def long_run_audit(
         shifted_in=shifted_in,
         p_value=p_value,
         law_differs=differs,
-        alarm=_alarm(int(spurious.sum()), int(diverged.sum()), len(x), differs, shift, shifted_in),
+        alarm=_alarm(
+            int(spurious.sum()), int(diverged.sum()), len(x), differs, shift, shifted_in, persistent
+        ),
     )
 
 
@@ -266,7 +274,13 @@ def _variance(x: Tensor) -> float:
 
 
 def _alarm(
-    num_spurious: int, num_diverged: int, num: int, differs: bool, shift: float, name: str
+    num_spurious: int,
+    num_diverged: int,
+    num: int,
+    differs: bool,
+    shift: float,
+    name: str,
+    persistent: bool,
 ) -> str | None:
     """The gravest finding, in one line."""
     if num_diverged:
@@ -280,11 +294,17 @@ def _alarm(
             f"energy and far from data. Set evaluation.audit_feedback: true, or raise "
             f"sampler.num_steps or buffer.reinit_prob."
         )
+    if differs and persistent:
+        return (
+            f"audit: the persistent chains have not come to the model's law (shift {shift:.2f} in "
+            f"{name} when they run on): its density is not to be trusted yet. Set "
+            f"evaluation.audit_feedback: true, raise sampler.num_steps, or lower learner.lr."
+        )
     if differs:
         return (
             f"audit: long chains have another law than training's short ones (shift {shift:.2f} "
             f"in {name}): the model is a short-run generator, its density is not to be trusted. "
-            f"Set evaluation.audit_feedback: true, raise sampler.num_steps, or use persistent "
-            f"chains."
+            f"Set evaluation.audit_feedback: true, raise sampler.num_steps, or lower "
+            f"buffer.reinit_prob, so that chains persist."
         )
     return None

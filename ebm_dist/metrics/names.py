@@ -38,11 +38,8 @@ METRICS: dict[str, Metric] = {
         "chains that never left the data",
         "energy",
     ),
-    "energy/positive_std": Metric("standard deviation of the energies of data", "energy"),
-    "energy/negative_std": Metric("standard deviation of the energies of negatives", "energy"),
     "energy/noise": Metric("mean energy of the noise that chains start from", "energy"),
     "energy/test": Metric("mean energy of held-out data", "energy"),
-    "energy/magnitude": Metric("mean squared energy, of data and negatives", "energy^2"),
     "energy/grad_norm": Metric("mean norm of dE/dx where the gradient penalty looks", "energy/x"),
     # Losses.
     "loss/total": _promised(
@@ -75,8 +72,6 @@ METRICS: dict[str, Metric] = {
     "sampler/acceptance": _promised("share of proposed moves that were accepted"),
     "sampler/grad_norm": _promised("mean norm of dE/dx along the chains", "energy/x"),
     "sampler/displacement": Metric("mean distance that a chain moves in a round", "x"),
-    "sampler/step_size": Metric("step size in use, after adaptation", "x^2/energy"),
-    "sampler/noise_std": Metric("standard deviation of the noise of one step", "x"),
     "sampler/accepted": Metric("share of proposed moves that were taken, as it fell out"),
     "sampler/tree_depth": Metric("doublings of a NUTS trajectory: 2^depth - 1 leapfrog steps"),
     "sampler/diverged": Metric("share of NUTS trajectories that the integrator left"),
@@ -100,7 +95,6 @@ METRICS: dict[str, Metric] = {
     "chain/rhat": _promised("split R-hat of energies over chains; above 1.1 they disagree"),
     "chain/self_transition": _promised("probability that a step leaves the chain where it was"),
     "chain/age_mean": _promised("rounds a chain has lived since it was initialised", "rounds"),
-    "chain/age_max": Metric("rounds that the oldest chain has lived", "rounds"),
     "chain/stagnant": Metric("share of chains that the stagnation test calls stuck"),
     "chain/trace_autocorrelation": Metric(
         "rounds of the followed chains for one effective draw of positions, the worst coordinate; "
@@ -116,7 +110,6 @@ METRICS: dict[str, Metric] = {
     ),
     "chain/alarms": Metric("stagnation alarms so far", "count"),
     "chain/reseeded": Metric("stuck chains that were started anew so far", "chains"),
-    "chain/displacement": Metric("mean distance of chains from where they began to live", "x"),
     # Buffer. free + leased + ready == capacity.
     "buffer/free": _promised("chains that may be leased", "chains"),
     "buffer/leased": _promised("chains that a worker holds", "chains"),
@@ -124,35 +117,22 @@ METRICS: dict[str, Metric] = {
     "buffer/capacity": _promised("slots of all shards", "chains"),
     "buffer/late_checkins": _promised("check-ins refused so far: lease void", "count"),
     "buffer/expired_leases": _promised("leases whose deadline passed so far", "count"),
-    "buffer/reinitialised": Metric("chains started anew by reinit_prob so far", "chains"),
-    "buffer/num_shards": Metric("shards that answer", "shards"),
-    "buffer/commits": Metric("check-ins committed so far", "count"),
-    "buffer/duplicates": Metric("check-ins of a lease already committed, so far", "count"),
-    "buffer/log_weight_std": Metric("spread of the chains' Jarzynski log-weights", "nat"),
     # Flow between workers and learner.
     "flow/lag_mean": _promised("mean versions between negatives and learner", "updates"),
     "flow/lag_max": _promised("greatest lag of a consumed negative", "updates"),
     "flow/repaired": _promised("stale chains given more steps so far", "chains"),
     "flow/dropped": _promised("stale chains dropped so far", "chains"),
     "flow/lost": Metric("negatives lost so far with the node that held them", "chains"),
-    "flow/reweighted": Metric("stale chains consumed with an importance weight so far", "chains"),
     "flow/ess_ratio": _promised("effective share of the negatives after their weights, in (0, 1]"),
     "flow/local_rounds": Metric("share of rounds so far that ran on the node of their shard"),
     "flow/rounds_by_rows": Metric("share of rounds so far whose chains stayed in its memory"),
     "flow/mcmc_steps_per_update": _promised("chain steps taken for one learner update", "steps"),
     "weights/version": _promised("step of the newest published weights", "updates"),
-    "weights/publish_s": Metric("time to pack and publish weights", "s"),
     # Speed.
     "throughput/updates_per_s": _promised("learner updates", "1/s"),
     "throughput/mcmc_steps_per_s": _promised("chain steps (chains x steps) of all workers", "1/s"),
-    "throughput/samples_per_s": Metric("data consumed", "1/s"),
     "wait/learner": _promised("share of time that the learner waits for negatives"),
     "wait/worker": _promised("share of time that workers wait for leases or credits"),
-    "wait/data": Metric("share of time that the learner waits for data"),
-    "time/update_s": Metric("one learner update", "s"),
-    "time/round_s": Metric("one worker round", "s"),
-    "time/checkpoint_s": Metric("one checkpoint", "s"),
-    "time/elapsed_s": Metric("time since this attempt began", "s"),
     # Likelihood.
     "likelihood/log_z": _promised("estimated log partition function", "nat"),
     "likelihood/log_z_std_error": Metric("standard error of that estimate", "nat"),
@@ -166,9 +146,7 @@ METRICS: dict[str, Metric] = {
     "likelihood/resampled": Metric("times the chains were resampled so far", "count"),
     # Learner.
     "learner/param_grad_norm": _promised("norm of the loss gradient in the weights, unclipped"),
-    "learner/param_norm": Metric("norm of the weights"),
     "learner/lr": Metric("learning rate in use"),
-    "learner/clipped": Metric("1 where the update's gradient was clipped, else 0"),
     # Sample quality during the run.
     "fidelity/distance": Metric(
         "Frechet distance of features between samples and held-out data; features of a small "
@@ -190,30 +168,19 @@ METRICS: dict[str, Metric] = {
     # Faults.
     "fault/restarts": _promised("actors restarted so far", "count"),
     "fault/rollbacks": Metric("times the run went back from numbers that were not finite", "count"),
-    "fault/lost_workers": Metric("workers lost so far", "count"),
-    "fault/lost_shards": Metric("shards lost and restored so far", "count"),
-    "fault/learner_rebuilds": Metric("times the learner group was rebuilt", "count"),
     "workers/alive": Metric("workers that hold weights and take rounds", "workers"),
-    "workers/rounds": Metric("rounds committed so far", "rounds"),
     # The hub itself.
     "hub/dropped": Metric("metric rows dropped so far because the queue was full", "rows"),
 }
 
 HISTOGRAMS: dict[str, Metric] = {
-    "histogram/energy_positive": Metric("energies of data", "energy"),
     "histogram/energy_negative": Metric("energies of negatives", "energy"),
-    "histogram/grad_norm": Metric("norms of dE/dx over chains", "energy/x"),
     "histogram/age": Metric("age of chains", "rounds"),
-    "histogram/lag": Metric("lag of consumed negatives", "updates"),
-    "histogram/log_weight": Metric("Jarzynski log-weights of chains", "nat"),
 }
 """Names for `MetricHub.histogram`."""
 
 IMAGES: dict[str, Metric] = {
-    "samples": Metric("samples drawn from noise with the averaged weights"),
     "samples/chains": Metric("chains of the buffer as they stand"),
-    "samples/data": Metric("data, as the learner sees it"),
-    "samples/audit": Metric("ends of the auditor's long chains"),
 }
 """Names for `MetricHub.images`."""
 

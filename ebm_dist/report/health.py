@@ -1,11 +1,16 @@
-"""What is wrong with a run, read off its metrics, and what to change about it."""
+"""What is wrong with a run, read off its metrics, and what to change about it.
+
+An advice is alternatives with ` or ` between them. Those with a key that the run's config does not
+have, so that setting it would be refused, are left out.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 Series = Mapping[str, Sequence[tuple[int, float]]]
 """Metric name to its (step, value) pairs in order of step; a value may be NaN."""
@@ -23,11 +28,40 @@ class Finding:
     advice: str = ""
 
 
-def examine(series: Series) -> list[Finding]:
-    """Findings about the end of a run, the worst first; what was not logged is not judged."""
+def examine(series: Series, config: Mapping[str, Any] | None = None) -> list[Finding]:
+    """Findings about the end of a run, the worst first; what was not logged is not judged.
+
+    Args:
+        config: the run's, complete, for advice that fits it.
+    """
     tails = {name: _tail(pairs) for name, pairs in series.items()}
     findings = [finding for rule in _RULES if (finding := rule(series, tails)) is not None]
+    if config is not None:
+        findings = [replace(found, advice=_fitting(found.advice, config)) for found in findings]
     return sorted(findings, key=lambda finding: ("bad", "warn", "ok").index(finding.state))
+
+
+_KEY = re.compile(r"\b(buffer|evaluation|flow|learner|objective|sampler|workers)\.(\w+)")
+_RIVALS = {"temperature": "noise_std", "noise_std": "temperature"}
+"""A sampler is given either of them."""
+
+
+def _fitting(advice: str, config: Mapping[str, Any]) -> str:
+    def fits(alternative: str) -> bool:
+        for part, key in _KEY.findall(alternative):
+            section = config.get(part)
+            if not isinstance(section, dict):
+                continue
+            if key not in section:
+                return False
+            rival = section.get(_RIVALS.get(key, ""))
+            if part == "sampler" and section[key] is None and rival is not None:
+                return False
+            if key == "reinit_prob" and section.get("jarzynski") is True:
+                return False  # a chain that starts anew has no weight
+        return True
+
+    return " or ".join(filter(fits, advice.split(" or ")))
 
 
 def _tail(pairs: Sequence[tuple[int, float]]) -> float:
@@ -60,7 +94,7 @@ def _finite(series: Series, tails: Mapping[str, float]) -> Finding | None:
         "bad",
         f"{', '.join(name for name in names if broken[name] is not None)} not finite from "
         f"update {min(steps)} on",
-        "lower learner.lr or set learner.grad_clip; raise objective.energy_l2; go on from a "
+        "lower learner.lr or set learner.grad_clip or raise objective.energy_l2 or go on from a "
         "checkpoint before that update",
     )
 
@@ -74,8 +108,8 @@ def _bounded(series: Series, tails: Mapping[str, float]) -> Finding | None:
         return Finding(
             "bad",
             f"energies have grown to {size:.3g}",
-            "raise objective.energy_l2 or objective.gradient_penalty; the additive constant of "
-            "E drifts when nothing holds it",
+            "raise objective.energy_l2 or raise objective.gradient_penalty or lower learner.lr or "
+            "leave it: the additive constant of E drifts when nothing holds it",
         )
     return Finding("ok", f"energies are bounded (data {positive:.3g}, negatives {negative:.3g})")
 
@@ -91,14 +125,15 @@ def _gap(series: Series, tails: Mapping[str, float]) -> Finding | None:
         return Finding(
             "bad",
             f"energy gap {gap:.3g}: negatives are nearly as bad as noise; the sampler loses",
-            "raise sampler.num_steps or sampler.step_size, or lower learner.lr",
+            "raise sampler.num_steps or raise sampler.step_size or lower learner.lr",
         )
     if scale is not None and gap > 0.5 * scale:
         return Finding(
             "warn",
             f"energy gap {gap:.3g}: negatives lie deeper than data; chains may sit in "
             "spurious minima",
-            "raise buffer.reinit_prob or sampler.noise_std; watch the sample grid",
+            "raise buffer.reinit_prob or raise sampler.noise_std or raise sampler.temperature or "
+            "watch the sample grid",
         )
     return Finding("ok", f"energy gap {gap:.3g}")
 
@@ -126,7 +161,7 @@ def _between(
 
 
 def _lag(series: Series, tails: Mapping[str, float]) -> Finding | None:
-    dropped, repaired = _known(tails, "flow/dropped"), _known(tails, "flow/repaired")
+    dropped, repaired = _last(series, "flow/dropped"), _last(series, "flow/repaired")
     lag = _known(tails, "flow/lag_max")
     if lag is None:
         return None
@@ -134,8 +169,8 @@ def _lag(series: Series, tails: Mapping[str, float]) -> Finding | None:
         return Finding(
             "warn",
             f"{dropped:,.0f} chains were dropped as stale (greatest lag {lag:.3g})",
-            "raise flow.max_lag, or lower sampler.num_steps or workers.num_chains so that a "
-            "round ends sooner; flow.stale: repair keeps them",
+            "raise flow.max_lag or lower sampler.num_steps so that a round ends sooner or lower "
+            "workers.num_chains for the same or set flow.stale: repair, which keeps them",
         )
     kept = f", {repaired:,.0f} repaired" if repaired else ""
     return Finding("ok", f"lag at most {lag:.3g} updates{kept}")
@@ -154,21 +189,22 @@ def _leases(series: Series, tails: Mapping[str, float]) -> Finding | None:
             f"{ready:,.0f} ready is not {capacity:,.0f}",
             "this is a defect of the shards: keep the run directory and report it",
         )
-    expired = _known(tails, "buffer/expired_leases") or 0
-    late = _known(tails, "buffer/late_checkins") or 0
+    expired = _last(series, "buffer/expired_leases") or 0
+    late = _last(series, "buffer/late_checkins") or 0
     if expired or late:
         return Finding(
             "warn",
             f"{expired:,.0f} leases expired, {late:,.0f} check-ins came too late",
-            "workers are lost or slow: see fault/restarts; a longer lease or smaller "
-            "workers.num_chains gives them time",
+            "raise buffer.lease_timeout_s or lower workers.num_chains or look at fault/restarts: "
+            "workers are lost or slow",
         )
     return Finding("ok", f"all {capacity:,.0f} chains are accounted for")
 
 
 def _last(series: Series, name: str) -> float | None:
-    pairs = series.get(name) or ()
-    return pairs[-1][1] if pairs and math.isfinite(pairs[-1][1]) else None
+    """The last finite value: of a count so far, the count."""
+    values = [value for _, value in series.get(name) or () if math.isfinite(value)]
+    return values[-1] if values else None
 
 
 def _restarts(series: Series, tails: Mapping[str, float]) -> Finding | None:
@@ -178,6 +214,18 @@ def _restarts(series: Series, tails: Mapping[str, float]) -> Finding | None:
     if count:
         return Finding("warn", f"{count:,.0f} actors were restarted", "see the run's log for why")
     return Finding("ok", "no actor was restarted")
+
+
+def _spurious(series: Series, tails: Mapping[str, float]) -> Finding | None:
+    share = _known(tails, "audit/spurious")
+    if share is None:
+        return None
+    if share <= 0.05:
+        return Finding("ok", f"audit/spurious {share:.3g}")
+    advice = "raise sampler.num_steps or lower learner.lr"
+    if _last(series, "buffer/capacity"):  # else the objective takes no negatives
+        advice += " or raise buffer.reinit_prob or set evaluation.audit_feedback: true"
+    return Finding("bad", f"audit/spurious {share:.3g}: long chains end in spurious minima", advice)
 
 
 def _fidelity(series: Series, tails: Mapping[str, float]) -> Finding | None:
@@ -210,7 +258,7 @@ _RULES: tuple[_Rule, ...] = (
         -0.01,
         0.8,
         ("below zero", "this is a defect of the diagnostics: report it"),
-        ("chains stand still", "lower sampler.step_size, or raise buffer.reinit_prob"),
+        ("chains stand still", "lower sampler.step_size or raise buffer.reinit_prob"),
         state="bad",
     ),
     _between(
@@ -218,7 +266,11 @@ _RULES: tuple[_Rule, ...] = (
         -0.01,
         0.2,
         ("below zero", "this is a defect of the diagnostics: report it"),
-        ("many chains are stuck", "raise sampler.temperature or buffer.reinit_prob"),
+        (
+            "many chains are stuck",
+            "raise sampler.temperature or raise sampler.noise_std or raise sampler.num_steps or "
+            "raise buffer.reinit_prob",
+        ),
         state="bad",
     ),
     _lag,
@@ -226,7 +278,7 @@ _RULES: tuple[_Rule, ...] = (
         "flow/ess_ratio",
         0.3,
         1.01,
-        ("few negatives carry the weight", "lower flow.max_lag, or set flow.stale: repair"),
+        ("few negatives carry the weight", "lower flow.max_lag or set flow.stale: repair"),
         ("above one", "this is a defect of the weights: report it"),
     ),
     _between(
@@ -236,21 +288,11 @@ _RULES: tuple[_Rule, ...] = (
         ("below zero", "this is a defect of the clock: report it"),
         (
             "the learner mostly waits for negatives",
-            "add workers (workers.num_workers) or lower sampler.num_steps",
+            "raise workers.num_workers or lower sampler.num_steps",
         ),
     ),
     _leases,
     _restarts,
     _fidelity,
-    _between(
-        "audit/spurious",
-        -0.01,
-        0.05,
-        ("below zero", "this is a defect of the auditor: report it"),
-        (
-            "long chains end in spurious minima",
-            "raise sampler.num_steps or buffer.reinit_prob, and feed the audit's chains back",
-        ),
-        state="bad",
-    ),
+    _spurious,
 )

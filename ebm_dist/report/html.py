@@ -11,7 +11,9 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from ebm_dist.config_text import read_yaml
 from ebm_dist.durable import write_output
 from ebm_dist.errors import UserError
 from ebm_dist.metrics.credentials import scrub_known
@@ -82,7 +84,7 @@ def render(run_dir: Path) -> str:
         f"<title>{_text(run_dir.name)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{_text(run_dir.resolve().name)}</h1>",
         f"<p class='lead'>{_text(_lead(run_dir, series, num_torn))}</p>",
-        *_health(series),
+        *_health(series, _settings(run_dir / "config.yaml")),
         *_samples(run_dir / "samples"),
         *_curves(series),
         *_table(series),
@@ -122,9 +124,18 @@ def _lead(run_dir: Path, series: Mapping[str, Pairs], num_torn: int) -> str:
     return "; ".join(parts)
 
 
-def _health(series: Mapping[str, Pairs]) -> Iterator[str]:
+def _settings(path: Path) -> Mapping[str, Any] | None:
+    """The run's config, None where it is missing or no mapping."""
+    try:
+        config = read_yaml(read_bytes(path).decode(errors="replace"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _health(series: Mapping[str, Pairs], config: Mapping[str, Any] | None) -> Iterator[str]:
     yield "<h2>Health</h2>"
-    findings = examine(series)
+    findings = examine(series, config)
     if not findings:
         yield "<p>No metric that tells it was logged.</p>"
         return

@@ -47,20 +47,21 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     ),
     "Sampler and chains": (
         Panel("Gradient along the chains", ("sampler/grad_norm",), log=True),
-        Panel("Acceptance", ("sampler/acceptance", "chain/self_transition", "chain/stagnant")),
+        Panel("Acceptance", ("sampler/acceptance",)),
+        Panel("Chains that stand still", ("chain/self_transition", "chain/stagnant")),
         Panel("Displacement in a round", ("sampler/displacement",)),
         Panel("Autocorrelation time, steps", ("chain/autocorrelation",)),
         Panel("Effective sample size", ("chain/ess",), log=True),
         Panel("Split R-hat", ("chain/rhat",)),
-        Panel("Age of chains, rounds", ("chain/age_mean", "chain/age_max")),
+        Panel("Age of chains, rounds", ("chain/age_mean",)),
         Panel("Temperature", ("sampler/temperature",), log=True),
     ),
     "Flow": (
         Panel("Lag, updates", ("flow/lag_mean", "flow/lag_max")),
-        Panel("Stale chains so far", ("flow/repaired", "flow/reweighted", "flow/dropped")),
+        Panel("Stale chains so far", ("flow/repaired", "flow/dropped")),
         Panel("Effective share of negatives", ("flow/ess_ratio",)),
         Panel("MCMC steps per update", ("flow/mcmc_steps_per_update",)),
-        Panel("Share of time spent waiting", ("wait/learner", "wait/worker", "wait/data")),
+        Panel("Share of time spent waiting", ("wait/learner", "wait/worker")),
         Panel(
             "Buffer, chains", ("buffer/free", "buffer/leased", "buffer/ready", "buffer/capacity")
         ),

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "ebm_dist"
 ROWS = [
     {"paths"},
     {"section", "types", "seeds", "generators", "errors", "weights", "threads", "private"},
-    {"strict_yaml", "config_text", "energy_call", "safe_open", "signals"},
+    {"strict_yaml", "config_text", "energy_call", "installed", "safe_open", "signals"},
     {"durable", "tensor_file"},
     {"diagnostics", "correlation_time"},
     {"metrics"},

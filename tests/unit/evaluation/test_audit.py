@@ -115,7 +115,21 @@ def test_short_run_generator_is_seen_by_its_long_run_variance():
     assert audit.spurious_fraction == 0
     assert audit.alarm is not None
     assert "short-run generator" in audit.alarm
+    assert "buffer.reinit_prob" in audit.alarm
     assert len(audit.negatives) == num_chains
+
+
+def test_a_run_with_persistent_chains_is_not_told_to_use_them():
+    audit = audit_of(
+        energies.quadratic(precision=[1.73491]),
+        step_size=0.01,
+        data=normal(500, 1, seed=1),
+        x=normal(500, 1, std=2.0, seed=2),
+        persistent=True,
+    )
+    assert audit.alarm is not None
+    assert "the persistent chains have not come to the model's law" in audit.alarm
+    assert "reinit_prob" not in audit.alarm
 
 
 def test_diverging_chains_are_set_aside_and_named():

@@ -155,11 +155,11 @@ def test_bad_arguments_raise_nothing(tmp_path: Path) -> None:
 def test_histograms_pictures_and_summary_are_kept_in_files(tmp_path: Path) -> None:
     images = np.linspace(-1, 1, 4 * 1 * 8 * 8, dtype=np.float32).reshape(4, 1, 8, 8)
     with opened(tmp_path) as hub:
-        hub.images("samples/data", 7, images)
+        hub.images("samples/chains", 7, images)
         hub.histogram("histogram/age", 7, np.r_[np.arange(640), np.nan])
         hub.summary({"likelihood/log_z": 1.5, "done": "yes"})
         hub.summary({"likelihood/log_z": 2.5})
-    with Image.open(tmp_path / "samples" / "samples-data-00000007.png") as picture:
+    with Image.open(tmp_path / "samples" / "samples-chains-00000007.png") as picture:
         pixels = np.asarray(picture)
     assert np.unique(pixels[..., 0]).size > 200
     (row,) = read_rows(tmp_path / "histograms.jsonl")

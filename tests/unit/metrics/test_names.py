@@ -87,6 +87,29 @@ def test_every_metric_that_the_code_writes_out_is_known() -> None:
     assert unknown == {}, f"add to metrics/names.py: {unknown}"
 
 
+def test_every_name_that_is_declared_is_logged() -> None:
+    infos = {
+        f"sampler/{field.name}"
+        for module in pkgutil.iter_modules(ebm_dist.samplers.__path__)
+        for kind in vars(importlib.import_module(f"ebm_dist.samplers.{module.name}")).values()
+        if isinstance(kind, type) and kind.__name__.endswith("Info")
+        for field in dataclasses.fields(kind)
+    }
+    root = Path(ebm_dist.__file__).parent
+    sources = [
+        path.read_text()
+        for path in root.rglob("*.py")
+        if path.name != "names.py" and "report" not in path.parts
+    ]
+    for name in {**names.METRICS, **names.HISTOGRAMS, **names.IMAGES}:
+        prefix, _, rest = name.partition("/")
+        spelt = any(f'"{name}"' in source for source in sources)
+        joined = any(f'f"{prefix}/{{' in text and f'"{rest}"' in text for text in sources)
+        # Distances to other things than samples are named where they are measured.
+        elsewhere = prefix == "fidelity" and any(f'"{rest}": ' in text for text in sources)
+        assert spelt or joined or elsewhere or name in infos, f"nothing logs {name}"
+
+
 def test_every_field_of_a_samplers_info_is_a_metric() -> None:
     fields = {}
     for module in pkgutil.iter_modules(ebm_dist.samplers.__path__):
