@@ -28,6 +28,7 @@ from ebm_dist.evaluation import (
 from ebm_dist.evaluation.audit import SHORT_RUN_REINIT
 from ebm_dist.export_reader import Export
 from ebm_dist.paths import user_path
+from ebm_dist.samplers import law
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import Batch, EventKind
 
@@ -122,14 +123,19 @@ def _density(
     temperature = temperature_of(export)
     metrics: dict[str, float] = {}
     notes = []
+    # The model is what its sampler draws: clamped chains have no density outside.
+    box = law.box(export.sampler.build())
+    if not export.spec.discrete:
+        where = "all of space, as the sampler has no clamp"
+        notes.append(f"log Z is over {where if box is None else f'[{box[0]:g}, {box[1]:g}]^d'}")
     if is_exact(export.energy, export.spec):
         say("log Z exactly")
-        log_z = exact_log_partition(export.energy, export.spec, temperature=temperature)
+        log_z = exact_log_partition(export.energy, export.spec, temperature=temperature, box=box)
         metrics["likelihood/log_z"] = log_z
         notes.append("log Z is exact")
     else:
         say("log Z by annealed importance sampling, forward and reverse")
-        base = base_law(export.spec, train.x).to(device)
+        base = base_law(export.spec, train.x, box=box).to(device)
         found = log_partition(
             export.energy,
             export.spec,
@@ -137,6 +143,7 @@ def _density(
             temperature=temperature,
             num_chains=NUM_AIS_CHAINS,
             base=base,
+            box=box,
         )
         log_z = found.combined
         metrics |= {

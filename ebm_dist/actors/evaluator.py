@@ -21,7 +21,7 @@ from ebm_dist.generators import seeded
 from ebm_dist.objectives.jarzynski import log_z_ratio, log_z_standard_error, weights_moved
 from ebm_dist.objectives.weighting import ess_ratio
 from ebm_dist.samplers import KernelSection
-from ebm_dist.samplers.law import curvature, effective_temperature, unadjusted
+from ebm_dist.samplers.law import box, curvature, effective_temperature, unadjusted
 from ebm_dist.seeds import derive_seed
 from ebm_dist.types import EventSpec
 from ebm_dist.weights import FlatLayout
@@ -63,6 +63,7 @@ class Evaluator:
         self._data = data
         self._spec = spec
         self._moves = unadjusted(sampler.build()) if sampler is not None else None
+        self._box = box(sampler.build()) if sampler is not None else None
         self._seed = seed
         self._energy = energy.build().eval().requires_grad_(False)
         self._layout = FlatLayout.of(self._energy)
@@ -146,7 +147,9 @@ class Evaluator:
             return {}
         if is_exact(self._energy, self._spec):
             try:
-                log_z = exact_log_partition(self._energy, self._spec, temperature=self._temperature)
+                log_z = exact_log_partition(
+                    self._energy, self._spec, temperature=self._temperature, box=self._box
+                )
                 if beside:
                     return {
                         "likelihood/log_z_exact": log_z,
@@ -164,7 +167,8 @@ class Evaluator:
             temperature=self._temperature,
             num_chains=self._config.num_ais_chains,
             num_temperatures=self._config.num_ais_temperatures,
-            base=base_law(self._spec, self._train),
+            base=base_law(self._spec, self._train, box=self._box),
+            box=self._box,
         )
         return {
             "likelihood/log_z": estimate.combined,

@@ -42,6 +42,36 @@ class GaussianBase:
         return type(self)(self.mean.to(device), self.std.to(device))
 
 
+class BoxedGaussianBase:
+    """A `GaussianBase` between `low` and `high` in every coordinate, and nothing outside."""
+
+    def __init__(self, mean: Tensor, std: Tensor, low: float, high: float) -> None:
+        self.mean, self.std, self.low, self.high = mean.float(), std.float(), low, high
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return GaussianBase(self.mean, self.std)(x)
+
+    def log_z(self) -> float:
+        inside = self._mass()[1]
+        return GaussianBase(self.mean, self.std).log_z() + float(inside.log().sum())
+
+    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+        below, inside = self._mass()
+        size, device = (num, *self.mean.shape), self.mean.device
+        uniform = torch.rand(size, generator=generator, device=device, dtype=torch.float64)
+        white = torch.special.ndtri(below + uniform * inside)
+        return (self.mean + self.std * white).float().clamp(self.low, self.high)
+
+    def to(self, device: Any) -> Self:
+        return type(self)(self.mean.to(device), self.std.to(device), self.low, self.high)
+
+    def _mass(self) -> tuple[Tensor, Tensor]:
+        """Of the whole Gaussian, below `low` and between the two, (*event) float64."""
+        mean, std = self.mean.double(), self.std.double()
+        below = torch.special.ndtr((self.low - mean) / std)
+        return below, torch.special.ndtr((self.high - mean) / std) - below
+
+
 class BernoulliBase:
     """E(x) = -sum logit * x of independent coins; logits of shape (*event)."""
 
@@ -86,13 +116,25 @@ class CategoricalBase:
 
 
 def base_law(
-    spec: EventSpec, data: Tensor | None = None, *, std: float = 1.0
-) -> GaussianBase | BernoulliBase | CategoricalBase:
+    spec: EventSpec,
+    data: Tensor | None = None,
+    *,
+    std: float = 1.0,
+    box: tuple[float, float] | None = None,
+) -> GaussianBase | BoxedGaussianBase | BernoulliBase | CategoricalBase:
     """Independent coordinates: of standard scale, or with the moments of `data` (N, *event).
 
     Args:
         std: of the Gaussian for real events and images when there is no data.
+        box: the range that real events and images are confined to, if they are.
     """
+    if box is not None and not spec.discrete:
+        free = base_law(spec, None if data is None else data.clamp(*box), std=std)
+        assert isinstance(free, GaussianBase)
+        # A mean on the border and a narrow width would leave the box next to nothing.
+        middle, width = sum(box) / 2, box[1] - box[0]
+        mean = middle + 0.9 * (free.mean - middle)
+        return BoxedGaussianBase(mean, free.std.clamp_min(0.1 * width), *box)
     if data is not None and (tuple(data.shape[1:]) != spec.shape or data.shape[0] < 2):
         raise ValueError(
             f"data: expected at least 2 events of shape {spec.shape}, got {tuple(data.shape)}"

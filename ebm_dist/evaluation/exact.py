@@ -30,6 +30,7 @@ def exact_log_partition(
     temperature: float = 1.0,
     method: Method = "auto",
     bounds: Sequence[tuple[float, float]] | None = None,
+    box: tuple[float, float] | None = None,
 ) -> float:
     """log of the sum or integral of exp(-E(x)/T) over all events, in nats.
 
@@ -42,6 +43,7 @@ def exact_log_partition(
         temperature: T > 0.
         bounds: the box of the quadrature, a pair for each dimension; found by itself when
             left out, where the energy rises on all sides.
+        box: the same pair for every dimension of real events; not read for discrete ones.
 
     Raises:
         ValueError: nothing exact is known for this energy; use `log_partition`.
@@ -49,6 +51,8 @@ def exact_log_partition(
     if temperature <= 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
     spec = event_of(energy, spec)
+    if box is not None and not spec.discrete:
+        bounds = [box] * math.prod(spec.shape)
     if method == "enumerate" or (
         method == "auto" and spec.discrete and num_states(spec) <= MAX_ENUMERATED
     ):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ebm_dist import samplers
 from ebm_dist.energy_call import energy_at
+from ebm_dist.evaluation.annealing_path import AnnealingPath, BoxedPath
 from ebm_dist.evaluation.bases import Base, base_law
 from ebm_dist.evaluation.exact import event_of, exact_log_partition, is_exact
 from ebm_dist.samplers.kernel import Kernel
@@ -73,6 +74,7 @@ def log_partition(
     base: Base | None = None,
     kernel: Kernel[Any] | None = None,
     samples: Tensor | None = None,
+    box: tuple[float, float] | None = None,
 ) -> LogPartition:
     """Annealed importance sampling of log Z = log sum exp(-E/T), forward and reverse.
 
@@ -96,6 +98,9 @@ def log_partition(
             gradients. Its step size is set by the pilot where it can be tuned.
         samples: exact draws (N, *event) of the model at T to start the reverse chains from; by
             default the energy's own `sample`, else the forward chains, resampled and run on.
+        box: the integral is over low <= x <= high in every coordinate, where chains that are
+            clamped live; `base` and `samples` are then of the box too. Chains move in
+            u = logit((x - low) / (high - low)), which has no border.
 
     Raises:
         ValueError: an argument does not fit the events.
@@ -108,7 +113,9 @@ def log_partition(
             f"log_partition: needs num_chains >= 2 and num_temperatures >= 1, got {num_chains} "
             f"and {num_temperatures}"
         )
-    base = base_law(spec).to(generator.device) if base is None else base
+    if box is not None and spec.discrete:
+        raise ValueError(f"box: only real events and images can be confined, got {spec.kind} ones")
+    base = base_law(spec, box=box).to(generator.device) if base is None else base
     if kernel is None:
         kernel = (
             samplers.make("gibbs_with_gradients")
@@ -122,10 +129,12 @@ def log_partition(
         )
     if num_steps is None:
         num_steps = math.ceil(_num_sites(spec) / 8) if spec.discrete else 1
-    path = _Path(base, energy, temperature, spec)
+    path = AnnealingPath(base, energy, temperature, spec)
+    if box is not None:
+        path = BoxedPath(base, energy, temperature, spec, box=box)
     with samplers.frozen(energy):
         schedule = _pilot(path, kernel, num_temperatures, num_steps, generator)
-        x = base.sample(num_chains, generator).float()
+        x = path.start(num_chains, generator)
         log_w, x, acceptance = _anneal(path, schedule, x, num_steps, generator)
         start, exact = _reverse_start(
             path, schedule, log_w, x, num_chains, num_steps, generator, samples
@@ -149,32 +158,6 @@ def log_partition(
     )
 
 
-class _Path:
-    """E_b(x) = (1 - b) E_0(x) + b E(x)/T, as an energy for the kernels."""
-
-    def __init__(
-        self, base: Base, energy: EnergyFn, temperature: float, spec: EventSpec, b: float = 0.0
-    ) -> None:
-        self.base, self.target, self.temperature, self.b = base, energy, temperature, b
-        self.event = spec
-
-    def __call__(self, x: Tensor) -> Tensor:
-        # At the ends one of the two may be huge or infinite where the other is at home.
-        if self.b == 0:
-            return self.base(x)
-        if self.b == 1:
-            return self.target(x) / self.temperature
-        return (1 - self.b) * self.base(x) + self.b * self.target(x) / self.temperature
-
-    def at(self, b: float) -> _Path:
-        return _Path(self.base, self.target, self.temperature, self.event, b)
-
-    def slope(self, x: Tensor) -> Tensor:
-        """dE_b/db (B,), float64: what a chain's weight gains for each step in b."""
-        with torch.no_grad():
-            return self.target(x).double() / self.temperature - self.base(x).double()
-
-
 @dataclass(frozen=True, slots=True)
 class _Schedule:
     b: list[float]  # from 0 to 1
@@ -182,7 +165,7 @@ class _Schedule:
 
 
 def _pilot(
-    path: _Path,
+    path: AnnealingPath,
     kernel: Kernel[Any],
     num_temperatures: int,
     num_steps: int,
@@ -194,7 +177,7 @@ def _pilot(
     name = getattr(kernel, "tunable", None)
     target = getattr(kernel, "target_acceptance", None)
     tuned = name is not None and target is not None
-    x = path.base.sample(num_chains, generator).float()
+    x = path.start(num_chains, generator)
     stages, steps = [0.0], []
 
     def tune(x: Tensor, b: float, num: int) -> Tensor:
@@ -230,7 +213,7 @@ def _pilot(
 
 
 def _anneal(
-    path: _Path,
+    path: AnnealingPath,
     schedule: _Schedule,
     x: Tensor,
     num_steps: int,
@@ -261,7 +244,7 @@ def _anneal(
 
 
 def _reverse_start(
-    path: _Path,
+    path: AnnealingPath,
     schedule: _Schedule,
     log_weight: Tensor,
     x: Tensor,
@@ -276,8 +259,8 @@ def _reverse_start(
                 f"samples: expected (N, {', '.join(map(str, path.event.shape))}) with N >= 2, got "
                 f"{tuple(samples.shape)}"
             )
-        return samples[:num_chains].float(), True
-    draw = getattr(path.target, "sample", None)
+        return path.enter(samples[:num_chains].float()), True
+    draw = path.draw()
     if callable(draw):
         try:
             exact = draw(num_chains, generator, path.temperature)

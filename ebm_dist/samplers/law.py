@@ -26,6 +26,11 @@ def unadjusted(kernel: Kernel[Any]) -> Unadjusted | None:
     return kernel if isinstance(kernel, Unadjusted) else None
 
 
+def box(kernel: Kernel[Any]) -> tuple[float, float] | None:
+    """The range that every coordinate of the chains is clamped to, None where they are free."""
+    return getattr(unadjusted(kernel), "clamp", None)
+
+
 def curvature(kernel: Unadjusted, energy: EnergyFn, x: Tensor, generator: torch.Generator) -> float:
     """Mean curvature of E at events x (B, *event): trace of the Hessian over its rows.
 

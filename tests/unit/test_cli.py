@@ -137,7 +137,7 @@ def test_an_export_carries_its_recipe_temperature_and_lineage(run_dir, tmp_path)
         "toy:two_moons",
         "T = 1",
         "langevin",
-        "T_eff = 1.",
+        "T_eff = 1",
         "far apart: seen",
         "config_sha256",
     ):
