@@ -18,6 +18,14 @@ EBM_RAY_PORTS=(
   --max-worker-port=10999
 )
 
+# Ray's objects get half of this machine's shared memory, the chains the rest. By itself Ray takes 30%
+# of the memory, and where /dev/shm has less, in a container above all, puts its objects on disk.
+EBM_RAY_STORE=()
+ebm_store=$(($(stat -f -c '%b * %S / 2' /dev/shm 2>/dev/null || echo 0)))
+if ((ebm_store > 80 << 20)); then # Ray takes no less
+  EBM_RAY_STORE=("--object-store-memory=$ebm_store")
+fi
+
 # A node that falls silent is given up after about 37 s; Ray's own values take 63 s. Shorter would end
 # a node whose cable was out for 20 s: TCP doubles its pauses, so that one speaks again only after up
 # to 26 s, and a node once given up does not come back. The last value is how long a server keeps a

@@ -58,7 +58,8 @@ launch_ray() {
   (umask 077 && mkdir -p "$state")
   # A session of its own, so that closing the terminal does not take it along. --block makes one
   # process the owner of all of them: `ray stop` would end every other Ray of this user as well.
-  setsid ray start --block --disable-usage-stats --temp-dir="$temp_dir" "$@" "${EBM_RAY_PORTS[@]}" \
+  setsid ray start --block --disable-usage-stats --temp-dir="$temp_dir" "${EBM_RAY_STORE[@]}" \
+    "$@" "${EBM_RAY_PORTS[@]}" \
     </dev/null >"$state/ray.log" 2>&1 &
   pid=$!
   identity_of "$pid" >"$state/ray.pid"

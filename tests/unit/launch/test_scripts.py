@@ -107,6 +107,8 @@ def test_head_binds_loopback_and_makes_a_private_token(home: Path) -> None:
     assert "RAY_worker_niceness=0" in env
     private = Path(os.readlink(home / "short")) / f"ebm_dist-{os.getuid()}"
     assert f"--temp-dir={private}/ray " in call
+    shared = os.statvfs("/dev/shm")
+    assert f"--object-store-memory={shared.f_blocks * shared.f_frsize // 2} " in call
     assert private.stat().st_mode & 0o777 == 0o700
     pid = int((home / "state" / "ray.pid").read_text().split()[0])
     assert run(home, "local.sh", "start").returncode == 2
@@ -471,6 +473,7 @@ def test_slurm_job_trains_through_symmetric_run_and_leaves_no_token(home: Path) 
     call = (home / "srun.calls").read_text().split()
     assert call[:6] == ["ray", "symmetric-run", "--address", "127.0.0.1:6379", "--min-nodes", "1"]
     assert "--min-worker-port=10100" in call
+    assert any(option.startswith("--object-store-memory=") for option in call)
     assert (home / "token.mode").read_text() == "600\n"
     assert not (home / ".ray" / "ebm_dist-42").exists()
 
