@@ -130,11 +130,12 @@ def test_a_run_whose_ray_is_dying_ends_as_failed_with_a_checkpoint_of_that_momen
 def test_a_run_that_is_stopped_while_it_starts_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run(tmp_path / "r", "run.steps=2")
     stops_within(monkeypatch, LearnerGroup, "meet", 0)
-    result, screen = run(tmp_path / "r")
+    result, screen = run(tmp_path / "r", "run.steps=4")
     assert not result.finished
-    assert result.step == 0
-    assert "the same command goes on" in screen
+    assert result.step == 2
+    assert "the same command goes on from step_00000002" in screen
 
 
 def test_the_processes_of_a_ray_of_our_own_are_looked_at_without_asking_it() -> None:

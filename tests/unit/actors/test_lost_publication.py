@@ -14,7 +14,6 @@ from worlds import World
 
 from ebm_dist.actors.handles import InlineBackend, InlineHandle, InlineResult, PartDied
 from ebm_dist.actors.learners import LearnerGroup
-from ebm_dist.actors.stall import Stalled
 
 STEPS = 8
 OPTIONS = (f"run.steps={STEPS}", "checkpoint.every=3", "tracking.log_every=1")
@@ -98,25 +97,29 @@ def test_rounds_and_newcomers_outlast_weights_whose_sender_died() -> None:
     assert not world.said
 
 
-def test_weights_that_do_not_come_end_the_run_after_the_time_of_a_stall(
+def test_weights_that_do_not_come_have_the_rank_replaced_after_the_time_of_a_stall(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    never = [InlineResult() for _ in range(3)]
+    never: list[InlineResult] = []
     publish, wait = LearnerGroup.publish, InlineBackend.wait
 
     def late(self: LearnerGroup, *, average: bool) -> Any:
         flat = publish(self, average=average)
-        self.publishing = never[:1]
+        if not never:
+            never.append(InlineResult())
+            self.publishing = never[:]
         return flat
 
+    def done(self: InlineBackend, refs: Any, timeout: float) -> list[Any]:
+        return [ref for ref in wait(self, refs, timeout) if not any(ref is one for one in never)]
+
     monkeypatch.setattr(LearnerGroup, "publish", late)
-    monkeypatch.setattr(
-        InlineBackend,
-        "wait",
-        lambda self, refs, timeout: [r for r in wait(self, refs, timeout) if r is not never[0]],
-    )
-    with pytest.raises(Stalled, match="the learner ranks' answers"):
-        run(tmp_path / "r", *OPTIONS, "flow.stall_timeout_s=1")
+    monkeypatch.setattr(InlineBackend, "wait", done)
+    monkeypatch.setattr(InlineBackend, "kill", lambda self, handle: handle.part.close())
+    result, screen = run(tmp_path / "r", *OPTIONS, "flow.stall_timeout_s=0.3")
+    assert result.finished
+    assert "the learner ranks gave no answer" in screen
+    assert "going back" in screen
 
 
 @pytest.mark.parametrize("update", [4, STEPS])
