@@ -74,7 +74,7 @@ def _descriptor(path: str | os.PathLike[str], flags: int, follow: bool = False) 
         if error.errno == errno.ELOOP:
             raise NotRegular(f"{path}: is a link; put the file itself in its place") from None
         if error.errno == errno.ENXIO:
-            raise _no_file(path) from None
+            raise _no_file(path, "FIFO or socket") from None
         raise
     status = os.fstat(descriptor)
     if stat.S_ISREG(status.st_mode) and (status.st_nlink <= 1 or flags & os.O_ACCMODE == 0):
@@ -85,8 +85,8 @@ def _descriptor(path: str | os.PathLike[str], flags: int, follow: bool = False) 
             f"{path}: has a second name (a hard link), whose content a run would change; put a "
             "copy in its place"
         )
-    raise _no_file(path)
+    raise _no_file(path, "directory" if stat.S_ISDIR(status.st_mode) else "FIFO or device")
 
 
-def _no_file(path: str | os.PathLike[str]) -> NotRegular:
-    return NotRegular(f"{path}: expected a file, found a directory, FIFO, socket or device")
+def _no_file(path: str | os.PathLike[str], what: str) -> NotRegular:
+    return NotRegular(f"{path}: is a {what}, expected a file")
