@@ -48,8 +48,18 @@ def _takes_text(model: type[BaseModel], path: list[str], data: Any) -> bool:
     kinds: set[Any] = set()
     for owner in models_at(model, path[:-1], data):
         field = owner.model_fields.get(path[-1])
-        kinds |= {field.annotation, *get_args(field.annotation)} if field else set()
+        kinds |= set(_kinds(field.annotation)) if field else set()
     return str in kinds and not kinds & {bool, int, float}
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types of a union, without what `Annotated` says of them."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [kind for arg in get_args(annotation) for kind in _kinds(arg)]
+    return [annotation]
 
 
 def _with(data: dict[str, Any], path: list[str], value: Any, key: str) -> dict[str, Any]:

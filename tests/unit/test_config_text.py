@@ -44,6 +44,7 @@ class Tool(Section):
     rate: float = 0.1
     levels: tuple[float, ...] = (1.0,)
     label: str | None = None
+    tag: Annotated[str, Field(max_length=9)] | None = None
 
     @field_validator("levels", mode="before")
     @classmethod
@@ -191,6 +192,7 @@ def test_a_number_on_the_command_line_is_text_where_only_text_is_taken():
 
     for text in ("20241128", "1e5", "3e12345", "007", "true"):
         assert read(f"tool.label={text}") == {"tool": {"label": text}}
+        assert read(f"tool.tag={text}") == {"tool": {"tag": text}}
     assert read("tool.label=null") == {"tool": {"label": None}}
     assert read("tool.width=007") == {"tool": {"width": 7}}
     assert read("tool.threads=007") == {"tool": {"threads": 7}}
