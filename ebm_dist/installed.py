@@ -17,19 +17,19 @@ NO_FCNTL = (
 )
 
 
-def command() -> str:
+def command(name: str = "ebm-dist", module: str = "ebm_dist") -> str:
     """The start of a command line that runs this installation from the working directory.
 
-    `ebm-dist` alone where the shell finds this one, else the path of the script beside the
+    `name` alone where the shell finds this one, else the path of the script beside the
     interpreter, or the module.
     """
-    script = Path(sys.executable).parent / "ebm-dist"
-    found = shutil.which("ebm-dist")
+    script = Path(sys.executable).parent / name
+    found = shutil.which(name)
     if found and script.exists() and Path(found).samefile(script):
-        return "ebm-dist"
+        return name
     if script.exists():
         return shlex.quote(_near(script))
-    return f"{shlex.quote(_near(Path(sys.executable)))} -m ebm_dist"
+    return f"{shlex.quote(_near(Path(sys.executable)))} -m {module}"
 
 
 def _near(path: Path) -> str:

@@ -161,6 +161,7 @@ class MetricHub:
         Returns:
             id: W&B run id or None; mode: online, offline or off; dir: the run's W&B directory
             or None; url: of the run's page, None until it is known; line: one line for people;
+            sync: the command that sends an offline run, else None;
             metrics: the path of metrics.jsonl; notices: trouble so far, a line each.
         """
         wandb = self._wandb
@@ -177,6 +178,7 @@ class MetricHub:
             "dir": str(wandb.dir) if wandb else None,
             "url": wandb.url if wandb else None,
             "notice": line,
+            "sync": wandb.sync_command if wandb and wandb.mode == "offline" else None,
             "metrics": str(self._run_dir / METRICS_FILE),
             "notices": list(self._notices),
         }

@@ -288,6 +288,8 @@ def final_screen(
         rows.add_row("", Text("   ".join(f"{k} {number(v)}" for k, v in quality.items())))
     if next_commands is None:
         next_commands = suggested_commands(run_dir, export, steps=steps, interrupted=interrupted)
+        if wandb and (sync := wandb.get("sync")):
+            next_commands.append(_near(str(sync)))
     state = "interrupted" if interrupted else "done"
     console.print(
         Panel(
@@ -335,4 +337,10 @@ def _wandb_line(info: Mapping[str, object] | None) -> str:
     if not info:
         return "off"
     line = str(info.get("url") or info.get("notice") or info.get("mode") or "off")
-    return line.replace(f"{Path.cwd()}/", "")
+    if sync := info.get("sync"):
+        line = line.replace(f"; sync later with `{sync}`", "; the last command below sends it")
+    return _near(line)
+
+
+def _near(text: str) -> str:
+    return text.replace(f"{Path.cwd()}/", "")

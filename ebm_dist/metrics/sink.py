@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from ebm_dist import installed
 from ebm_dist.metrics.config import TrackingConfig as TrackingConfig
 from ebm_dist.metrics.credentials import scrub, scrub_config
 from ebm_dist.metrics.jsonl import JsonlSink as JsonlSink
@@ -103,7 +104,8 @@ class WandbSink:
         """The command that sends what is kept on this disk."""
         kind = "offline-run" if self.mode == "offline" else "run"
         # A pattern, since every attempt of a resumed run leaves a directory.
-        return f"wandb sync {shlex.quote(str(self.dir))}/{kind}-*{self.run_id}"
+        wandb = installed.command("wandb", "wandb")
+        return f"{wandb} sync {shlex.quote(str(self.dir))}/{kind}-*{self.run_id}"
 
     def put(self, item: Mapping[str, Any]) -> None:
         """Hand over one item: {"kind": "row" | "image" | "histogram" | "summary", ...}.

@@ -164,7 +164,11 @@ def test_the_last_screen_says_where_everything_is(
         steps=3000,
         wall_time=251.0,
         samples=run / "samples" / "step_00003000.png",
-        wandb={"mode": "offline", "notice": f"W&B: offline; `wandb sync {run}/wandb/x`"},
+        wandb={
+            "mode": "offline",
+            "notice": f"W&B: offline; sync later with `.venv/bin/wandb sync '{run}/wandb'/x`",
+            "sync": f".venv/bin/wandb sync '{run}/wandb'/x",
+        },
         export=run / "export",
         console=console,
     )
@@ -175,6 +179,7 @@ def test_the_last_screen_says_where_everything_is(
         ".venv/bin/ebm-dist report 'runs/my digits'",
         ".venv/bin/ebm-dist train 'runs/my digits/config.yaml' --run-dir 'runs/my digits' "
         "--resume must run.steps=6000",
+        ".venv/bin/wandb sync 'runs/my digits/wandb'/x",
     ):
         assert command in [line.rstrip() for line in written.splitlines()], written
     text = re.sub(r"\s*│\s*|[╭╮╰╯─]", " ", written)
@@ -182,7 +187,7 @@ def test_the_last_screen_says_where_everything_is(
         "done at update 3,000 after 4:11",
         "runs/my digits/samples/step_00003000.png",
         "runs/my digits/metrics.jsonl",
-        "wandb sync runs/my digits/wandb/x",
+        "W&B: offline; the last command below sends it",
     ):
         assert part in text, text
 

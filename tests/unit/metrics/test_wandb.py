@@ -90,8 +90,9 @@ def test_an_offline_run_holds_rows_config_histograms_and_pictures(
 
     info = hub.info()
     assert info["mode"] == "offline"
-    assert info["notice"].startswith("W&B: offline (no API key); sync later with `wandb sync ")
-    pattern = info["notice"].split("`")[1].removeprefix("wandb sync ")
+    assert info["notice"] == f"W&B: offline (no API key); sync later with `{info['sync']}`"
+    wandb, pattern = info["sync"].split(" sync ")
+    assert wandb.endswith("wandb")
     assert list(Path("/").glob(pattern[1:])), "the command names a directory that is there"
     assert capfd.readouterr() == ("", "")
 
@@ -245,9 +246,8 @@ def test_offline_attempts_make_one_history_when_they_are_synced(
         TrackingConfig(wandb="offline"), tmp_path, {}, "digits", hub.info()["id"], resume_step=6
     ) as hub:
         _log(hub, range(7, 15))
-    command = hub.info()["notice"].split("`")[1].removeprefix("wandb ")
-    # A shell, for its pattern.
-    subprocess.run(f"{sys.executable} -m wandb {command}", shell=True, check=True, timeout=120)
+    # A shell, for the command's pattern.
+    subprocess.run(hub.info()["sync"], shell=True, check=True, timeout=120)
     assert [row["step"] for row in server.runs[hub.info()["id"]].history] == list(range(15))
 
 
