@@ -128,6 +128,8 @@ def _density(
     if not export.spec.discrete:
         where = "all of space, as the sampler has no clamp"
         notes.append(f"log Z is over {where if box is None else f'[{box[0]:g}, {box[1]:g}]^d'}")
+    if box is not None and (train.x.min() < box[0] or train.x.max() > box[1]):
+        notes.append("some data lie outside, where clamped chains have no density at all")
     if is_exact(export.energy, export.spec):
         say("log Z exactly")
         log_z = exact_log_partition(export.energy, export.spec, temperature=temperature, box=box)

@@ -22,7 +22,7 @@ SAMPLER = {"name": "langevin", "step_size": 0.05, "temperature": 1.0, "num_steps
 
 @pytest.fixture
 def export(tmp_path):
-    def write(energy: dict, data: dict, spec: EventSpec | None = None):
+    def write(energy: dict, data: dict, spec: EventSpec | None = None, **sampler):
         config = DataConfig(**data, cache_dir=str(tmp_path / "cache"))
         spec = spec or describe(config)
         section = energies.FAMILY.section(**energy).bind(spec)
@@ -32,7 +32,7 @@ def export(tmp_path):
             energy=module,
             section=section,
             spec=spec,
-            sampler=samplers.FAMILY.section(**SAMPLER),
+            sampler=samplers.FAMILY.section(**SAMPLER, **sampler),
             about={"data": config.model_dump(mode="json")},
         )
         return tmp_path / "model", config
@@ -58,6 +58,15 @@ def test_density_of_a_gaussian_model_is_its_closed_form(tmp_path, export):
     x = load_split(config, "test", 2000).x.double()
     log_prob = (-0.5 * precision * x.square().sum(1) - log_z).mean().item()
     assert result["metrics"]["likelihood/log_prob_test"] == pytest.approx(log_prob, abs=1e-5)
+
+
+def test_density_of_a_clamped_model_is_over_the_range_of_its_chains(tmp_path, export):
+    quadratic = {"name": "quadratic", "precision": 1.0, "learnable": True}
+    path, _ = export(quadratic, MOONS, clamp=[-2.0, 2.0])
+    result = measured(tmp_path, path, "density")
+    log_z = math.log(2 * math.pi) + 2 * math.log(math.erf(2 / math.sqrt(2)))
+    assert result["metrics"]["likelihood/log_z"] == pytest.approx(log_z, abs=1e-5)
+    assert "log Z is over [-2, 2]^d" in result["notes"]
 
 
 def test_ood_tells_far_noise_from_data_by_the_energy(tmp_path, export):
