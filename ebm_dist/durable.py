@@ -55,7 +55,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def replace_text(path: Path, text: str) -> None:
     """Make `text` the content of `path`, in UTF-8 whatever the locale."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="replace"))  # half of a surrogate pair has no bytes
 
 
 def write_output(path: Path, text: str, option: str = "--out") -> None:
