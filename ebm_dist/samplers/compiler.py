@@ -58,13 +58,15 @@ def take_own_cache() -> None:
     Raises:
         CompilerFailed: there is no such place.
     """
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
-        return
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+    # Some of torch's modules set the variable to the default when they are imported.
+    usual = Path(default_cache_dir())
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(usual)) not in ("", str(usual)):
+        return
     try:
         try:
-            own = own_directory(Path(default_cache_dir()))
+            own = own_directory(usual)
         except UserError:
             own = scratch() / "torchinductor"
     except UserError as error:

@@ -73,10 +73,10 @@ def test_code_that_somebody_else_may_have_compiled_is_not_loaded(
     made: Callable[[Path], None] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = pytest.importorskip("torch._inductor.runtime.cache_dir_utils")
-    # Set first, so that what the compiler sets does not outlive the test.
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     named = Path(cache.default_cache_dir())
+    # As torch does itself when some of its modules are imported.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(named))
     if made is not None:
         made(named)
     take_own_cache()

@@ -87,5 +87,5 @@ def test_the_memory_of_this_machine_does_not_limit_a_run_on_a_cluster(
     for address in ("local", "10.0.0.1:6379", "auto"):
         config = load(SMALL, ["runtime.backend=ray", f"runtime.address={address}"])
         spec = describe(config.data)
-        run._backend(run.bind(config, spec), spec, tmp_path)
+        run._backend(run.bind(config, spec), spec, tmp_path, lambda: False)
         assert len(asked) == 1, address
