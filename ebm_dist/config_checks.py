@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -272,6 +273,7 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
             labels that the data does not have or logits that the energy does not have, or
             nothing can be trained.
     """
+    _check_storage(config, spec)
     _check_sizes(config, spec)
     try:
         with limited(max_parts=MAX_PARTS, max_numbers=numbers_in_memory()):
@@ -281,7 +283,6 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
             module = energy.build()
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
-    _check_storage(config, spec)
     if objective.needs_labels and spec.num_classes is None:
         raise UserError(
             f"objective.name: {config.objective.name} reads labels, and {config.data.location} "  # type: ignore[attr-defined]
@@ -306,26 +307,29 @@ def _check_sizes(config: RunConfig, spec: EventSpec) -> None:
     if numbers > MAX_EVENT_NUMBERS:
         raise UserError(
             f"{config.data.location}: events of shape {spec.shape} have {numbers} numbers, at most "
-            f"{MAX_EVENT_NUMBERS} are sampled; set data.resize for images"
+            f"{MAX_EVENT_NUMBERS} are sampled; prepare smaller ones (ebm-dist data prepare "
+            "imagefolder OUT --source DIR --resize 64)"
         )
-    # Of a cluster the driver's memory says nothing, but for what the driver holds itself.
-    here = config.runtime.backend == "inline" or config.runtime.address is None
+    stored = Codec.of(config.buffer.storage, spec).dtype.itemsize
     counts = {
-        "data.batch_size": config.data.batch_size,
-        "buffer.num_negatives": config.num_negatives,
-        "workers.num_chains": config.workers.num_chains,
-        "evaluation.num_samples": config.evaluation.num_samples,
-        "evaluation.num_grid": config.evaluation.num_grid,
-        "evaluation.num_ais_chains": config.evaluation.num_ais_chains,
-        "evaluation.audit_chains": config.evaluation.audit_chains,
-        **({"buffer.capacity": config.buffer.capacity} if here else {}),
+        "data.batch_size": (config.data.batch_size, 4),
+        "buffer.num_negatives": (config.num_negatives, 4),
+        "workers.num_chains": (config.workers.num_chains, 4),
+        "evaluation.num_samples": (config.evaluation.num_samples, 4),
+        "evaluation.num_grid": (config.evaluation.num_grid, 4),
+        "evaluation.num_ais_chains": (config.evaluation.num_ais_chains, 4),
+        "evaluation.audit_chains": (config.evaluation.audit_chains, 4),
     }
-    room = numbers_in_memory()
-    for key, count in counts.items():
-        if count * numbers > room:
+    # Of a cluster the driver's memory says nothing, but for what the driver holds itself.
+    local = config.runtime.address == "local" and not os.environ.get("RAY_ADDRESS")
+    if config.runtime.backend == "inline" or local:
+        counts["buffer.capacity"] = (config.buffer.capacity, stored)
+    room = 4 * numbers_in_memory()
+    for key, (count, width) in counts.items():
+        if (needed := count * numbers * width) > room:
             raise UserError(
-                f"{key}: {count} events of shape {spec.shape} are {count * numbers * 4 >> 30} GiB, "
-                f"this machine has {room * 4 >> 30}; lower {key} to {room // numbers // 4} or less"
+                f"{key}: {count} events of shape {spec.shape} are {needed >> 30} GiB, this machine "
+                f"has {room >> 30}; lower {key} to {room // (4 * numbers * width)} or less"
             )
 
 

@@ -27,7 +27,7 @@ FORKS.set_forkserver_preload(["ebm_dist.run", "ebm_dist.learner.engine", "deepsp
 
 
 def half_written(run_dir: Path) -> bool:
-    return any((run_dir / "checkpoints").glob(".tmp-*"))
+    return any((run_dir / "checkpoints").glob(".step_*.part"))
 
 
 def alive(process: BaseProcess | Popen[bytes]) -> bool:

@@ -395,7 +395,9 @@ def test_a_run_directory_in_use_is_one_line(write, capsys, tmp_path):
 
 def test_no_free_shared_memory_is_one_line_and_starts_no_ray(write, capsys, tmp_path, monkeypatch):
     usage = namedtuple("Usage", "total used free")
-    monkeypatch.setattr("ebm_dist.run.shutil.disk_usage", lambda path: usage(64, 64, 2**20))
+    monkeypatch.setattr(
+        "ebm_dist.actors.object_store.shutil.disk_usage", lambda path: usage(64, 64, 2**20)
+    )
     path = write(runtime={"backend": "ray"})
     line = one_line(capsys, ["train", str(path), "--run-dir", str(tmp_path / "run")])
     assert "/dev/shm" in line

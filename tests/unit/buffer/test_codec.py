@@ -100,7 +100,9 @@ def test_a_checkpoint_keeps_what_is_stored_and_can_be_read_as_another_type(
 
     first, second = image_shard(before, 0), image_shard(after, 1)
     saved = first.snapshot()
-    checkpoint.save(tmp_path, 1, {"shard_0000": saved["arrays"]}, {}, keep=1)
+    learner = {"weight": np.zeros(1, np.float32)}
+    parts = {"learner": learner, "shard_0000": saved["arrays"]}
+    checkpoint.save(tmp_path, 1, parts, {}, keep=1)
     arrays = checkpoint.latest(tmp_path).arrays("shard_0000")
     assert arrays["position"].dtype == Codec.of(before, IMAGE).dtype
     second.restore(arrays, saved["meta"])

@@ -14,6 +14,14 @@ import pytest
 from ebm_dist.signals import STOPPING, asking, interrupting
 
 
+@pytest.fixture(autouse=True)
+def without_nohup():
+    """The tests may have been started under `nohup`, which has SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", STOPPING)
 def test_each_signal_runs_what_undoes_a_half_done_thing(number):
     before = signal.getsignal(number)

@@ -18,7 +18,7 @@ from ebm_dist.errors import UserError
 from ebm_dist.section import Section
 
 PACKAGE = Path(cli.__file__).parent
-NO_KEYS = {"run.log", "energy.logits"}
+NO_KEYS = {"run.log", "energy.logits", "learner.safetensors"}
 OF_OTHER_PROGRAMS = {
     "--head",  # ray start
     "--porcelain",  # git
