@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +21,7 @@ import typer
 import ebm_dist
 from ebm_dist import installed
 from ebm_dist.errors import RunFailed, UserError, one_line
-from ebm_dist.paths import expand_argument
+from ebm_dist.paths import user_path
 from ebm_dist.signals import interrupting
 
 # Everything else is imported inside the command that needs it: `--help` answers within a
@@ -48,10 +49,21 @@ CommandLineError = typer.BadParameter.__mro__[2]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Keys to set over the file, e.g. learner.lr=1e-4.")
 ]
-ConfigFile = Annotated[Path, typer.Argument(help="The YAML config.", show_default=False)]
-ExportDir = Annotated[
-    Path, typer.Argument(help="An export, or a run directory that holds one.", show_default=False)
-]
+
+
+def _path(text: str | Path) -> Path:
+    """A path behind an argument or option: `~` is the home directory, variables are refused."""
+    try:
+        return Path(user_path(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+_Argument = partial(typer.Argument, parser=_path, metavar="PATH", show_default=False)
+_Option = partial(typer.Option, parser=_path, metavar="PATH")
+
+ConfigFile = Annotated[Path, _Argument(help="The YAML config.")]
+ExportDir = Annotated[Path, _Argument(help="An export, or a run directory that holds one.")]
 
 
 def _version(asked: bool) -> None:
@@ -83,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     there is a checkpoint to go on from, 130 a signal came before there was one, or stopped another
     command. `EBM_DIST_DEBUG=1` lets exceptions through with their traceback.
     """
-    arguments = [expand_argument(text) for text in (sys.argv[1:] if argv is None else argv)]
+    arguments = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale may lack the sign of a square
             stream.reconfigure(errors="backslashreplace")
@@ -178,7 +190,7 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Where the run is kept; run.dir/run.name when left out.")
+        Path | None, _Option(help="Where the run is kept; run.dir/run.name when left out.")
     ] = None,
     resume: Annotated[
         Literal["auto", "never", "must"],
@@ -203,9 +215,9 @@ def sample(
     checkpoint: ExportDir,
     num: Annotated[int, typer.Option(min=1, help="Chains to draw.")] = 64,
     steps: Annotated[int, typer.Option(min=0, help="Sampler steps of each chain.")] = 1000,
-    out: Annotated[
-        Path, typer.Option(help="A picture (.png) or arrays x and energy (.npz).")
-    ] = Path("samples.png"),
+    out: Annotated[Path, _Option(help="A picture (.png) or arrays x and energy (.npz).")] = Path(
+        "samples.png"
+    ),
     start: Annotated[
         Literal["noise", "chains"],
         typer.Option(help="Begin at noise, or go on from the run's last chains."),
@@ -240,7 +252,7 @@ def evaluate(
         Literal["density", "ood", "robustness", "fidelity", "landscape"],
         typer.Option(help="What to measure.", show_default=False),
     ],
-    out: Annotated[Path | None, typer.Option(help="Write the result here as JSON.")] = None,
+    out: Annotated[Path | None, _Option(help="Write the result here as JSON.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     data: Annotated[
@@ -270,8 +282,8 @@ def evaluate(
 
 @app.command(epilog="Example: ebm-dist export runs/digits digits-model")
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
-    out_dir: Annotated[Path, typer.Argument(help="The export to write.", show_default=False)],
+    run_dir: Annotated[Path, _Argument(help="A run directory.")],
+    out_dir: Annotated[Path, _Argument(help="The export to write.")],
 ) -> None:
     """Write a run's newest checkpoint as safetensors, config, model card and sample grid."""
     from ebm_dist.export import export_run
@@ -293,8 +305,8 @@ def data_prepare(
             show_default=False,
         ),
     ],
-    out_dir: Annotated[Path, typer.Argument(help="The directory to write.", show_default=False)],
-    source: Annotated[Path | None, typer.Option(help="Where the originals are.")] = None,
+    out_dir: Annotated[Path, _Argument(help="The directory to write.")],
+    source: Annotated[Path | None, _Option(help="Where the originals are.")] = None,
     resize: Annotated[
         int | None,
         typer.Option(help="Cut imagefolder's images to squares and scale them to this side."),
@@ -308,9 +320,9 @@ def data_prepare(
 
 @app.command(epilog="Example: ebm-dist report runs/digits --out digits.html")
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    run_dir: Annotated[Path, _Argument(help="A run directory.")],
     out: Annotated[
-        Path | None, typer.Option(help="The page to write; RUN_DIR/report.html when left out.")
+        Path | None, _Option(help="The page to write; RUN_DIR/report.html when left out.")
     ] = None,
 ) -> None:
     """Write one HTML page about a run: chain health, curves, samples, config."""
@@ -321,7 +333,7 @@ def report(
 
 @dashboard_app.command("write", epilog="Example: ebm-dist dashboard write --out dashboard.json")
 def dashboard_write(
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("dashboard.json"),
+    out: Annotated[Path, _Option(help="The file to write.")] = Path("dashboard.json"),
 ) -> None:
     """Write the W&B workspace as JSON: its sections, panels and the metrics they draw."""
     from ebm_dist.report import dashboard
@@ -348,7 +360,7 @@ def dashboard_publish(
 
 @app.command(epilog="Example: ebm-dist doctor")
 def doctor(
-    directory: Annotated[Path, typer.Option(help="Where runs will be written.")] = Path("."),
+    directory: Annotated[Path, _Option(help="Where runs will be written.")] = Path("."),
 ) -> None:
     """Check what this machine has of what a run needs; each line is ok or says what to do."""
     from ebm_dist.doctor import examine

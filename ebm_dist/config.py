@@ -147,6 +147,9 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _similar_file(path: Path) -> str:
     folder = path.parent
-    names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
+    names = [item.name for item in folder.glob("*.y*ml")] if folder.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-    return f"; did you mean {folder / close[0]}?" if close else ""
+    found = [folder / name for name in close] or [
+        p for p in [Path(f"configs/{path}.yaml")] if p.exists()
+    ]
+    return f"; did you mean {found[0]}?" if found else ""

@@ -17,6 +17,11 @@ from ebm_dist.errors import UserError
 from ebm_dist.safe_open import NotRegular
 
 _LOCK = ".lock"
+_OF_A_RUN = {
+    *("config.yaml", "manifest.json", "metrics.jsonl", "histograms.jsonl", "run.log", _LOCK),
+    *("config.json", "model.safetensors", "chains.safetensors", "checksums.json", "meta.json"),
+}
+"""Names that no output of another command may take from what is there."""
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 """What file systems answer that do not know a call at all: CIFS, FUSE, Lustre, some NFS."""
 
@@ -62,8 +67,10 @@ def write_output(path: Path, text: str, option: str = "--out") -> None:
     """Write what a command was asked for to `path`, its folders included.
 
     Raises:
-        UserError: it cannot be written; nothing is left there.
+        UserError: it cannot be written, and nothing is left there; or it is a run's own file.
     """
+    if path.name in _OF_A_RUN and path.exists():
+        raise UserError(f"{option}: {path} is a file that a run or an export needs; name another")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, text)
@@ -82,6 +89,7 @@ def new_directory(final: Path, *, replace: bool, family: str | None = None) -> I
         family: a pattern of names, that of `final` alone when left out. What killed writers of
             such directories left beside `final` is removed.
     """
+    refuse_link(final)
     family = family or re.escape(final.name)
     for path in _siblings(final, family, "part"):
         if _is_abandoned(path):
@@ -104,6 +112,12 @@ def new_directory(final: Path, *, replace: bool, family: str | None = None) -> I
         shutil.rmtree(part, ignore_errors=True)
     for path in _siblings(final, family, "old"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise `NotRegular` where `path` is a link, in whose place a new directory would come."""
+    if path.is_symlink():
+        raise NotRegular(f"{path}: is a link; name the directory that it leads to, or remove it")
 
 
 def lock(file: IO[bytes]) -> bool | None:

@@ -213,7 +213,7 @@ def render(
             "",
             *(_metric_table(quality, metrics) or ["Nothing was measured during the run."]),
             "",
-            "Chains at the end of the run:",
+            "Energies and chains at the end of the run:",
             "",
             *(_metric_table(health, metrics) or ["Nothing was logged."]),
             "",

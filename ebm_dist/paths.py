@@ -10,11 +10,13 @@ def user_path(path: str | os.PathLike[str]) -> str:
     """`path` with the home directory for a leading `~`.
 
     Raises:
-        ValueError: it names variables or an unknown user. Variables are not filled in: a config
-            from elsewhere could put a secret of the environment into a name, and the name into
-            every record of the run.
+        ValueError: it is empty, or names variables or an unknown user. Variables are not filled in:
+            a config from elsewhere could put a secret of the environment into a name, and the name
+            into every record of the run.
     """
     text = os.fspath(path)
+    if not text:
+        raise ValueError("expected a path, got an empty text; write . for this directory")
     if re.search(r"\$(\w|\{\w+\})", text):
         raise ValueError(
             f"expected a path, got {text!r}, and variables are not filled in; write the path "
@@ -29,12 +31,3 @@ def user_path(path: str | os.PathLike[str]) -> str:
             "write ~/ for your own, or ./~ for a folder of that name"
         )
     return expanded
-
-
-def expand_argument(argument: str) -> str:
-    """`~/x` and `--option=~/x` of a command line, where no shell expands the latter."""
-    option, value = "", argument
-    if argument.startswith("--"):
-        option, equals, value = argument.partition("=")
-        option += equals
-    return option + (os.path.expanduser(value) if value.startswith("~") else value)

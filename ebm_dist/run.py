@@ -29,7 +29,7 @@ from ebm_dist.config import RunConfig, dump, load
 from ebm_dist.config_checks import check_event
 from ebm_dist.data import describe
 from ebm_dist.data.dataset import located
-from ebm_dist.durable import replace_text
+from ebm_dist.durable import refuse_link, replace_text
 from ebm_dist.errors import RunFailed, UserError, one_line
 from ebm_dist.export import export_run
 from ebm_dist.metrics.progress import Progress, final_screen
@@ -93,6 +93,7 @@ def train(
         except ValueError as error:
             raise UserError(f"--run-dir: {error}") from None
     with claimed(directory) as unguarded:
+        refuse_link(directory / "export")  # which is written after the training
         found = starting_point(directory, resume)
         with found.of_a_run() if found is not None else contextlib.nullcontext():
             if found is not None:

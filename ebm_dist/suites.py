@@ -286,5 +286,8 @@ def _landscape(
         persistent=stored is not None and _persists(export),
     )
     metrics = {**audit.metrics(), "audit/energy_data": audit.energy_data}
-    notes = [audit.alarm] if audit.alarm else ["no alarm: the long chains stay where the data is"]
+    healthy = (
+        "no alarm: no chain diverged, none found energies below the data's far from them, and "
+    )
+    notes = [audit.alarm or healthy + "long and short chains agree"]
     return {k: v for k, v in metrics.items() if math.isfinite(v)}, notes

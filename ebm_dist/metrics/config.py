@@ -22,8 +22,8 @@ def _addressable(name: str) -> str:
     """A part of a page's address, of which W&B refuses these characters."""
     if set(name) & set("/\\#?%:"):
         raise ValueError(
-            f"expected a name without / \\ # ? % : in it, got {name!r}; drop them, and give a team "
-            "as tracking.entity"
+            f"expected a name without / \\ # ? % : in it, got {name!r}; drop them (a team's "
+            "name is tracking.entity, the project's tracking.project)"
         )
     return _short(name)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ebm_dist import safe_open
-from ebm_dist.durable import lock, new_directory, replace_text
+from ebm_dist.durable import lock, new_directory, replace_text, write_output
 from ebm_dist.errors import UserError
 from ebm_dist.safe_open import NotRegular
 
@@ -138,3 +138,19 @@ def test_an_export_is_written_in_utf8_where_the_locale_is_not(tmp_path):
     env = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}
     subprocess.run([sys.executable, "-c", script], env=env, check=True)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "noise_std²"
+
+
+def test_what_a_command_writes_takes_no_file_of_a_run_and_no_place_of_a_link(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("{}\n")
+    with pytest.raises(UserError, match="a run or an export needs; name another"):
+        write_output(metrics, "page")
+    assert metrics.read_text() == "{}\n"
+    (tmp_path / "real").mkdir()
+    (tmp_path / "latest").symlink_to("real")
+    with (
+        pytest.raises(UserError, match="is a link; name the directory"),
+        new_directory(tmp_path / "latest", replace=True),
+    ):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "metrics.jsonl", "real"]
