@@ -242,6 +242,7 @@ def test_offline_attempts_make_one_history_when_they_are_synced(
 ) -> None:
     with MetricHub(TrackingConfig(wandb="offline"), tmp_path, {}, "digits") as hub:
         _log(hub, range(10))
+    time.sleep(1.0)  # W&B names a directory by the second; attempts are further apart than that
     with MetricHub(
         TrackingConfig(wandb="offline"), tmp_path, {}, "digits", hub.info()["id"], resume_step=6
     ) as hub:
