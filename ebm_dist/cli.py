@@ -59,7 +59,7 @@ def _path(text: str | Path) -> Path:
         raise typer.BadParameter(str(error)) from None
 
 
-_Argument = partial(typer.Argument, parser=_path, metavar="PATH", show_default=False)
+_Argument = partial(typer.Argument, parser=_path, show_default=False)
 _Option = partial(typer.Option, parser=_path, metavar="PATH")
 
 ConfigFile = Annotated[Path, _Argument(help="The YAML config.")]
