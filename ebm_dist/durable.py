@@ -94,19 +94,18 @@ def new_directory(final: Path, *, replace: bool, family: str | None = None) -> I
     for path in _siblings(final, family, "part"):
         if _is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
-    part = _beside(final, "part")
-    part.mkdir(parents=True)
+    part, file = _lock_new_directory(final)
     try:
-        with (part / _LOCK).open("xb") as file:
-            lock(file)
+        with file:
             yield part
             mode = (part / _LOCK).stat().st_mode
-            (part / _LOCK).unlink()
             for path in part.iterdir():
                 path.chmod(mode)  # safetensors makes its files for their owner alone
                 sync(path)
             sync(part)
             _install(part, final, replace)
+            # Only now: what is killed before has its lock, by which the next writer knows it.
+            (final / _LOCK).unlink()
         sync(final.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -172,11 +171,31 @@ def _siblings(final: Path, family: str, kind: str) -> list[Path]:
     return []
 
 
+def _lock_new_directory(final: Path) -> tuple[Path, IO[bytes]]:
+    """A new directory beside `final` and its lock, held.
+
+    Another writer may take the directory for a dead one's until the lock is there; then it is
+    made again.
+    """
+    while True:
+        part = _beside(final, "part")
+        part.mkdir(parents=True)
+        with contextlib.suppress(FileNotFoundError):
+            file = (part / _LOCK).open("xb")
+            if lock(file) is not False:
+                return part, file
+            file.close()
+
+
 def _is_abandoned(part: Path) -> bool:
     """Whether its writer is dead: a living one holds the lock. Not known where there are none."""
-    with contextlib.suppress(OSError), (part / _LOCK).open("rb+") as file:
-        return lock(file) is True
-    return False
+    try:
+        with (part / _LOCK).open("rb+") as file:
+            return lock(file) is True
+    except FileNotFoundError:
+        return True  # killed before it had a lock
+    except OSError:
+        return False
 
 
 def _install(part: Path, final: Path, replace: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ebm_dist import safe_open
+from ebm_dist import durable, safe_open
 from ebm_dist.durable import lock, new_directory, replace_text, write_output
 from ebm_dist.errors import UserError
 from ebm_dist.safe_open import NotRegular
@@ -80,11 +80,13 @@ def test_a_replaced_link_is_replaced_and_not_followed(tmp_path):
     assert not (tmp_path / "file").is_symlink()
 
 
-def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_fills_is_not(tmp_path):
+@pytest.mark.parametrize("files", [(), (".lock",), (".lock", "a"), ("a",)])
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_fills_is_not(files, tmp_path):
     final = tmp_path / "export"
     dead = tmp_path / ".export.0123abcd.part"
     dead.mkdir()
-    (dead / ".lock").touch()
+    for name in files:
+        (dead / name).touch()
     with new_directory(final, replace=True) as living:
         (living / "a").write_text("1")
         with new_directory(final, replace=True) as other:
@@ -93,6 +95,31 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_fills_is_not
     assert not dead.exists()
     assert (final / "a").read_text() == "1"
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open", "sync", "_install", "unlink"])
+def test_a_writer_killed_at_any_call_leaves_nothing_that_the_next_does_not_remove(call, tmp_path):
+    """It ends without its `finally`, right after the first such call."""
+    final = tmp_path / "checkpoints" / "step_1"
+    final.parent.mkdir()
+    child = os.fork()
+    if child == 0:
+        where = durable if hasattr(durable, call) else Path
+        real = getattr(where, call)
+
+        def then_killed(*args, **kwargs):
+            real(*args, **kwargs)
+            os._exit(9)
+
+        setattr(where, call, then_killed)
+        with new_directory(final, replace=True, family=r"step_\d+") as part:
+            (part / "a").write_bytes(b"1")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    with new_directory(final.with_name("step_2"), replace=True, family=r"step_\d+") as part:
+        (part / "a").write_bytes(b"2")
+    assert not list(final.parent.glob(".*"))
+    assert [p.name for p in final.with_name("step_2").iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(
