@@ -34,12 +34,12 @@ import numpy as np
 import torch
 from common import interleaved, keep, machine, medians, seconds, spread
 
-from ebm_dist.actors.handles import tune_process
 from ebm_dist.buffer.codec import Codec
-from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.rows import open_rows
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.types import EventSpec, Lease, MovedChains
+from ebm_dist.cluster.backend import tune_process
+from ebm_dist.core.types import EventSpec, Lease, MovedChains
 
 EVENT = (3, 32, 32)
 SPEC = EventSpec(EVENT, "image")

@@ -30,13 +30,14 @@ from typing import Any
 
 from common import keep
 
-from ebm_dist.actors.cut import Progress
-from ebm_dist.actors.flow import NegativeFlow
-from ebm_dist.actors.pool import RoundPool
-from ebm_dist.actors.ray_backend import RayBackend
-from ebm_dist.buffer.policy import BufferConfig, FlowConfig
+from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.types import EventSpec, Lease, MovedChains
+from ebm_dist.checkpoint.cut import Progress
+from ebm_dist.cluster.ray_backend import RayBackend
+from ebm_dist.config.sections import FlowConfig
+from ebm_dist.controller.negatives.source import NegativeFlow
+from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.core.types import EventSpec, Lease, MovedChains
 
 CHAINS, STEPS, SLOTS = 64, 40, 10**6
 COUNTS = {"free": 0, "leased": 0, "ready": 0, "capacity": 0, "age_mean": 0.0}

@@ -49,9 +49,9 @@ def zero(device: str) -> None:
     import torch
 
     from ebm_dist import energies, objectives
+    from ebm_dist.core.types import Batch, Negatives
     from ebm_dist.learner.config import LearnerConfig
     from ebm_dist.learner.engine import Engine
-    from ebm_dist.types import Batch, Negatives
 
     ends = []
     for stage in (0, 2):
@@ -166,7 +166,7 @@ def samplers_table(device: str, seconds: float) -> None:
 
 def fashion(out: Path, device: str, seconds: float) -> None:
     """The recipe for so long, stopped as Ctrl-C stops it."""
-    from ebm_dist.data.fashion_mnist import DIRECTORY
+    from ebm_dist.data.sources.mnist import DIRECTORY
 
     data = ROOT / "data/fashion-mnist"
     if not data.exists():

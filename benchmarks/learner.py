@@ -28,12 +28,12 @@ from end_to_end import BATCH, config, write_images
 from rich.console import Console
 from rich.table import Table
 
-from ebm_dist.actors.learner import LearnerRank
-from ebm_dist.actors.placement import available_cores
-from ebm_dist.config import RunConfig
+from ebm_dist.actors.learner_rank import LearnerRank
+from ebm_dist.config.run_config import RunConfig
+from ebm_dist.core.types import Batch, Negatives
 from ebm_dist.data import describe, prepare
-from ebm_dist.run import bind
-from ebm_dist.types import Batch, Negatives
+from ebm_dist.run.placement.plan import available_cores
+from ebm_dist.run.train import bind
 
 LR = 1e-5
 

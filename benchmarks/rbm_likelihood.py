@@ -22,14 +22,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ebm_dist.config import load
+from ebm_dist.config.run_config import load
+from ebm_dist.core.seeds import derive_seed
 from ebm_dist.data import load_split
-from ebm_dist.energies.boltzmann import Rbm
-from ebm_dist.export import load_energy
+from ebm_dist.energies.closed_form.boltzmann import Rbm
+from ebm_dist.export.writer import load_energy
 from ebm_dist.learner import learning_rate
 from ebm_dist.learner.optimizer import make_optimizer
-from ebm_dist.run import bind, describe, train
-from ebm_dist.seeds import derive_seed
+from ebm_dist.run.train import bind, describe, train
 
 TRAINING_SET = 1442
 """Images: a batch has them all, so that the positive phase has no noise."""

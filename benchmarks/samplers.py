@@ -37,7 +37,8 @@ from common import interleaved, keep, keep_memory, machine, medians, seconds, sp
 from torch import Tensor, nn
 
 from ebm_dist import energies, samplers
-from ebm_dist.samplers import Engine, compiler, run_chain
+from ebm_dist.samplers import Engine, run_chain
+from ebm_dist.samplers.compile import compiler
 
 Round = Callable[[], object]
 

@@ -151,7 +151,7 @@ def our_curve(
     path: Path, overrides: list[str], num_updates: int, num: int, fidelity: Any
 ) -> tuple[list[tuple[float, float]], int]:
     """The same of `ebm-dist train`, whose chains are those of its checkpoints."""
-    from ebm_dist.checkpoint import open_checkpoint
+    from ebm_dist.checkpoint.files import open_checkpoint
 
     with tempfile.TemporaryDirectory() as directory:
         run_dir = f"{directory}/run"
@@ -186,10 +186,10 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ebm_dist.config import load
+    from ebm_dist.config.run_config import load
     from ebm_dist.data import describe, load_split
     from ebm_dist.evaluation.fidelity import Fidelity
-    from ebm_dist.run import bind
+    from ebm_dist.run.train import bind
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path, help="a config of ours, with evaluation.every")

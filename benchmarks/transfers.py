@@ -22,12 +22,12 @@ import torch
 from common import interleaved, keep, machine, medians, spread
 from torch import nn
 
-from ebm_dist.actors.ray_backend import RayBackend
-from ebm_dist.actors.shard_host import ShardHost
-from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.actors.shard import ShardHost
+from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.rows import open_rows
-from ebm_dist.types import EventSpec, Lease, MovedChains
-from ebm_dist.weights import FlatLayout
+from ebm_dist.cluster.ray_backend import RayBackend
+from ebm_dist.core.types import EventSpec, Lease, MovedChains
+from ebm_dist.core.weights import FlatLayout
 
 EVENT = (3, 32, 32)
 SIZES = {"1.6M": [1024, 1024, 512], "25M": [2048] * 7}

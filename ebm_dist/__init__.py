@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ebm_dist._version import __version__
 
 if TYPE_CHECKING:
-    from ebm_dist.export import load_energy
-    from ebm_dist.run import train
-
-# Looked up on first use: loading an export must not need Ray, DeepSpeed or W&B.
-_LAZY = {"load_energy": "ebm_dist.export", "train": "ebm_dist.run"}
+    from ebm_dist.export.writer import load_energy
+    from ebm_dist.run.train import train
+_LAZY = {"load_energy": "ebm_dist.export.writer", "train": "ebm_dist.run.train"}
 _SUBMODULES = {"diagnostics", "energies", "evaluation", "objectives", "samplers"}
 
 __all__ = ["__version__", "load_energy", "train"]

@@ -18,13 +18,12 @@ from typing import Annotated, Literal
 
 import typer
 
-import ebm_dist
-from ebm_dist import installed
-from ebm_dist.errors import RunFailed, UserError, one_line
-from ebm_dist.paths import user_path
-from ebm_dist.signals import interrupting
+from ebm_dist._version import __version__
+from ebm_dist.core import installed
+from ebm_dist.core.errors import RunFailed, UserError, one_line
+from ebm_dist.core.paths import user_path
+from ebm_dist.core.signals import interrupting
 
-# Everything else is imported inside the command that needs it: `--help` answers within a
 # second, and sampling an export works where Ray and DeepSpeed are not installed.
 
 app = typer.Typer(
@@ -68,7 +67,7 @@ ExportDir = Annotated[Path, _Argument(help="An export, or a run directory that h
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"ebm_dist {ebm_dist.__version__}")
+        typer.echo(f"ebm_dist {__version__}")
         raise typer.Exit
 
 
@@ -198,10 +197,10 @@ def train(
     ] = "auto",
 ) -> None:
     """Train the energy that CONFIG describes."""
-    from ebm_dist.config import load
+    from ebm_dist.config.run_config import load
 
     loaded = load(config, overrides or [])
-    from ebm_dist.run import train as run
+    from ebm_dist.run.train import train as run
 
     directory = run_dir or Path(loaded.run.dir) / loaded.run.name
     with _failures_say_how_to_resume(directory):
@@ -226,8 +225,8 @@ def sample(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Draw samples from an exported model by the sampler that it was trained with."""
-    from ebm_dist.draw import check_suffix, draw, save_samples
-    from ebm_dist.export_reader import open_export
+    from ebm_dist.export.reader import open_export
+    from ebm_dist.export.sample import check_suffix, draw, save_samples
 
     check_suffix(out)
     export = open_export(checkpoint)
@@ -262,9 +261,9 @@ def evaluate(
     """Measure an exported model on one suite of tests."""
     import json
 
-    from ebm_dist.durable import write_output
-    from ebm_dist.export_reader import open_export
-    from ebm_dist.suites import evaluate as run_suite
+    from ebm_dist.export.reader import open_export
+    from ebm_dist.export.suites import evaluate as run_suite
+    from ebm_dist.files.durable import write_output
 
     def say(text: str) -> None:
         print(f"{suite}: {text}", file=sys.stderr, flush=True)
@@ -286,7 +285,7 @@ def export(
     out_dir: Annotated[Path, _Argument(help="The export to write.")],
 ) -> None:
     """Write a run's newest checkpoint as safetensors, config, model card and sample grid."""
-    from ebm_dist.export import export_run
+    from ebm_dist.export.writer import export_run
 
     print(export_run(run_dir, out_dir))
 
@@ -363,7 +362,7 @@ def doctor(
     directory: Annotated[Path, _Option(help="Where runs will be written.")] = Path("."),
 ) -> None:
     """Check what this machine has of what a run needs; each line is ok or says what to do."""
-    from ebm_dist.doctor import examine
+    from ebm_dist.run.doctor import examine
 
     healthy = True
     for finding in examine(directory):
@@ -378,7 +377,7 @@ def doctor(
 @config_app.command("show", epilog="Example: ebm-dist config show configs/digits.yaml run.steps=10")
 def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print CONFIG complete, with every default written out."""
-    from ebm_dist.config import dump, load
+    from ebm_dist.config.run_config import dump, load
 
     print(dump(load(config, overrides or [])), end="")
 
@@ -388,7 +387,7 @@ def config_schema() -> None:
     """Print the JSON schema of a config, for editors."""
     import json
 
-    from ebm_dist.config import schema
+    from ebm_dist.config.run_config import schema
 
     print(json.dumps(schema(), indent=2))
 

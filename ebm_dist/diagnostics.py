@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ebm_dist.core.types import EnergyFn
 from ebm_dist.correlation_time import within_chain_time
-from ebm_dist.types import EnergyFn
 
 LADDER = (
     "a ladder such as {name: parallel_tempering, kernel: {name: mala, step_size: 0.1}, "

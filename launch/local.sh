@@ -27,7 +27,7 @@ running() {
 }
 
 # Sets `temp_dir` to where this Ray keeps its sessions. Its own directories and the sockets in them are
-# writable by everybody, so they lie where nobody else can enter; ebm_dist/actors/ray_temp.py does so too.
+# writable by everybody, so they lie where nobody else can enter; ebm_dist/cluster/ray_temp.py does so too.
 choose_temp_dir() {
   local root=${RAY_TMPDIR:-${TMPDIR:-/tmp}} private
   local below=/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store

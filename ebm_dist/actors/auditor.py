@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from ebm_dist.actors.handles import Backend, Handle, PartDied, Ref, first_line
-from ebm_dist.buffer.jarzynski import start_noise
-from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.buffer.config import BufferConfig
+from ebm_dist.buffer.starts import start_noise
+from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref, first_line
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import EventSpec
+from ebm_dist.core.weights import FlatLayout
 from ebm_dist.data import DataConfig, load_split
 from ebm_dist.energies import EnergySection
 from ebm_dist.evaluation.audit import long_run_audit
 from ebm_dist.evaluation.config import EvaluationConfig
 from ebm_dist.samplers import KernelSection
-from ebm_dist.seeds import derive_seed
-from ebm_dist.types import EventSpec
-from ebm_dist.weights import FlatLayout
 
 
 class Auditor:

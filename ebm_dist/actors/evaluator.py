@@ -9,22 +9,22 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.generators import seeded
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import EventSpec
+from ebm_dist.core.weights import FlatLayout
 from ebm_dist.data import DataConfig, load_split
 from ebm_dist.energies import EnergySection
-from ebm_dist.energy_call import energy_at
 from ebm_dist.evaluation.bases import base_law
 from ebm_dist.evaluation.config import EvaluationConfig
 from ebm_dist.evaluation.exact import exact_log_partition, is_exact
 from ebm_dist.evaluation.fidelity import Fidelity
 from ebm_dist.evaluation.likelihood import log_likelihood, log_partition
-from ebm_dist.generators import seeded
-from ebm_dist.objectives.jarzynski import log_z_ratio, log_z_standard_error, weights_moved
+from ebm_dist.jarzynski.weights import log_z_ratio, log_z_standard_error, weights_moved
 from ebm_dist.objectives.weighting import ess_ratio
 from ebm_dist.samplers import KernelSection
 from ebm_dist.samplers.law import box, curvature, effective_temperature, unadjusted
-from ebm_dist.seeds import derive_seed
-from ebm_dist.types import EventSpec
-from ebm_dist.weights import FlatLayout
 
 log = logging.getLogger("ebm_dist")
 

@@ -5,59 +5,21 @@ from __future__ import annotations
 import numpy as np
 import torch
 from einops import rearrange
-from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
-from ebm_dist.actors.shared_memory import NodeMemory
-from ebm_dist.actors.weighted_round import GAIN, carried, weighted
 from ebm_dist.buffer.codec import Codec, StorageName
-from ebm_dist.buffer.jarzynski import resampling
 from ebm_dist.buffer.rows import open_rows
+from ebm_dist.cluster.shared_memory import NodeMemory
+from ebm_dist.core.errors import NonFinite
+from ebm_dist.core.generators import seeded
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import EventSpec, Lease, MovedChains
+from ebm_dist.core.weights import FlatLayout
 from ebm_dist.diagnostics import autocorrelation_time, effective_sample_size, split_rhat
 from ebm_dist.energies import EnergySection
-from ebm_dist.errors import NonFinite
-from ebm_dist.generators import seeded
+from ebm_dist.jarzynski.kernel import GAIN, carried, weighted
+from ebm_dist.jarzynski.weights import resampling
 from ebm_dist.samplers import Chain, Engine, KernelSection, run_chain
-from ebm_dist.section import Section
-from ebm_dist.seeds import derive_seed
-from ebm_dist.types import EventSpec, Lease, MovedChains
-from ebm_dist.weights import FlatLayout
-
-
-class WorkersConfig(Section):
-    """The pool that moves the chains."""
-
-    num_workers: PositiveInt = Field(default=1, le=100_000)
-    """Worker actors; where an elastic pool begins."""
-
-    min_workers: PositiveInt | None = None
-    """The pool shrinks to this while workers have nothing to do; num_workers when left out."""
-
-    max_workers: PositiveInt | None = None
-    """The pool grows to this while the learner waits for negatives and Ray has room for another
-    worker; num_workers when left out. One process (runtime.backend inline) has num_workers."""
-
-    num_chains: PositiveInt = 64
-    """Chains a worker moves in one round; the negatives of an update are a multiple of it."""
-
-    num_threads: PositiveInt | None = None
-    """Torch threads of a worker; the cores shared out when left out. Pin it alike on every
-    machine where deterministic runs are to agree bit for bit."""
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """Fewest and most workers."""
-        return self.min_workers or self.num_workers, self.max_workers or self.num_workers
-
-    @model_validator(mode="after")
-    def _ordered(self) -> WorkersConfig:
-        low, high = self.bounds
-        if not low <= self.num_workers <= high:
-            raise ValueError(
-                f"expected min_workers <= num_workers <= max_workers, got {low}, "
-                f"{self.num_workers} and {high}; set num_workers to where the pool is to begin"
-            )
-        return self
 
 
 class Worker:

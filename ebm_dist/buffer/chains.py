@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 
 from ebm_dist.buffer.codec import Codec
+from ebm_dist.buffer.config import BufferConfig, first_identity
 from ebm_dist.buffer.draw import FREE, LEASED, READY
-from ebm_dist.buffer.jarzynski import start_log_weight
-from ebm_dist.buffer.policy import BufferConfig, first_identity
-from ebm_dist.buffer.starts import Starts, StartSource
+from ebm_dist.buffer.starts import Starts, StartSource, start_log_weight
 from ebm_dist.buffer.storage import SlotStorage
 from ebm_dist.buffer.trace import ChainTrace, TracePlan
-from ebm_dist.seeds import derive_seed
-from ebm_dist.types import EventSpec
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import EventSpec
 
 _FILL_CHUNK = 4096
 

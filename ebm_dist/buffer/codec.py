@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebm_dist.types import EventSpec
+from ebm_dist.core.types import EventSpec
 
 StorageName = Literal["float32", "bfloat16", "uint8"]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ebm_dist.buffer.rows import lock_path
 from ebm_dist.buffer.storage import SlotStorage
-from ebm_dist.types import RowGrant
+from ebm_dist.core.types import RowGrant
 
 _MOST_OPEN = 256
 """Locks that a shard keeps open, of the 1024 files that a process may commonly have."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ebm_dist.buffer.rows import same
-from ebm_dist.types import MovedChains, RowGrant
+from ebm_dist.core.types import MovedChains, RowGrant
 
 
 @dataclass(slots=True)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ebm_dist.types import RowGrant
+from ebm_dist.core.types import RowGrant
 
 ROW = np.dtype(
     [

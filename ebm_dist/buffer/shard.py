@@ -23,20 +23,20 @@ from typing import Any
 import numpy as np
 
 from ebm_dist.buffer.chains import ShardChains
+from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.draw import FREE, LEASED, READY, KeyedGenerator, draw_free
 from ebm_dist.buffer.grants import GrantBook
 from ebm_dist.buffer.lease import Outstanding, few
-from ebm_dist.buffer.policy import BufferConfig
 from ebm_dist.buffer.rows import same
-from ebm_dist.seeds import derive_seed
-from ebm_dist.types import EventSpec, Lease, MovedChains
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import EventSpec, Lease, MovedChains
 
 MAX_VOID = 64
 """Leases that are remembered after they came to nothing; their rounds are redone within seconds."""
 
 
 class Shard(ShardChains):
-    """Chains of one shard. Plain Python: `actors/ray_backend.py` puts it behind Ray."""
+    """Chains of one shard. Plain Python: `cluster/ray_backend.py` puts it behind Ray."""
 
     def __init__(
         self,

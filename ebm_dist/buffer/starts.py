@@ -1,17 +1,24 @@
-"""How chains of a shard start: from noise or from data, by a seed that names the occasion."""
+"""How chains of a shard start: from noise or from data, by a seed that names the occasion.
+
+A chain with a Jarzynski weight that no kernel has moved yet is a draw from a known law q. It stands
+in its slot with energy 0 and log-weight -log q(x); the first round then carries it to the weights
+of the day like any other chain, A' = A + (0 - E(x)/T), and the mean of exp(A) estimates Z itself
+and not a ratio.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ebm_dist.buffer.jarzynski import start_noise
-from ebm_dist.buffer.policy import BufferConfig
-from ebm_dist.generators import seeded
-from ebm_dist.seeds import derive_seed
-from ebm_dist.types import Batch, EventSpec
+from ebm_dist.buffer.config import BufferConfig
+from ebm_dist.core.generators import seeded
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import Batch, EventSpec
 
 
 class StartSource(Protocol):
@@ -60,3 +67,28 @@ class Starts:
     def load_state(self, state: dict[str, Any] | None) -> None:
         if self._data is not None and state is not None:
             self._data.load_state(state)
+
+
+def start_noise(
+    config: BufferConfig, spec: EventSpec, num: int, generator: torch.Generator
+) -> Tensor:
+    """`num` chains (num, *event) as `buffer.init: noise` starts them.
+
+    Weighted chains of images start from N(0, init_std^2) and not from the cube [-1, 1]: a
+    density that is zero where the model's is not can be carried to the model by no weight.
+    """
+    if config.jarzynski and spec.kind == "image":
+        spec = EventSpec(spec.shape, "real")
+    return spec.noise(num, generator, std=config.init_std)
+
+
+def start_log_weight(config: BufferConfig, spec: EventSpec, x: np.ndarray) -> np.ndarray:
+    """-log q(x), (num,) float32, of chains x (num, *event) that `start_noise` drew."""
+    if spec.kind == "binary":
+        return np.full(len(x), math.prod(spec.shape) * math.log(2), np.float32)
+    if spec.kind == "categorical":
+        num_sites, num_values = math.prod(spec.shape[:-1]), spec.shape[-1]
+        return np.full(len(x), num_sites * math.log(num_values), np.float32)
+    white = x.reshape(len(x), -1).astype(np.float64) / config.init_std
+    constant = math.log(config.init_std) + 0.5 * math.log(2 * math.pi)
+    return (0.5 * (white**2).sum(1) + white.shape[1] * constant).astype(np.float32)

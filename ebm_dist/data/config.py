@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from ebm_dist.section import Section, UserPath
+from ebm_dist.core.section import Section, UserPath
 
 
 class DataConfig(Section):

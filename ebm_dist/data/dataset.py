@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.section import nearest
 from ebm_dist.data.config import DataConfig
-from ebm_dist.data.decode import Layout, guess_layout
-from ebm_dist.data.manifest import FILE_NAME, SplitName, read_manifest
-from ebm_dist.data.originals import WITHOUT_ORIGINALS, static_layout
-from ebm_dist.data.prepare import materialise
-from ebm_dist.data.shards import SUFFIXES, ShardFile, read_shard
-from ebm_dist.errors import UserError
-from ebm_dist.section import nearest
+from ebm_dist.data.format.decode import Layout, guess_layout
+from ebm_dist.data.format.manifest import FILE_NAME, SplitName, read_manifest
+from ebm_dist.data.format.shards import SUFFIXES, ShardFile, read_shard
+from ebm_dist.data.sources.originals import WITHOUT_ORIGINALS, static_layout
+from ebm_dist.data.sources.prepare import materialise
 
 _MAX_SHARDS = 1_000_000
 

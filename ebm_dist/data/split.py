@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ebm_dist.core.errors import RunFailed, UserError
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import Batch, EventSpec
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.dataset import Dataset, open_dataset, stored_layout
-from ebm_dist.data.decode import decode_sample
-from ebm_dist.data.manifest import SplitName
-from ebm_dist.data.shards import check_shard, read_shard
-from ebm_dist.data.transform import Transform, event_spec
-from ebm_dist.errors import RunFailed, UserError
-from ebm_dist.seeds import derive_seed
-from ebm_dist.types import Batch, EventSpec
+from ebm_dist.data.format.decode import decode_sample
+from ebm_dist.data.format.manifest import SplitName
+from ebm_dist.data.format.shards import check_shard, read_shard
+from ebm_dist.data.stream.transform import Transform, event_spec
 
 
 def describe(config: DataConfig) -> EventSpec:

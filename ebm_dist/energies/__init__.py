@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ebm_dist.energies.associative import (
+from ebm_dist.energies.closed_form.associative import (
     Hopfield,
     ModernHopfield,
     hopfield,
     modern_hopfield,
     store,
 )
-from ebm_dist.energies.boltzmann import Rbm, rbm
-from ebm_dist.energies.composition import Conditional, Mixture, Sum, Tempered
-from ebm_dist.energies.family import FAMILY, AnalyticEnergy, BoundSection, Energy, EnergySection
-from ebm_dist.energies.finite import FiniteEnergy
-from ebm_dist.energies.gaussian import Quadratic, quadratic
-from ebm_dist.energies.lattice import LatticePhi4, lattice_phi4
-from ebm_dist.energies.mixture import GaussianMixture, gaussian_mixture
-from ebm_dist.energies.mlp import MlpSection
-from ebm_dist.energies.network import NetworkEnergy, NetworkSection
-from ebm_dist.energies.planar import (
+from ebm_dist.energies.closed_form.boltzmann import Rbm, rbm
+from ebm_dist.energies.closed_form.finite import FiniteEnergy
+from ebm_dist.energies.closed_form.gaussian import Quadratic, quadratic
+from ebm_dist.energies.closed_form.lattice import LatticePhi4, lattice_phi4
+from ebm_dist.energies.closed_form.mixture import GaussianMixture, gaussian_mixture
+from ebm_dist.energies.closed_form.planar import (
     Checkerboard,
     DoubleWell,
     Ring,
@@ -28,11 +24,15 @@ from ebm_dist.energies.planar import (
     double_well,
     ring,
 )
-from ebm_dist.energies.resnet import ResNetSection
-from ebm_dist.energies.spin import Ising, Potts, ising, potts
-from ebm_dist.energies.transformer_lm import LanguageModel, TransformerLmSection
-from ebm_dist.energies.vit import VitSection
-from ebm_dist.energies.wide_resnet import WideResNetSection
+from ebm_dist.energies.closed_form.spin import Ising, Potts, ising, potts
+from ebm_dist.energies.composition import Conditional, Mixture, Sum, Tempered
+from ebm_dist.energies.family import FAMILY, AnalyticEnergy, BoundSection, Energy, EnergySection
+from ebm_dist.energies.networks.mlp import MlpSection
+from ebm_dist.energies.networks.network import NetworkEnergy, NetworkSection
+from ebm_dist.energies.networks.resnet import ResNetSection
+from ebm_dist.energies.networks.transformer_lm import LanguageModel, TransformerLmSection
+from ebm_dist.energies.networks.vit import VitSection
+from ebm_dist.energies.networks.wide_resnet import WideResNetSection
 
 make = FAMILY.make
 

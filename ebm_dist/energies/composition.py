@@ -18,8 +18,8 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
+from ebm_dist.core.types import EnergyFn, EventSpec
 from ebm_dist.energies.family import FAMILY, AnalyticEnergy, Energy, EnergySection
-from ebm_dist.types import EnergyFn, EventSpec
 
 
 class _Function(nn.Module):

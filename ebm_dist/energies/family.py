@@ -9,8 +9,8 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from ebm_dist.section import Family, Section
-from ebm_dist.types import MAX_EVENT_NUMBERS, EventKind, EventSpec
+from ebm_dist.core.section import Family, Section
+from ebm_dist.core.types import MAX_EVENT_NUMBERS, EventKind, EventSpec
 
 
 class Energy(nn.Module):

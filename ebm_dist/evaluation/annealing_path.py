@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ebm_dist.core.types import EnergyFn, EventSpec
 from ebm_dist.evaluation.bases import Base
-from ebm_dist.types import EnergyFn, EventSpec
 
 
 class AnnealingPath:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebm_dist.energy_call import energy_at
-from ebm_dist.errors import NonFinite
+from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.errors import NonFinite
+from ebm_dist.core.types import EnergyFn
 from ebm_dist.samplers.chain import run_chain
 from ebm_dist.samplers.kernel import Kernel
-from ebm_dist.types import EnergyFn
 
 SHORT_RUN_REINIT = 0.5
 """From this buffer.reinit_prob on, what training knows of the model is its chains' first rounds:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebm_dist.types import EventSpec
+from ebm_dist.core.types import EventSpec
 
 
 class Base(Protocol):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from ebm_dist.section import Section
+from ebm_dist.core.section import Section
 
 
 class EvaluationConfig(Section):

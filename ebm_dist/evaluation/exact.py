@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebm_dist.energies.quadrature import log_integral
-from ebm_dist.energy_call import energy_at
-from ebm_dist.types import EnergyFn, EventSpec
+from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.types import EnergyFn, EventSpec
+from ebm_dist.energies.closed_form.quadrature import log_integral
 
 MAX_ENUMERATED = 2**20
 _NEGLIGIBLE = 45.0

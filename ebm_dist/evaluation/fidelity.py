@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ebm_dist.seeds import derive_seed
-from ebm_dist.types import Batch, EventSpec
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import Batch, EventSpec
 
 FORMAT = "ebm_dist.fidelity/2"
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ebm_dist import samplers
-from ebm_dist.energy_call import energy_at
+from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.types import EnergyFn, EventSpec
 from ebm_dist.evaluation.annealing_path import AnnealingPath, BoxedPath
 from ebm_dist.evaluation.bases import Base, base_law
 from ebm_dist.evaluation.exact import event_of, exact_log_partition, is_exact
 from ebm_dist.samplers.kernel import Kernel
-from ebm_dist.types import EnergyFn, EventSpec
 
 __all__ = [
     "LogPartition",

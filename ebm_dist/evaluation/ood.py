@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ebm_dist.energy_call import energy_at
-from ebm_dist.types import EnergyFn
+from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.types import EnergyFn
 
 Score = Literal["energy", "grad_norm", "typicality", "max_prob"]
 SCORES: tuple[Score, ...] = ("energy", "grad_norm", "typicality", "max_prob")

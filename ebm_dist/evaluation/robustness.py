@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebm_dist.energy_call import energy_at
+from ebm_dist.core.energy_call import energy_at
 
 Norm = Literal["l2", "linf"]
 Logits = Callable[[Tensor], Tensor]

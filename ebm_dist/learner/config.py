@@ -15,9 +15,9 @@ from pydantic import (
     model_validator,
 )
 
-from ebm_dist.learner.options import check_options
-from ebm_dist.section import Section
-from ebm_dist.weights import WireName
+from ebm_dist.core.section import Section
+from ebm_dist.core.weights import WireName
+from ebm_dist.learner.deepspeed_options import check_options
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 

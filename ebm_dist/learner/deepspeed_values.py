@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import ValidationError as Invalid
 
-from ebm_dist.section import Section, nearest
+from ebm_dist.core.section import Section, nearest
 
 
 class _Exact(Section):

@@ -16,20 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ebm_dist.energies.layers import TransformerBlocks
-from ebm_dist.errors import NonFinite
+from ebm_dist.core.errors import NonFinite
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import Batch, Negatives
+from ebm_dist.core.weights import FlatLayout, flat_tensors
+from ebm_dist.energies.networks.layers import TransformerBlocks
 from ebm_dist.learner.config import LearnerConfig
+from ebm_dist.learner.deepspeed_options import deepspeed_options
 from ebm_dist.learner.group import Group, numbered
 from ebm_dist.learner.micro_batch import micro_batches
 from ebm_dist.learner.optimizer import make_optimizer
-from ebm_dist.learner.options import deepspeed_options
 from ebm_dist.learner.packed import PackedWeights
 from ebm_dist.learner.partition import keep_shapes, partition_of
 from ebm_dist.learner.step import LearningStep
 from ebm_dist.objectives.objective import Objective
-from ebm_dist.seeds import derive_seed
-from ebm_dist.types import Batch, Negatives
-from ebm_dist.weights import FlatLayout, flat_tensors
 
 
 class Engine:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ebm_dist.types import Batch, Negatives
+from ebm_dist.core.types import Batch, Negatives
 
 
 def micro_batches(

@@ -13,9 +13,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from ebm_dist.generators import seeded
+from ebm_dist.core.generators import seeded
+from ebm_dist.core.types import Batch, Negatives
 from ebm_dist.objectives.objective import Objective
-from ebm_dist.types import Batch, Negatives
 
 
 class LearningStep(nn.Module):

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from ebm_dist.errors import UserError
+from ebm_dist.core.errors import UserError
 from ebm_dist.metrics.config import TrackingConfig
 
 Mode = Literal["online", "offline", "off"]

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ebm_dist.durable import replace_text, replacing
-from ebm_dist.errors import UserError
+from ebm_dist.core.errors import UserError
+from ebm_dist.files.durable import replace_text, replacing
+from ebm_dist.files.safe_open import make_directory
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import resolve_mode, scrub, with_environment
 from ebm_dist.metrics.credentials import run_name as name_on_page
@@ -23,7 +24,6 @@ from ebm_dist.metrics.jsonl import METRICS_FILE, JsonlSink, read_rows
 from ebm_dist.metrics.names import FRAME
 from ebm_dist.metrics.sink import WandbSink, first_run_id
 from ebm_dist.metrics.tile import enlarge, tile
-from ebm_dist.safe_open import make_directory
 
 MAX_WAITING = 10_000
 """Items that may wait for the disk; beyond it rows are dropped and counted."""

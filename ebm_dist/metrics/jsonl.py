@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ebm_dist.durable import replacing
-from ebm_dist.safe_open import open_to_append, open_to_read, open_to_repair
+from ebm_dist.files.durable import replacing
+from ebm_dist.files.safe_open import open_to_append, open_to_read, open_to_repair
 
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "metrics.superseded.jsonl"

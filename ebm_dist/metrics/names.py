@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ebm_dist.section import nearest
+from ebm_dist.core.section import nearest
 
 
 @dataclass(frozen=True, slots=True)

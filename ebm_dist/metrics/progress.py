@@ -19,8 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ebm_dist import installed
-from ebm_dist.errors import one_line
+from ebm_dist.core import installed
+from ebm_dist.core.errors import one_line
 
 PLAIN_EVERY = 10.0
 """Seconds between two lines where the output is not a terminal."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ebm_dist import installed
+from ebm_dist.core import installed
 from ebm_dist.metrics.config import TrackingConfig as TrackingConfig
 from ebm_dist.metrics.credentials import scrub, scrub_config
 from ebm_dist.metrics.jsonl import JsonlSink as JsonlSink

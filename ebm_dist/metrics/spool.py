@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ebm_dist.durable import replace_text, replacing
+from ebm_dist.files.durable import replace_text, replacing
+from ebm_dist.files.safe_open import make_directory, open_to_append, open_to_read, read_bytes
 from ebm_dist.metrics.jsonl import decode, encode, read_rows, repair
-from ebm_dist.safe_open import make_directory, open_to_append, open_to_read, read_bytes
 
 RECENT = 2000
 """Last items of the file that may come again from a hub's driver: twice what it keeps for one."""

@@ -9,10 +9,10 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from ebm_dist.energy_call import energy_at
+from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.section import Family, Section
+from ebm_dist.core.types import Batch, EnergyFn, EventKind, EventSpec, Negatives
 from ebm_dist.objectives.weighting import ess_ratio, normalised_weights, staleness_log_weight
-from ebm_dist.section import Family, Section
-from ebm_dist.types import Batch, EnergyFn, EventKind, EventSpec, Negatives
 
 Metrics = dict[str, Tensor]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ebm_dist.durable import write_output
-from ebm_dist.errors import RunFailed, UserError
-from ebm_dist.installed import how_to_install
+from ebm_dist.core.errors import RunFailed, UserError
+from ebm_dist.core.installed import how_to_install
+from ebm_dist.files.durable import write_output
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import find_key, first_fault, scrub, with_environment
 from ebm_dist.metrics.names import IMAGES, METRICS

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from ebm_dist.core.seeds import derive_seed
 from ebm_dist.report import gallery_dynamics, gallery_landscapes
 from ebm_dist.report.grid import new_figure, save_figure
-from ebm_dist.seeds import derive_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ebm_dist import diagnostics, energies, samplers
+from ebm_dist.core.types import EventSpec
 from ebm_dist.evaluation.exact import exact_log_partition, states
-from ebm_dist.types import EventSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebm_dist.durable import replacing
-from ebm_dist.energy_call import energy_at
+from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.types import EnergyFn, EventSpec
+from ebm_dist.files.durable import replacing
 from ebm_dist.metrics.tile import enlarge, tile
-from ebm_dist.types import EnergyFn, EventSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,16 +13,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ebm_dist.config_text import read_yaml
-from ebm_dist.durable import write_output
-from ebm_dist.errors import UserError
+from ebm_dist.config.text import read_yaml
+from ebm_dist.core.errors import UserError
+from ebm_dist.files.durable import write_output
+from ebm_dist.files.safe_open import open_to_read, read_bytes
 from ebm_dist.metrics.credentials import scrub_known
 from ebm_dist.metrics.jsonl import METRICS_FILE, SUPERSEDED_FILE, decode
 from ebm_dist.metrics.names import describe
 from ebm_dist.metrics.progress import number
 from ebm_dist.report.health import Finding, examine
 from ebm_dist.report.plots import PANELS, Pairs, collect, draw_panel, other_panels
-from ebm_dist.safe_open import open_to_read, read_bytes
 
 MAX_PICTURES = 12
 MAX_PICTURE_BYTES = 400_000

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ebm_dist.errors import one_line
+from ebm_dist.core.errors import one_line
 from ebm_dist.metrics.names import FRAME, describe
 from ebm_dist.report.grid import new_figure
 

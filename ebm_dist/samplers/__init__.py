@@ -5,13 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ebm_dist.samplers.adapt import adapt_step_size
-from ebm_dist.samplers.annealed_langevin import AnnealedLangevin, AnnealedLangevinSection
 from ebm_dist.samplers.chain import Chain, run_chain
-from ebm_dist.samplers.discrete_langevin import DiscreteLangevin, DiscreteLangevinSection
-from ebm_dist.samplers.engine import Engine
-from ebm_dist.samplers.gibbs import Gibbs, GibbsSection, LatentConditionals, LinearBlocks
-from ebm_dist.samplers.gibbs_with_gradients import GibbsWithGradients, GibbsWithGradientsSection
-from ebm_dist.samplers.hmc import Hmc, HmcSection
+from ebm_dist.samplers.compile.engine import Engine
+from ebm_dist.samplers.continuous.annealed_langevin import AnnealedLangevin, AnnealedLangevinSection
+from ebm_dist.samplers.continuous.hmc import Hmc, HmcSection
+from ebm_dist.samplers.continuous.langevin import Langevin, LangevinSection
+from ebm_dist.samplers.continuous.mala import Mala, MalaSection
+from ebm_dist.samplers.continuous.nuts import Nuts, NutsSection
+from ebm_dist.samplers.continuous.preconditioned_langevin import (
+    PreconditionedLangevin,
+    PreconditionedLangevinSection,
+    adapt_scales,
+)
+from ebm_dist.samplers.continuous.random_walk import RandomWalk, RandomWalkSection
+from ebm_dist.samplers.continuous.sghmc import Sghmc, SghmcSection
+from ebm_dist.samplers.discrete.discrete_langevin import DiscreteLangevin, DiscreteLangevinSection
+from ebm_dist.samplers.discrete.gibbs import Gibbs, GibbsSection, LatentConditionals, LinearBlocks
+from ebm_dist.samplers.discrete.gibbs_with_gradients import (
+    GibbsWithGradients,
+    GibbsWithGradientsSection,
+)
+from ebm_dist.samplers.frozen import frozen
 from ebm_dist.samplers.kernel import (
     FAMILY,
     DepartingKernel,
@@ -21,19 +35,14 @@ from ebm_dist.samplers.kernel import (
     KernelState,
     NonFiniteEnergy,
 )
-from ebm_dist.samplers.langevin import Langevin, LangevinSection
-from ebm_dist.samplers.mala import Mala, MalaSection
-from ebm_dist.samplers.nuts import Nuts, NutsSection
-from ebm_dist.samplers.parallel_tempering import ParallelTempering, ParallelTemperingSection
-from ebm_dist.samplers.preconditioned_langevin import (
-    PreconditionedLangevin,
-    PreconditionedLangevinSection,
-    adapt_scales,
+from ebm_dist.samplers.tempering.parallel_tempering import (
+    ParallelTempering,
+    ParallelTemperingSection,
 )
-from ebm_dist.samplers.random_walk import RandomWalk, RandomWalkSection
-from ebm_dist.samplers.sghmc import Sghmc, SghmcSection
-from ebm_dist.samplers.standing import frozen
-from ebm_dist.samplers.tempered_transitions import TemperedTransitions, TemperedTransitionsSection
+from ebm_dist.samplers.tempering.tempered_transitions import (
+    TemperedTransitions,
+    TemperedTransitionsSection,
+)
 
 make = FAMILY.make
 

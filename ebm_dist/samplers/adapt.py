@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ebm_dist.core.types import EnergyFn
+from ebm_dist.samplers.frozen import frozen
 from ebm_dist.samplers.kernel import Kernel
-from ebm_dist.samplers.standing import frozen
-from ebm_dist.types import EnergyFn
 
 K = TypeVar("K", bound=Kernel)
 

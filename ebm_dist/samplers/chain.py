@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ebm_dist.samplers.block import weights_of
-from ebm_dist.samplers.engine import Engine
+from ebm_dist.core.types import EnergyFn
+from ebm_dist.samplers.compile.block import weights_of
+from ebm_dist.samplers.compile.engine import Engine
+from ebm_dist.samplers.frozen import Autocast, standing
 from ebm_dist.samplers.kernel import Kernel, KernelState, require_finite, start
-from ebm_dist.samplers.standing import Autocast, standing
-from ebm_dist.samplers.walk import walk
-from ebm_dist.types import EnergyFn
+from ebm_dist.samplers.stepper import walk
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from ebm_dist.energy_call import energy_at
-from ebm_dist.errors import NonFinite
-from ebm_dist.section import Family, Section
-from ebm_dist.types import EnergyFn, EventSpec
+from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.errors import NonFinite
+from ebm_dist.core.section import Family, Section
+from ebm_dist.core.types import EnergyFn, EventSpec
 
 
 class KernelState(Protocol):

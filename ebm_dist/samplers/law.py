@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebm_dist.samplers.annealed_langevin import AnnealedLangevin
+from ebm_dist.core.types import EnergyFn
+from ebm_dist.samplers.continuous.annealed_langevin import AnnealedLangevin
+from ebm_dist.samplers.continuous.langevin import Langevin
+from ebm_dist.samplers.continuous.preconditioned_langevin import PreconditionedLangevin
+from ebm_dist.samplers.continuous.sghmc import Sghmc
 from ebm_dist.samplers.kernel import Kernel
-from ebm_dist.samplers.langevin import Langevin
-from ebm_dist.samplers.parallel_tempering import ParallelTempering
-from ebm_dist.samplers.preconditioned_langevin import PreconditionedLangevin
-from ebm_dist.samplers.sghmc import Sghmc
-from ebm_dist.types import EnergyFn
+from ebm_dist.samplers.tempering.parallel_tempering import ParallelTempering
 
 Unadjusted = Langevin | AnnealedLangevin | PreconditionedLangevin | Sghmc
 

@@ -35,8 +35,8 @@ from graph_runs import TINY, mapped, newest_step, pids, rows, start
 from rich.console import Console
 from rich.table import Table
 
-from ebm_dist import checkpoint
-from ebm_dist.errors import UserError
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.core.errors import UserError
 
 MAX_LAG = 4
 OVERRIDES = (

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ebm_dist import energies, objectives
-from ebm_dist.generators import seeded
+from ebm_dist.core.generators import seeded
+from ebm_dist.core.types import Batch, Negatives
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.learner.engine import Engine
-from ebm_dist.types import Batch, Negatives
 
 Draw = tuple[Batch, Negatives | None]
 

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ebm_dist.actors.shared_memory import ROOT
-from ebm_dist.config import load
-from ebm_dist.run import RunResult, _short_hash, train
+from ebm_dist.cluster.shared_memory import ROOT
+from ebm_dist.config.run_config import load
+from ebm_dist.run.train import RunResult, _short_hash, train
 
 TINY: dict[str, Any] = {
     "run": {"name": "tiny", "seed": 3, "steps": 12},
@@ -59,7 +59,7 @@ def start(run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
     """The same as a process of its own, which can be killed."""
     config = run_dir.parent / "tiny.yaml"
     if not config.exists():
-        from ebm_dist.config import dump
+        from ebm_dist.config.run_config import dump
 
         config.write_text(dump(load(TINY)))
     code = "import sys; from ebm_dist.cli import main; sys.exit(main())"

@@ -13,7 +13,7 @@ import pytest
 from cluster_bed import PORT, Bed, Node, bed, not_permitted
 from graph_runs import TINY, assert_bitwise_equal, newest_step, run, wait_for
 
-from ebm_dist.config import dump, load
+from ebm_dist.config.run_config import dump, load
 
 pytestmark = [
     pytest.mark.ray,

@@ -16,7 +16,7 @@ import pytest
 from cluster_bed import ROOT, Bed, Node, bed, not_permitted
 from graph_runs import TINY, newest_step, rows, wait_for
 
-from ebm_dist.config import dump, load
+from ebm_dist.config.run_config import dump, load
 
 pytestmark = [
     pytest.mark.ray,

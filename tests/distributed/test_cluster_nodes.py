@@ -20,7 +20,7 @@ import pytest
 from cluster_bed import HEAD, PORT, Bed, Node, bed, not_permitted
 from graph_runs import TINY, rows, wait_for
 
-from ebm_dist.config import dump, load
+from ebm_dist.config.run_config import dump, load
 
 pytestmark = [
     pytest.mark.ray,

@@ -9,9 +9,9 @@ import torch
 from engine_ranks import draws, make_energy, start
 from torch import Tensor, nn
 
+from ebm_dist.core.types import Batch
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.learner.engine import Engine
-from ebm_dist.types import Batch
 
 ACCUMULATION = 2
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from engine_ranks import draws, free_port, make_energy, make_objective, slice_of, start
 
-from ebm_dist.errors import NonFinite, RunFailed
+from ebm_dist.core.errors import NonFinite, RunFailed
+from ebm_dist.core.types import Batch
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.learner.engine import Engine
-from ebm_dist.types import Batch
 
 OBJECTIVE = ("contrastive", {"energy_l2": 0.1, "gradient_penalty": 0.5})
 

@@ -14,7 +14,7 @@ import torch
 from ebm_dist import energies, objectives
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.learner.engine import Engine
-from ebm_dist.types import Batch
+from ebm_dist.core.types import Batch
 
 rank, ports = int(sys.argv[1]), sys.argv[2:]
 for stage, port in enumerate(ports):

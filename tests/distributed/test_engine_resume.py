@@ -9,9 +9,9 @@ import pytest
 import torch
 from engine_ranks import draws, make_energy, make_objective, run_engine, slice_of, start
 
+from ebm_dist.core.weights import FlatLayout
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.learner.engine import Engine
-from ebm_dist.weights import FlatLayout
 
 # An odd number of weights: the last rank's slice is padded at every stage.
 ENERGY: tuple[str, dict[str, Any]] = ("mlp", {"widths": (7, 5), "spectral_norm": True})

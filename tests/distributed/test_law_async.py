@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ebm_dist.actors.cut import Progress
-from ebm_dist.actors.flow import NegativeFlow
-from ebm_dist.actors.handles import Backend, InlineBackend
-from ebm_dist.actors.pool import RoundPool
-from ebm_dist.actors.ray_backend import RayBackend
 from ebm_dist.actors.worker import Worker
-from ebm_dist.buffer.policy import BufferConfig, FlowConfig
+from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
+from ebm_dist.checkpoint.cut import Progress
+from ebm_dist.cluster.backend import Backend, InlineBackend
+from ebm_dist.cluster.ray_backend import RayBackend
+from ebm_dist.config.sections import FlowConfig
+from ebm_dist.controller.negatives.source import NegativeFlow
+from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.core.section import Section
+from ebm_dist.core.types import EventSpec
 from ebm_dist.energies import EnergyConfig
 from ebm_dist.samplers import SamplerConfig
-from ebm_dist.section import Section
-from ebm_dist.types import EventSpec
 
 PRECISION, STEP, CHAINS, NUM_STEPS, UPDATES = 1.5, 0.3, 2000, 20, 40
 VARIANCE = 2 / (PRECISION * (2 - PRECISION * STEP))

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from graph_runs import assert_bitwise_equal, run
 
-from ebm_dist import checkpoint
-from ebm_dist.actors import checkpointer
-from ebm_dist.actors.controller import Controller
-from ebm_dist.errors import RunFailed
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.controller import checkpointer
+from ebm_dist.controller.controller import Controller
+from ebm_dist.core.errors import RunFailed
 
 BIG = ("buffer.capacity=960", "checkpoint.every=2", "checkpoint.keep=2")
 

@@ -23,7 +23,9 @@ MOMENTS = ("writing", "any", "writing", "start")
 
 # Forked off a process that has torch and DeepSpeed, a run starts in a fraction of a second.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["ebm_dist.run", "ebm_dist.learner.engine", "deepspeed", "graph_runs"])
+FORKS.set_forkserver_preload(
+    ["ebm_dist.run.train", "ebm_dist.learner.engine", "deepspeed", "graph_runs"]
+)
 
 
 def half_written(run_dir: Path) -> bool:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from graph_runs import children, mapped, newest_step, pids, rows, run, start, wait_for
 
-from ebm_dist import checkpoint
-from ebm_dist.actors.access import find_token, make_token
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.cluster.access import find_token, make_token
 
 pytestmark = pytest.mark.ray
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from graph_runs import assert_bitwise_equal, run
 
-from ebm_dist import checkpoint
-from ebm_dist.errors import NonFinite, RunFailed, UserError
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.core.errors import NonFinite, RunFailed, UserError
 
 
 def test_a_non_finite_loss_ends_the_run_with_a_diagnosis_and_the_last_good_cut(

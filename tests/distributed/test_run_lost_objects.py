@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ebm_dist.actors.access import find_token, make_token
-from ebm_dist.actors.cut import Progress
-from ebm_dist.actors.delivery import Delivery
-from ebm_dist.actors.flow import Consumed, NegativeFlow
-from ebm_dist.actors.handles import Handle, ObjectLost
-from ebm_dist.actors.learners import LearnerGroup
-from ebm_dist.actors.pool import RoundPool
-from ebm_dist.actors.ray_backend import RayBackend
-from ebm_dist.buffer.policy import BufferConfig, FlowConfig
+from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.types import EventSpec, Lease, MovedChains
+from ebm_dist.checkpoint.cut import Progress
+from ebm_dist.cluster.access import find_token, make_token
+from ebm_dist.cluster.backend import Handle, ObjectLost
+from ebm_dist.cluster.ray_backend import RayBackend
+from ebm_dist.config.sections import FlowConfig
+from ebm_dist.controller.learners import LearnerGroup
+from ebm_dist.controller.negatives.delivery import Delivery
+from ebm_dist.controller.negatives.source import Consumed, NegativeFlow
+from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.core.types import EventSpec, Lease, MovedChains
 
 pytestmark = pytest.mark.ray
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from graph_runs import assert_bitwise_equal, rows, run
 
-from ebm_dist.actors.learner import LearnerRank
+from ebm_dist.actors.learner_rank import LearnerRank
 
 pytestmark = pytest.mark.ray
 
@@ -42,7 +42,7 @@ def rank_that(monkeypatch: pytest.MonkeyPatch, publishes: Any, begins: Any = Non
 
     # By value means that it has no module to be found in.
     Rank.__module__ = "__main__"
-    monkeypatch.setattr("ebm_dist.assembly.LearnerRank", Rank)
+    monkeypatch.setattr("ebm_dist.run.assembly.LearnerRank", Rank)
 
 
 def test_an_update_is_made_while_the_weights_of_the_one_before_have_not_left(

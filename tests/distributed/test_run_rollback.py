@@ -11,11 +11,11 @@ import pytest
 import torch
 from graph_runs import assert_bitwise_equal, run
 
-from ebm_dist import checkpoint
-from ebm_dist.actors.cut import Progress
-from ebm_dist.errors import NonFinite
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.checkpoint.cut import Progress
+from ebm_dist.core.errors import NonFinite
+from ebm_dist.core.types import Batch
 from ebm_dist.learner.engine import Engine
-from ebm_dist.types import Batch
 
 ROLLBACK = "learner.on_nonfinite=rollback"
 # The first update throws the weights out of the numbers; a roll-back brings the rate to 1e-4.

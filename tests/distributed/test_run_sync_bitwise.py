@@ -11,7 +11,7 @@ import pytest
 import torch
 from graph_runs import assert_bitwise_equal, newest_step, run, start, wait_for, weights
 
-from ebm_dist.samplers import compiler
+from ebm_dist.samplers.compile import compiler
 
 
 @pytest.fixture(scope="module")

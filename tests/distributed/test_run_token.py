@@ -157,7 +157,7 @@ def test_doctor_tells_a_cluster_without_a_token_from_one_that_has_one(
 def doctor(head: Head, changes: dict[str, str]) -> tuple[bool, str]:
     """Whether the finding about the cluster is ok, and what it says of it."""
     # The rest of the report, which imports DeepSpeed, is not asked for here.
-    code = "from ebm_dist.doctor import check_ray_address as c; f = c(); print(f.ok, f.text)"
+    code = "from ebm_dist.run.doctor import check_ray_address as c; f = c(); print(f.ok, f.text)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=environment({**changes, "RAY_ADDRESS": head.address}),

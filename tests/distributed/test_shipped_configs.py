@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 import ebm_dist
-from ebm_dist.config import load
-from ebm_dist.data.prepare import prepare
+from ebm_dist.config.run_config import load
+from ebm_dist.data.sources.prepare import prepare
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))

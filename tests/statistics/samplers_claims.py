@@ -17,8 +17,8 @@ from scipy import integrate, optimize, special
 from torch import Tensor
 
 from ebm_dist import energies
+from ebm_dist.core.types import EnergyFn
 from ebm_dist.samplers import Kernel, run_chain
-from ebm_dist.types import EnergyFn
 
 Make = Callable[..., Kernel[Any]]
 NUM_CHAINS = 20_000

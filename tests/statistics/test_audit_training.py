@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ebm_dist.config import load
-from ebm_dist.errors import UserError
-from ebm_dist.export import load_energy
+from ebm_dist.config.run_config import load
+from ebm_dist.core.errors import UserError
+from ebm_dist.export.writer import load_energy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "actors"))
 from small_runs import SMALL, curve, run
@@ -73,7 +73,7 @@ SHORT_RUN = Path(__file__).parents[2] / "configs" / "toy" / "contrastive_short_r
 def test_the_audit_of_the_short_run_generator_sees_its_long_run_variance(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from ebm_dist.run import train
+    from ebm_dist.run.train import train
 
     overrides = [
         "evaluation.audit_every=800",

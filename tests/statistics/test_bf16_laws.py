@@ -18,9 +18,10 @@ from samplers_claims import generator, same
 from torch import Tensor, nn
 
 from ebm_dist import energies, samplers
-from ebm_dist.samplers import Engine, compiler, run_chain, winograd
-from ebm_dist.samplers import engine as engine_module
-from ebm_dist.samplers.fused_noise import in_torch
+from ebm_dist.samplers import Engine, run_chain
+from ebm_dist.samplers.compile import compiler, winograd
+from ebm_dist.samplers.compile import engine as engine_module
+from ebm_dist.samplers.compile.fused_noise import in_torch
 
 needs_compiler = pytest.mark.skipif(
     compiler.missing() is not None, reason=f"cannot compile: {compiler.missing()}"

@@ -13,7 +13,7 @@ from scipy import integrate
 from torch import Tensor
 
 from ebm_dist import energies
-from ebm_dist.energies.quadrature import log_integral
+from ebm_dist.energies.closed_form.quadrature import log_integral
 
 TEMPERATURES = [0.5, 1.0, 2.5]
 

@@ -16,10 +16,11 @@ from samplers_claims import METROPOLIS, NUM_CHAINS, generator, same_gaussian_var
 from torch import Tensor, nn
 
 from ebm_dist import energies, samplers
-from ebm_dist.samplers import Engine, compiler, run_chain
-from ebm_dist.samplers import engine as engine_module
-from ebm_dist.samplers.fused_noise import SeededNoise, in_torch
-from ebm_dist.samplers.tape import Tape
+from ebm_dist.samplers import Engine, run_chain
+from ebm_dist.samplers.compile import compiler
+from ebm_dist.samplers.compile import engine as engine_module
+from ebm_dist.samplers.compile.fused_noise import SeededNoise, in_torch
+from ebm_dist.samplers.compile.recorded_noise import Tape
 
 needs_compiler = pytest.mark.skipif(
     compiler.missing() is not None, reason=f"cannot compile: {compiler.missing()}"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ebm_dist import energies, objectives, samplers
-from ebm_dist.data.toys import toy
+from ebm_dist.data.sources.toys import toy
 
 DOCS = Path(__file__).parents[2] / "docs" / "objectives.md"
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ebm_dist.config import load
-from ebm_dist.errors import UserError
-from ebm_dist.export import load_energy
+from ebm_dist.config.run_config import load
+from ebm_dist.core.errors import UserError
+from ebm_dist.export.writer import load_energy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "actors"))
 from small_runs import SMALL, curve, run

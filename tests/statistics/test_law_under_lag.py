@@ -15,19 +15,20 @@ import numpy as np
 import pytest
 import torch
 
-from ebm_dist.actors.cut import Progress
-from ebm_dist.actors.flow import Consumed, NegativeFlow
-from ebm_dist.actors.handles import InlineBackend, InlineHandle
-from ebm_dist.actors.pool import RoundPool
-from ebm_dist.actors.rounds import Committed
 from ebm_dist.actors.worker import Worker
-from ebm_dist.buffer.policy import BufferConfig, FlowConfig
+from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
+from ebm_dist.checkpoint.cut import Progress
+from ebm_dist.cluster.backend import InlineBackend, InlineHandle
+from ebm_dist.config.sections import FlowConfig
+from ebm_dist.controller.negatives.source import Consumed, NegativeFlow
+from ebm_dist.controller.rounds.round import Committed
+from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.core.section import Section
+from ebm_dist.core.types import EventSpec
 from ebm_dist.energies import EnergyConfig
 from ebm_dist.objectives import staleness_log_weight
 from ebm_dist.samplers import SamplerConfig
-from ebm_dist.section import Section
-from ebm_dist.types import EventSpec
 
 H = 0.05
 SPEC = EventSpec((1,), "real")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ebm_dist import energies, samplers
+from ebm_dist.core.types import EventSpec
 from ebm_dist.evaluation.bases import GaussianBase, base_law
 from ebm_dist.evaluation.exact import exact_log_partition
 from ebm_dist.evaluation.likelihood import log_likelihood, log_partition
-from ebm_dist.types import EventSpec
 
 
 def generator(seed=0):

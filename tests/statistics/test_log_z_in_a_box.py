@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ebm_dist import energies, samplers
+from ebm_dist.core.types import EventSpec
 from ebm_dist.evaluation import base_law, exact_log_partition, log_partition
 from ebm_dist.samplers.law import box
-from ebm_dist.types import EventSpec
 
 IMAGE = EventSpec((1, 4, 4), "image")
 

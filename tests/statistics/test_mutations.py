@@ -7,7 +7,6 @@ one that the sampler's own test makes of the right source (`samplers_claims.py`)
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -296,7 +295,7 @@ MUTATIONS = [
 
 def build(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> Make:
     """The constructor of the mutated kernel, in place of `samplers.make`'s."""
-    source = inspect.getsource(importlib.import_module(f"ebm_dist.samplers.{mutation.module}"))
+    source = inspect.getsource(sys.modules[samplers.FAMILY.members[mutation.module].__module__])
     # The config's registration would clash with the right one, and is not what is tested.
     source = source.split("@FAMILY.register")[0]
     assert mutation.right in source, f"{mutation}: the source has changed; update the mutation"

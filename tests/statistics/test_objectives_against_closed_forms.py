@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_dist import objectives, samplers
-from ebm_dist.types import Negatives
+from ebm_dist.core.types import Negatives
 
 F64 = torch.float64
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ebm_dist import samplers
-from ebm_dist.errors import UserError
-from ebm_dist.objectives import jarzynski
+from ebm_dist.core.errors import UserError
+from ebm_dist.jarzynski import weights as jarzynski
 from ebm_dist.objectives.weighting import ess_ratio
 
 

@@ -11,7 +11,7 @@ from scipy import optimize, stats
 from torch import Tensor, nn
 
 from ebm_dist import objectives
-from ebm_dist.types import Negatives
+from ebm_dist.core.types import Negatives
 
 F64 = torch.float64
 

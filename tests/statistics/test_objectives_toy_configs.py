@@ -12,9 +12,9 @@ from rich.console import Console
 
 import ebm_dist
 from ebm_dist import objectives
-from ebm_dist.config import load
+from ebm_dist.config.run_config import load
 from ebm_dist.data import describe
-from ebm_dist.run import bind
+from ebm_dist.run.train import bind
 
 FOLDER = Path(__file__).parents[2] / "configs" / "toy"
 CONFIGS = sorted(path.stem for path in FOLDER.glob("*.yaml"))

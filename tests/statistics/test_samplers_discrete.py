@@ -185,7 +185,7 @@ def test_discrete_langevin_adapts_to_the_acceptance_it_aims_at():
 
 
 def test_draws_have_the_weights_they_are_given():
-    from ebm_dist.samplers.discrete import draw
+    from ebm_dist.samplers.discrete.events import draw
 
     weight = torch.tensor([0.0, 0.02, 0.5, 0.0, 0.18, 0.3, 0.0])
     index = draw(weight.log().expand(100_000, 7), generator(1))

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ebm_dist.checkpoint import open_checkpoint
-from ebm_dist.config import load
-from ebm_dist.run import train
+from ebm_dist.checkpoint.files import open_checkpoint
+from ebm_dist.config.run_config import load
+from ebm_dist.run.train import train
 
-# configs/digits.yaml, smaller.
 DIGITS: dict[str, Any] = {
     "runtime": {"backend": "inline"},
     "data": {"source": "digits", "batch_size": 32, "noise_std": 0.03, "prefetch": 0},

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from ebm_dist import checkpoint, durable
-from ebm_dist.checkpoint import latest, open_checkpoint, save
-from ebm_dist.errors import UserError
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.checkpoint.files import latest, open_checkpoint, save
+from ebm_dist.core.errors import UserError
+from ebm_dist.files import durable
 
 
 def write(run_dir: Path, step: int, *, keep: int = 5) -> Path:

@@ -18,8 +18,8 @@ import yaml
 import ebm_dist
 from ebm_dist import energies
 from ebm_dist.cli import main
-from ebm_dist.errors import RunFailed, UserError
-from ebm_dist.weights import FlatLayout
+from ebm_dist.core.errors import RunFailed, UserError
+from ebm_dist.core.weights import FlatLayout
 
 SMALL = {
     "run": {"name": "small", "steps": 4},
@@ -106,8 +106,8 @@ def test_train_resumes_and_goes_on_to_more_steps(run_dir, capsys):
 
 
 def test_the_exported_energy_is_the_average_in_the_checkpoint_exactly(run_dir, tmp_path, capsys):
-    from ebm_dist import checkpoint
-    from ebm_dist.config import load
+    from ebm_dist.checkpoint import files as checkpoint
+    from ebm_dist.config.run_config import load
 
     assert main(["export", str(run_dir), str(tmp_path / "model")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "model")
@@ -187,7 +187,7 @@ def test_data_prepare_writes_shards(tmp_path, capsys):
 
 @pytest.mark.parametrize("healthy", [True, False])
 def test_doctor_reports_line_by_line_and_fails_if_something_is_wrong(monkeypatch, capsys, healthy):
-    from ebm_dist import doctor
+    from ebm_dist.run import doctor
 
     findings = [doctor.Finding("a", True, "fine"), doctor.Finding("b", healthy, "text", "do it")]
     monkeypatch.setattr(doctor, "examine", lambda directory: iter(findings))
@@ -206,10 +206,10 @@ def raises(error):
 
 
 def test_a_failed_run_says_what_where_and_how_to_resume(monkeypatch, tmp_path, capsys):
-    import ebm_dist.run
+    import ebm_dist.run.train
 
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(SMALL))
-    monkeypatch.setattr(ebm_dist.run, "train", raises(RunFailed("learner rank 1 died")))
+    monkeypatch.setattr(ebm_dist.run.train, "train", raises(RunFailed("learner rank 1 died")))
     directory = tmp_path / "my run"
     args = ["train", str(tmp_path / "c.yaml"), "--run-dir", str(directory)]
     assert main(args) == 1
@@ -247,12 +247,12 @@ def test_a_failed_run_says_what_where_and_how_to_resume(monkeypatch, tmp_path, c
 def test_every_failure_is_one_line_and_its_exit_code(
     monkeypatch, tmp_path, capsys, error, code, says
 ):
-    import ebm_dist.run
+    import ebm_dist.run.train
 
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(SMALL))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr(ebm_dist.run, "train", raises(error))
+    monkeypatch.setattr(ebm_dist.run.train, "train", raises(error))
     assert main(["train", str(tmp_path / "c.yaml")]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
@@ -260,11 +260,11 @@ def test_every_failure_is_one_line_and_its_exit_code(
 
 
 def test_a_line_of_megabytes_is_cut_and_keeps_what_to_do(monkeypatch, tmp_path, capsys):
-    import ebm_dist.run
+    import ebm_dist.run.train
 
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(SMALL))
     long = UserError("/data/" + 2**21 * "a" + ": is too long; rename it", "second: line")
-    monkeypatch.setattr(ebm_dist.run, "train", raises(long))
+    monkeypatch.setattr(ebm_dist.run.train, "train", raises(long))
     assert main(["train", str(tmp_path / "c.yaml")]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert len(first) < 2500
@@ -274,7 +274,7 @@ def test_a_line_of_megabytes_is_cut_and_keeps_what_to_do(monkeypatch, tmp_path, 
 
 
 def test_findings_and_notes_from_files_do_not_reach_the_terminal_raw(monkeypatch, capsys):
-    from ebm_dist import doctor
+    from ebm_dist.run import doctor
 
     findings = [doctor.Finding("a", True, "x\x1b[2Jy\nok   b: forged")]
     monkeypatch.setattr(doctor, "examine", lambda directory: iter(findings))
@@ -300,16 +300,16 @@ def test_a_failure_outside_of_a_run_is_one_line(monkeypatch, tmp_path, capsys, e
 
 
 def test_an_interrupt_that_no_command_handles_ends_quietly(monkeypatch, tmp_path, capsys):
-    import ebm_dist.run
+    import ebm_dist.run.train
 
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(SMALL))
-    monkeypatch.setattr(ebm_dist.run, "train", raises(KeyboardInterrupt()))
+    monkeypatch.setattr(ebm_dist.run.train, "train", raises(KeyboardInterrupt()))
     assert main(["train", str(tmp_path / "c.yaml")]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_run_that_a_signal_stopped_exits_with_75_once_its_checkpoint_is_written(tmp_path):
-    from ebm_dist import checkpoint
+    from ebm_dist.checkpoint import files as checkpoint
 
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(SMALL))
     command = [sys.executable, "-m", "ebm_dist", "train", str(tmp_path / "c.yaml")]
@@ -349,6 +349,6 @@ def test_the_installed_command_exits_with_the_code(tmp_path):
 
 
 def test_the_families_are_known_to_the_schema():
-    from ebm_dist.config import schema
+    from ebm_dist.config.run_config import schema
 
     assert all(f'"{name}"' in json.dumps(schema()) for name in energies.FAMILY.members)

@@ -7,7 +7,7 @@ from collections import namedtuple
 
 import pytest
 
-from ebm_dist import doctor
+from ebm_dist.run import doctor
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -10,11 +10,11 @@ import torch
 
 from ebm_dist import energies, samplers
 from ebm_dist.cli import main
+from ebm_dist.core.types import EventSpec
 from ebm_dist.data import DataConfig, describe, load_split
-from ebm_dist.export import write_export
-from ebm_dist.export_reader import load_energy
-from ebm_dist.suites import _shuffled
-from ebm_dist.types import EventSpec
+from ebm_dist.export.reader import load_energy
+from ebm_dist.export.suites import _shuffled
+from ebm_dist.export.writer import write_export
 
 MOONS = {"source": "toy:two_moons", "toy_samples": 512}
 SAMPLER = {"name": "langevin", "step_size": 0.05, "temperature": 1.0, "num_steps": 10}
@@ -108,7 +108,7 @@ def test_robustness_starts_at_the_clean_accuracy_and_only_falls(tmp_path, export
 
 
 def test_fidelity_puts_an_untrained_model_near_its_noise(tmp_path, export, monkeypatch):
-    monkeypatch.setattr("ebm_dist.suites.DRAW_STEPS", 20)
+    monkeypatch.setattr("ebm_dist.export.suites.DRAW_STEPS", 20)
     path, _ = export({"name": "resnet", "width": 4, "stem_stride": 4}, {"source": "digits"})
     metrics = measured(tmp_path, path, "fidelity")["metrics"]
     assert metrics["fidelity/train"] < metrics["fidelity/gaussian"] < metrics["fidelity/noise"]

@@ -7,12 +7,13 @@ import json
 import pytest
 import yaml
 
-from ebm_dist import config, energies, objectives, samplers
-from ebm_dist.config import RunConfig, dump, load, schema
-from ebm_dist.config_checks import check_event
-from ebm_dist.errors import UserError
-from ebm_dist.run import bind
-from ebm_dist.types import EventSpec
+from ebm_dist import energies, objectives, samplers
+from ebm_dist.config import run_config as config
+from ebm_dist.config.checks import check_event
+from ebm_dist.config.run_config import RunConfig, dump, load, schema
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.types import EventSpec
+from ebm_dist.run.train import bind
 
 PROMISED = """
 run:        {name: digits, seed: 0, steps: 3000, dir: runs}

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from ebm_dist import config_text, strict_yaml
-from ebm_dist.errors import UserError
-from ebm_dist.section import Section
+from ebm_dist.config import text as config_text
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.section import Section
+from ebm_dist.files import strict_yaml
 
 
 class Fast(Section):

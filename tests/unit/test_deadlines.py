@@ -17,9 +17,14 @@ NEED_TIMEOUT = {"ray.get", "ray.wait", "subprocess.run", "urlopen", "create_conn
 # File and call of those that may wait, with what ends it.
 ENDED_BY_OTHERS = {
     ("metrics/hub.py", "self._waiting.get"): "the next row: nobody waits for the hub's own thread",
-    ("data/prefetch.py", "self._queue.get"): "the controller's wait for the update, which names it",
-    ("data/prefetch.py", "self._has_few.wait"): "the next batch taken, or `stop`: nobody waits for "
-    "a thread that has made all it may",
+    (
+        "data/stream/prefetch.py",
+        "self._queue.get",
+    ): "the controller's wait for the update, which names it",
+    (
+        "data/stream/prefetch.py",
+        "self._has_few.wait",
+    ): "the next batch taken, or `stop`: nobody waits for a thread that has made all it may",
 }
 
 

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save_file
 
 import ebm_dist
-from ebm_dist import checkpoint, energies, samplers
-from ebm_dist.draw import draw
-from ebm_dist.errors import UserError
-from ebm_dist.export import open_export, write_export
-from ebm_dist.export_reader import file_hash
-from ebm_dist.types import EventSpec
+from ebm_dist import energies, samplers
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.types import EventSpec
+from ebm_dist.export.reader import file_hash
+from ebm_dist.export.sample import draw
+from ebm_dist.export.writer import open_export, write_export
 
 IMAGE = EventSpec((1, 8, 8), "image", 10)
 LANGEVIN = {"name": "langevin", "step_size": 1.0, "noise_std": 0.005, "clamp": (-1.0, 1.0)}
@@ -118,7 +119,7 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ebm_dist.durable.sync", full)
+    monkeypatch.setattr("ebm_dist.files.durable.sync", full)
     with pytest.raises(UserError, match="No space left"):
         write(tmp_path / "model", {"name": "mlp"}, EventSpec((3,), "real"))
     assert list(tmp_path.iterdir()) == []

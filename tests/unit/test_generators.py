@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ebm_dist.generators import seeded
-from ebm_dist.seeds import derive_seed
+from ebm_dist.core.generators import seeded
+from ebm_dist.core.seeds import derive_seed
 
 
 def test_seeds_that_differ_in_any_bit_give_other_numbers():

@@ -3,46 +3,54 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "ebm_dist"
 
-# A module imports only from its own row and from rows above it.
-ROWS = [
-    {"paths"},
-    {"section", "types", "seeds", "generators", "errors", "weights", "threads", "private"},
-    {"strict_yaml", "config_text", "energy_call", "installed", "safe_open", "signals"},
-    {"durable", "tensor_file"},
-    {"diagnostics", "correlation_time"},
-    {"metrics"},
-    {"energies"},
-    {"samplers"},
-    {"objectives"},
-    {"buffer"},
-    {"data"},
-    {"checkpoint"},
-    {"learner"},
-    {"evaluation"},
-    {"actors"},
-    {"config", "config_checks"},
-    {"report"},
-    {"draw", "model_card", "export", "export_reader"},
-    {"suites", "preflight", "run_dir", "resume", "assembly", "warm_up"},
-    {"run"},
-    {"doctor"},
-    {"cli", "__main__"},
+# A module imports only from its own folder and from folders above it.
+FOLDERS = [
+    "_version",
+    "core",
+    "files",
+    "correlation_time",
+    "diagnostics",
+    "energies",
+    "samplers",
+    "objectives",
+    "jarzynski",
+    "data",
+    "metrics",
+    "cluster",
+    "checkpoint",
+    "buffer",
+    "learner",
+    "evaluation",
+    "config",
+    "report",
+    "actors",
+    "controller",
+    "export",
+    "run",
+    "cli",
+    "__main__",
 ]
-RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
+RANK = {name: rank for rank, name in enumerate(FOLDERS)}
+
+MAX_FILES = 13
+"""Of a folder, its `__init__` included: past it the folder holds two ideas."""
 
 # Heavy packages and the only places that may import them.
 DOORS = {
-    "ray": {"actors/ray_backend.py", "actors/ray_host.py", "doctor.py"},
-    "deepspeed": {"learner/group.py", "doctor.py"},
+    "ray": {"cluster/ray_backend.py", "cluster/ray_host.py", "run/doctor.py"},
+    "deepspeed": {"learner/group.py", "run/doctor.py"},
     "webdataset": {"data/"},
-    "wandb": {"metrics/sink.py", "doctor.py"},
+    "wandb": {"metrics/sink.py", "run/doctor.py"},
     "wandb_workspaces": {"report/dashboard.py"},
 }
 
@@ -59,8 +67,11 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def imports(path: Path) -> set[str]:
-    """Full names imported anywhere in a file, function bodies included, type checking excluded."""
+def imports(path: Path, *, every_name: bool = False) -> set[str]:
+    """Full names imported anywhere in a file, function bodies included, type checking excluded.
+
+    With `every_name`, what is imported from each module too: it may be a module itself.
+    """
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -74,8 +85,8 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
             found.add(node.module)
-            if node.module == "ebm_dist":
-                found.update(f"ebm_dist.{alias.name}" for alias in node.names)
+            if every_name or node.module == "ebm_dist":
+                found.update(f"{node.module}.{alias.name}" for alias in node.names)
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -88,18 +99,52 @@ def part_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_rows_above(path: Path):
+def test_a_module_imports_only_from_folders_above(path: Path):
     part = part_of(path)
     if part == "__init__":
         return
-    assert part in RANK, f"{part} has no row yet: add it to ROWS where it belongs"
+    assert part in RANK, f"{part} has no place yet: add it to FOLDERS where it belongs"
     for name in imports(path):
         if not name.startswith("ebm_dist."):
             continue
         target = name.split(".")[1]
         if target.startswith("__"):
             continue
-        assert RANK.get(target, -1) <= RANK[part], f"{part} imports {target}, a row below it"
+        assert RANK.get(target, -1) <= RANK[part], f"{part} imports {target}, a folder below it"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    names = {_module_of(path): path for path in modules()}
+    arrows = {name: _modules_in(path, names) for name, path in names.items()}
+    sorter = graphlib.TopologicalSorter(arrows)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
+def test_a_folder_holds_about_a_dozen_files():
+    counts = Counter(path.parent.relative_to(PACKAGE).as_posix() for path in modules())
+    assert {folder: n for folder, n in counts.items() if n > MAX_FILES} == {}
+
+
+def _module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
+def _modules_in(path: Path, known: Iterable[str]) -> set[str]:
+    """The modules that `path` names in its imports; a package by a name of it is its `__init__`."""
+    found = set()
+    for name in imports(path, every_name=True):
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        # The root looks its names up on first use, and each folder's `__init__` may gather names
+        # from its own modules, which import from each other.
+        if name not in ("", "ebm_dist", _module_of(path)):
+            found.add(name)
+    return found
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from ebm_dist.cli import main
-from ebm_dist.export_reader import file_hash
+from ebm_dist.export.reader import file_hash
 
 BASE = {
     "run": {"name": "small", "steps": 2},
@@ -396,7 +396,7 @@ def test_a_run_directory_in_use_is_one_line(write, capsys, tmp_path):
 def test_no_free_shared_memory_is_one_line_and_starts_no_ray(write, capsys, tmp_path, monkeypatch):
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(
-        "ebm_dist.actors.object_store.shutil.disk_usage", lambda path: usage(64, 64, 2**20)
+        "ebm_dist.run.object_store.shutil.disk_usage", lambda path: usage(64, 64, 2**20)
     )
     path = write(runtime={"backend": "ray"})
     line = one_line(capsys, ["train", str(path), "--run-dir", str(tmp_path / "run")])

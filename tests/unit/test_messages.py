@@ -13,9 +13,9 @@ import pytest
 import typer
 
 from ebm_dist import cli
-from ebm_dist.config import RunConfig, load
-from ebm_dist.errors import UserError
-from ebm_dist.section import Section
+from ebm_dist.config.run_config import RunConfig, load
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.section import Section
 
 PACKAGE = Path(cli.__file__).parent
 NO_KEYS = {"run.log", "energy.logits", "learner.safetensors"}

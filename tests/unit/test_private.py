@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ebm_dist.data.prepare import materialise
-from ebm_dist.errors import UserError
-from ebm_dist.private import scratch
-from ebm_dist.samplers.compiler import take_own_cache
+from ebm_dist.core.errors import UserError
+from ebm_dist.data.sources.prepare import materialise
+from ebm_dist.files.private import scratch
+from ebm_dist.samplers.compile.compiler import take_own_cache
 
 OURS = f"ebm_dist-{os.geteuid()}"
 

@@ -12,16 +12,16 @@ import pytest
 import yaml
 from rich.console import Console
 
-import ebm_dist.run
-from ebm_dist import checkpoint
-from ebm_dist.actors.handles import PartDied
-from ebm_dist.actors.observers import HubLink
+import ebm_dist.run.train
+from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.cli import main
-from ebm_dist.config import load
-from ebm_dist.errors import RunFailed, UserError
-from ebm_dist.export import export_run
+from ebm_dist.cluster.backend import PartDied
+from ebm_dist.config.run_config import load
+from ebm_dist.controller.observers.hub import HubLink
+from ebm_dist.core.errors import RunFailed, UserError
+from ebm_dist.export.writer import export_run
 from ebm_dist.report.html import render
-from ebm_dist.run_dir import run_log
+from ebm_dist.run.run_dir import run_log
 
 SMALL = {
     "run": {"name": "small", "steps": 2},
@@ -58,7 +58,7 @@ def run_dir(finished: Path, tmp_path: Path) -> Path:
 
 def train(run_dir: Path, cache: Path, *overrides: str, console: Console | None = None):
     config = load(SMALL, [*overrides, f"data.cache_dir={cache}"])
-    return ebm_dist.run.train(config, run_dir=run_dir, console=console)
+    return ebm_dist.run.train.train(config, run_dir=run_dir, console=console)
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -174,7 +174,7 @@ def test_a_config_that_is_no_file_is_one_line(make, tmp_path, capsys):
 
 
 def test_a_picture_that_the_disk_refuses_does_not_end_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(ebm_dist.run, "save_grid", full)
+    monkeypatch.setattr(ebm_dist.run.train, "save_grid", full)
     result = train(tmp_path / "run", tmp_path, "evaluation.every=1", "evaluation.likelihood=false")
     assert result.finished
     assert "step_00000001.png not written (No space" in (tmp_path / "run" / "run.log").read_text(
@@ -185,7 +185,7 @@ def test_a_picture_that_the_disk_refuses_does_not_end_the_run(tmp_path, monkeypa
 def test_an_export_that_the_disk_refuses_fails_after_the_training_and_can_be_had_again(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ebm_dist.export.save_tensors", full)
+    monkeypatch.setattr("ebm_dist.export.writer.save_tensors", full)
     with pytest.raises(RunFailed, match="trained to the last update, but not exported"):
         train(tmp_path / "run", tmp_path)
     assert sorted(p.name for p in (tmp_path / "run").iterdir() if "export" in p.name) == []
@@ -261,7 +261,7 @@ def test_a_signal_before_the_first_checkpoint_is_130_and_after_it_75(
     def rays_own_handler(*args):
         raise SystemExit(15)
 
-    monkeypatch.setattr(ebm_dist.run, "_backend", rays_own_handler)
+    monkeypatch.setattr(ebm_dist.run.train, "_backend", rays_own_handler)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
     command = ["train", str(tmp_path / "c.yaml"), f"data.cache_dir={finished.parent}", "--run-dir"]
     assert main([*command, str(tmp_path / "new")]) == 130

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ebm_dist.seeds import derive_seed
+from ebm_dist.core.seeds import derive_seed
 
 
 def test_no_two_streams_of_a_run_share_a_seed() -> None:

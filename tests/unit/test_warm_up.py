@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ebm_dist.config import load
-from ebm_dist.errors import UserError
-from ebm_dist.run import RunResult, train
+from ebm_dist.config.run_config import load
+from ebm_dist.core.errors import UserError
+from ebm_dist.run.train import RunResult, train
 
 BASE: dict[str, Any] = {
     "run": {"name": "warm", "seed": 1, "steps": 8},

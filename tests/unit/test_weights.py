@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ebm_dist import energies
-from ebm_dist.weights import FlatLayout, as_sent, flat_tensors
+from ebm_dist.core.weights import FlatLayout, as_sent, flat_tensors
 
 NETWORKS = [
     ("mlp", {"event_shape": (5,)}),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from ebm_dist.actors.handles import Node
+from ebm_dist.cluster.backend import Node
 
 
 @dataclass

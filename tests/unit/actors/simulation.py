@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ebm_dist.actors.halt import Halt
-from ebm_dist.actors.handles import ObjectLost, PartDied
 from ebm_dist.buffer.rows import open_rows
-from ebm_dist.types import Lease, MovedChains
+from ebm_dist.cluster.backend import ObjectLost, PartDied
+from ebm_dist.cluster.halt import Halt
+from ebm_dist.core.types import Lease, MovedChains
 
 NEVER = 10**9
 """The tick of what a part that hangs will answer."""

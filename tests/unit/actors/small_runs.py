@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ebm_dist.config import load
-from ebm_dist.run import RunResult, train
+from ebm_dist.config.run_config import load
+from ebm_dist.run.train import RunResult, train
 
 SMALL: dict[str, Any] = {
     "run": {"name": "small", "seed": 3, "steps": 20},

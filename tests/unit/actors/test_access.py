@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ebm_dist.actors import access
-from ebm_dist.actors.access import (
+from ebm_dist.cluster import access
+from ebm_dist.cluster.access import (
     check_agreement,
     find_token,
     is_loopback,
@@ -17,8 +17,8 @@ from ebm_dist.actors.access import (
     make_token,
     require_token,
 )
-from ebm_dist.errors import UserError
-from ebm_dist.preflight import check_address
+from ebm_dist.core.errors import UserError
+from ebm_dist.run.preflight import check_address
 
 
 @pytest.fixture(autouse=True)

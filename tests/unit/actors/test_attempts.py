@@ -9,12 +9,18 @@ from typing import Any
 import pytest
 from small_runs import run
 
-from ebm_dist.actors.attempts import Attempts
-from ebm_dist.actors.flow import RollBack
-from ebm_dist.actors.handles import UNREACHABLE_S, InlineHandle, InlineResult, PartDied, Unreachable
-from ebm_dist.actors.learners import LearnerGroup
-from ebm_dist.actors.rounds import MAX_ATTEMPTS, MAX_STARTS
-from ebm_dist.errors import RunFailed
+from ebm_dist.cluster.backend import (
+    UNREACHABLE_S,
+    InlineHandle,
+    InlineResult,
+    PartDied,
+    Unreachable,
+)
+from ebm_dist.controller.learners import LearnerGroup
+from ebm_dist.controller.negatives.source import RollBack
+from ebm_dist.controller.retry import Attempts
+from ebm_dist.controller.rounds.round import MAX_ATTEMPTS, MAX_STARTS
+from ebm_dist.core.errors import RunFailed
 
 DIED = PartDied("killed by the test")
 
@@ -59,7 +65,7 @@ def test_starts_in_vain_end_the_run_with_what_to_change() -> None:
 def test_what_cannot_be_reached_counts_once_ray_must_know_whether_it_is_dead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ebm_dist.actors.attempts.RETRY_S", 0.0)
+    monkeypatch.setattr("ebm_dist.controller.retry.RETRY_S", 0.0)
     now = [0.0]
     attempts = Attempts(clock=lambda: now[0])
     away = Unreachable("the actor is temporarily unavailable")
@@ -78,7 +84,7 @@ def test_what_cannot_be_reached_counts_once_ray_must_know_whether_it_is_dead(
 def test_of_rays_errors_unreachable_is_the_one_that_says_nothing_of_a_death() -> None:
     from ray import exceptions
 
-    from ebm_dist.actors.ray_backend import RayBackend
+    from ebm_dist.cluster.ray_backend import RayBackend
 
     backend: Any = SimpleNamespace(_errors=exceptions)
     away = exceptions.ActorUnavailableError("connection refused", b"\x01" * 16)
@@ -102,7 +108,7 @@ def test_a_cut_that_is_due_while_a_shard_cannot_be_reached_is_taken_once_it_can(
             return [InlineResult(error=Unreachable("unavailable")) for _ in range(num_returns)]
         return call(self, method, *args, num_returns=num_returns)
 
-    monkeypatch.setattr("ebm_dist.actors.attempts.RETRY_S", 0.0)
+    monkeypatch.setattr("ebm_dist.controller.retry.RETRY_S", 0.0)
     monkeypatch.setattr(InlineHandle, "call", unavailable)
     options = (f"flow.mode={mode}", "run.steps=6", "checkpoint.every=2")
     result, screen = run(tmp_path / "run", *options, "buffer.num_shards=2")
@@ -132,7 +138,7 @@ def test_a_run_whose_starts_are_hit_more_often_than_an_update_may_fail_goes_on(
             raise DIED
         load(self, *args, **options)
 
-    monkeypatch.setattr("ebm_dist.actors.going_back.RETRY_S", 0.0)
+    monkeypatch.setattr("ebm_dist.controller.recovery.RETRY_S", 0.0)
     monkeypatch.setattr(LearnerGroup, "update", dies)
     monkeypatch.setattr(LearnerGroup, "load", dies_too)
     options = (f"flow.mode={mode}", "run.steps=6", "checkpoint.every=2")

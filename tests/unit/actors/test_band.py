@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import BATCH, CHAINS, NUM_STEPS, World
 
-from ebm_dist.actors.band import StepBand, num_late
+from ebm_dist.controller.negatives.step_budget import StepBand, num_late
 
 NEEDED, ROUND = BATCH * NUM_STEPS, CHAINS * NUM_STEPS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_runs import curve, run
 
-from ebm_dist import checkpoint
+from ebm_dist.checkpoint import files as checkpoint
 
 NEEDED = 128 * 4
 """Negatives of an update and steps of a round in `small_runs.SMALL`."""

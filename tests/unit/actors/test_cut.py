@@ -11,13 +11,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ebm_dist import checkpoint
-from ebm_dist.actors.cut import Progress, read_manifest, restore_shards, write_cut
-from ebm_dist.actors.handles import InlineBackend
-from ebm_dist.buffer.policy import BufferConfig, shard_capacities
+from ebm_dist.buffer.config import BufferConfig, shard_capacities
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.errors import RunFailed
-from ebm_dist.types import EventSpec, Lease, MovedChains
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.checkpoint.cut import Progress, read_manifest, restore_shards, write_cut
+from ebm_dist.cluster.backend import InlineBackend
+from ebm_dist.core.errors import RunFailed
+from ebm_dist.core.types import EventSpec, Lease, MovedChains
 
 SPEC = EventSpec((2, 3), "real")
 FIELDS = ("position", "energy", "version", "age", "log_weight", "chain_id")

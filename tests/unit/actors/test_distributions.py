@@ -6,7 +6,7 @@ import json
 
 from rich.console import Console
 
-from ebm_dist.run import train
+from ebm_dist.run.train import train
 
 
 def test_an_evaluation_logs_histograms_of_all_moved_chains(tmp_path):

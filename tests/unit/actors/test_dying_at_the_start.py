@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from small_runs import run
 from torch import Tensor
 
-from ebm_dist.actors.controller import Controller
-from ebm_dist.actors.going_back import WayBack
-from ebm_dist.actors.handles import InlineBackend, InlineHandle, InlineResult, PartDied
-from ebm_dist.actors.learner import LearnerRank
-from ebm_dist.actors.learners import LearnerGroup
-from ebm_dist.errors import RunFailed
+from ebm_dist.actors.learner_rank import LearnerRank
+from ebm_dist.cluster.backend import InlineBackend, InlineHandle, InlineResult, PartDied
+from ebm_dist.controller.controller import Controller
+from ebm_dist.controller.learners import LearnerGroup
+from ebm_dist.controller.recovery import WayBack
+from ebm_dist.core.errors import RunFailed
 
 
 def weights(run_dir: Path) -> dict[str, Tensor]:

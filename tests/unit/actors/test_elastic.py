@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import World
 
-from ebm_dist.actors.elastic import LOOK_S, WINDOW_S, Elasticity, Steward, wanted
-from ebm_dist.actors.gpu_shares import Shares
-from ebm_dist.actors.handles import Node
-from ebm_dist.actors.placement import Plan
-from ebm_dist.actors.placer import VIEW_S, Placer
-from ebm_dist.actors.waits import Load
-from ebm_dist.config import load
-from ebm_dist.errors import UserError
+from ebm_dist.cluster.backend import Node
+from ebm_dist.config.run_config import load
+from ebm_dist.controller.workers.autoscaler import LOOK_S, WINDOW_S, Elasticity, Steward, wanted
+from ebm_dist.controller.workers.utilisation import Load
+from ebm_dist.core.errors import UserError
+from ebm_dist.run.placement.gpu_shares import Shares
+from ebm_dist.run.placement.placer import VIEW_S, Placer
+from ebm_dist.run.placement.plan import Plan
 
 SHARES = st.floats(0.0, 1.0)
 

@@ -7,11 +7,11 @@ import pytest
 
 from ebm_dist import samplers
 from ebm_dist.actors.evaluator import Evaluator
+from ebm_dist.core.types import EventSpec
+from ebm_dist.core.weights import FlatLayout
 from ebm_dist.data import DataConfig, load_split
 from ebm_dist.energies import FAMILY
 from ebm_dist.evaluation.config import EvaluationConfig
-from ebm_dist.types import EventSpec
-from ebm_dist.weights import FlatLayout
 
 
 def test_the_temperature_that_a_step_size_makes_of_t_is_measured() -> None:

@@ -10,9 +10,9 @@ import pytest
 from simulation import SimWorker
 from worlds import BATCH, CHAINS, World
 
-from ebm_dist.actors.handles import PartDied
-from ebm_dist.actors.rounds import MAX_ATTEMPTS, MAX_STARTS
-from ebm_dist.errors import RunFailed
+from ebm_dist.cluster.backend import PartDied
+from ebm_dist.controller.rounds.round import MAX_ATTEMPTS, MAX_STARTS
+from ebm_dist.core.errors import RunFailed
 
 
 @pytest.mark.parametrize("max_lag", [2, 5])

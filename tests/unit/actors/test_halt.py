@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from small_runs import run
 from worlds import World
 
-from ebm_dist import checkpoint
-from ebm_dist.actors.halt import GRACE_S, Halt, Halted
-from ebm_dist.actors.handles import InlineBackend
-from ebm_dist.actors.learners import LearnerGroup
-from ebm_dist.actors.own_ray import OwnRay, RayDied
-from ebm_dist.actors.pool import RoundPool
-from ebm_dist.actors.stall import answer
-from ebm_dist.errors import RunFailed
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.cluster.backend import InlineBackend
+from ebm_dist.cluster.halt import GRACE_S, Halt, Halted
+from ebm_dist.cluster.own_ray import OwnRay, RayDied
+from ebm_dist.cluster.stall import answer
+from ebm_dist.controller.learners import LearnerGroup
+from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.core.errors import RunFailed
 
 DIED = "Ray on this machine died: its control store was ended by SIGKILL"
 

@@ -9,11 +9,11 @@ import pytest
 from small_runs import run
 from worlds import CHAINS, World
 
-from ebm_dist.actors.flow import NegativeFlow
-from ebm_dist.actors.halt import Halt
-from ebm_dist.actors.handles import InlineBackend, InlineResult, PartDied
-from ebm_dist.actors.learners import LearnerGroup
-from ebm_dist.actors.stall import answer
+from ebm_dist.cluster.backend import InlineBackend, InlineResult, PartDied
+from ebm_dist.cluster.halt import Halt
+from ebm_dist.cluster.stall import answer
+from ebm_dist.controller.learners import LearnerGroup
+from ebm_dist.controller.negatives.source import NegativeFlow
 
 
 def test_a_shard_that_hangs_is_replaced_and_no_worker_is_blamed() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ebm_dist.actors.handles import PartDied
-from ebm_dist.actors.learners import LearnerGroup
+from ebm_dist.cluster.backend import PartDied
+from ebm_dist.controller.learners import LearnerGroup
 
 
 class FakeRank:

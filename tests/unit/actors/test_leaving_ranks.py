@@ -10,14 +10,14 @@ import pytest
 from safetensors.torch import load_file
 from small_runs import curve, run
 
-from ebm_dist import assembly
-from ebm_dist.actors.gpu_shares import Shares
-from ebm_dist.actors.graph import Graph, Leave
-from ebm_dist.actors.handles import InlineBackend, InlineHandle, Node, PartDied
-from ebm_dist.actors.learners import LearnerGroup
-from ebm_dist.actors.placement import Plan
-from ebm_dist.actors.placer import Placer
-from ebm_dist.actors.rounds import MAX_STARTS
+from ebm_dist.cluster.backend import InlineBackend, InlineHandle, Node, PartDied
+from ebm_dist.controller.learners import LearnerGroup
+from ebm_dist.controller.parts import Graph, Leave
+from ebm_dist.controller.rounds.round import MAX_STARTS
+from ebm_dist.run import assembly
+from ebm_dist.run.placement.gpu_shares import Shares
+from ebm_dist.run.placement.placer import Placer
+from ebm_dist.run.placement.plan import Plan
 
 
 class Nodes:
@@ -52,8 +52,8 @@ class Nodes:
             return handle
 
         create = InlineBackend.spawn
-        monkeypatch.setattr("ebm_dist.run.assemble", wired)
-        monkeypatch.setattr("ebm_dist.actors.leaving.LOOK_S", 0.0)
+        monkeypatch.setattr("ebm_dist.run.train.assemble", wired)
+        monkeypatch.setattr("ebm_dist.controller.draining.ranks.LOOK_S", 0.0)
         monkeypatch.setattr(InlineBackend, "kill", end)
         monkeypatch.setattr(InlineBackend, "where", where)
         monkeypatch.setattr(InlineBackend, "spawn", spawn)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from worlds import World
 
-from ebm_dist.actors.locality import SLACK, ShardChoice, shards_of_update
-from ebm_dist.actors.seats import Seats
+from ebm_dist.controller.negatives.shard_choice import SLACK, ShardChoice, shards_of_update
+from ebm_dist.controller.workers.load import Seats
 
 
 class Worker:

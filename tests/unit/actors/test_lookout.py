@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from small_runs import curve, run
 
-from ebm_dist.actors.flow import RollBack
-from ebm_dist.actors.handles import PartDied
-from ebm_dist.actors.lookout import Lookout
-from ebm_dist.actors.observers import EvaluatorLink
+from ebm_dist.cluster.backend import PartDied
+from ebm_dist.controller.negatives.source import RollBack
+from ebm_dist.controller.observers.hub import EvaluatorLink
+from ebm_dist.controller.observers.monitor import Lookout
 
 
 @pytest.mark.parametrize(

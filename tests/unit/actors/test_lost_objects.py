@@ -12,12 +12,12 @@ from simulation import SimRef
 from small_runs import curve, run
 from worlds import BATCH, CHAINS, World
 
-from ebm_dist.actors import delivery
-from ebm_dist.actors.delivery import Delivery
-from ebm_dist.actors.flow import RollBack
-from ebm_dist.actors.handles import InlineBackend, InlineHandle, InlineResult, ObjectLost
-from ebm_dist.actors.learners import LearnerGroup
-from ebm_dist.actors.rounds import MAX_ATTEMPTS
+from ebm_dist.cluster.backend import InlineBackend, InlineHandle, InlineResult, ObjectLost
+from ebm_dist.controller.learners import LearnerGroup
+from ebm_dist.controller.negatives import delivery
+from ebm_dist.controller.negatives.delivery import Delivery
+from ebm_dist.controller.negatives.source import RollBack
+from ebm_dist.controller.rounds.round import MAX_ATTEMPTS
 
 LEASES = BATCH // CHAINS
 

@@ -12,8 +12,8 @@ from simulation import SimRef
 from small_runs import curve, run
 from worlds import World
 
-from ebm_dist.actors.handles import InlineBackend, InlineHandle, InlineResult, PartDied
-from ebm_dist.actors.learners import LearnerGroup
+from ebm_dist.cluster.backend import InlineBackend, InlineHandle, InlineResult, PartDied
+from ebm_dist.controller.learners import LearnerGroup
 
 STEPS = 8
 OPTIONS = (f"run.steps={STEPS}", "checkpoint.every=3", "tracking.log_every=1")

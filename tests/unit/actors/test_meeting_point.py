@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebm_dist.actors.handles import meeting_point
-from ebm_dist.errors import UserError
+from ebm_dist.cluster.backend import meeting_point
+from ebm_dist.core.errors import UserError
 
 HERE = "127.0.0.1"
 

@@ -10,9 +10,9 @@ import pytest
 from simulation import SimHandle
 from worlds import CAPACITY, CHAINS, World
 
-from ebm_dist.actors.graph import Leave
-from ebm_dist.actors.handles import PartDied
-from ebm_dist.actors.moving import LOOK_S, Mover
+from ebm_dist.cluster.backend import PartDied
+from ebm_dist.controller.draining.shards import LOOK_S, Mover
+from ebm_dist.controller.parts import Leave
 
 
 class Leaving:

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from ebm_dist.actors import object_store
-from ebm_dist.actors.object_store import StoreNeed, check_shared_memory, store_need
-from ebm_dist.buffer.policy import BufferConfig, FlowConfig
+from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.rows import ROW
-from ebm_dist.errors import UserError
-from ebm_dist.types import EventSpec
+from ebm_dist.config.sections import FlowConfig
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.types import EventSpec
+from ebm_dist.run import object_store
+from ebm_dist.run.object_store import StoreNeed, check_shared_memory, store_need
 
 GIB = 2**30
 PHOTO = EventSpec((3, 32, 32), "image")
@@ -76,9 +77,9 @@ def test_the_memory_of_this_machine_does_not_limit_a_run_on_a_cluster(
 ) -> None:
     from small_runs import SMALL
 
-    from ebm_dist import run
-    from ebm_dist.config import load
+    from ebm_dist.config.run_config import load
     from ebm_dist.data import describe
+    from ebm_dist.run import train as run
 
     asked: list[int] = []
     monkeypatch.setattr(run, "check_shared_memory", lambda size, need: asked.append(size))

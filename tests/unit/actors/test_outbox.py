@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ebm_dist.actors.outbox import Outbox
 from ebm_dist.learner import Ema
 from ebm_dist.learner.packed import PackedWeights
+from ebm_dist.learner.weight_outbox import Outbox
 
 FLAT = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
 

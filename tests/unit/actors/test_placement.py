@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ebm_dist.actors.gpu_shares import Shares
-from ebm_dist.actors.placement import Plan, RuntimeConfig, plan
-from ebm_dist.errors import UserError
+from ebm_dist.config.sections import RuntimeConfig
+from ebm_dist.core.errors import UserError
+from ebm_dist.run.placement.gpu_shares import Shares
+from ebm_dist.run.placement.plan import Plan, plan
 
 
 def make(backend="ray", device="auto", **changes) -> Plan:

@@ -15,12 +15,13 @@ import pytest
 from packing import Machine, part
 from small_runs import run
 
-from ebm_dist.actors.gpu_shares import Shares, share_out
-from ebm_dist.actors.handles import InlineBackend
-from ebm_dist.actors.placement import RuntimeConfig, plan
-from ebm_dist.actors.placer import VIEW_S, Placer
-from ebm_dist.actors.places import await_gpus, shard_notice
-from ebm_dist.errors import UserError
+from ebm_dist.cluster.backend import InlineBackend
+from ebm_dist.config.sections import RuntimeConfig
+from ebm_dist.core.errors import UserError
+from ebm_dist.run.placement.gpu_shares import Shares, share_out
+from ebm_dist.run.placement.placer import VIEW_S, Placer
+from ebm_dist.run.placement.places import await_gpus, shard_notice
+from ebm_dist.run.placement.plan import plan
 
 
 class Cluster:

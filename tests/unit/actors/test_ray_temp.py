@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from ebm_dist.actors.access import refuse_second_ray
-from ebm_dist.actors.ray_temp import MAX_SOCKET_PATH, SOCKET, noted_cluster, private_temp_dir
-from ebm_dist.errors import UserError
-from ebm_dist.preflight import check_address
+from ebm_dist.cluster.access import refuse_second_ray
+from ebm_dist.cluster.ray_temp import MAX_SOCKET_PATH, SOCKET, noted_cluster, private_temp_dir
+from ebm_dist.core.errors import UserError
+from ebm_dist.run.preflight import check_address
 
 OURS = f"ebm_dist-{os.geteuid()}"
 
@@ -25,7 +25,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     root = tmp_path_factory.mktemp("t")
     root.chmod(0o1777)
     monkeypatch.setattr(
-        "ebm_dist.actors.ray_temp.MAX_SOCKET_PATH", len(str(root)) + 30 + len(SOCKET)
+        "ebm_dist.cluster.ray_temp.MAX_SOCKET_PATH", len(str(root)) + 30 + len(SOCKET)
     )
     monkeypatch.setenv("TMPDIR", str(root))
     return root

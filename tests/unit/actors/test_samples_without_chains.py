@@ -9,12 +9,12 @@ import pytest
 import torch
 from small_runs import SMALL, curve, run
 
-from ebm_dist.actors.lookout import Lookout
 from ebm_dist.actors.worker import Worker
+from ebm_dist.controller.observers.monitor import Lookout
+from ebm_dist.core.types import EventSpec
+from ebm_dist.core.weights import FlatLayout
 from ebm_dist.energies import FAMILY as ENERGIES
 from ebm_dist.samplers import FAMILY as SAMPLERS
-from ebm_dist.types import EventSpec
-from ebm_dist.weights import FlatLayout
 
 FLAT = {
     **SMALL,

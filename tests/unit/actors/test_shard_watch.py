@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from small_runs import SMALL, curve, run
 
-from ebm_dist.actors.handles import PartDied
-from ebm_dist.actors.watch import ShardWatch
 from ebm_dist.buffer.trace import ChainTrace, TracePlan
+from ebm_dist.cluster.backend import PartDied
+from ebm_dist.controller.observers.chain_health import ShardWatch
 
 # A barrier of a = 60 at T = 1 between wells of width 1/20: nobody crosses. The chains start on
 # both sides, and data on one pulls no chain over.

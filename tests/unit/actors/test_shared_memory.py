@@ -16,12 +16,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ebm_dist.actors import shared_memory
-from ebm_dist.actors.shard_host import ShardHost
-from ebm_dist.actors.shared_memory import NotMapped, RunMemory, remove_abandoned
-from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.actors.shard import ShardHost
+from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.storage import SlotStorage, bytes_to_map
-from ebm_dist.types import EventSpec
+from ebm_dist.cluster import shared_memory
+from ebm_dist.cluster.shared_memory import NotMapped, RunMemory, remove_abandoned
+from ebm_dist.core.types import EventSpec
 
 NODE = "0123456789abcdef"
 MIB = 1 << 20
@@ -30,7 +30,7 @@ MIB = 1 << 20
 PART = """
 import sys
 from pathlib import Path
-from ebm_dist.actors import shared_memory
+from ebm_dist.cluster import shared_memory
 shared_memory.ROOT = Path(sys.argv[1])
 memory = shared_memory.RunMemory(sys.argv[2], "1").hold(sys.argv[3])
 path = memory.claim("shard_0000", 0)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from worlds import CHAINS, NUM_STEPS, World
 
-from ebm_dist.actors import stall
-from ebm_dist.actors.stall import Queue, Stalled, Watchdog
+from ebm_dist.cluster import stall
+from ebm_dist.cluster.stall import Queue, Stalled, Watchdog
 
 NEVER = 10**9
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ebm_dist.actors.worker import Worker
-from ebm_dist.config import load
-from ebm_dist.types import EventSpec, Lease, MovedChains
-from ebm_dist.weights import FlatLayout
+from ebm_dist.config.run_config import load
+from ebm_dist.core.types import EventSpec, Lease, MovedChains
+from ebm_dist.core.weights import FlatLayout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "buffer"))
 from shards import make_shard, move

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from small_runs import run
 
-from ebm_dist import checkpoint
 from ebm_dist.actors.worker import Worker
-from ebm_dist.weights import as_sent
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.core.weights import as_sent
 
 
 def test_workers_get_the_nearest_bfloat16_of_the_weights_and_the_learner_keeps_float32(

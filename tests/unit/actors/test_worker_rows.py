@@ -8,10 +8,10 @@ import torch
 
 from ebm_dist import energies, samplers
 from ebm_dist.actors.worker import Worker
-from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.types import EventSpec
-from ebm_dist.weights import FlatLayout
+from ebm_dist.core.types import EventSpec
+from ebm_dist.core.weights import FlatLayout
 
 SPEC = EventSpec((1, 4, 4), "image")
 SAMPLER = {"step_size": 0.05, "noise_std": 0.02, "clamp": (-1.0, 1.0), "num_steps": 3}

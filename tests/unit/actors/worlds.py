@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from simulation import SimBackend, SimHandle, SimWorker
 
-from ebm_dist.actors.cut import Progress
-from ebm_dist.actors.flow import NegativeFlow
-from ebm_dist.actors.pool import RoundPool
-from ebm_dist.buffer.policy import BufferConfig, FlowConfig
+from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.types import EventSpec
+from ebm_dist.checkpoint.cut import Progress
+from ebm_dist.config.sections import FlowConfig
+from ebm_dist.controller.negatives.source import NegativeFlow
+from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.core.types import EventSpec
 
 SPEC = EventSpec((3,), "real")
 CAPACITY, CHAINS, BATCH, NUM_STEPS = 48, 4, 8, 10

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.rows import open_rows
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.types import EventSpec, Lease, MovedChains
+from ebm_dist.core.types import EventSpec, Lease, MovedChains
 
 SPEC = EventSpec((3,), "real")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from shards import make_shard
 
-from ebm_dist import checkpoint
 from ebm_dist.buffer.codec import Codec, as_float32
-from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.types import EventSpec
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.core.types import EventSpec
 
 IMAGE = EventSpec((1, 2, 2), "image")
 SMALL = ("bfloat16", "uint8")

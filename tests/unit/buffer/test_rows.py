@@ -16,7 +16,7 @@ from shards import Clock, chain_ids, chains_of, make_shard, move, total
 
 from ebm_dist.buffer.rows import open_rows
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.types import Lease
+from ebm_dist.core.types import Lease
 
 # A worker in a process of its own, which stops half-way through its writing.
 WRITER = """
@@ -81,8 +81,8 @@ def test_a_lease_by_rows_moves_the_same_chains_to_the_same_places(reinit_prob, t
 
 
 def test_what_travels_of_a_lease_by_rows_does_not_grow_with_its_chains(tmp_path: Path) -> None:
-    from ebm_dist.buffer.policy import BufferConfig
-    from ebm_dist.types import EventSpec
+    from ebm_dist.buffer.config import BufferConfig
+    from ebm_dist.core.types import EventSpec
 
     sizes = []
     for event in ((2,), (3, 32, 32)):

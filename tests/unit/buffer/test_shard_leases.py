@@ -7,9 +7,9 @@ import pytest
 import torch
 from shards import Clock, chain_ids, make_shard, move, total
 
-from ebm_dist.buffer.policy import BufferConfig, shard_capacities
+from ebm_dist.buffer.config import BufferConfig, shard_capacities
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.types import Batch, EventSpec
+from ebm_dist.core.types import Batch, EventSpec
 
 
 def test_a_lease_takes_slots_that_no_other_lease_has():

@@ -23,9 +23,9 @@ CHILD = f"""
 import sys, numpy as np
 sys.path.insert(0, sys.argv[2])
 import shards
-from ebm_dist.buffer.policy import BufferConfig
+from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.types import EventSpec
+from ebm_dist.core.types import EventSpec
 shard = Shard(
     BufferConfig(capacity={CAPACITY}, reinit_prob=0.3), EventSpec((4096,), "real"),
     index=0, capacity={CAPACITY}, max_lease={LEASE}, seed=0, directory=sys.argv[1],

@@ -34,8 +34,8 @@ SMALL = [
 
 
 def a_run_is_trained_and_resumed(config: str, *more: str) -> None:
-    from ebm_dist.config import load
-    from ebm_dist.run import train
+    from ebm_dist.config.run_config import load
+    from ebm_dist.run.train import train
 
     with tempfile.TemporaryDirectory() as directory:
         for steps in (2, 3):
@@ -48,8 +48,8 @@ def an_export_is_sampled_and_evaluated() -> None:
     from typer.testing import CliRunner
 
     from ebm_dist.cli import app
-    from ebm_dist.config import load
-    from ebm_dist.run import train
+    from ebm_dist.config.run_config import load
+    from ebm_dist.run.train import train
 
     with tempfile.TemporaryDirectory() as directory:
         config = load(ROOT / "configs/toy/contrastive.yaml", [*SMALL, "run.steps=1"])
@@ -65,10 +65,10 @@ def an_export_is_sampled_and_evaluated() -> None:
 
 @contextmanager
 def learner_of(config: Path, *more: str, ranks: int = 1) -> Iterator[Any]:
-    from ebm_dist.actors.learner import LearnerRank
-    from ebm_dist.config import load
+    from ebm_dist.actors.learner_rank import LearnerRank
+    from ebm_dist.config.run_config import load
     from ebm_dist.data import describe
-    from ebm_dist.run import bind
+    from ebm_dist.run.train import bind
 
     bound = load(config, [*SMALL, "runtime.backend=ray", *more])
     bound = bind(bound, describe(bound.data))
@@ -115,10 +115,10 @@ def rounds(sampler: str, storage: str = "float32", *, jarzynski: bool = False) -
 
     from ebm_dist import energies, samplers
     from ebm_dist.actors.worker import Worker
-    from ebm_dist.buffer.policy import BufferConfig
+    from ebm_dist.buffer.config import BufferConfig
     from ebm_dist.buffer.shard import Shard
-    from ebm_dist.types import EventSpec
-    from ebm_dist.weights import FlatLayout
+    from ebm_dist.core.types import EventSpec
+    from ebm_dist.core.weights import FlatLayout
 
     kind = samplers.FAMILY.members[sampler]
     if kind.discrete:
@@ -186,7 +186,7 @@ def compile_as_traced() -> None:
     import torch
     from torch.fx.experimental import proxy_tensor
 
-    from ebm_dist.samplers import engine, fused_noise
+    from ebm_dist.samplers.compile import engine, fused_noise
 
     real = proxy_tensor.make_fx
 

@@ -14,10 +14,10 @@ from data_shards import png
 from PIL import Image
 
 from ebm_dist.cli import app, main
-from ebm_dist.config import load
+from ebm_dist.config.run_config import load
+from ebm_dist.core.errors import UserError
 from ebm_dist.data import DataConfig, describe, load_split, prepare
-from ebm_dist.data.manifest import Manifest
-from ebm_dist.errors import UserError
+from ebm_dist.data.format.manifest import Manifest
 
 APPLE_DOUBLE = b"\0\5\x16\7" + bytes(80)
 

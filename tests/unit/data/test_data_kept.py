@@ -9,11 +9,11 @@ import pytest
 import torch
 from data_shards import npy, numbered_config, numbered_shards, take, write_tar
 
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.types import EventSpec
 from ebm_dist.data import DataStream
-from ebm_dist.data.decode import Layout
-from ebm_dist.data.kept import Kept, Sample
-from ebm_dist.errors import UserError
-from ebm_dist.types import EventSpec
+from ebm_dist.data.format.decode import Layout
+from ebm_dist.data.stream.kept import Kept, Sample
 
 
 @pytest.mark.parametrize("num", [3, 5, 80])  # 80 are more than two epochs

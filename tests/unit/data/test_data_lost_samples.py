@@ -18,13 +18,13 @@ from data_shards import npy, numbered_config, numbered_shards, png, write_tar
 from rich.console import Console
 
 from ebm_dist.cli import main
-from ebm_dist.config import dump, load
+from ebm_dist.config.run_config import dump, load
+from ebm_dist.core.errors import UserError
 from ebm_dist.data import DataConfig, describe, load_split, prepare
 from ebm_dist.data.dataset import open_dataset
-from ebm_dist.data.survey import survey
-from ebm_dist.errors import UserError
-from ebm_dist.preflight import preflight
-from ebm_dist.run import bind, train
+from ebm_dist.data.sources.survey import survey
+from ebm_dist.run.preflight import preflight
+from ebm_dist.run.train import bind, train
 
 GREY = np.arange(16, dtype=np.uint8).reshape(4, 4)
 

@@ -20,10 +20,11 @@ import pytest
 import torch
 from data_shards import npy, numbered_config, numbered_shards, png, take, write_tar
 
-from ebm_dist.data import DataConfig, DataStream, check, describe, load_split, prepare, shards
-from ebm_dist.data import decode as decoding
-from ebm_dist.data.shards import ShardFile, read_shard
-from ebm_dist.errors import RunFailed, UserError
+from ebm_dist.core.errors import RunFailed, UserError
+from ebm_dist.data import DataConfig, DataStream, check, describe, load_split, prepare
+from ebm_dist.data.format import decode as decoding
+from ebm_dist.data.format import shards
+from ebm_dist.data.format.shards import ShardFile, read_shard
 
 GREY = np.arange(16, dtype=np.uint8).reshape(4, 4)
 VECTOR = np.zeros(2, np.float32)
@@ -307,7 +308,7 @@ def test_compressed_shards_are_read_and_their_truncation_is_found(tmp_path: Path
 def test_member_that_unfolds_into_too_much_is_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from ebm_dist.data import shards
+    from ebm_dist.data.format import shards
 
     monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 2**16)
     inner = write_tar(tmp_path / "x.tar", [("a.npy", npy(np.zeros(2**18, np.uint8)))])
@@ -496,7 +497,7 @@ def test_failed_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     # By module: the package's `prepare` is the function.
-    monkeypatch.setattr(sys.modules["ebm_dist.data.prepare"], "sha256_of", full)
+    monkeypatch.setattr(sys.modules["ebm_dist.data.sources.prepare"], "sha256_of", full)
     with pytest.raises(RunFailed, match="No space left on device"):
         prepare("toy:ring", tmp_path / "ring", toy_samples=40)
     assert not list(tmp_path.iterdir())

@@ -19,12 +19,12 @@ import torch
 from data_shards import npy, png
 from PIL import Image
 
+from ebm_dist.core.errors import UserError
 from ebm_dist.data import DataConfig, DataStream, check, describe, load_split, prepare
-from ebm_dist.data.manifest import read_manifest
-from ebm_dist.data.mnist import DIRECTORY
-from ebm_dist.data.prepare import materialise
-from ebm_dist.data.restricted_pickle import read_plain_pickle
-from ebm_dist.errors import UserError
+from ebm_dist.data.format.manifest import read_manifest
+from ebm_dist.data.sources.mnist import DIRECTORY
+from ebm_dist.data.sources.prepare import materialise
+from ebm_dist.data.sources.restricted_pickle import read_plain_pickle
 
 
 def stored(directory: Path, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +148,7 @@ def test_mnist_is_a_set_of_its_own_with_digits_for_classes(
 
 @pytest.mark.skipif(not DIRECTORY.is_dir(), reason="Debian package dataset-fashion-mnist is absent")
 def test_the_debian_package_is_fashion_mnist():
-    from ebm_dist.data.originals import load_original
+    from ebm_dist.data.sources.originals import load_original
 
     original = load_original("fashion-mnist", None)
     assert {name: split.num for name, split in original.splits.items()} == {

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from ebm_dist.data.prefetch import Ahead
+from ebm_dist.data.stream.prefetch import Ahead
 
 
 class LargeReads:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from data_shards import numbered_config, numbered_shards, take
 
+from ebm_dist.core.errors import UserError
 from ebm_dist.data import DataConfig, DataStream, describe, load_split
-from ebm_dist.errors import UserError
 
 IMAGE_AUGMENTATION = {"flip": True, "crop_padding": 1, "dequantize": True, "noise_std": 0.05}
 
@@ -135,9 +135,8 @@ def test_shuffle_zero_keeps_the_order_of_the_shards(tmp_path: Path):
 
 
 def test_buffer_mixes_every_position_evenly():
-    from ebm_dist.data.order import shuffled
+    from ebm_dist.data.stream.order import shuffled
 
-    # With a buffer of all N items the order is a uniform permutation: item 0 is at each place
     # with chance 1/N, and the chi-square of N cells has mean N - 1 and variance 2 (N - 1).
     num, runs = 12, 6000
     counts = torch.zeros(num)
@@ -149,7 +148,7 @@ def test_buffer_mixes_every_position_evenly():
 
 @pytest.mark.parametrize("size", [1, 7, 64, 2000])
 def test_buffer_loses_and_repeats_nothing(size: int):
-    from ebm_dist.data.order import shuffled
+    from ebm_dist.data.stream.order import shuffled
 
     assert sorted(shuffled(range(1500), size, seed=5)) == list(range(1500))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ebm_dist.core.errors import UserError
 from ebm_dist.data import DataConfig, describe, load_split
-from ebm_dist.data.toys import ISING_COUPLING, TOYS, toy
-from ebm_dist.errors import UserError
+from ebm_dist.data.sources.toys import ISING_COUPLING, TOYS, toy
 
 NUM = 100_000
 

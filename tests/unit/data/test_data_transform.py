@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.types import EventSpec
 from ebm_dist.data.config import DataConfig
-from ebm_dist.data.decode import Layout
-from ebm_dist.data.transform import Transform, event_spec
-from ebm_dist.errors import UserError
-from ebm_dist.types import EventSpec
+from ebm_dist.data.format.decode import Layout
+from ebm_dist.data.stream.transform import Transform, event_spec
 
 IMAGES = Layout(EventSpec((1, 8, 8), "image", 10), 256, labelled=True)
 VECTORS = Layout(EventSpec((2,), "real"), None, labelled=False)

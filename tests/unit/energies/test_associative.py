@@ -143,7 +143,7 @@ def test_modern_hopfield_retrieval_never_raises_the_energy_and_finds_memories(be
 def test_modern_hopfield_log_z_at_its_own_temperature(beta: float):
     import numpy as np
 
-    from ebm_dist.energies.quadrature import log_integral
+    from ebm_dist.energies.closed_form.quadrature import log_integral
 
     patterns = [[1.0, 0.5], [-1.0, 0.2], [0.0, -1.5]]
     net = energies.modern_hopfield(patterns, beta)

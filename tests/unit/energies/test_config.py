@@ -10,8 +10,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ebm_dist import energies
+from ebm_dist.core.types import EventSpec
 from ebm_dist.energies import EnergyConfig, EnergySection
-from ebm_dist.types import EventSpec
 
 DIGITS = EventSpec((1, 8, 8), "image", 10)
 BITS = EventSpec((1, 8, 8), "binary")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebm_dist import energies
-from ebm_dist.energies.layers import Attention, Head, _attention_weight, _FusedAttention
+from ebm_dist.energies.networks.layers import Attention, Head, _attention_weight, _FusedAttention
 
 
 def qkv(seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:

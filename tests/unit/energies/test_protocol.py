@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ebm_dist import energies
+from ebm_dist.core.types import EventSpec
+from ebm_dist.core.weights import FlatLayout
 from ebm_dist.energies import Energy, EnergySection
-from ebm_dist.types import EventSpec
-from ebm_dist.weights import FlatLayout
 
 IMAGE = {"event_shape": (2, 6, 5)}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

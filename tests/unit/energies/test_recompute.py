@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ebm_dist import energies
-from ebm_dist.config import load
-from ebm_dist.energies.layers import TransformerBlocks
-from ebm_dist.errors import UserError
+from ebm_dist.config.run_config import load
+from ebm_dist.core.errors import UserError
+from ebm_dist.energies.networks.layers import TransformerBlocks
 
 
 def transformer(depth: int) -> nn.Module:

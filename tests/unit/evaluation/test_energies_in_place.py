@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from ebm_dist.actors.evaluator import _mean_energy
-from ebm_dist.actors.weighted_round import carried
+from ebm_dist.core.types import EventSpec
 from ebm_dist.evaluation.exact import exact_log_partition
 from ebm_dist.evaluation.likelihood import log_likelihood, log_partition
 from ebm_dist.evaluation.ood import ood_score
 from ebm_dist.evaluation.robustness import robust_accuracy
+from ebm_dist.jarzynski.kernel import carried
 from ebm_dist.objectives.objective import energies_of
 from ebm_dist.report.grid import save_grid
-from ebm_dist.types import EventSpec
 
 PLANE = EventSpec((2,), "real")
 ZEROS = torch.zeros(6, dtype=torch.double)

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
+from ebm_dist.core.types import Batch, EventSpec
 from ebm_dist.evaluation.fidelity import Fidelity, Moments, frechet_distance
-from ebm_dist.types import Batch, EventSpec
 
 SPEC = EventSpec((1, 8, 8), "image", 10)
 

@@ -7,9 +7,9 @@ import os
 import pytest
 
 from ebm_dist.cli import main
+from ebm_dist.core.paths import user_path
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.dataset import located
-from ebm_dist.paths import user_path
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from ebm_dist.signals import STOPPING, asking, interrupting
+from ebm_dist.core.signals import STOPPING, asking, interrupting
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_a_signal_during_an_import_comes_after_it(tmp_path):
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.2)\nwhole = 1\n"
     )
     script = (
-        "import sys, time; from ebm_dist.signals import interrupting\n"
+        "import sys, time; from ebm_dist.core.signals import interrupting\n"
         "try:\n"
         "    with interrupting():\n"
         "        import slow_module\n"

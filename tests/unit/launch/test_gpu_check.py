@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ebm_dist.config import load
+from ebm_dist.config.run_config import load
 
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))

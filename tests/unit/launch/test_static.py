@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ebm_dist import config as run_config
+from ebm_dist.config import run_config
 
 ROOT = Path(__file__).parents[3]
 LAUNCH, DOCKER, PAGES = ROOT / "launch", ROOT / "docker", ROOT / "docs" / "clusters"

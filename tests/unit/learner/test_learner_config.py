@@ -9,12 +9,12 @@ import pytest
 from pydantic import ValidationError
 
 from ebm_dist.learner.config import LearnerConfig, learning_rate
+from ebm_dist.learner.deepspeed_options import DECIDED, deepspeed_options
 from ebm_dist.learner.deepspeed_values import (
     ActivationCheckpointing,
     CommsLogger,
     ZeroOptimization,
 )
-from ebm_dist.learner.options import DECIDED, deepspeed_options
 
 
 def test_warm_up_rises_linearly_and_ends_at_the_full_rate():

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from ebm_dist.core.weights import FlatLayout
 from ebm_dist.learner.ema import Ema
-from ebm_dist.weights import FlatLayout
 
 
 def test_average_follows_its_recursion_with_the_early_decay():

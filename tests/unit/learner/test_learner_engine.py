@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ebm_dist import energies, objectives
-from ebm_dist.errors import RunFailed
-from ebm_dist.generators import seeded
+from ebm_dist.core.errors import RunFailed
+from ebm_dist.core.generators import seeded
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import Batch, Negatives
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.learner.engine import Engine
 from ebm_dist.learner.step import LearningStep
 from ebm_dist.objectives.objective import Objective
-from ebm_dist.seeds import derive_seed
-from ebm_dist.types import Batch, Negatives
 
 
 def events(seed: int, num: int = 8) -> Tensor:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ebm_dist.errors import UserError
+from ebm_dist.core.errors import UserError
 from ebm_dist.metrics import hub as hub_module
 from ebm_dist.metrics.hub import MetricHub
 from ebm_dist.metrics.jsonl import SUPERSEDED_FILE, read_rows

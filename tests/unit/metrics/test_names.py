@@ -68,7 +68,10 @@ def test_every_metric_says_what_it_means() -> None:
 
 
 # What the running graph logs. `ebm-dist evaluate` writes reports of its own, with other keys.
-LOGGED_BY = ("actors", "buffer", "learner", "objectives", "run.py", "evaluation/audit.py")
+LOGGED_BY = (
+    *("actors", "buffer", "controller", "jarzynski", "learner", "objectives", "run"),
+    "evaluation/audit.py",
+)
 
 
 def test_every_metric_that_the_code_writes_out_is_known() -> None:
@@ -90,8 +93,8 @@ def test_every_metric_that_the_code_writes_out_is_known() -> None:
 def test_every_name_that_is_declared_is_logged() -> None:
     infos = {
         f"sampler/{field.name}"
-        for module in pkgutil.iter_modules(ebm_dist.samplers.__path__)
-        for kind in vars(importlib.import_module(f"ebm_dist.samplers.{module.name}")).values()
+        for module in pkgutil.walk_packages(ebm_dist.samplers.__path__, "ebm_dist.samplers.")
+        for kind in vars(importlib.import_module(module.name)).values()
         if isinstance(kind, type) and kind.__name__.endswith("Info")
         for field in dataclasses.fields(kind)
     }
@@ -112,8 +115,8 @@ def test_every_name_that_is_declared_is_logged() -> None:
 
 def test_every_field_of_a_samplers_info_is_a_metric() -> None:
     fields = {}
-    for module in pkgutil.iter_modules(ebm_dist.samplers.__path__):
-        loaded = importlib.import_module(f"ebm_dist.samplers.{module.name}")
+    for module in pkgutil.walk_packages(ebm_dist.samplers.__path__, "ebm_dist.samplers."):
+        loaded = importlib.import_module(module.name)
         for kind in vars(loaded).values():
             if isinstance(kind, type) and kind.__name__.endswith("Info"):
                 for field in dataclasses.fields(kind):

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from wandb_server import KEY, WandbServer
 
-from ebm_dist.config import load
-from ebm_dist.errors import UserError
+from ebm_dist.config.run_config import load
+from ebm_dist.core.errors import UserError
 from ebm_dist.metrics import sink as sink_module
 from ebm_dist.metrics.credentials import (
     find_key,

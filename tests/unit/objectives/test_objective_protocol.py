@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ebm_dist import energies, objectives
+from ebm_dist.core.types import Batch, EventSpec, Negatives
 from ebm_dist.metrics import names
-from ebm_dist.types import Batch, EventSpec, Negatives
 
 NAMES = sorted(objectives.FAMILY.members)
 # Their loss is a surrogate: its gradient is not the slope of its value, by design.

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ebm_dist import energies, objectives
-from ebm_dist.objectives.discrete import neighbours
-from ebm_dist.objectives.energy_matching import flow_weight, trimmed
-from ebm_dist.objectives.kl_term import kl_term
-from ebm_dist.objectives.penalties import spectral_norms
-from ebm_dist.types import Batch, Negatives
+from ebm_dist.core.types import Batch, Negatives
+from ebm_dist.objectives.contrast.neighbours import neighbours
+from ebm_dist.objectives.likelihood.kl_term import kl_term
+from ebm_dist.objectives.likelihood.penalties import spectral_norms
+from ebm_dist.objectives.matching.energy_matching import flow_weight, trimmed
 
 
 class Parabola(nn.Module):

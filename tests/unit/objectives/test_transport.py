@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from ebm_dist.objectives.transport import assignment, pair
+from ebm_dist.objectives.matching.transport import assignment, pair
 
 
 @settings(max_examples=60, deadline=None)

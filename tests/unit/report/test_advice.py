@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ebm_dist.config import RunConfig, dump, load
+from ebm_dist.config.run_config import RunConfig, dump, load
 from ebm_dist.diagnostics import LADDER
 from ebm_dist.report.health import examine
 from ebm_dist.report.html import render

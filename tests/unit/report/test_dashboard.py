@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ebm_dist.errors import UserError
+from ebm_dist.core.errors import UserError
 from ebm_dist.metrics.names import IMAGES, METRICS
 from ebm_dist.report import dashboard
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ebm_dist.core.types import EventSpec
 from ebm_dist.report.grid import save_grid
-from ebm_dist.types import EventSpec
 
 SPECS = {
     "grey": EventSpec((1, 8, 8), "image"),

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebm_dist.errors import UserError
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.types import EventSpec
+from ebm_dist.export.model_card import last_metrics
 from ebm_dist.metrics.jsonl import encode
-from ebm_dist.model_card import last_metrics
 from ebm_dist.report.grid import save_grid
 from ebm_dist.report.health import examine
 from ebm_dist.report.html import write_report
@@ -26,7 +27,6 @@ from ebm_dist.report.plots import (
     other_panels,
     thin,
 )
-from ebm_dist.types import EventSpec
 
 
 class Page(HTMLParser):

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ebm_dist import energies, samplers
-from ebm_dist.samplers import Engine, capture, run_chain
-from ebm_dist.samplers import engine as engine_module
+from ebm_dist.samplers import Engine, run_chain
+from ebm_dist.samplers.compile import capture
+from ebm_dist.samplers.compile import engine as engine_module
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ebm_dist import energies
-from ebm_dist.samplers import FAMILY, Engine, compiler, run_chain
-from ebm_dist.samplers import engine as engine_module
-from ebm_dist.samplers.block import fitting
-from ebm_dist.samplers.standing import standing
-from ebm_dist.samplers.walk import walk
+from ebm_dist.samplers import FAMILY, Engine, run_chain
+from ebm_dist.samplers.compile import compiler
+from ebm_dist.samplers.compile import engine as engine_module
+from ebm_dist.samplers.compile.block import fitting
+from ebm_dist.samplers.frozen import standing
+from ebm_dist.samplers.stepper import walk
 
 needs_compiler = pytest.mark.skipif(
     compiler.missing() is not None, reason=f"cannot compile: {compiler.missing()}"

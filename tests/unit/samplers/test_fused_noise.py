@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ebm_dist import energies, samplers
-from ebm_dist.samplers import Engine, compiler, run_chain
-from ebm_dist.samplers import engine as engine_module
-from ebm_dist.samplers.block import build
-from ebm_dist.samplers.compiler import compile_graph
-from ebm_dist.samplers.fused_noise import SeededNoise, in_torch, philox
-from ebm_dist.samplers.tape import Draw, Tape
+from ebm_dist.samplers import Engine, run_chain
+from ebm_dist.samplers.compile import compiler
+from ebm_dist.samplers.compile import engine as engine_module
+from ebm_dist.samplers.compile.block import build
+from ebm_dist.samplers.compile.compiler import compile_graph
+from ebm_dist.samplers.compile.fused_noise import SeededNoise, in_torch, philox
+from ebm_dist.samplers.compile.recorded_noise import Draw, Tape
 
 needs_compiler = pytest.mark.skipif(
     compiler.missing() is not None, reason=f"cannot compile: {compiler.missing()}"

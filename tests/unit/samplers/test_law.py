@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ebm_dist import energies, samplers
-from ebm_dist.model_card import sampler_law
+from ebm_dist.core.types import EventSpec
+from ebm_dist.export.model_card import sampler_law
 from ebm_dist.samplers.law import curvature, effective_temperature, unadjusted
-from ebm_dist.types import EventSpec
 
 UNADJUSTED = {"langevin", "annealed_langevin", "preconditioned_langevin", "sghmc"}
 

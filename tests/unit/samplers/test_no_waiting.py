@@ -15,7 +15,7 @@ import torch
 from ebm_dist import energies
 from ebm_dist.energies.family import FAMILY as ENERGY_FAMILY
 from ebm_dist.samplers import FAMILY, chain, kernel, run_chain
-from ebm_dist.samplers.block import flatten, rebuild
+from ebm_dist.samplers.compile.block import flatten, rebuild
 
 ENERGIES: dict[str, Any] = ENERGY_FAMILY.members  # type: ignore[assignment]
 DISCRETE = ("rbm", "hopfield", "ising", "potts")

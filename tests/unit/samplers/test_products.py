@@ -12,7 +12,9 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ebm_dist import samplers
-from ebm_dist.samplers import Engine, block, compiler, products, run_chain
+from ebm_dist.samplers import Engine, run_chain
+from ebm_dist.samplers.compile import block, compiler
+from ebm_dist.samplers.compile import onednn as products
 from ebm_dist.samplers.kernel import value_and_grad
 
 pytestmark = pytest.mark.skipif(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_dist import samplers
+from ebm_dist.core.types import EventSpec
 from ebm_dist.samplers import (
     FAMILY,
     DepartingKernel,
@@ -18,7 +19,6 @@ from ebm_dist.samplers import (
     KernelSection,
     run_chain,
 )
-from ebm_dist.types import EventSpec
 
 NUM_CHAINS = 6
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ebm_dist.samplers.compile.rewrite import DECOMPOSITIONS, share_sigmoids
 from ebm_dist.samplers.kernel import value_and_grad
-from ebm_dist.samplers.rewrite import DECOMPOSITIONS, share_sigmoids
 
 
 class Squares(nn.Module):

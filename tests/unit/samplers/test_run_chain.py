@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ebm_dist import errors, samplers
+from ebm_dist import samplers
+from ebm_dist.core import errors
 from ebm_dist.energies import ising, rbm
 from ebm_dist.samplers import FAMILY, adapt_step_size, run_chain
 
@@ -376,7 +377,7 @@ def test_tempering_takes_a_kernel_or_its_section():
 
 
 def test_binding_tells_a_discrete_sampler_what_its_events_are():
-    from ebm_dist.types import EventSpec
+    from ebm_dist.core.types import EventSpec
 
     section = FAMILY.section("gibbs")
     bound = section.bind(EventSpec((4, 3), "categorical"))  # type: ignore[attr-defined]
@@ -419,7 +420,7 @@ def test_adaptation_refuses_a_target_that_is_no_rate():
 
 
 def test_gibbs_reports_the_fraction_of_sites_that_changed():
-    from ebm_dist.samplers.gibbs import GibbsInfo
+    from ebm_dist.samplers.discrete.gibbs import GibbsInfo
 
     x = torch.nn.functional.one_hot(torch.zeros(200, 5, dtype=torch.long), 4).float()
     state = make("gibbs").init(x, lambda x: 0 * x.sum((1, 2)))

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ebm_dist.samplers import Engine, compiler, engine, make, run_chain, winograd
+from ebm_dist.samplers import Engine, make, run_chain
+from ebm_dist.samplers.compile import compiler, engine, winograd
+from ebm_dist.samplers.compile.hoist import take_out
+from ebm_dist.samplers.compile.rewrite import DECOMPOSITIONS
 from ebm_dist.samplers.kernel import value_and_grad
-from ebm_dist.samplers.once import take_out
-from ebm_dist.samplers.rewrite import DECOMPOSITIONS
 
 CHANNELS_LAST = torch.channels_last
 

@@ -1,0 +1,199 @@
+"""A learner rank: its own data, its slice of the negatives, one DeepSpeed step, the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import Negatives
+from ebm_dist.core.weights import as_sent
+from ebm_dist.data import DataConfig, DataStream
+from ebm_dist.energies import EnergySection
+from ebm_dist.learner import LearnerConfig
+from ebm_dist.learner.weight_outbox import Outbox
+from ebm_dist.objectives import ObjectiveSection, ess_ratio
+
+
+class LearnerRank:
+    """One of `config.num_ranks` processes that hold the model together.
+
+    `update`, `state` and `load` are collective: the controller calls them on every rank, or
+    the others wait for the missing one until `learner.timeout_s`. `published` is rank 0's alone,
+    and may run in a thread of its own beside any of them: to move the weights off the device and
+    into Ray's shared memory takes as long as they are large, and no update depends on it.
+    """
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        data: DataConfig,
+        energy: EnergySection,
+        objective: ObjectiveSection,
+        *,
+        rank: int,
+        seed: int,
+        device: str,
+        reweight: bool = False,
+        jarzynski: bool = False,
+    ) -> None:
+        self._config = config
+        self._rank = rank
+        self._run_seed = self._seed = seed
+        self._batch_size = data.batch_size // config.num_ranks
+        self._device = device
+        self._data_config = data
+        self._data = DataStream(data, rank=rank, world_size=config.num_ranks, seed=seed)
+        self._energy = energy.build(seed=derive_seed(seed, "energy"))
+        self._objective = objective.build(seed=derive_seed(seed, "objective"))
+        self._objective.reweight = reweight and self._objective.needs_negatives
+        self._jarzynski = jarzynski
+        self._outbox: Outbox | None = None
+        """Rank 0's, once it has started."""
+
+    def start(self, rendezvous: tuple[str, int]) -> None:
+        """Meet the other ranks at (host, port) and build the engine. Collective."""
+        # Importing DeepSpeed takes seconds; nothing but a learner pays them.
+        from ebm_dist.learner.engine import Engine
+
+        self._engine = Engine(
+            self._config,
+            self._energy,
+            self._objective,
+            rank=self._rank,
+            world_size=self._config.num_ranks,
+            master_addr=rendezvous[0],
+            master_port=rendezvous[1],
+            device=self._device,
+        )
+        if (flat := self._engine.flat_weights()) is not None:
+            num = self._engine.layout.num_parameters
+            self._outbox = Outbox(self._config.ema_decay, flat, num_averaged=num)
+
+    def update(
+        self,
+        step: int,
+        lr: float,
+        after: Any,
+        parts: list[tuple[int, int]],
+        *negatives: dict[str, np.ndarray],
+    ) -> dict[str, float]:
+        """One update with the next batch of data; rank 0's weights then wait to be `published`.
+
+        Args:
+            step: counts updates; seeds the noise of the objective.
+            after: what had to be there before this is called.
+            parts: (start, stop) of each entry of `negatives` that this rank consumes.
+            negatives: leases as the shards handed them over, keys as in `types.Negatives`.
+
+        Returns:
+            Metrics averaged over ranks.
+
+        Raises:
+            NonFinite: on every rank alike, with the parameters as they were.
+        """
+        batch = self._data.next_batch(self._batch_size)
+        joined = _join(parts, negatives) if negatives else None
+        metrics = self._engine.update(
+            batch,
+            joined,
+            seed=derive_seed(self._seed, "update", self._rank, step),
+            lr=lr,
+        )
+        if self._jarzynski and joined is not None and "flow/ess_ratio" not in metrics:
+            metrics["flow/ess_ratio"] = float(ess_ratio(joined.log_weight))
+        packed = self._engine.packed_weights()
+        if self._outbox is not None and packed is not None:
+            self._outbox.add(packed)
+        return metrics
+
+    def published(self, average: bool) -> tuple[bool, np.ndarray, np.ndarray | None]:
+        """True, and the flat weights of the oldest update that they were not asked of yet.
+
+        The first is small: it says that the others are there. Rank 0 alone, once an update.
+
+        Args:
+            average: return the averaged weights as well, which are as large and seldom read.
+        """
+        assert self._outbox is not None, "asked of another rank than the first"
+        flat, mean = self._outbox.take(average)
+        return True, as_sent(flat, self._config.wire), mean
+
+    def weights(self) -> np.ndarray | None:
+        """The flat weights as they are, for the wire; None on ranks other than 0. Collective."""
+        flat = self._engine.flat_weights()
+        return as_sent(flat, self._config.wire) if flat is not None else None
+
+    def fetched(self, *negatives: dict[str, np.ndarray]) -> None:
+        """Called when `negatives` are on this node; of several ranks each by itself."""
+
+    def state(self) -> tuple[bool, dict[str, Any]]:
+        """True, and whole arrays (rank 0), the average (rank 0) and this rank's data cursor.
+
+        Collective. The first half is small: it says that the second has been taken.
+        """
+        learner = self._engine.state()
+        return True, {
+            # Arrays and not tensors: Ray copies the memory of arrays, and pickles tensors.
+            "learner": _arrays(learner) if learner is not None else None,
+            "ema": _arrays(self._outbox.state()) if self._outbox is not None else None,
+            "data": self._data.state(),
+        }
+
+    def load(
+        self,
+        learner: Mapping[str, torch.Tensor | np.ndarray],
+        ema: Mapping[str, torch.Tensor | np.ndarray] | None,
+        data: dict[str, Any] | None,
+        attempt: int = 0,
+    ) -> None:
+        """Continue from a checkpoint or from what `state` returned, of any world size and ZeRO
+        stage. Collective.
+
+        Args:
+            attempt: each has its own noise and its own order of data.
+        """
+        seed = derive_seed(self._run_seed, "attempt", attempt) if attempt else self._run_seed
+        if seed != self._seed:
+            self._seed = seed
+            self._data.close()
+            self._data = DataStream(
+                self._data_config, rank=self._rank, world_size=self._config.num_ranks, seed=seed
+            )
+        self._engine.load_state(_tensors(learner))
+        flat = self._engine.flat_weights()
+        if self._outbox is not None and flat is not None:
+            self._outbox.begin(flat, _tensors(ema) if ema is not None else None)
+        if data is not None:
+            self._data.load_state(data)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def _tensors(entries: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
+    """Arrays that came through Ray are read-only, and torch warns of those: they are copied."""
+    return {
+        name: torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+        for name, value in entries.items()
+    }
+
+
+def _join(parts: list[tuple[int, int]], leases: tuple[dict[str, np.ndarray], ...]) -> Negatives:
+    def field(name: str) -> torch.Tensor:
+        pieces = [lease[name][start:stop] for (start, stop), lease in zip(parts, leases)]
+        return torch.from_numpy(np.concatenate(pieces))
+
+    return Negatives(
+        x=field("x"),
+        energy=field("energy"),
+        version=field("version"),
+        log_weight=field("log_weight"),
+    )

@@ -1,0 +1,198 @@
+"""The consistent cut of a graph: what it holds, how it is written, how chains come back from it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.cluster.backend import Handle, Ref
+from ebm_dist.core.errors import NonFinite, RunFailed
+from ebm_dist.files.safe_open import read_bytes
+
+log = logging.getLogger("ebm_dist")
+
+_RETRY_STRIDE = 1 << 40
+"""Lease ids of each attempt after a roll-back start this much higher."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint remembers of the controller."""
+
+    step: int = 0
+    version: int = 0
+    """Of the weights; counts on when the learner goes back, so that versions are monotone."""
+    epoch: int = 0
+    """Times that the run went back to a checkpoint."""
+    next_lease: int = 0
+    updates: int = 0
+    """Made so far, those repeated after a fault included; the limiter's count of one side."""
+    extra_steps: int = 0
+    """Chain steps beyond those of consumed negatives; its count of the other."""
+    wall_s: float = 0.0
+    rollbacks: int = 0
+    """Times that the run went back from numbers that were not finite. Names the noise of the
+    attempt: unlike `epoch` it does not count what a kill repeats, which must be as it was."""
+    lr_factor: float = 1.0
+    """Of the learning rate, after those."""
+
+    def lease_of(self, number: int) -> int:
+        """The id of lease `number` of this attempt. Its noise follows from the id alone."""
+        return self.rollbacks * _RETRY_STRIDE + number
+
+    def remembered(self) -> dict[str, Any]:
+        """What checkpoints and the manifest both hold."""
+        return {
+            "version": self.version,
+            "epoch": self.epoch,
+            "rollbacks": self.rollbacks,
+            "lr_factor": self.lr_factor,
+        }
+
+    def resume(self, step: int, meta: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        """Continue at `step` from what a checkpoint and the newest manifest hold."""
+        self.step, self.wall_s = step, float(meta["wall_s"])
+        # Those of the manifest were given out by an attempt that then went back.
+        self.version = max(int(meta["version"]), manifest.get("version", 0))
+        self.epoch = max(int(meta["epoch"]), manifest.get("epoch", 0)) + 1
+        newer = max(meta, manifest, key=lambda content: content.get("rollbacks", 0))
+        self.rollbacks = newer.get("rollbacks", 0)
+        self.lr_factor = newer.get("lr_factor", 1.0)
+        self.next_lease = max(int(meta["next_lease"]), self.lease_of(0))
+        self.updates = int(meta.get("updates", step))
+        self.extra_steps = int(meta.get("extra_steps", 0))
+
+
+def write_cut(
+    run_dir: Path,
+    progress: Progress,
+    ranks: Sequence[Mapping[str, Any]],
+    shards: Sequence[Mapping[str, Any]],
+    meta: Mapping[str, Any],
+    *,
+    keep: int,
+    bases: Mapping[str, checkpoint.Base] | None = None,
+) -> Path:
+    """Write the states of all ranks and shards, taken between two updates, as one checkpoint.
+
+    Args:
+        bases: of the shards that are differences, by file stem.
+
+    Raises:
+        NonFinite: what is to be written is not finite, so nothing could go on from it.
+        OSError: the disk refused; the checkpoints before this one are untouched.
+    """
+    tensors = {"learner": ranks[0]["learner"], "ema": ranks[0]["ema"] or {}}
+    tensors |= {shard_file(i): shard["arrays"] for i, shard in enumerate(shards)}
+    for file, entries in tensors.items():
+        _refuse_non_finite(file, entries)
+    content = {
+        **meta,
+        **progress.remembered(),
+        "next_lease": progress.next_lease,
+        "updates": progress.updates,
+        "extra_steps": progress.extra_steps,
+        "wall_s": progress.wall_s,
+        "ranks": [rank["data"] for rank in ranks],
+        "shards": [shard["meta"] for shard in shards],
+    }
+    path = checkpoint.save(run_dir, progress.step, tensors, content, keep=keep, bases=bases)
+    write_manifest(run_dir, path.name, progress, str(meta["name"]))
+    return path
+
+
+def shard_file(index: int) -> str:
+    """The stem of the file that shard `index` has in a checkpoint."""
+    return f"shard_{index:04d}"
+
+
+def _refuse_non_finite(file: str, entries: Mapping[str, Any]) -> None:
+    """Weights, optimiser state and chains are finite or worthless. A buffer may hold an infinity
+    of its own, such as a mask, and a log-weight of minus infinity is a chain of no weight."""
+    for key, value in entries.items():
+        if not (key == "position" or key.startswith(("param/", "optim/"))):
+            continue
+        if not np.isfinite(np.asarray(value)).all():
+            raise NonFinite(
+                f"{file}/{key} holds numbers that are not finite; lower learner.lr or "
+                "sampler.step_size, or set learner.grad_clip or objective.energy_l2"
+            )
+
+
+def write_manifest(run_dir: Path, latest: str, progress: Progress, name: str) -> None:
+    """Say which checkpoint the run goes on from, and the newest version and epoch given out.
+
+    A full disk costs the manifest and not the run, which the checkpoints are enough to go on from.
+    """
+    content = {
+        "format": checkpoint.FORMAT,
+        "run": name,
+        "latest": latest,
+        "step": progress.step,
+        **progress.remembered(),
+    }
+    try:
+        checkpoint.write_manifest(run_dir, content)
+    except OSError as error:
+        log.warning("manifest.json not written (%s)", error.strerror or error)
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """The manifest, or nothing: a checkpoint can be resumed from without one."""
+    try:
+        content = json.loads(read_bytes(run_dir / "manifest.json"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def restore_shards(
+    shards: Sequence[Handle],
+    found: checkpoint.CheckpointDir | None,
+    capacities: Sequence[int],
+    *,
+    only: int | None = None,
+) -> list[Ref]:
+    """Deal the chains of the checkpoint out to today's shards, none lost and none doubled.
+
+    Args:
+        only: the one shard that is given its part; all when left out.
+
+    Returns:
+        References of the calls; none if the checkpoint holds no chains.
+
+    Raises:
+        RunFailed: they do not fit.
+    """
+    names = [name for name in found.names if name.startswith("shard_")] if found else []
+    if found is None or not names:
+        return []
+    saved = [found.arrays(name) for name in names]
+    merged = {key: np.concatenate([part[key] for part in saved]) for key in saved[0]}
+    total, room = len(merged["generation"]), sum(capacities)
+    if total > room:
+        raise RunFailed(
+            f"the checkpoint holds {total} chains, buffer.capacity has room for {room}; "
+            f"set buffer.capacity to {total} or more"
+        )
+    metas = found.meta["shards"]
+    # Room for more chains than there were is numbered on from them, over all shards.
+    merged.setdefault("chain_id", np.arange(total))
+    next_chain = int(merged["chain_id"].max()) + 1
+    refs, start = [], 0
+    for index, (shard, capacity) in enumerate(zip(shards, capacities)):
+        stop = min(start + capacity, total)
+        if only in (None, index):
+            arrays = {key: value[start:stop] for key, value in merged.items()}
+            cursor = metas[index]["data"] if index < len(metas) else None
+            refs.append(shard.call("restore", arrays, {"next_chain": next_chain, "data": cursor}))
+        next_chain += capacity - (stop - start)
+        start = stop
+    return refs

@@ -1,0 +1,306 @@
+"""Checkpoints: one consistent cut of a run, of which a crash at any moment leaves a valid one.
+
+A checkpoint is a directory of safetensors files and JSON. It is written under a temporary
+name, every file is fsynced and checksummed, the directory is renamed, and only then does
+`manifest.json` name it. The loader trusts neither name: it takes the newest directory whose
+checksums hold. A directory with another name than `name_of` gives is somebody else's, such as a
+copy that was put aside: it is neither read nor removed. Tensors are whole, not per rank, so the
+number of ranks, shards and workers may differ on resume.
+
+A file may be a difference: some rows of the arrays, with the numbers of those rows, and in
+`meta.json` the checkpoint that holds the same file whole and that file's checksum. Differences
+never refer to differences, so two files at most make one set of arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import PositiveInt
+from torch import Tensor
+
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.section import Section
+from ebm_dist.files.durable import new_directory, replace_text
+from ebm_dist.files.safe_open import make_directory, read_bytes, sha256
+from ebm_dist.files.tensor_file import save_tensors, tensors_or_refuse
+
+FORMAT = 2
+_READABLE = (1, FORMAT)  # format 1 has no differences
+
+ROWS = "row"
+"""In a file that is a difference: the numbers of the rows that it holds, (M,) int64."""
+
+_NAME = re.compile(r"step_(\d{8,18})")
+
+
+class CheckpointConfig(Section):
+    """When a cut is taken and how many are kept."""
+
+    every: PositiveInt = 500
+    """Updates between checkpoints; one more is written when the run ends or is told to stop."""
+
+    keep: PositiveInt = 3
+    """Newest checkpoints that stay on disk, with those that they refer to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The whole file that a difference refers to."""
+
+    checkpoint: str
+    """Name of the checkpoint directory, beside the one that refers to it."""
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointDir:
+    """A checkpoint whose checksums held when it was opened."""
+
+    path: Path
+    meta: dict[str, Any]
+    skipped: tuple[str, ...] = field(default=())
+    """One line for each newer checkpoint that was damaged."""
+
+    @property
+    def step(self) -> int:
+        return int(self.meta["step"])
+
+    @property
+    def names(self) -> list[str]:
+        files = (Path(name) for name in _checksums(self.path))  # others are not the checkpoint's
+        return sorted(file.stem for file in files if file.suffix == ".safetensors")
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of `<name>.safetensors`."""
+        return tensors_or_refuse(self.path / f"{name}.safetensors")
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of `<name>.safetensors`, whole also where the file is a difference."""
+        own = {key: tensor.numpy() for key, tensor in self.tensors(name).items()}
+        if name not in (bases := _bases(self.meta)):
+            return own
+        rows = own.pop(ROWS)
+        base = self.path.parent / bases[name].checkpoint / f"{name}.safetensors"
+        whole = {key: tensor.numpy() for key, tensor in tensors_or_refuse(base).items()}
+        for key, value in own.items():
+            whole[key][rows] = value
+        return whole
+
+    @contextmanager
+    def of_a_run(self) -> Iterator[None]:
+        """Within, what is read must be what a run wrote: checksums hold for a stranger's file too.
+
+        Raises:
+            UserError: in place of what a missing entry or one of another kind would raise.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{self.path}: its checksums hold, but a run did not write this "
+                f"({type(error).__name__}: {' '.join(str(error).split())}); move it away, or start "
+                "anew with another --run-dir"
+            ) from error
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor | np.ndarray]],
+    meta: Mapping[str, Any],
+    *,
+    keep: int,
+    bases: Mapping[str, Base] | None = None,
+) -> Path:
+    """Write the cut of `step` atomically and prune old ones; returns its directory.
+
+    Args:
+        tensors: file stem -> tensors, each whole or a difference.
+        meta: JSON-able state of everything that is no tensor.
+        keep: newest checkpoints that stay, with what they refer to; see `prune`.
+        bases: file stem -> what it differs from, of those that are differences. Not the
+            checkpoint of this step itself, which is replaced.
+
+    Raises:
+        OSError: the disk refused. The checkpoints before this one are untouched.
+    """
+    root = run_dir / "checkpoints"
+    make_directory(root)
+    final = root / name_of(step)
+    for path in root.glob(".tmp-step_*"):  # of killed writers of earlier versions
+        if re.fullmatch(r"\.tmp-step_\d{8,}-\d+", path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+    refers = {name: asdict(base) for name, base in (bases or {}).items()}
+    assert all(base["checkpoint"] != final.name for base in refers.values())
+    # It replaces that of a run that was resumed from before this step and came to it again.
+    with new_directory(final, replace=True, family=_NAME.pattern) as part:
+        for name, entries in tensors.items():
+            save_tensors(entries, part / f"{name}.safetensors")
+        content = {"format": FORMAT, "step": step, **meta, "bases": refers}
+        _write_json(part / "meta.json", content)
+        files = sorted(path for path in part.iterdir() if not path.name.startswith("."))
+        _write_json(part / "checksums.json", {file.name: sha256(file) for file in files})
+    prune(root, keep)
+    return final
+
+
+def name_of(step: int) -> str:
+    """The name of the directory of the checkpoint of `step`."""
+    return f"step_{step:08d}"
+
+
+def checksum(path: Path, name: str) -> str:
+    """What `<name>.safetensors` was when the checkpoint at `path` was written."""
+    return _checksums(path)[f"{name}.safetensors"]
+
+
+def newest_name(run_dir: Path) -> str | None:
+    """The name of the newest checkpoint, whole or not; None where there is none."""
+    paths = _by_age(run_dir / "checkpoints")
+    return paths[0].name if paths else None
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints under `root` and what those refer to.
+
+    With `keep` of 2 or more one stays, if there is one, that shares no file with the newest: a
+    damaged file that many refer to must not be the end of all of them.
+    """
+    everything = _by_age(root)
+    files = {path.name: {path.name, *_referred(path)} for path in everything}
+    names = [path.name for path in everything]
+    kept = names[:keep]
+    if keep > 1 and all(files[name] & files[kept[0]] for name in kept[1:]):
+        kept += [name for name in names[keep:] if not files[name] & files[kept[0]]][:1]
+    wanted = set().union(*(files[name] for name in kept))
+    for path in everything:
+        if path.name not in wanted:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _referred(path: Path) -> Iterable[str]:
+    try:
+        meta = json.loads(read_bytes(path / "meta.json"))
+        return [base.checkpoint for base in _bases(meta).values()]
+    except (OSError, ValueError, TypeError, AttributeError):  # damaged: no one will load it
+        return []
+
+
+def _bases(meta: Mapping[str, Any]) -> dict[str, Base]:
+    return {name: Base(**base) for name, base in meta.get("bases", {}).items()}
+
+
+def latest(run_dir: Path | str) -> CheckpointDir | None:
+    """The newest valid checkpoint of a run, or None if it has none.
+
+    Damaged ones are passed over; `skipped` says which and why.
+    """
+    root = Path(run_dir) / "checkpoints"
+    skipped: list[str] = []
+    for path in _by_age(root):
+        try:
+            opened = open_checkpoint(path)
+            if name_of(opened.step) != path.name:
+                raise UserError(f"{path.name}: holds update {opened.step}, so it was renamed")
+        except UserError as error:
+            skipped.append(str(error))
+            continue
+        return CheckpointDir(opened.path, opened.meta, tuple(skipped))
+    if skipped:
+        raise UserError(
+            f"{root}: no checkpoint is whole ({'; '.join(skipped)}); "
+            "start anew with --resume never and another --run-dir"
+        )
+    return None
+
+
+def open_checkpoint(path: Path) -> CheckpointDir:
+    """Open `path` and verify every checksum.
+
+    Raises:
+        UserError: a file is missing, truncated or altered, or the format is another one.
+    """
+    try:
+        sums = _checksums(path)
+        for name, expected in sums.items():
+            if Path(name).name != name:
+                raise UserError(f"{path.name}: checksums.json names a file outside the checkpoint")
+            if sha256(path / name) != expected:
+                raise UserError(
+                    f"{path.name}: {name} does not match its checksum (torn or altered)"
+                )
+        meta = json.loads(read_bytes(path / "meta.json"))
+        if "meta.json" not in sums or not isinstance(meta, dict):
+            raise UserError(f"{path.name}: meta.json is not covered by a checksum")
+        if "learner.safetensors" not in sums:
+            raise UserError(f"{path.name}: learner.safetensors is missing")
+        if type(meta.get("step")) is not int:
+            raise UserError(f"{path.name}: meta.json holds no step")
+        for name, base in _bases(meta).items():
+            _check_base(path, name, base)
+    except FileNotFoundError as error:
+        raise UserError(f"{path.name}: {Path(error.filename).name} is missing") from None
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path.name}: unreadable ({type(error).__name__})") from None
+    if meta.get("format") not in _READABLE:
+        raise UserError(
+            f"{path.name}: format {meta.get('format')!r}, this version reads up to {FORMAT}; "
+            "resume with the version of ebm_dist that wrote it"
+        )
+    return CheckpointDir(path, meta)
+
+
+def _check_base(path: Path, name: str, base: Base) -> None:
+    """Raises UserError unless the file that `name` of `path` differs from is as it was."""
+    if Path(base.checkpoint).name != base.checkpoint or base.checkpoint == "..":
+        raise UserError(f"{path.name}: meta.json names a file outside the checkpoints")
+    file = path.parent / base.checkpoint / f"{name}.safetensors"
+    if not file.is_file():
+        raise UserError(f"{path.name}: {base.checkpoint}/{file.name}, to which it refers, is gone")
+    if sha256(file) != base.sha256:
+        raise UserError(
+            f"{path.name}: {base.checkpoint}/{file.name}, to which it refers, does not match its "
+            "checksum (torn or altered)"
+        )
+
+
+def write_manifest(run_dir: Path, content: Mapping[str, Any]) -> None:
+    """Replace `manifest.json` in one step."""
+    replace_text(run_dir / "manifest.json", _json(content))
+
+
+def _by_age(root: Path) -> list[Path]:
+    """Checkpoint directories, newest first."""
+    found: list[tuple[int, Path]] = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in root.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match and path.name == name_of(int(match[1])) and not path.is_symlink():
+                found.append((int(match[1]), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    return json.loads(read_bytes(path / "checksums.json"))
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(_json(content), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Processes and calls between them: in this process, or on Ray."""

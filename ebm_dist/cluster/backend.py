@@ -1,0 +1,338 @@
+"""What the controller knows of the parts: handles, references, and the backend that has them.
+
+`InlineBackend` runs each call at once and keeps its result; `ray_backend.RayBackend` sends it to
+an actor. A reference may be passed as an argument of a later call: the data then goes from actor
+to actor and never through the controller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ebm_dist.cluster.halt import Halt
+from ebm_dist.core.errors import RunFailed, UserError
+
+Ref = Any
+"""A result that may not be there yet: an `InlineResult`, or Ray's ObjectRef."""
+
+
+class PartDied(RunFailed):
+    """The process or node of a part is gone; the caller replaces it or stops the run."""
+
+
+class ObjectLost(PartDied):
+    """What a call was given, or its result, was held by a node that is gone.
+
+    The part that was called may be well. Nothing brings the object back: a call is not repeated
+    by itself, and results do not outlive the object store of the node that computed them.
+    """
+
+
+class RollBack(PartDied):
+    """The run as a whole has to go back to its last checkpoint."""
+
+
+UNREACHABLE_S = 90.0
+"""Longer than Ray takes to give a node up: 63 s by its own settings, 37 s by those of launch."""
+
+
+class Unreachable(PartDied):
+    """A part cannot be reached, and whether it is gone is not known yet.
+
+    It is `UNREACHABLE_S` later: its node has been given up, or its cable mended.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine of the cluster, as Ray sees it at the moment."""
+
+    id: str
+    draining: bool
+    """Its end has been announced: what runs there may finish, nothing new starts there."""
+    free: dict[str, float]
+    """Resources that nobody has claimed, by Ray's names."""
+    total: dict[str, float] = field(default_factory=dict)
+    """All that it has."""
+
+
+class Handle(Protocol):
+    """One part of the graph, wherever it runs."""
+
+    name: str
+    node: str | None
+    """Id of the node that it was put on, None where Ray chose."""
+    num_gpus: float
+    """Its claim."""
+
+    def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
+        """Start `method(*args)`; returns one reference, or a list of `num_returns`."""
+        ...
+
+    def aside(self, method: str, *args: Any, num_returns: int = 1) -> Any:
+        """As `call`, beside the other calls and in order with its like; see `Backend.spawn`."""
+        ...
+
+
+class Backend(Protocol):
+    """Creates parts and waits for them."""
+
+    concurrent: bool
+    """Whether parts work at the same time, or each where it is called."""
+    scattered: bool
+    """Whether they are on several nodes: an object may then be lost with the one that holds it,
+    and the others live on."""
+    halt: Halt
+    """Whether the run is to end; whoever waits long looks at it."""
+
+    def spawn(
+        self,
+        factory: type,
+        kwargs: dict[str, Any],
+        *,
+        name: str,
+        num_threads: int | None = None,
+        num_cpus: float = 0.0,
+        num_gpus: float = 0.0,
+        beside_driver: bool = False,
+        any_order: bool = False,
+        aside: bool = False,
+        shared: bool = False,
+        node: str | None = None,
+    ) -> Handle:
+        """Create `factory(**kwargs)`.
+
+        Args:
+            node: where; it waits until there is room for it. Ray chooses when left out.
+            beside_driver: on the driver's machine, whose disk holds the run directory.
+            any_order: run a call when its arguments are there. Otherwise calls run in the order
+                they were made, and one that waits for another part holds up all after it.
+            aside: it has a second thread, for what its handle is asked to do `aside`. In one
+                process everything is done where it is called.
+            shared: give it, as its argument `shared`, what the parts of the run have in common on
+                its node: a `shared_memory.NodeMemory`, or None where all are in one process.
+        """
+        ...
+
+    def put(self, value: Any) -> Ref: ...
+    def wait(self, refs: Sequence[Ref], timeout: float) -> list[Ref]:
+        """Those of `refs` that are done, waiting up to `timeout` seconds for a first one."""
+        ...
+
+    def get(self, ref: Ref, timeout: float) -> Any:
+        """The value; raises what the call raised, PartDied, or TimeoutError."""
+        ...
+
+    def lost(self, ref: Ref) -> bool:
+        """Whether the value of a finished call is known to be gone with the node that held it."""
+        ...
+
+    def rendezvous(self, handle: Handle, port: int | None = None) -> Ref:
+        """Reference of (host, port) of the machine that `handle` runs on.
+
+        Args:
+            port: to be free there, or a UserError names learner.port; any free one when left out.
+        """
+        ...
+
+    def await_started(self, handles: Sequence[Handle]) -> tuple[Handle, PartDied] | None:
+        """Wait until each constructor has run; raises what it raised.
+
+        Returns:
+            The first that died meanwhile, and how; the others are not waited for any more.
+        """
+        ...
+
+    def nodes(self) -> list[Node]:
+        """The cluster's nodes; none where there is one machine or Ray does not tell."""
+        ...
+
+    def where(self, handle: Handle) -> str | None:
+        """Id of the node that the part runs on, None where it has not started or none is known."""
+        ...
+
+    def alive(self, handle: Handle, timeout: float = 0.5) -> bool:
+        """False when the part is known to be gone; one that is busy for `timeout` s is not."""
+        ...
+
+    def kill(self, handle: Handle) -> None: ...
+    def close(self) -> None: ...
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def fault_of_the_machine(error: BaseException) -> str | None:
+    """In one line what a part raised, if its device or memory may be the cause: then another
+    process may succeed.
+
+    Torch raises RuntimeError, or a subclass, for out of memory, for a fault of the GPU and for a
+    collective that lost somebody. Of ours, RunFailed means the run and not the machine.
+    """
+    cause = getattr(error, "cause", None) or error  # Ray wraps it
+    if isinstance(cause, RuntimeError | MemoryError) and not isinstance(cause, RunFailed):
+        return first_line(cause)
+    return None
+
+
+def tune_process(num_threads: int | None) -> None:
+    """Settings of a process that hosts a part: threads, and memory kept instead of returned."""
+    # Not imported for it: torch takes two seconds, and a part without torch has no threads to set.
+    torch = sys.modules.get("torch")
+    if torch is not None and num_threads is not None:
+        torch.set_num_threads(num_threads)
+    # glibc gives every block past 128 KiB back to the kernel at once, and each sampler step
+    # then faults its activations in again: keeping them was 1.4 times faster in eager mode.
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        libc = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def meeting_point(host: str, port: int | None, *, patience_s: float = 15.0) -> tuple[str, int]:
+    """(host, `port`), or with a port that nobody listens on at the moment.
+
+    Raises:
+        UserError: `port` was taken for `patience_s` seconds. The process of a predecessor may
+            hold it a moment longer than Ray says.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            with socket.socket() as probe:
+                # As the rendezvous itself does: connections of a predecessor may linger.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port or 0))
+                return host, probe.getsockname()[1]
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"learner.port: {port} cannot be had on {host} ({error.strerror}); choose "
+                    "another, or leave it out for a free one"
+                ) from None
+            time.sleep(0.2)
+
+
+@dataclass(slots=True, eq=False)
+class InlineResult:
+    value: Any = None
+    error: BaseException | None = None
+
+
+@dataclass(slots=True)
+class InlineHandle:
+    name: str
+    part: Any
+    num_threads: int | None
+    node: str | None = None
+    num_gpus: float = 0.0
+
+    def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
+        import torch
+
+        results = [InlineResult() for _ in range(num_returns)]
+        try:
+            if self.num_threads is not None and torch.get_num_threads() != self.num_threads:
+                torch.set_num_threads(self.num_threads)
+            value = getattr(self.part, method)(*(_resolve(arg) for arg in args))
+            values = [value] if num_returns == 1 else list(value)
+            for result, item in zip(results, values):
+                result.value = item
+        except Exception as error:  # it belongs to whoever asks for the result
+            for result in results:
+                result.error = error
+        return results[0] if num_returns == 1 else results
+
+    def aside(self, method: str, *args: Any, num_returns: int = 1) -> Any:
+        return self.call(method, *args, num_returns=num_returns)
+
+
+def _resolve(arg: Any) -> Any:
+    if not isinstance(arg, InlineResult):
+        return arg
+    if arg.error is not None:
+        raise arg.error
+    return arg.value
+
+
+class InlineBackend:
+    """Every part in this process: for debugging, notebooks and as the reference in tests."""
+
+    concurrent = False
+    scattered = False
+
+    def __init__(self, told: Callable[[], bool] = lambda: False) -> None:
+        """
+        Args:
+            told: whether the run is told to stop.
+        """
+        self.halt = Halt(told)
+        tune_process(None)
+        self._parts: list[InlineHandle] = []
+
+    def spawn(
+        self,
+        factory: type,
+        kwargs: dict[str, Any],
+        *,
+        name: str,
+        num_threads: int | None = None,
+        num_cpus: float = 0.0,
+        num_gpus: float = 0.0,
+        beside_driver: bool = False,
+        any_order: bool = False,
+        aside: bool = False,
+        shared: bool = False,
+        node: str | None = None,
+    ) -> InlineHandle:
+        handle = InlineHandle(name, factory(**kwargs), num_threads)
+        self._parts.append(handle)
+        return handle
+
+    def put(self, value: Any) -> InlineResult:
+        return InlineResult(value)
+
+    def wait(self, refs: Sequence[Ref], timeout: float) -> list[Ref]:
+        return list(refs)
+
+    def get(self, ref: Ref, timeout: float) -> Any:
+        return _resolve(ref)
+
+    def lost(self, ref: Ref) -> bool:
+        return False
+
+    def nodes(self) -> list[Node]:
+        return []
+
+    def rendezvous(self, handle: Handle, port: int | None = None) -> InlineResult:
+        return InlineResult(meeting_point("127.0.0.1", port))
+
+    def await_started(self, handles: Sequence[Handle]) -> None:
+        """They have: `spawn` runs the constructor."""
+
+    def where(self, handle: Handle) -> str | None:
+        return None
+
+    def alive(self, handle: Handle, timeout: float = 0.5) -> bool:
+        return True
+
+    def kill(self, handle: Handle) -> None:
+        self._parts = [part for part in self._parts if part is not handle]
+
+    def close(self) -> None:
+        for part in reversed(self._parts):
+            if hasattr(part.part, "close"):
+                with contextlib.suppress(Exception):
+                    part.part.close()
+        self._parts.clear()

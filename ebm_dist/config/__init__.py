@@ -1,0 +1,1 @@
+"""What a run is told: every section, read, checked and written."""

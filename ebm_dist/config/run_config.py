@@ -1,0 +1,138 @@
+"""The run's config: one frozen object composed of the sections that each module owns."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from ebm_dist import objectives
+from ebm_dist.buffer.config import BufferConfig
+from ebm_dist.checkpoint.files import CheckpointConfig
+from ebm_dist.config.checks import check
+from ebm_dist.config.sections import FlowConfig, RunSection, RuntimeConfig, WorkersConfig
+from ebm_dist.config.text import apply_override, validate
+from ebm_dist.core.errors import UserError, one_line
+from ebm_dist.core.section import Section
+from ebm_dist.data.config import DataConfig
+from ebm_dist.energies import EnergyConfig
+from ebm_dist.evaluation.config import EvaluationConfig
+from ebm_dist.files.safe_open import open_to_read
+from ebm_dist.files.strict_yaml import read_yaml, write_yaml
+from ebm_dist.learner.config import LearnerConfig
+from ebm_dist.metrics.config import TrackingConfig
+from ebm_dist.objectives import ObjectiveConfig
+from ebm_dist.samplers import SamplerConfig
+
+MAX_FILE_BYTES = 2**20
+
+
+class RunConfig(Section):
+    """Everything that decides what a run computes; `load` is the only way in from a file."""
+
+    run: RunSection = RunSection()
+    runtime: RuntimeConfig = RuntimeConfig()
+    data: DataConfig = DataConfig()
+    energy: EnergyConfig
+    sampler: SamplerConfig
+    objective: ObjectiveConfig = Field(default_factory=lambda: objectives.ContrastiveSection())
+    buffer: BufferConfig = BufferConfig()
+    workers: WorkersConfig = WorkersConfig()
+    learner: LearnerConfig = LearnerConfig()
+    flow: FlowConfig = FlowConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def num_negatives(self) -> int:
+        """Negatives of an update."""
+        return self.buffer.num_negatives or self.data.batch_size
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        if problems := list(check(self)):
+            raise ValueError("\n".join(map(one_line, problems)))
+        return self
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """The config at `source`, a YAML file or a mapping, with `a.b=value` overrides applied.
+
+    Raises:
+        UserError: one line for each fault: the key's path in the user's file, what was
+            expected, what came, what to change.
+    """
+    if isinstance(source, Mapping):
+        prefix, data = "", dict(source)
+    else:
+        prefix, data = f"{source}: ", _read_file(Path(source))
+    for override in overrides:
+        data = apply_override(data, override, RunConfig)
+    try:
+        return validate(RunConfig, data)
+    except UserError as error:
+        raise UserError(*(f"{prefix}{line}" for line in error.args)) from None
+
+
+def dump(config: RunConfig) -> str:
+    """`config` as YAML, complete, every default written out; `load` reads it back equal."""
+    return write_yaml(_names_first(config.model_dump(mode="json")))
+
+
+def _names_first(value: Any) -> Any:
+    """Sections with `name` as their first key, as people write them."""
+    if isinstance(value, list):
+        return [_names_first(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    first = {"name": value["name"]} if "name" in value else {}
+    return first | {key: _names_first(item) for key, item in value.items()}
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a config file, for editors that complete and check YAML."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **RunConfig.model_json_schema(),
+        "title": "ebm_dist run config",
+    }
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        with open_to_read(path, follow=True) as file:
+            text = file.read(MAX_FILE_BYTES + 1).decode()
+        if len(text) > MAX_FILE_BYTES:
+            raise UserError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, so not a config")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{_similar_file(path)}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a directory, expected a YAML file") from None
+    except UserError:
+        raise
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text, expected a YAML file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        data = read_yaml(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(data, dict):
+        what = "nothing" if data is None else f"a {type(data).__name__}"
+        raise UserError(f"{path}: expected sections such as `run:` and `data:`, found {what}")
+    return data
+
+
+def _similar_file(path: Path) -> str:
+    folder = path.parent
+    names = [item.name for item in folder.glob("*.y*ml")] if folder.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    found = [folder / name for name in close] or [
+        p for p in [Path(f"configs/{path}.yaml")] if p.exists()
+    ]
+    return f"; did you mean {found[0]}?" if found else ""

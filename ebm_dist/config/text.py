@@ -1,0 +1,283 @@
+"""A config as the user wrote it: plain values, overrides, faults in the path of the user's file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import types
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.section import nearest
+from ebm_dist.files.strict_yaml import MAX_DEPTH, read_yaml, short
+
+MAX_FAULTS = 50
+
+
+def apply_override(
+    data: dict[str, Any], override: str, model: type[BaseModel] | None = None
+) -> dict[str, Any]:
+    """`data` with `a.b=value` set, `value` read as YAML; the input is left alone.
+
+    Where `model` takes text alone at that key, a number is text as written: a run may be named
+    by a date, a job or a commit, and `007` and `1e5` are not 7 and 100000 then.
+    """
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if len(path) > MAX_DEPTH:
+        raise UserError(f"override {short(key)}: deeper than {MAX_DEPTH} sections")
+    if not equals or not all(path):
+        raise UserError(
+            f"override {short(override)}: expected KEY.SUB=VALUE, such as run.steps=100 "
+            "(no spaces around the sign, or the whole of it in quotes)"
+        )
+    try:
+        value = read_yaml(text)
+    except UserError as error:
+        raise UserError(f"override {key}: {error}") from None
+    if isinstance(value, bool | int | float) and model and _takes_text(model, path, data):
+        value = text.strip()
+    return _with(data, path, value, key)
+
+
+def _takes_text(model: type[BaseModel], path: list[str], data: Any) -> bool:
+    kinds: set[Any] = set()
+    for owner in models_at(model, path[:-1], data):
+        field = owner.model_fields.get(path[-1])
+        kinds |= set(_kinds(field.annotation)) if field else set()
+    return str in kinds and not kinds & {bool, int, float}
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types of a union, without what `Annotated` says of them."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [kind for arg in get_args(annotation) for kind in _kinds(arg)]
+    return [annotation]
+
+
+def _with(data: dict[str, Any], path: list[str], value: Any, key: str) -> dict[str, Any]:
+    if len(path) == 1:
+        return {**data, path[0]: value}
+    inner = data.get(path[0])
+    if inner is None:
+        inner = {}
+    if not isinstance(inner, dict):
+        raise UserError(
+            f"override {key}: {path[0]!r} is the value {short(inner)}, not a section; "
+            "set it whole or leave out what follows the dot"
+        )
+    return {**data, path[0]: _with(inner, path[1:], value, key)}
+
+
+def validate(model: type[BaseModel], data: dict[str, Any]) -> Any:
+    """`model` built from plain `data`, types taken strictly.
+
+    Strict, so that `steps: true` is not 1 and `lr: "fast"` not parsed; JSON's rules, so
+    that a list may fill a tuple and 1 a float. A float without a fraction may fill an
+    integer: `capacity: 1e6` is how people write it.
+
+    Raises:
+        UserError: one line for every fault, each beginning with the key's path.
+    """
+    data = plain(data)
+    text = json.dumps(data)
+    try:
+        return model.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        if not all(_is_forgiven(fault) for fault in error.errors(include_url=False)):
+            raise UserError(*faults(error, model, data)) from None
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(*faults(error, model, data)) from None
+
+
+def plain(value: Any, path: tuple[str, ...] = ()) -> Any:
+    """`value` of JSON's types: paths become text, numbers and arrays of numpy plain ones.
+
+    Raises:
+        UserError: with the path of a value that is no plain one, or a key that is no text.
+    """
+    where = ".".join(path) or "(file)"
+    if len(path) > MAX_DEPTH:
+        raise UserError(f"{where}: deeper than {MAX_DEPTH} sections")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise UserError(f"{where}: the key {short(key)} must be text, such as 'steps'")
+        return {key: plain(item, (*path, key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, (*path, str(index))) for index, item in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if hasattr(value, "tolist"):
+        return plain(value.tolist(), path)
+    if isinstance(value, str):
+        # No path, name or address can hold them, and the system says so without the key.
+        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{where}: {short(value)} holds a NUL or a surrogate; take it out")
+        return value
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    raise UserError(
+        f"{where}: expected a plain value (text, number, true, false, null, list or section), got "
+        f"a {type(value).__name__}"
+    )
+
+
+def _is_forgiven(fault: Any) -> bool:
+    """Strict rules refuse it, and the looser ones of the second pass read it rightly."""
+    value = fault["input"]
+    if fault["type"] == "tuple_type":
+        # Behind a `before` validator pydantic no longer knows that the list came from JSON.
+        return isinstance(value, list)
+    return fault["type"] == "int_type" and isinstance(value, float) and value.is_integer()
+
+
+def faults(error: ValidationError, model: type[BaseModel], data: Any) -> list[str]:
+    """Each fault as `path: what was expected, what came`, in the path of the user's file."""
+    by_path: dict[tuple[str, ...], list[str]] = {}
+    across: list[str] = []
+    found = [fault for fault in error.errors(include_url=False) if not _is_forgiven(fault)]
+    # What a line suggests takes a search through all keys, and nobody reads 100,000 lines.
+    for fault in found[:MAX_FAULTS]:
+        path = _user_path(fault["loc"], data)
+        if fault["type"] == "value_error" and not path:
+            # A check across sections: each of its lines brings its own path.
+            across += fault["msg"].removeprefix("Value error, ").splitlines()
+            continue
+        if fault["type"].startswith("union_tag"):
+            path += ("name",)
+        text = " ".join(_text(fault, path, model, data).split())
+        texts = by_path.setdefault(path, [])
+        if text not in texts:
+            texts.append(text)
+    lines = [f"{'.'.join(path) or '(file)'}: {_join(texts)}" for path, texts in by_path.items()]
+    if len(found) > MAX_FAULTS:
+        across.append(f"(file): {len(found) - MAX_FAULTS} more faults; mend these first")
+    return lines + across
+
+
+def _join(texts: list[str]) -> str:
+    # Branches of a union fail one by one; the user wrote one value.
+    if len(texts) > 1 and all(text.startswith("expected ") for text in texts):
+        wanted = [text.removeprefix("expected ").rpartition(", got ")[0] for text in texts]
+        return f"expected {' or '.join(wanted)}, got {texts[0].rpartition(', got ')[2]}"
+    return "; ".join(texts)
+
+
+def _user_path(loc: tuple[str | int, ...], data: Any) -> tuple[str, ...]:
+    """`loc` without the union tags and branch names that pydantic puts between the keys."""
+    path: list[str] = []
+    here = data
+    for index, part in enumerate(loc):
+        last = index == len(loc) - 1
+        if isinstance(here, dict) and part in here:
+            # The tag of a union follows the key that holds it.
+            path.append(str(part))
+            here = here[part]
+        elif isinstance(part, int) and isinstance(here, list):
+            path.append(str(part))
+            here = here[part] if part < len(here) else None
+        elif last and isinstance(here, dict) and here.get("name") != part and _is_key(part):
+            path.append(str(part))
+    return tuple(path)
+
+
+def _is_key(part: str | int) -> bool:
+    return isinstance(part, str) and part.isidentifier()
+
+
+_WORDS = [
+    ("Input should be ", "expected "),
+    ("a valid integer, got a number with a fractional part", "a whole number"),
+    ("a valid integer", "a whole number"),
+    ("a valid number", "a number"),
+    ("a finite number", "a finite number"),
+    ("a valid string", "text"),
+    ("a valid boolean", "true or false"),
+    ("a valid array", "a list"),
+    ("a valid tuple", "a list"),
+    ("a valid list", "a list"),
+    ("a valid dictionary", "a section of keys"),
+    ("an object", "a section of keys"),
+]
+
+
+def _text(fault: Any, path: tuple[str, ...], model: type[BaseModel], data: Any) -> str:
+    kind, value = fault["type"], fault["input"]
+    if kind == "extra_forbidden":
+        return f"unknown key{_suggestion(path, model, data)}"
+    if kind == "missing":
+        fields = [m.model_fields.get(path[-1]) for m in models_at(model, path[:-1], data)]
+        about = next((field.description for field in fields if field), None)
+        return "missing; add it" + (f": {_first_sentence(about)}" if about else "")
+    if kind.startswith("union_tag"):
+        known = sorted(name for m in models_at(model, path[:-1], {}) for name in _names(m))
+        if kind == "union_tag_not_found":
+            return f"missing; add one of {', '.join(known)}"
+        tag = str(fault["ctx"]["tag"])
+        return f"{short(tag)} is unknown{nearest(tag, known)}; known: {', '.join(known)}"
+    if kind in ("model_type", "model_attributes_type", "dict_type", "dataclass_type"):
+        return f"expected a section of keys and values, got {short(value)}"
+    message = str(fault["msg"])
+    if kind in ("value_error", "assertion_error"):
+        return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    for theirs, ours in _WORDS:
+        message = message.replace(theirs, ours)
+    hint = "; put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
+    return f"{message}, got {short(value)}{hint}"
+
+
+def _names(model: type[BaseModel]) -> list[str]:
+    field = model.model_fields.get("name")
+    return [str(arg) for arg in get_args(field.annotation)] if field else []
+
+
+def _suggestion(path: tuple[str, ...], model: type[BaseModel], data: Any) -> str:
+    word = path[-1]
+    known = sorted({key for m in models_at(model, path[:-1], data) for key in m.model_fields})
+    if close := nearest(word, known):
+        return close
+    for section, field in model.model_fields.items():
+        for inner in _models(field.annotation):
+            if word in inner.model_fields and section != path[0]:
+                return f"; did you mean {section}.{word}?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def models_at(model: type[BaseModel], path: Iterable[str], data: Any) -> list[type[BaseModel]]:
+    """The sections that may stand at `path` of a `model`, chosen by `name` where data has one."""
+    here = [model]
+    for part in path:
+        data = data.get(part) if isinstance(data, dict) else None
+        found: list[type[BaseModel]] = []
+        for owner in here:
+            field = owner.model_fields.get(part)
+            found += _models(field.annotation) if field else []
+        name = data.get("name") if isinstance(data, dict) else None
+        named = [m for m in found if name in _names(m)]
+        here = named or found
+    return here
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _models(get_args(annotation)[0])
+    if origin in (Union, types.UnionType, list, tuple):
+        return [model for arg in get_args(annotation) for model in _models(arg)]
+    return []
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.;])\s", " ".join(text.split()))[0].rstrip(".;")

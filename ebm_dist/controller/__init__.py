@@ -1,0 +1,1 @@
+"""The driver's side of a run: the update loop and what keeps it going."""

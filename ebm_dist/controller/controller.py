@@ -1,0 +1,303 @@
+"""The training loop: rounds to workers, negatives to learners, weights back, cuts to disk.
+
+Any part but this one may die. Workers and shards are the pool's to replace, the hub and the
+evaluator their links'; `going_back.py` has what follows for the learners.
+
+Weights are handed out before they have left the learner, which sends them beside its next update.
+Every wait looks whether they came: rounds that were given lost ones do not come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.checkpoint.cut import Progress
+from ebm_dist.cluster.backend import PartDied, Ref
+from ebm_dist.cluster.halt import GRACE_S, IDLE_GRACE_S, Halted
+from ebm_dist.config.sections import FlowConfig
+from ebm_dist.controller.checkpointer import Checkpointer
+from ebm_dist.controller.draining.ranks import RankMover
+from ebm_dist.controller.draining.shards import Mover
+from ebm_dist.controller.negatives.delivery import Delivery
+from ebm_dist.controller.negatives.source import POLL_S, NegativeFlow
+from ebm_dist.controller.observers.metric_window import MetricWindow
+from ebm_dist.controller.observers.monitor import Lookout
+from ebm_dist.controller.parts import Graph, Schedule, View
+from ebm_dist.controller.recovery import WayBack
+from ebm_dist.controller.retry import Attempts
+from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.workers.autoscaler import Steward
+from ebm_dist.core.errors import NonFinite, RunFailed
+from ebm_dist.learner import LearnerConfig, learning_rate
+
+LEAVING_S = 30.0
+"""A run that fails waits this long for the checkpoint that is being written."""
+
+
+class Controller:
+    """Runs in the driver process and owns the weight references: a learner that dies takes
+    no weights with it."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        schedule: Schedule,
+        *,
+        flow: FlowConfig,
+        learner: LearnerConfig,
+        run_dir: Path,
+        view: View,
+        meta: dict[str, Any],
+        save_grid: Callable[[np.ndarray, int], Path | None],
+    ) -> None:
+        self.progress = Progress()
+        self._graph = graph
+        self._schedule = schedule
+        self._flow = flow
+        self._learner = learner
+        self._run_dir = run_dir
+        self._view = view
+        self._halt = graph.backend.halt
+        self._window = MetricWindow()
+        self._flat: Ref = None
+        self._ema: Ref = None
+        self._is_whole = True
+        """Whether the parts stand where a checkpoint can be taken: no update has half begun."""
+        attempts = Attempts()
+        self._cuts = Checkpointer(
+            graph, schedule, run_dir, meta=meta, timeout=flow.stall_timeout_s, say=view.say
+        )
+        self._way_back = WayBack(
+            graph,
+            flow,
+            learner,
+            self.progress,
+            attempts,
+            self._cuts,
+            wait=self._wait,
+            publish=self._publish_current,
+            view=view,
+            run_dir=run_dir,
+            name=meta["name"],
+        )
+        self._pool = RoundPool(
+            graph.backend,
+            graph.shards,
+            graph.workers,
+            respawn_worker=graph.respawn_worker,
+            respawn_shard=self._way_back.respawn_shard,
+            on_rejected=self._way_back.on_rejected,
+            say=view.say,
+            num_chains=schedule.num_chains,
+            depth=2,
+            hang_s=2.0 * graph.lease_timeout_s,
+            start_timeout_s=graph.start_timeout_s,
+        )
+        self._way_back.serve(self._pool)
+        self._negatives = NegativeFlow(
+            graph, schedule, flow, self._pool, self.progress, self._window.count, self._tend
+        )
+        self._delivery = Delivery(
+            graph, schedule, flow, self._pool, self._negatives, self._meanwhile
+        )
+        self._steward = None
+        if graph.elasticity is not None:
+            self._steward = Steward(
+                self._pool.crew, self._negatives.waits, graph.elasticity, view.say
+            )
+        self._mover = Mover(graph, self._pool, say=view.say, timeout=flow.stall_timeout_s)
+        self._rank_mover = RankMover(
+            graph, self.progress, attempts, self._wait, self._publish_current, say=view.say
+        )
+        self._lookout = Lookout(
+            graph,
+            schedule,
+            self._pool,
+            self.progress,
+            self._window,
+            timeout=flow.stall_timeout_s,
+            save_grid=save_grid,
+            say=view.say,
+        )
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def restore(self, found: checkpoint.CheckpointDir) -> None:
+        """Continue from `found`, whatever its numbers of ranks and shards were."""
+        self._way_back.restore(found)
+
+    def run(self) -> bool:
+        """Train to the last update; returns False if told to stop before it.
+
+        Raises:
+            RunFailed: it cannot be gone on with. What could be kept is in a checkpoint.
+        """
+        start = time.monotonic() - self.progress.wall_s
+        try:
+            while self._flat is None:
+                try:
+                    self._publish_current()
+                except PartDied as died:
+                    self._recover(died)
+            self._window.reset()
+            while True:
+                try:
+                    if self._halt.due:
+                        self._cuts.finish(self.progress, f"stopped at update {self.progress.step}")
+                        break
+                    if self.progress.step >= self._schedule.num_updates:
+                        self._lookout.catch_up(self._flat, self._ema)
+                        self._cuts.finish(self.progress)
+                        self._lookout.finish()
+                        return True
+                    self._cuts.take_if_due(self.progress)
+                    if self.progress.step == 0:  # from here on there is one to go back to
+                        self._cuts.settle(self._flow.stall_timeout_s)
+                    self._is_whole = False  # of a part that moves, two have half of what it holds
+                    self._mover.between_updates()
+                    self._rank_mover.between_updates()
+                    self._update()
+                    self.progress.wall_s = time.monotonic() - start
+                    self._lookout.observe(self._flat, self._ema)
+                except (PartDied, NonFinite) as trouble:
+                    self._recover(trouble)
+        except TimeoutError as error:
+            raise RunFailed(
+                f"update {self.progress.step}: a part gave no answer within "
+                f"{self._flow.stall_timeout_s:.0f} s (flow.stall_timeout_s): {error}"
+            ) from error
+        except Halted:
+            self._keep_what_is_whole()
+        except BaseException:
+            # The cut under way is whole, whatever came after it.
+            with contextlib.suppress(Exception):
+                self._cuts.settle(LEAVING_S)
+            raise
+        if (why := self._halt.ailing()) is not None:
+            raise RunFailed(why)
+        return False
+
+    def _recover(self, trouble: PartDied | NonFinite) -> None:
+        self._is_whole = False
+        self._way_back.recover(trouble)
+        self._is_whole = True
+
+    def _keep_what_is_whole(self) -> None:
+        """Take a checkpoint of a run that ends within a wait, where the parts still allow it."""
+        step = self.progress.step
+        try:
+            if self._is_whole:
+                self._cuts.finish(self.progress, f"stopped at update {step}")
+            else:
+                self._view.say(f"stopped within update {step}: it is repeated from its checkpoint")
+                self._cuts.settle(LEAVING_S)
+        except (PartDied, Halted, NonFinite, RunFailed) as trouble:
+            self._view.say(f"stopped at update {step}, without a checkpoint of it: {trouble}")
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of each metric."""
+        return self._lookout.metrics
+
+    def evaluate(self) -> None:
+        """Measure the weights as they are, and wait for it."""
+        self._lookout.finish()
+        self._lookout.evaluate(self._flat, self._ema)
+        self._lookout.finish()
+
+    def _update(self) -> None:
+        step = self.progress.step
+        # In sync mode its rounds move the chains that a repetition would have to begin with.
+        self._is_whole = self._flow.mode == "async"
+        consumed = self._negatives.take_negatives() if self._graph.needs_negatives else None
+        if consumed is not None:
+            self._delivery.bring(consumed, step)
+        lr = learning_rate(self._learner, step, self._schedule.num_updates)
+        lr *= self.progress.lr_factor
+        learners, auditor = self._graph.learners, self._graph.auditor
+        average = self._lookout.reads_average(step + 1)
+        self._is_whole = False
+        replies = learners.update(
+            step,
+            lr,
+            self._schedule.num_negatives,
+            consumed.negatives if consumed else None,
+            auditor.extra() if auditor and consumed else None,
+        )
+        began = time.monotonic()
+        pending = [*replies, *learners.publishing]  # the weights of the update before, as well
+        self._wait(pending, self._flow.stall_timeout_s, each=learners.result)
+        waited = time.monotonic() - began
+        metrics = learners.result(replies[0])
+        flat, ema = learners.publish(average=average)
+        self.progress.step += 1
+        self._is_whole = True
+        self._publish(flat, ema if average else self._ema)
+        self._window.add_update(metrics)
+        self._window.add_wait(consumed.wait_s if consumed else 0.0, waited)
+        if consumed is not None:
+            self._window.add_lag([consumed.version - lease.version for lease in consumed.leases])
+            for lease in consumed.leases:
+                self._window.add_round(lease.stats)
+        self._view.update(
+            self.progress.step, {**self._lookout.metrics, **metrics}, self._window.bottleneck()
+        )
+        if average:  # these are read now, the last of a run as well: they must have come
+            learners.settle(self._wait)
+
+    def _wait(
+        self, refs: Sequence[Ref], timeout: float, *, each: Callable[[Ref], Any] | None = None
+    ) -> None:
+        """Keep rounds going until `refs` are done; `each` sees them as they come.
+
+        Raises:
+            PartDied: they were not done in `timeout` seconds, so that the learners are replaced.
+        """
+        start = time.monotonic()
+        pending = list(refs)
+        while pending:
+            done = self._pool.poll(POLL_S, *pending)
+            self._meanwhile()
+            for ref in done:
+                if each is not None:
+                    each(ref)
+            pending = [ref for ref in pending if ref not in done]
+            if pending and time.monotonic() - start > timeout:
+                self._graph.learners.broken = True
+                raise PartDied(
+                    f"update {self.progress.step}: the learner ranks gave no answer for "
+                    f"{timeout:.0f} s; raise flow.stall_timeout_s if an update is only slow, or "
+                    "runtime.start_timeout_s if a start is"
+                )
+
+    def _meanwhile(self) -> None:
+        """What goes on while something is waited for."""
+        self._tend()
+        ahead = self._flow.mode == "async" and self._graph.needs_negatives
+        if ahead and not self._way_back.chains_go_back:
+            self._negatives.top_up()
+
+    def _tend(self) -> None:
+        self._halt.check(grace_s=IDLE_GRACE_S if self._is_whole else GRACE_S)
+        self._graph.learners.look()
+        if self._steward is not None:
+            self._steward.tend()
+
+    # --- weights ------------------------------------------------------------------------------
+
+    def _publish_current(self) -> None:
+        """Hand the weights as they are to the pool, at the start of a run."""
+        self._flat = self._ema = self._graph.learners.weights(self._wait)
+        self._pool.set_weights(self._flat, self.progress.version)
+
+    def _publish(self, flat: Ref, ema: Ref) -> None:
+        self.progress.version += 1
+        self._flat, self._ema = flat, ema
+        self._pool.set_weights(flat, self.progress.version)

@@ -1,0 +1,1 @@
+"""Leaving nodes whose end has been announced."""

@@ -1,0 +1,1 @@
+"""Where an update's negatives come from, and how they get to the learners."""

@@ -1,0 +1,70 @@
+"""Looks at the followed chains of every shard, and raises the alarm where they stand still."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+
+from ebm_dist.cluster.backend import Backend, Handle
+from ebm_dist.cluster.stall import answer
+
+
+class ShardWatch:
+    """Asks the shards how their chains move, at each log line."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        shards: list[Handle],
+        *,
+        reseed: bool,
+        say: Callable[[str], None],
+        timeout: float,
+    ) -> None:
+        """
+        Args:
+            shards: the list itself, in which successors of the dead are put.
+            reseed: give stuck chains a fresh start where the alarm sounds.
+            say: is told an alarm when a shard falls into it, and not again before it has recovered.
+        """
+        self._backend = backend
+        self._shards = shards
+        self._reseed = reseed
+        self._say = say
+        self._timeout = timeout
+        self._alarmed: set[int] = set()
+        self._num_alarms = 0
+        self._num_reseeded = 0
+
+    def look(self) -> dict[str, float]:
+        """Means over the shards that have something new to tell, by metric name.
+
+        Raises:
+            PartDied: a shard is gone.
+        """
+        sums: dict[str, list[float]] = defaultdict(list)
+        refs = [shard.call("health", self._reseed) for shard in self._shards]
+        for index, ref in enumerate(refs):
+            detail = "waited for how the chains move"
+            report = answer(self._backend, self._shards[index], ref, self._timeout, detail)
+            if report is None:
+                continue
+            for name, value in report["values"].items():
+                if math.isfinite(value):
+                    sums[name].append(value)
+            self._num_reseeded += report["num_reseeded"]
+            if report["alarm"] is None:
+                self._alarmed.discard(index)
+                continue
+            self._num_alarms += 1
+            if index not in self._alarmed:
+                self._alarmed.add(index)
+                self._say(report["alarm"])
+        if not sums:
+            return {}
+        return {
+            **{name: sum(values) / len(values) for name, values in sums.items()},
+            "chain/alarms": float(self._num_alarms),
+            "chain/reseeded": float(self._num_reseeded),
+        }

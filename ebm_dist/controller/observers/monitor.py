@@ -1,0 +1,258 @@
+"""What is seen of a run while it goes: log rows, sample grids, measurements, audits, chains."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ebm_dist.actors.auditor import AuditLink
+from ebm_dist.checkpoint.cut import Progress
+from ebm_dist.cluster.backend import Handle, PartDied, Ref, fault_of_the_machine
+from ebm_dist.cluster.stall import LOOK_S, answer
+from ebm_dist.controller.observers.hub import EvaluatorLink
+from ebm_dist.controller.observers.metric_window import MetricWindow
+from ebm_dist.controller.parts import Graph, Schedule
+from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.core.seeds import derive_seed
+
+_Found = tuple[int, dict[str, float]] | None
+
+
+class Lookout:
+    """Looks at the parts between two updates; what takes long is started here and logged later.
+
+    Every method raises PartDied where a part that it asked is gone.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        schedule: Schedule,
+        pool: RoundPool,
+        progress: Progress,
+        window: MetricWindow,
+        *,
+        timeout: float,
+        save_grid: Callable[[np.ndarray, int], Path | None],
+        say: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            progress, window: the controller's own, read here.
+            timeout: seconds within which a part answers.
+            save_grid: writes chains (num, *event) of an update as a picture.
+        """
+        self.metrics: dict[str, float] = {}
+        """The last value of each metric."""
+        self._graph = graph
+        self._schedule = schedule
+        self._pool = pool
+        self._progress = progress
+        self._window = window
+        self._timeout = timeout
+        self._save_grid = save_grid
+        self._backend = graph.backend
+        self._say = say
+        self._owed_since = math.inf  # the update whose evaluation is to be made
+        self._averaged = -1  # the update that the averaged weights are of, if they were asked for
+        self._said_busy = False
+
+    def reads_average(self, step: int) -> bool:
+        """Whether anything looks at the averaged weights as of update `step`."""
+        graph, schedule = self._graph, self._schedule
+        every = [schedule.evaluate_every, graph.auditor.every if graph.auditor else None]
+        due = step == schedule.num_updates or any(n is not None and step % n == 0 for n in every)
+        if not due and step > self._owed_since:
+            self._collect_evaluation(0.0)
+            due = not self._is_measuring
+        self._averaged = step if due else -1
+        return due
+
+    @property
+    def _is_measuring(self) -> bool:
+        return self._graph.evaluator is not None and self._graph.evaluator.busy
+
+    def observe(self, flat: Ref, ema: Ref) -> None:
+        """Do what is due after an update, of which `flat` and `ema` are the weights."""
+        step = self._progress.step
+        if (every := self._schedule.evaluate_every) is not None and step % every == 0:
+            self._owed_since = step
+        if step % self._schedule.log_every == 0 or step == self._schedule.num_updates:
+            self._log()
+        self.catch_up(flat, ema)
+        self._collect_evaluation(0.0)
+        if self._graph.auditor is not None:
+            self._audit(self._graph.auditor, flat, ema)
+
+    def catch_up(self, flat: Ref, ema: Ref) -> None:
+        """Evaluate if that is due, or was at an update before: a shard died under it, or the
+        evaluator was still at another one."""
+        # A run that went back to before that update will come to it again.
+        step = self._progress.step
+        if step < self._owed_since or step != self._averaged:
+            return
+        if step == self._schedule.num_updates:
+            self.finish()
+        self._collect_evaluation(0.0)
+        if self._is_measuring:
+            if not self._said_busy:
+                self._say(
+                    f"the evaluation before is still under way at update {step}; those due "
+                    "meanwhile are made as one when it is done (raise evaluation.every)"
+                )
+            self._said_busy = True
+            return
+        self.evaluate(flat, ema)
+        self._owed_since = math.inf
+
+    def _audit(self, auditor: AuditLink, flat: Ref, ema: Ref) -> None:
+        """Start the audit that is due, unless one is under way, and log what came."""
+        step = self._progress.step
+        if step % auditor.every == 0 and not auditor.busy:
+            chains = self.chains(auditor.num_chains, ema) if auditor.from_chains else None
+            auditor.start(step, flat, chains)
+        self._collect_audit(auditor.wait_s)
+        if auditor.wait_s and auditor.busy:
+            auditor.give_up(f"it took more than {auditor.wait_s:.0f} s (flow.stall_timeout_s)")
+
+    def _collect_audit(self, timeout: float) -> None:
+        auditor = self._graph.auditor
+        if auditor is None:
+            return
+        done = self._patiently(
+            auditor, lambda wait_s: auditor.collect(wait_s, self._progress.version), timeout
+        )
+        if done is not None:
+            self.metrics.update(done[1])
+            self._graph.hub.log(done[0], self._progress.epoch, done[1])
+
+    @property
+    def restarts(self) -> int:
+        """Parts replaced so far."""
+        graph = self._graph
+        observers = graph.hub.restarts + (graph.evaluator.restarts if graph.evaluator else 0)
+        observers += graph.auditor.restarts if graph.auditor else 0
+        return self._pool.restarts + graph.learners.restarts + observers
+
+    def _log(self) -> None:
+        steps = self._pool.mcmc_steps
+        values = self._window.close(
+            mcmc_steps=steps, idle_s=self._pool.crew.seats.take_idle_seconds()
+        )
+        values["sampler/temperature"] = self._schedule.temperature
+        values["weights/version"] = float(self._progress.version)
+        values["fault/restarts"] = float(self.restarts)
+        values["fault/rollbacks"] = float(self._progress.rollbacks)
+        values["workers/alive"] = float(self._pool.crew.seats.num_serving)
+        if self._pool.num_local:
+            values["flow/local_rounds"] = self._pool.num_local / self._pool.num_started
+        if self._pool.num_started:
+            values["flow/rounds_by_rows"] = self._pool.num_by_rows / self._pool.num_started
+        counts = self._pool.counts.values()
+        for name in ("free", "leased", "ready", "capacity", "late_checkins", "expired_leases"):
+            values[f"buffer/{name}"] = float(sum(c[name] for c in counts))
+        # A shard says how it stands with each round; of one that has had none all chains are free.
+        for index in range(len(self._graph.shards)):
+            if index not in self._pool.counts:
+                values["buffer/free"] += self._graph.capacities[index]
+                values["buffer/capacity"] += self._graph.capacities[index]
+        if counts:
+            values["chain/age_mean"] = sum(c["age_mean"] for c in counts) / len(counts)
+        if self._schedule.jarzynski:
+            values["likelihood/resampled"] = float(sum(c.get("resampled", 0) for c in counts))
+        try:
+            if self._graph.watch is not None:
+                values |= self._graph.watch.look()
+        finally:  # the update was made, whether or not all shards lived to say how they are
+            self.metrics.update(values)
+            self._graph.hub.log(self._progress.step, self._progress.epoch, values)
+
+    def evaluate(self, flat: Ref, ema: Ref) -> None:
+        """Write the sample grid and start the measurements, which are logged when they come."""
+        step = self._progress.step
+        chains = self.chains(max(self._schedule.num_samples, self._schedule.num_grid), ema)
+        picture = self._save_grid(chains[: self._schedule.num_grid], step)
+        if picture is not None:
+            self._graph.hub.images("samples/chains", step, str(picture))
+        self._log_distributions(step)
+        if self._graph.evaluator is None:
+            return
+        shards = self._graph.shards if self._schedule.jarzynski else []
+        weighted = [shard.call("weighted") for shard in shards]
+        self._graph.evaluator.start(step, chains, ema, flat, *weighted)
+
+    def _log_distributions(self, step: int) -> None:
+        asked = [(shard, shard.call("distribution")) for shard in self._graph.shards]
+        parts = [self._answer(shard, ref, "a look at the chains") for shard, ref in asked]
+        for key, name in (("energy", "histogram/energy_negative"), ("age", "histogram/age")):
+            if parts:
+                values = np.concatenate([part[key] for part in parts])
+                self._graph.hub.histogram(name, step, values)
+
+    def chains(self, num: int, ema: Ref) -> np.ndarray:
+        """`num` chains as they are now, (num, *event): from the shards, or drawn for the occasion
+        where the objective trains without chains."""
+        key = self._progress.step
+        if self._graph.needs_negatives:
+            shards = self._graph.shards
+            share = -(-num // len(shards))
+            asked = [(shard, shard.call("peek", share, key)) for shard in shards]
+        else:
+            worker, schedule = self._graph.workers[0], self._schedule
+            seed = derive_seed(schedule.seed, "samples", key)
+            std = schedule.start_std
+            asked = [(worker, worker.call("sample", num, schedule.num_steps, ema, seed, std))]
+        pieces = [np.asarray(self._answer(*call, "a picture of the chains")) for call in asked]
+        # Interleaved, so that the first k show every shard.
+        order = np.argsort(np.concatenate([np.arange(len(p)) for p in pieces]), kind="stable")
+        return np.concatenate(pieces)[order][:num]
+
+    def _answer(self, part: Handle, ref: Ref, what: str) -> Any:
+        detail = f"update {self._progress.step}: waited for {what}"
+        try:
+            return answer(self._backend, part, ref, self._timeout, detail)
+        except Exception as error:
+            if (fault := fault_of_the_machine(error)) is None:
+                raise
+            self._backend.kill(part)  # as of a round: another process may have more luck
+            raise PartDied(f"{detail}: {part.name} failed: {fault}") from error
+
+    def finish(self) -> None:
+        """Wait for the measurements under way, and give up those that take too long."""
+        self._collect_evaluation(self._timeout)
+        self._collect_audit(self._timeout)
+        for link in (self._graph.evaluator, self._graph.auditor):
+            if link is not None and link.busy:
+                link.give_up(
+                    f"it was not done {self._timeout:.0f} s later (flow.stall_timeout_s), or the "
+                    "run was told to stop"
+                )
+
+    def _collect_evaluation(self, timeout: float) -> None:
+        evaluator = self._graph.evaluator
+        if evaluator is None:
+            return
+        if (done := self._patiently(evaluator, evaluator.collect, timeout)) is not None:
+            step, values = done
+            self.metrics.update(values)
+            self._graph.hub.log(step, self._progress.epoch, values)
+
+    def _patiently(
+        self,
+        link: EvaluatorLink | AuditLink,
+        collect: Callable[[float], _Found],
+        timeout: float,
+    ) -> _Found:
+        """What `collect` finds of `link` within `timeout` seconds, or until the run is to end."""
+        deadline, found = time.monotonic() + timeout, None
+        while link.busy and found is None:
+            left = deadline - time.monotonic()
+            found = collect(max(0.0, min(left, LOOK_S)))
+            if left <= 0.0 or self._backend.halt.due:
+                break
+        return found

@@ -1,0 +1,83 @@
+"""What a running graph is made of, and when things happen in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ebm_dist.actors.auditor import AuditLink
+from ebm_dist.cluster.backend import Backend, Handle
+from ebm_dist.controller.learners import LearnerGroup
+from ebm_dist.controller.observers.chain_health import ShardWatch
+from ebm_dist.controller.observers.hub import EvaluatorLink, HubLink
+from ebm_dist.controller.workers.autoscaler import Elasticity
+
+
+class View(Protocol):
+    """What the person watching sees; `metrics.progress.Progress` is one."""
+
+    def update(self, step: int, metrics: dict[str, float], waits: str) -> None: ...
+    def say(self, line: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When things happen, in updates, and how much of each."""
+
+    num_updates: int
+    num_negatives: int
+    """Of an update."""
+    num_chains: int
+    num_steps: int
+    """MCMC steps of a round."""
+    log_every: int
+    checkpoint_every: int
+    keep: int
+    evaluate_every: int | None
+    num_grid: int
+    num_samples: int
+    temperature: float
+    seed: int
+    """Of the run."""
+    start_std: float
+    """Of the noise that chains start from."""
+    jarzynski: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """How shards and learner ranks get away from nodes."""
+
+    draining: Callable[[], set[str]]
+    """Nodes whose end has been announced."""
+    start_elsewhere: Callable[[int], Handle | None]
+    """Starts a process for the shard of that number on a node that stays; None if there is none."""
+    place_ranks: Callable[[Sequence[str | None]], list[str] | None]
+    """A node that stays for each learner rank, given where they are; None if they do not fit."""
+
+
+@dataclass(slots=True)
+class Graph:
+    """The parts, wired."""
+
+    backend: Backend
+    shards: list[Handle]
+    capacities: list[int]
+    """Slots of each shard."""
+    workers: list[Handle]
+    learners: LearnerGroup
+    hub: HubLink
+    evaluator: EvaluatorLink | None
+    respawn_worker: Callable[[int], Handle]
+    respawn_shard: Callable[[int], Handle]
+    needs_negatives: bool
+    lease_timeout_s: float
+    start_timeout_s: float
+    """What a worker that joins or is replaced may take until it holds weights."""
+    elasticity: Elasticity | None = None
+    """None where the pool is as it is: in one process."""
+    leave: Leave | None = None
+    """None where there is nowhere else to go."""
+    watch: ShardWatch | None = None
+    auditor: AuditLink | None = None

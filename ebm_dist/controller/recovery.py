@@ -1,0 +1,225 @@
+"""A run goes back: to the checkpoint that it is resumed from, or to its last one after a death.
+
+A learner rank takes the model's last updates with it: the group starts anew from the last
+checkpoint. In `sync` mode a shard's death does the same to the whole run, which then repeats those
+updates bit for bit; in `async` mode the others do not go back. From numbers that are not finite
+everything goes back, and the updates are not repeated but tried with other noise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.checkpoint.cut import Progress, read_manifest, restore_shards, write_manifest
+from ebm_dist.cluster.backend import Handle, PartDied
+from ebm_dist.cluster.stall import answer
+from ebm_dist.config.sections import FlowConfig
+from ebm_dist.controller.checkpointer import Checkpointer
+from ebm_dist.controller.learners import Wait
+from ebm_dist.controller.negatives.source import RollBack
+from ebm_dist.controller.parts import Graph, View
+from ebm_dist.controller.retry import Attempts
+from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.core.errors import NonFinite, RunFailed
+from ebm_dist.learner import LearnerConfig
+
+RETRY_S = 0.5
+"""Between two attempts to go back: what has just died is known to be dead a moment later."""
+
+
+class WayBack:
+    """Replaces what is dead, and brings the learners, or everything, to a checkpoint."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        flow: FlowConfig,
+        learner: LearnerConfig,
+        progress: Progress,
+        attempts: Attempts,
+        cuts: Checkpointer,
+        *,
+        wait: Wait,
+        publish: Callable[[], None],
+        view: View,
+        run_dir: Path,
+        name: str,
+    ) -> None:
+        """
+        Args:
+            progress, attempts, cuts: the controller's own.
+            publish: hands out the weights that the learners have.
+            name: of the run.
+        """
+        self._graph = graph
+        self._backend = graph.backend
+        self._flow = flow
+        self._learner = learner
+        self._progress = progress
+        self._attempts = attempts
+        self._cuts = cuts
+        self._wait = wait
+        self._publish = publish
+        self._view = view
+        self._run_dir = run_dir
+        self._name = name
+        self.chains_go_back = False
+        """Whether rounds rest until the chains are those of a checkpoint again."""
+
+    def serve(self, pool: RoundPool) -> None:
+        """Replace the parts that `pool` finds dead, once there is one."""
+        self._pool = pool
+
+    def restore(self, found: checkpoint.CheckpointDir) -> None:
+        """Continue from `found`, whatever its numbers of ranks and shards were."""
+        # First: it names the noise of this attempt. In place: the flow of negatives holds it.
+        self._progress.resume(found.step, found.meta, read_manifest(self._run_dir))
+        self._attempts.reached(found.step)
+        self._cuts.stands_at(found.step)
+        try:
+            self._load_learners(found)
+            self._load_shards(found)
+        except PartDied as died:
+            self.chains_go_back = True
+            self.recover(RollBack(f"while the run was restored: {died}"))
+
+    def _load_learners(self, found: checkpoint.CheckpointDir) -> None:
+        learner, ema = found.tensors("learner"), found.tensors("ema") or None
+        self._graph.learners.load(
+            learner, ema, found.meta["ranks"], self._wait, attempt=self._progress.rollbacks
+        )
+
+    def _load_shards(self, found: checkpoint.CheckpointDir | None, only: int | None = None) -> bool:
+        """Whether the checkpoint holds chains for the shards, which have them now."""
+        shards = self._graph.shards
+        refs = restore_shards(shards, found, self._graph.capacities, only=only)
+        for shard, ref in zip(shards if only is None else [shards[only]], refs):
+            self._answer(shard, ref, "to take the chains of a checkpoint")
+        return bool(refs)
+
+    def _answer(self, shard: Handle, ref: object, what: str) -> dict[str, dict[str, int]]:
+        detail = f"update {self._progress.step}: {shard.name} was told {what}"
+        # It may be a successor, which has to start before it answers.
+        timeout = max(self._flow.stall_timeout_s, self._graph.start_timeout_s)
+        return answer(self._backend, shard, ref, timeout, detail)
+
+    def recover(self, trouble: PartDied | NonFinite) -> None:
+        """Replace what is dead, and go back to the last checkpoint where state was lost or is
+        worth nothing.
+
+        Raises:
+            NonFinite: learner.on_nonfinite says so, or it happened too often.
+            RunFailed: parts died too often without a new update between.
+        """
+        self._attempts.reached(self._progress.step)
+        back = False
+        while True:
+            if isinstance(trouble, NonFinite):
+                self._try_otherwise(trouble)
+            else:
+                self._attempts.failed(trouble)
+            back = back or isinstance(trouble, RollBack | NonFinite)
+            try:
+                if back or self._graph.learners.lost():
+                    self._attempts.begin_start()
+                    self._go_back(trouble)
+                    self._attempts.started()
+                self._pool.check(trouble)
+                return
+            except (PartDied, NonFinite) as again:
+                trouble = again
+                time.sleep(RETRY_S)
+
+    def _try_otherwise(self, trouble: NonFinite) -> None:
+        """Count a roll-back from `trouble`; the next attempt has other noise and a smaller rate."""
+        learner, progress = self._learner, self._progress
+        if learner.on_nonfinite == "stop":
+            raise trouble
+        if progress.rollbacks >= learner.max_rollbacks:
+            raise NonFinite(
+                f"{trouble}. The run went back {progress.rollbacks} times already "
+                "(learner.max_rollbacks)"
+            ) from trouble
+        progress.rollbacks += 1
+        progress.lr_factor *= learner.rollback_lr_factor
+        progress.next_lease = max(progress.next_lease, progress.lease_of(0))
+        self.chains_go_back = True
+
+    def _go_back(self, trouble: PartDied | NonFinite) -> None:
+        """Continue from the last checkpoint: the learners, and the chains as well in sync mode
+        and where they are worth nothing."""
+        start = time.monotonic()
+        self.chains_go_back = self.chains_go_back or self._flow.mode == "sync"
+        if self.chains_go_back:
+            self._pool.forget_all()
+        found = self._cuts.latest()
+        untouched = not self.chains_go_back or self._pool.num_started == 0
+        if found is None and self._progress.step == 0 and untouched:
+            # Nothing is learnt or moved yet: ranks and chains begin with what the seed gives them.
+            self._graph.learners.rebuild(self._wait)
+            self._replace_dead_shards()
+            self.chains_go_back = False
+            self._publish()
+            self._pool.redo_lost()
+            return
+        if found is None:
+            raise RunFailed(f"{trouble}, and there is no checkpoint to go back to") from trouble
+        lost = self._progress.step - found.step
+        what = " and ".join(self._graph.learners.dead())
+        why = f"{what} died ({trouble})" if what else str(trouble)
+        self._view.say(f"{why}: going back {lost} updates to {found.path.name}")
+        if self._graph.learners.lost():
+            self._graph.learners.rebuild(self._wait)
+        self._load_learners(found)
+        if self.chains_go_back:
+            self._replace_dead_shards()
+            self._load_shards(found)
+            self.chains_go_back = False
+        progress = self._progress
+        progress.step, progress.epoch = found.step, progress.epoch + 1
+        # The counter goes on: a lag is a difference of versions, and never negative.
+        progress.version += 1
+        self._cuts.stands_at(found.step)
+        write_manifest(self._run_dir, found.path.name, progress, self._name)
+        self._publish()
+        self._pool.redo_lost()
+        rate = f", learning rate x {progress.lr_factor:g}" if progress.rollbacks else ""
+        seconds = time.monotonic() - start
+        self._view.say(f"the learners go on after {seconds:.1f} s{rate}")
+
+    def _replace_dead_shards(self) -> None:
+        for index, shard in enumerate(self._graph.shards):
+            if not self._backend.alive(shard):
+                # What it asks for, to go back as a whole, is under way.
+                with contextlib.suppress(RollBack):
+                    self._pool.replace_shard(index, "its process is gone")
+
+    def respawn_shard(self, index: int) -> Handle:
+        """A process that takes over the chains of shard `index`, or what the last cut had."""
+        start = time.monotonic()
+        shard = self._graph.shards[index] = self._graph.respawn_shard(index)
+        if self._flow.mode == "sync":
+            raise RollBack(f"shard {index} died with the leases of this update")
+        status = self._answer(shard, shard.call("status"), "to take its chains over")
+        what = f"all {status['counts']['capacity']} chains"
+        if not status["attached"]:
+            found = self._cuts.latest()
+            taken = self._load_shards(found, only=index)
+            what = f"{status['counts']['capacity']} chains rolled back to update " + (
+                str(found.step) if found is not None and taken else "0"
+            )
+        self._view.say(f"{shard.name} is back with {what} after {time.monotonic() - start:.1f} s")
+        return shard
+
+    def on_rejected(self, shard: int) -> None:
+        """A shard refused a round, which in sync mode no other round can replace."""
+        # Drawn again, the lease would have other slots than in a run where nothing was late.
+        if self._flow.mode == "sync":
+            raise RollBack(
+                f"shard {shard} refused a round of this update, which came after its lease had "
+                "expired (buffer.lease_timeout_s)"
+            )

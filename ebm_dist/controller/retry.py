@@ -1,0 +1,72 @@
+"""How often a run goes on after a death before it gives up: updates and starts apart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ebm_dist.cluster.backend import UNREACHABLE_S, PartDied, Unreachable
+from ebm_dist.controller.rounds.round import MAX_ATTEMPTS, MAX_STARTS, RETRY_S
+from ebm_dist.core.errors import RunFailed
+
+
+class Attempts:
+    """Counts the attempts at a new update, and apart from them those to get the run to its feet.
+
+    A start that is hit says nothing of the update, which has not been tried. Nor does a part
+    that cannot be reached, for as long as Ray may take to know whether it is dead.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._unreachable_since: float | None = None
+        self._farthest = 0
+        self._num_failed = 0
+        self._num_starts = 0
+        self._starting = False
+
+    def reached(self, step: int) -> None:
+        """Updates up to `step` are made; one that has not been made before is progress."""
+        if step > self._farthest:
+            self._farthest, self._num_failed = step, 0
+            self._unreachable_since = None
+
+    def begin_start(self) -> None:
+        """Parts are started, and given the state that the run goes on from."""
+        self._starting = True
+
+    def started(self) -> None:
+        """They have it: the next update is tried."""
+        self._starting, self._num_starts = False, 0
+
+    def failed(self, died: PartDied) -> None:
+        """A part died, in an update or in a start, or cannot be reached, which is waited for.
+
+        Raises:
+            RunFailed: that was one attempt too many.
+        """
+        if isinstance(died, Unreachable):
+            now = self._clock()
+            if self._unreachable_since is None:
+                self._unreachable_since = now
+            if now - self._unreachable_since <= UNREACHABLE_S:
+                time.sleep(RETRY_S)
+                return
+        if self._starting:
+            self._num_starts += 1
+            if self._num_starts >= MAX_STARTS:
+                raise RunFailed(
+                    f"the learner ranks were started {MAX_STARTS} times in a row and lost a part "
+                    f"each time before the first update; the last one ended with: {died}. If "
+                    "memory ran out, lower data.batch_size or learner.num_ranks, or set "
+                    "learner.zero_stage; run.log names who died"
+                ) from died
+            return
+        self._num_failed += 1
+        if self._num_failed > MAX_ATTEMPTS:
+            raise RunFailed(
+                f"update {self._farthest} was not reached in {MAX_ATTEMPTS} attempts; the last one "
+                f"ended with: {died}. If memory ran out, lower data.batch_size or "
+                "workers.num_chains; if parts are killed more often than a checkpoint is written, "
+                "lower checkpoint.every; run.log names who died"
+            ) from died

@@ -1,0 +1,1 @@
+"""MCMC rounds under way on the workers."""

@@ -1,0 +1,82 @@
+"""A round of MCMC on its way, and what is left of it once its chains are committed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ebm_dist.cluster.backend import Ref
+from ebm_dist.controller.workers.load import Seat
+from ebm_dist.core.errors import RunFailed
+
+MAX_ATTEMPTS = 5
+"""Starts of one round, and deaths of one worker or shard without a commit between, before giving
+up."""
+
+MAX_STARTS = 20
+"""Starts in a row of a worker, or of the learner ranks, that it dies in. Each takes some 10 s, so
+where something dies every few seconds most are in vain, and the one that is not goes on; 20 are
+over in minutes where none can come through."""
+
+RETRY_S = 0.5
+"""Between two tries of a round whose parts are alive as far as Ray knows."""
+
+Purpose = Literal["negatives", "repair", "spare"]
+"""A round's chains become negatives; become negatives after all; or stay in the buffer."""
+
+
+@dataclass(slots=True)
+class Round:
+    """A round that was started and has not been committed."""
+
+    lease_id: int
+    shard: int
+    num_steps: int
+    purpose: Purpose
+    version: int
+    """Of the weights that it was last started under; -1 while nobody has begun it."""
+    ready_id: int | None = None
+    """Of a repair: the committed lease whose chains are moved again."""
+    lease: Ref = None
+    """What the shard answered, where the lease was drawn ahead of the round."""
+    seat: Seat | None = None
+    weights: Ref = None
+    """What it was last started under."""
+    leased: Ref = None
+    """What the shard answers to the checkout, where the worker has not been given it yet."""
+    moved: Ref = None
+    """What the worker answers."""
+    ref: Ref = None
+    """What the shard answers to the checkin: the last of the three calls."""
+    attempts: int = 0
+    trouble: str = ""
+    """Why it was not committed when it was last tried."""
+    starved: bool = False
+    """Its shard had too few free chains when it was last tried."""
+    started: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A lease whose chains are ready to be negatives."""
+
+    lease_id: int
+    shard: int
+    version: int
+    num_steps: int
+    num_chains: int
+    stats: dict[str, float]
+
+    @classmethod
+    def of(cls, round_: Round, reply: dict[str, Any]) -> Committed:
+        """What the shard of `round_` replied when it had committed its chains."""
+        names = ("version", "num_steps", "num_chains", "stats")
+        return cls(round_.lease_id, round_.shard, **{name: reply[name] for name in names})
+
+
+def failed_too_often(round_: Round) -> RunFailed:
+    return RunFailed(
+        f"round {round_.lease_id} of shard {round_.shard} failed {MAX_ATTEMPTS} times, on one "
+        f"worker after another; the last time: {round_.trouble}. If memory ran out, lower "
+        "workers.num_chains; run.log names the times before"
+    )

@@ -1,0 +1,400 @@
+"""Rounds of MCMC in flight: dispatched to workers, committed by shards, redone when one dies.
+
+A round is three calls chained by reference: the shard's checkout, the worker's run, the
+shard's checkin. The chains go from actor to actor; the pool sees the small reply of the
+checkin alone. A lease outlives its worker: a round whose worker died is started again with the
+same id, and the shard gives out the same lease, with the same noise. A lease does not outlive
+its shard: rounds with a shard that died are forgotten, ready ones too.
+
+Workers come and go. Rounds that nobody has room for wait here and not with a worker, so that
+whoever is free first takes them; a newcomer is free once it holds weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref, fault_of_the_machine
+from ebm_dist.controller.checkouts import Checkouts
+from ebm_dist.controller.rounds.overdue import Overdue
+from ebm_dist.controller.rounds.round import (
+    MAX_ATTEMPTS,
+    RETRY_S,
+    Committed,
+    Purpose,
+    Round,
+    failed_too_often,
+)
+from ebm_dist.controller.workers.load import Seat
+from ebm_dist.controller.workers.membership import Crew
+from ebm_dist.core.errors import RunFailed
+
+
+class RoundPool:
+    """Keeps workers supplied with rounds, and collects what they committed."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        shards: list[Handle],
+        workers: list[Handle],
+        *,
+        respawn_worker: Callable[[int], Handle],
+        respawn_shard: Callable[[int], Handle],
+        on_rejected: Callable[[int], None],
+        say: Callable[[str], None],
+        num_chains: int,
+        depth: int,
+        hang_s: float,
+        start_timeout_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            shards, workers: the lists themselves; who comes is put in them, who goes taken out.
+            on_rejected: is told the shard of a round that it did not accept.
+            say: is told what died.
+            num_chains: of a round.
+            depth: rounds that a worker may have before it.
+            hang_s: a part that holds a round for longer is replaced.
+            start_timeout_s: one that does not hold weights by then is given up.
+        """
+        self._backend = backend
+        self._shards = shards
+        self._respawn_shard = respawn_shard
+        self._on_rejected = on_rejected
+        self._say = say
+        self._checkouts = Checkouts(backend, shards, num_chains)
+        self._depth = depth
+        self._overdue = Overdue(backend, shards, hang_s, clock)
+        self._clock = clock
+        self._rounds: OrderedDict[Ref, Round] = OrderedDict()  # in the order of `started`
+        self._waiting: deque[Round] = deque()
+        self._delayed: list[tuple[float, Round]] = []
+        self._noted: set[str] = set()
+        self._shard_failures = [0] * len(self._shards)
+        self.crew = Crew(
+            backend,
+            workers,
+            respawn=respawn_worker,
+            say=say,
+            start_timeout_s=start_timeout_s,
+            clock=clock,
+        )
+        self._seats = self.crew.seats
+        # Ordered dicts: the first key of a plain one is found past all that were taken before it.
+        self.committed: OrderedDict[int, Committed] = OrderedDict()
+        self.releases: list[tuple[Handle, Ref]] = []
+        """Shards, and their answers, that were told to keep the chains of a spare round."""
+        self.counts: dict[int, dict[str, float]] = {}
+        self.restarts = 0
+        self.num_refused = 0
+        """Rounds whose lease was void by the time they came back."""
+        self.num_started = 0
+        self.num_local = 0
+        """Of those started, rounds whose worker was on the node of the shard."""
+        self.num_by_rows = 0
+        """Of those committed, rounds whose chains never left the memory of the shard's node."""
+        self.steps: Counter[Purpose] = Counter()
+        """Chain steps committed, by purpose of their round."""
+
+    @property
+    def mcmc_steps(self) -> int:
+        """Chain steps committed."""
+        return self.steps.total()
+
+    @property
+    def outstanding(self) -> int:
+        """Rounds started and not yet committed."""
+        return len(self._rounds) + len(self._waiting) + len(self._delayed)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether some worker holds weights and has fewer than `depth` rounds before it."""
+        seat = self._seats.first()
+        return seat is not None and seat.load < self._depth and not self._waiting
+
+    @property
+    def idle_node(self) -> str | None:
+        """Where the worker is that is given the next round."""
+        seat = self._seats.first()
+        return seat.node if seat is not None else None
+
+    def rounds(self) -> Iterable[Round]:
+        """Every round that was started and not committed."""
+        yield from self._rounds.values()
+        yield from self._waiting
+        yield from (round_ for _, round_ in self._delayed)
+
+    def set_weights(self, weights: Ref, version: int) -> None:
+        """Weights of the rounds started from now on. Versions never go back."""
+        self.crew.set_weights(weights, version)
+
+    # --- rounds -------------------------------------------------------------------------------
+
+    def start(
+        self,
+        lease_id: int,
+        shard: int,
+        num_steps: int,
+        *,
+        purpose: Purpose = "negatives",
+        ready_id: int | None = None,
+    ) -> None:
+        """Start a round on the worker with the fewest rounds before it."""
+        self._submit(Round(lease_id, shard, num_steps, purpose, -1, ready_id))
+
+    def start_together(
+        self,
+        leases: Sequence[tuple[int, int]],
+        num_steps: int,
+        *,
+        spare: Sequence[int] = (),
+    ) -> None:
+        """Start rounds, (lease id, shard) each, whose slots do not depend on timing.
+
+        A shard draws all of its own in one call: drawn one by one, the slots that are free for
+        the next would depend on which rounds are back.
+
+        Args:
+            spare: those of the lease ids whose chains stay in the buffer.
+        """
+        drawn = self._checkouts.draw(leases)
+        for lease_id, shard in leases:
+            purpose: Purpose = "spare" if lease_id in spare else "negatives"
+            self._submit(Round(lease_id, shard, num_steps, purpose, -1, lease=drawn[lease_id]))
+
+    def forget_all(self) -> None:
+        """Give up all rounds and all that is committed; the shards must refuse what comes back."""
+        for seat in self._seats:
+            self._seats.load(seat, -seat.load)
+            self.crew.release_if_done(seat)
+        self._rounds.clear()
+        self._waiting.clear()
+        self._delayed.clear()
+        self.committed.clear()
+        self.releases.clear()
+
+    def _submit(self, round_: Round) -> None:
+        if round_.attempts >= MAX_ATTEMPTS:
+            raise failed_too_often(round_)
+        shard = self._shards[round_.shard]
+        node = getattr(shard, "node", None)
+        seat = self._seats.first(node)
+        if seat is None or seat.load >= self._depth:
+            round_.version = -1
+            self._waiting.append(round_)
+            return
+        round_.attempts += 1
+        round_.seat = seat
+        round_.version = self.crew.version
+        round_.started = self._clock()
+        round_.weights = self.crew.weights
+        round_.leased = self._checkouts.lease(round_, seat)
+        round_.moved = seat.handle.call(
+            "run_round", round_.leased, round_.weights, round_.version, round_.num_steps
+        )
+        round_.ref = shard.call("checkin", round_.moved, round_.lease_id)
+        self._rounds[round_.ref] = round_
+        self._seats.load(seat, +1)
+        self.num_started += 1
+        self.num_local += node is not None and node == seat.node
+
+    def poll(self, timeout: float, *others: Ref) -> list[Ref]:
+        """Wait up to `timeout` for any round or any of `others`; book the finished rounds.
+
+        Returns:
+            Those of `others` that are done.
+        """
+        now = self._clock()
+        if self._delayed:
+            due = [item for item in self._delayed if item[0] <= now]
+            if due:
+                self._delayed = [item for item in self._delayed if item[0] > now]
+                for _, round_ in due:
+                    self._submit(round_)
+            else:
+                timeout = min(timeout, max(0.0, min(at for at, _ in self._delayed) - now))
+        pending = [*others, *self.crew.arriving, *self._rounds]
+        if not pending:
+            time.sleep(timeout)
+            done = {}
+        else:
+            done = dict.fromkeys(self._backend.wait(pending, timeout))
+        for ref in done:
+            if ref in self._rounds:
+                self._finish(ref)
+            elif ref in self.crew.arriving and (failed := self.crew.welcome(ref)) is not None:
+                self._redo_rounds_of(*failed)
+        self._start_waiting()
+        self._replace_who_hangs()
+        self._overdue.renew_leases(self.rounds())
+        self.crew.give_up_the_overdue(now)
+        return [ref for ref in others if ref in done]
+
+    def _start_waiting(self) -> None:
+        for _ in range(len(self._waiting)):
+            seat = self._seats.first()
+            if seat is None or seat.load >= self._depth:
+                return
+            self._submit(self._waiting.popleft())
+
+    def _finish(self, ref: Ref) -> None:
+        round_ = self._rounds.pop(ref)
+        seat = round_.seat
+        assert seat is not None
+        self._seats.load(seat, -1)
+        try:
+            reply = self._backend.get(ref, timeout=30.0)
+        except PartDied as died:
+            self._recover(round_, seat, died)
+            return
+        except Exception as error:
+            # The worker's, since a shard computes nothing; another process, on another device it
+            # may be, has the same chains and noise.
+            if (fault := fault_of_the_machine(error)) is None:
+                raise
+            self._fail(round_, seat, f"its round failed: {fault}")
+            return
+        self.crew.release_if_done(seat)
+        self.counts[round_.shard] = reply["counts"]
+        for note in reply.get("notes", ()):
+            if note not in self._noted:  # every worker of a pool chooses alike
+                self._noted.add(note)
+                self._say(note)
+        if reply["accepted"]:
+            seat.failures = 0
+            self._shard_failures[round_.shard] = 0
+            self._commit(round_, reply)
+            return
+        round_.starved = reply["lease_id"] is None
+        if not round_.starved:
+            self.num_refused += 1
+            self._on_rejected(round_.shard)
+        if round_.purpose == "repair":
+            return  # the repaired chains expired back into the shard: nothing to redo
+        if round_.starved:
+            round_.attempts -= 1  # too few free chains is no fault: wait for them
+            if round_.purpose == "spare":
+                return  # any other chains do as well: whoever wanted it asks another shard
+        round_.version = -1
+        self._delayed.append((self._clock() + 0.05, round_))
+
+    def _commit(self, round_: Round, reply: dict[str, Any]) -> None:
+        self.steps[round_.purpose] += reply["num_steps"] * reply["num_chains"]
+        self.num_by_rows += reply["by_rows"]
+        if round_.purpose == "spare":
+            shard = self._shards[round_.shard]
+            self.releases.append((shard, shard.call("release", round_.lease_id)))
+            return
+        self.committed[round_.lease_id] = Committed.of(round_, reply)
+
+    # --- when parts die -----------------------------------------------------------------------
+
+    def _replace_who_hangs(self) -> None:
+        if self.replace_a_hung_shard(self._overdue.hang_s):
+            return
+        if (round_ := self._overdue.held(self._rounds.values())) is not None:
+            assert round_.seat is not None
+            round_.trouble = self._overdue.held_too_long
+            self._redo_rounds_of(round_.seat, round_.trouble)
+
+    def replace_a_hung_shard(self, seconds: float) -> bool:
+        """Replace a shard that a round older than `seconds` waits for, if there is one."""
+        index = self._overdue.shard(self._rounds.values(), seconds)
+        if index is not None:
+            self.replace_shard(index, f"a round has waited for it for {seconds:.0f} s")
+        return index is not None
+
+    def _recover(self, failed: Round, seat: Seat, died: PartDied) -> None:
+        """Replace the part that took `failed` with it, and start its rounds again."""
+        if not self._backend.alive(self._shards[failed.shard]):
+            self.replace_shard(failed.shard, str(died))
+        elif not self._backend.alive(seat.handle):
+            self._fail(failed, seat, str(died))
+        else:  # no fault of the round: weights are lost, or a node is and Ray has yet to see
+            failed.version = -1
+            failed.attempts -= 1
+            self._delayed.append((self._clock() + RETRY_S, failed))
+        self.crew.release_if_done(seat)
+
+    def _fail(self, failed: Round, seat: Seat, why: str) -> None:
+        """Replace the worker of a round that has come back without chains; the round is redone."""
+        failed.trouble = why
+        self._rounds[failed.ref] = failed
+        self._seats.load(seat, +1)
+        self._redo_rounds_of(seat, why)
+
+    def redo_lost(self) -> None:
+        """Start again, under the present weights, what waits for weights that are lost."""
+        for ref, round_ in list(self._rounds.items()):
+            if round_.weights is self.crew.weights or not self._backend.lost(round_.weights):
+                continue
+            del self._rounds[ref]
+            seat = round_.seat
+            assert seat is not None
+            self._seats.load(seat, -1)
+            self.crew.release_if_done(seat)
+            round_.attempts -= 1
+            self._submit(round_)
+        self.crew.send_again()
+
+    def check(self, trouble: Exception | None = None) -> None:
+        """Replace the shards and workers that are known to be dead; `trouble` may say why."""
+
+        def why(part: Handle) -> str:
+            return str(trouble) if f"{part.name} " in str(trouble) else "its process is gone"
+
+        for index, shard in enumerate(self._shards):
+            if not self._backend.alive(shard):
+                self.replace_shard(index, why(shard))
+        for seat in self._seats:
+            # One that starts has been sent weights, and is found out by its answer; to ask whether
+            # it is alive would wait for Ray to place it.
+            if seat.state != "starting" and not self._backend.alive(seat.handle):
+                self._redo_rounds_of(seat, why(seat.handle))
+
+    def replace_shard(self, index: int, why: str) -> None:
+        """Start another process on the chains of a dead shard, without the rounds it knew of.
+
+        Raises:
+            RunFailed: it died `MAX_ATTEMPTS` times without a commit between.
+        """
+        shard = self._shards[index]
+        self._shard_failures[index] += 1
+        if self._shard_failures[index] > MAX_ATTEMPTS:
+            raise RunFailed(f"{shard.name} died {MAX_ATTEMPTS} times without a commit: {why}")
+        self._say(f"{shard.name} died ({why}); another process takes its chains over")
+        self.restarts += 1
+        self._forget_shard(index)
+        self._shards[index] = self._respawn_shard(index)
+
+    def move_shard(self, index: int, successor: Handle) -> None:
+        """Go on with `successor`, which holds the chains of the shard, without its rounds."""
+        self._forget_shard(index)
+        self._shards[index] = successor
+
+    def _forget_shard(self, index: int) -> None:
+        """End a shard's process, and give up the rounds and negatives that it knows of."""
+        for ref in [ref for ref, round_ in self._rounds.items() if round_.shard == index]:
+            seat = self._rounds.pop(ref).seat
+            assert seat is not None
+            self._seats.load(seat, -1)
+            self.crew.release_if_done(seat)
+        self._waiting = deque(item for item in self._waiting if item.shard != index)
+        self._delayed = [item for item in self._delayed if item[1].shard != index]
+        for lease_id in [k for k, v in self.committed.items() if v.shard == index]:
+            del self.committed[lease_id]
+        self._backend.kill(self._shards[index])
+
+    def _redo_rounds_of(self, seat: Seat, why: str) -> None:
+        lost = [ref for ref, round_ in self._rounds.items() if round_.seat is seat]
+        again = [self._rounds.pop(ref) for ref in lost]
+        self.restarts += 1
+        self.crew.replace(seat, why)
+        for round_ in sorted(again, key=lambda item: item.lease_id):
+            self._submit(round_)

@@ -1,0 +1,1 @@
+"""The nouns that cross every boundary: events, weights, sections, seeds and errors."""

@@ -1,0 +1,1 @@
+"""Tar shards and their manifest: reading and writing single records."""

@@ -1,0 +1,158 @@
+"""Which images of a folder are training and which test, of which class, and which are left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ebm_dist.core.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp")
+_TRAIN_NAMES = ("train", "training")
+_TEST_NAMES = ("test", "val", "valid", "validation")
+_NOT_DATA = ("__MACOSX", "@eaDir")
+"""Copies and thumbnails that a Mac's zip and Synology's index put beside the images."""
+
+Labelled = tuple[Path, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """Images with the index of their class, None where there are no classes."""
+
+    classes: tuple[str, ...]
+    train: list[Labelled]
+    test: list[Labelled]
+    notes: tuple[str, ...]
+    """What was left out, and choices that the folder's form did not settle; one line each."""
+
+
+def scan(source: Path) -> Scan:
+    """SOURCE/CLASS/*.png, or SOURCE/{train,test}/CLASS/…, or images without subfolders.
+
+    Without a folder for the test part, every tenth image of each class, by name, is test. Hidden
+    files and folders are no data.
+
+    Raises:
+        UserError: for images of which it cannot be told whether they have a class.
+    """
+    images, others = _walk(source, frozenset())
+    images.sort()
+    notes = _left_out(others)
+    train_folder, test_folder = _split_folders(source, images)
+    if train_folder is None:
+        classes = _classes(source, images)
+        train, test = _every_tenth(_labelled(source, images, classes))
+    else:
+        own = [path for path in images if train_folder in path.parents]
+        held_out = [path for path in images if test_folder in path.parents]
+        classes = _classes(train_folder, own)
+        train = _labelled(train_folder, own, classes)
+        if test_folder is not None:
+            test = _labelled(test_folder, held_out, classes)
+        else:
+            train, test = _every_tenth(train)
+        notes += _beside(source, set(images) - set(own) - set(held_out), train_folder, test_folder)
+    if len(classes) == 1:
+        notes += (f"{classes[0]} is the only class, which tells nothing: written without labels",)
+        classes = []
+        train: list[Labelled] = [(path, None) for path, _ in train]
+        test: list[Labelled] = [(path, None) for path, _ in test]
+    return Scan(tuple(classes), train, test, notes)
+
+
+def _walk(folder: Path, above: frozenset[Path]) -> tuple[list[Path], list[Path]]:
+    """Images below `folder`, and what else is there; a link to a folder above is not followed."""
+    above |= {folder.resolve()}
+    images, others = [], []
+    for path in folder.iterdir():
+        if path.name.startswith(".") or path.name in _NOT_DATA:
+            continue
+        if path.is_dir() and path.resolve() not in above:
+            inner, rest = _walk(path, above)
+            images += inner
+            others += rest if inner or rest else [path]
+        elif path.is_file() and path.suffix.lower() in SUFFIXES:
+            images.append(path)
+        else:
+            others.append(path)
+    return images, others
+
+
+def _left_out(others: list[Path]) -> tuple[str, ...]:
+    if not others:
+        return ()
+    kinds = Counter(
+        "empty folder" if path.is_dir() else path.suffix.lower() or "no suffix" for path in others
+    )
+    listed = ", ".join(f"{num} of {kind}" for kind, num in kinds.most_common(10))
+    return (f"left out: {listed}; the first is {min(others)}",)
+
+
+def _split_folders(source: Path, images: list[Path]) -> tuple[Path | None, Path | None]:
+    names = {name.lower(): name for name in _first_parts(source, images)}
+    train = [source / names[name] for name in _TRAIN_NAMES if name in names]
+    test = [source / names[name] for name in _TEST_NAMES if name in names]
+    if test and not train and len(test) == len(names):
+        raise UserError(
+            f"{source}: holds {test[0].name} but no train folder; name the folder of the training "
+            f"images train, or take {test[0]} as --source"
+        )
+    # `train` alone beside other folders is a class: vehicles have one of that name.
+    if train and (test or len(names) == 1):
+        return train[0], test[0] if test else None
+    return None, None
+
+
+def _first_parts(folder: Path, images: Iterable[Path]) -> list[str]:
+    parts = (path.relative_to(folder).parts for path in images)
+    return sorted({own[0] for own in parts if len(own) > 1})
+
+
+def _classes(folder: Path, images: list[Path]) -> list[str]:
+    """The subfolders that hold images."""
+    return _first_parts(folder, images)
+
+
+def _labelled(folder: Path, images: list[Path], classes: list[str]) -> list[Labelled]:
+    if not classes:
+        return [(path, None) for path in images]
+    index = {name: k for k, name in enumerate(classes)}
+    listed = ", ".join(classes[:3]) + (", …" if len(classes) > 3 else "")
+    labelled = []
+    for path in images:
+        name, *below = path.relative_to(folder).parts
+        if not below:
+            raise UserError(
+                f"{path}: lies beside the class folders {listed}; move it into one of them in "
+                f"{folder}"
+            )
+        if name not in index:
+            num = sum(folder / name in other.parents for other in images)
+            raise UserError(
+                f"{folder / name}: {num} images of a class that the training part lacks (it has "
+                f"{listed}); sort them into its classes, add the class to it, or move the folder "
+                "elsewhere"
+            )
+        labelled.append((path, index[name]))
+    return labelled
+
+
+def _every_tenth(files: list[Labelled]) -> tuple[list[Labelled], list[Labelled]]:
+    train, test = [], []
+    for label in dict.fromkeys(label for _, label in files):
+        own = [file for file in files if file[1] == label]
+        test += own[9::10]
+        train += [file for index, file in enumerate(own) if index % 10 != 9]
+    return train, test
+
+
+def _beside(source: Path, images: set[Path], train: Path, test: Path | None) -> tuple[str, ...]:
+    used = train.name if test is None else f"{train.name} and {test.name}"
+    counts = Counter(path.relative_to(source).parts[0] for path in images)
+    return tuple(
+        f"left out: {num} images of {source / name}, which lies beside {used}"
+        for name, num in sorted(counts.items())
+    )

@@ -1,0 +1,111 @@
+"""The originals of the named data sets: digits, the MNISTs, CIFAR-10, image folders, toys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.section import nearest
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import EventSpec
+from ebm_dist.data.format.decode import Layout
+from ebm_dist.data.sources import cifar10, image_folder, mnist
+from ebm_dist.data.sources.original import Original, Samples, of_arrays
+from ebm_dist.data.sources.toys import TOYS, toy
+
+NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "imagefolder", "toy:NAME")
+"""What `prepare` takes."""
+
+WITHOUT_ORIGINALS = {
+    "cifar10": "cifar-10-python.tar.gz",
+    "mnist": "the directory of its IDX files",
+    "imagefolder": "the directory of images",
+}
+"""Names that only `prepare` takes, and its --source."""
+
+_STATIC = {
+    "digits": Layout(EventSpec((1, 8, 8), "image", 10), 17, labelled=True),
+    "fashion-mnist": mnist.LAYOUT,
+}
+
+
+def static_layout(name: str) -> Layout | None:
+    """The layout of a built-in source without reading it; None for a path."""
+    if name.startswith("toy:"):
+        spec = toy(name.removeprefix("toy:")).spec
+        return Layout(spec, None, labelled=spec.num_classes is not None)
+    return _STATIC.get(name)
+
+
+def load_original(
+    name: str, source: Path | None, *, resize: int | None = None, toy_samples: int = 8192
+) -> Original:
+    """Read the originals of `name`.
+
+    Raises:
+        UserError: for an unknown name, or originals that are missing or damaged.
+    """
+    if resize is not None and name != "imagefolder":
+        raise UserError(f"--resize: is for imagefolder, not for {name}; leave it out")
+    if name == "digits" or name.startswith("toy:"):
+        if source is not None:
+            raise UserError(f"--source: {name} needs no originals, got {source}; leave it out")
+        if name == "digits":
+            return _digits()
+        return _toy(name.removeprefix("toy:"), toy_samples)
+    if name == "mnist":
+        return mnist.load(name, source)
+    if name == "fashion-mnist":
+        return mnist.load(name, source or mnist.DIRECTORY)
+    if name == "cifar10":
+        return cifar10.load(source)
+    if name == "imagefolder":
+        return image_folder.load(source, resize)
+    known = [*NAMES[:-1], *(f"toy:{toy_name}" for toy_name in TOYS)]
+    raise UserError(
+        f"unknown data set {name!r}{nearest(name, known)}; known: {', '.join(NAMES)}, where the "
+        f"toys are {', '.join(sorted(TOYS))}"
+    )
+
+
+def _digits() -> Original:
+    """scikit-learn's digits, 1,797 images of 8x8 with 17 grey levels.
+
+    Within each class every fifth image is test: the file runs by writer, so both splits have
+    all writers and all classes.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, target = (np.asarray(part) for part in load_digits(return_X_y=True))
+    x = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    test = np.zeros(len(x), dtype=bool)
+    for digit in range(10):
+        test[np.flatnonzero(target == digit)[4::5]] = True
+    return Original(
+        "digits",
+        "scikit-learn's digits (UCI optical recognition of handwritten digits, test part)",
+        _STATIC["digits"],
+        tuple(str(digit) for digit in range(10)),
+        {"train": of_arrays(x[~test], target[~test]), "test": of_arrays(x[test], target[test])},
+    )
+
+
+def _toy(name: str, num_train: int) -> Original:
+    law = toy(name)
+
+    def split(split_name: str, num: int) -> Samples:
+        rng = np.random.default_rng(derive_seed(0, "data", "toy", name, split_name))
+        x, label = law.draw(num, rng)
+        return of_arrays(x.astype(np.uint8 if law.spec.discrete else np.float32), label)
+
+    num_classes = law.spec.num_classes
+    return Original(
+        f"toy:{name}",
+        law.law,
+        Layout(law.spec, None, labelled=num_classes is not None),
+        tuple(f"component {k}" for k in range(num_classes or 0)),
+        {"train": split("train", num_train), "test": split("test", max(1, num_train // 4))},
+        shard_size=max(2500, num_train),
+    )

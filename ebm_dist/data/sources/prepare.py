@@ -1,0 +1,212 @@
+"""Write a data set as webdataset shards, all of it or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ebm_dist.core.errors import RunFailed, UserError
+from ebm_dist.core.paths import user_path
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.data.format.manifest import (
+    FILE_NAME,
+    EventEntry,
+    Manifest,
+    ShardEntry,
+    SplitName,
+    read_manifest,
+)
+from ebm_dist.data.format.shards import sha256_of
+from ebm_dist.data.sources.original import Original, Samples
+from ebm_dist.data.sources.originals import load_original
+from ebm_dist.files.durable import new_directory
+from ebm_dist.files.private import scratch
+
+_MAX_LISTED = 100
+"""Classes that are counted one by one."""
+
+
+def prepare(
+    name: str,
+    out_dir: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    *,
+    resize: int | None = None,
+    shard_size: int | None = None,
+    toy_samples: int = 8192,
+    say: Callable[[str], None] = lambda line: None,
+) -> Manifest:
+    """Write `name` as shards and dataset.json in `out_dir`, which appears when it is complete.
+
+    Args:
+        name: digits, mnist, fashion-mnist, cifar10, imagefolder or toy:NAME.
+        out_dir: the directory to make; must not exist, or be empty.
+        source: where the originals are, for the names that have any.
+        resize: side in pixels to which imagefolder cuts and scales its images.
+        shard_size: samples a shard.
+        toy_samples: training samples of a toy.
+        say: is told what was left out, and how many samples each split has of each class.
+
+    Raises:
+        UserError: for originals or a directory that will not do.
+    """
+    try:
+        out = Path(user_path(out_dir))
+        originals = Path(user_path(source)) if source is not None else None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    _refuse_occupied(out)
+    if shard_size is not None and shard_size < 1:
+        raise UserError(f"shard_size: must be at least 1 sample, got {shard_size}")
+    original = load_original(name, originals, resize=resize, toy_samples=toy_samples)
+    for note in original.notes:
+        say(note)
+    manifest = None
+    try:
+        with new_directory(out, replace=False) as part:
+            manifest = _write(original, part, shard_size or original.shard_size, say)
+    except OSError as error:
+        if manifest is not None and (out / FILE_NAME).is_file():
+            raise UserError(f"{out}: another process wrote it meanwhile; use it as it is") from None
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise UserError(
+                f"{out}: cannot be written ({error.strerror or error}); choose another directory"
+            ) from None
+        raise RunFailed(
+            f"{out}: writing failed ({error.strerror}); nothing was left there"
+        ) from None
+    return manifest
+
+
+def materialise(name: str, cache_dir: str | None, *, toy_samples: int) -> Path:
+    """The directory of a built-in source's shards, made at the first use.
+
+    Safe where many processes start at once: each writes its own copy and the first to finish wins.
+    """
+    key = name.replace(":", "-")
+    if name.startswith("toy:"):
+        key += f"-{toy_samples}"
+    out = _cache_root(cache_dir) / f"{key}-v1"
+    if not (out / FILE_NAME).is_file():
+        try:
+            prepare(name, out, toy_samples=toy_samples)
+        except (UserError, RunFailed):
+            # Another process may have finished between the check and the rename.
+            if not (out / FILE_NAME).is_file():
+                raise
+    return out
+
+
+def _cache_root(cache_dir: str | None) -> Path:
+    if cache_dir is not None:
+        return Path(cache_dir)
+    base = os.environ.get("XDG_CACHE_HOME")
+    root = (Path(base) if base else Path.home() / ".cache") / "ebm_dist" / "data"
+    with contextlib.suppress(OSError):
+        root.mkdir(parents=True, exist_ok=True)
+    if os.access(root, os.W_OK):
+        return root
+    # Containers often run without a home that can be written.
+    return scratch() / "data"
+
+
+def _refuse_occupied(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file; name a directory that does not exist yet")
+    if (out / FILE_NAME).is_file():
+        held = read_manifest(out)
+        raise UserError(
+            f"{out}: already holds {held.name} ({held.num_samples('train')} training samples); "
+            "use it as data.source, or remove it first"
+        )
+    if any(out.iterdir()):
+        raise UserError(f"{out}: is not empty and holds no {FILE_NAME}; name a new directory")
+
+
+def _write(
+    original: Original, directory: Path, shard_size: int, say: Callable[[str], None]
+) -> Manifest:
+    splits: dict[SplitName, tuple[ShardEntry, ...]] = {}
+    for split, samples in original.splits.items():
+        entries, counts = _write_split(original, split, samples, directory, shard_size)
+        splits[split] = tuple(entries)
+        say(f"{split}: {_counted(samples.num, counts, original.classes)}")
+    if "test" not in splits:
+        say("test: no samples; a run that evaluates needs data.holdout or data.test_source")
+    spec = original.layout.spec
+    manifest = Manifest(
+        name=original.name,
+        law=original.law,
+        event=EventEntry(shape=spec.shape, kind=spec.kind, num_classes=spec.num_classes),
+        levels=original.layout.levels,
+        classes=original.classes,
+        splits=splits,
+    )
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1)
+    (directory / FILE_NAME).write_text(text, encoding="utf-8")
+    return manifest
+
+
+def _write_split(
+    original: Original, split: SplitName, samples: Samples, directory: Path, shard_size: int
+) -> tuple[list[ShardEntry], Counter[int]]:
+    from webdataset.writer import TarWriter
+
+    # A shuffled order on disk, once: originals are sorted by class or by writer, and a shuffle
+    # buffer smaller than the data cannot undo that.
+    rng = np.random.default_rng(derive_seed(0, "data", "prepare", original.name, split))
+    order = rng.permutation(samples.num)
+    entries = []
+    counts: Counter[int] = Counter()
+    for number, start in enumerate(range(0, samples.num, shard_size)):
+        path = directory / f"{split}-{number:06d}.tar"
+        chosen = order[start : start + shard_size]
+        # mtime 0: the same originals give the same bytes, hence the same checksums.
+        with path.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0) as writer:
+            for index in chosen:
+                x, label = samples.get(int(index))
+                sample: dict[str, str | bytes] = {"__key__": f"{index:08d}", **encode(x)}
+                if label is not None:
+                    sample["cls"] = str(label).encode()
+                    counts[label] += 1
+                writer.write(sample)
+        entries.append(
+            ShardEntry(
+                file=path.name,
+                num_samples=len(chosen),
+                num_bytes=path.stat().st_size,
+                sha256=sha256_of(path),
+            )
+        )
+    return entries, counts
+
+
+def _counted(num: int, counts: Counter[int], classes: tuple[str, ...]) -> str:
+    if not classes:
+        return f"{num} samples without labels"
+    if len(classes) > _MAX_LISTED:
+        each = [counts[k] for k in range(len(classes))]
+        return f"{num} samples, {min(each)} to {max(each)} of each of {len(classes)} classes"
+    return f"{num} samples: " + ", ".join(f"{counts[k]} {name}" for k, name in enumerate(classes))
+
+
+def encode(x: np.ndarray) -> dict[str, bytes]:
+    """One member: PNG for uint8 images (C, H, W) with 1 or 3 channels, else npy."""
+    stream = io.BytesIO()
+    if x.dtype == np.uint8 and x.ndim == 3 and len(x) in (1, 3):
+        pixels = x[0] if len(x) == 1 else np.ascontiguousarray(x.transpose(1, 2, 0))
+        Image.fromarray(pixels).save(stream, format="PNG")
+        return {"png": stream.getvalue()}
+    np.save(stream, x, allow_pickle=False)
+    return {"npy": stream.getvalue()}

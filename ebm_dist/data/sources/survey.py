@@ -1,0 +1,55 @@
+"""A look through small plain shards before a run, which no dataset.json describes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ebm_dist.data.dataset import Dataset
+from ebm_dist.data.format.decode import DATA_EXTENSIONS, Layout, decode_sample
+from ebm_dist.data.format.shards import ShardFile, read_shard
+
+MAX_BYTES = 16 * 2**20
+"""Shards up to this total are decoded before the start, in about a second; of larger ones the
+first epoch finds the faults."""
+
+
+def survey(dataset: Dataset) -> list[str]:
+    """What the shards hold beside their samples, one line for each kind; empty if nothing.
+
+    Raises:
+        UserError: for a sample or shard that an epoch would refuse.
+    """
+    shards = [
+        shard
+        for shard in dict.fromkeys((*dataset.train, *(dataset.test or ())))
+        if shard.num_samples is None
+    ]
+    if sum(shard.path.stat().st_size for shard in shards) > MAX_BYTES:
+        return []
+    return [line for shard in shards if (line := _unread(shard, dataset.layout))]
+
+
+def _unread(shard: ShardFile, layout: Layout) -> str:
+    odd_names: list[str] = []
+    folders: set[str] = set()
+    unread: Counter[str] = Counter()
+    for sample in read_shard(shard, odd_names):
+        decode_sample(sample, layout)
+        folders.add(sample["__key__"].rpartition("/")[0])
+        unread.update(name for name in sample if not _is_read(name, layout))
+    parts = [f"{num} members {name!r}" for name, num in unread.most_common(10)]
+    if odd_names:
+        parts.append(
+            f"{len(odd_names)} members not named KEY.EXTENSION, the first {odd_names[0]!r}"
+        )
+    if len(folders) > 1 and not layout.labelled:
+        parts.append(f"the names of {len(folders)} folders (labels are .cls members)")
+    return f"{shard.path}: not read: {', '.join(parts)}" if parts else ""
+
+
+def _is_read(name: str, layout: Layout) -> bool:
+    if name.startswith("__") or name == "cls":
+        return True
+    if layout.member is not None:
+        return name == layout.member
+    return name.rsplit(".", 1)[-1] in DATA_EXTENSIONS

@@ -1,0 +1,1 @@
+"""Batches of a split in a seeded order, for a rank, from a cursor."""

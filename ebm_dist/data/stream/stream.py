@@ -1,0 +1,166 @@
+"""The learner's stream of data: split by rank, shuffled, augmented, endless, with a cursor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.types import Batch, EventSpec
+from ebm_dist.data.config import DataConfig
+from ebm_dist.data.dataset import Dataset, open_dataset
+from ebm_dist.data.format.shards import check_shard
+from ebm_dist.data.stream.prefetch import Ahead
+from ebm_dist.data.stream.reader import Cursor, Reader
+from ebm_dist.data.stream.transform import event_spec
+
+_log = logging.getLogger(__name__)
+
+_STATE_VERSION = 1
+
+
+class DataStream:
+    """Batches of one learner rank, the same for the same (config, seed, rank, world_size, cursor).
+
+    An epoch visits every training sample once over all ranks. Ranks split it by shard, or by
+    sample where there are fewer shards than ranks (`data.rank_split`). Prefetching and caching
+    do not change what comes.
+
+    Raises:
+        UserError: for a source, shards or settings that will not do, at once where that can be
+            known without reading every shard, else from `next_batch`.
+    """
+
+    def __init__(
+        self, config: DataConfig, *, rank: int = 0, world_size: int = 1, seed: int = 0
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0 to world_size - 1 = {world_size - 1}, got {rank}")
+        self._config = config
+        self._dataset = open_dataset(config)
+        self.spec: EventSpec = event_spec(config, self._dataset.layout)
+        _refuse_unreadable(config, self._dataset)
+        self._rank = rank
+        self._world_size = world_size
+        self._reader = Reader(config, self._dataset, rank=rank, world_size=world_size, seed=seed)
+        self._order = _fingerprint(config, self._dataset, seed)
+        self._cursor = self._reader.start
+        self._ahead: Ahead | None = None
+
+    def next_batch(self, num: int) -> Batch:
+        """The next `num` samples of this rank: x (num, *spec.shape) float32, label (num,) int64.
+
+        `num` is the rank's own share of the global batch.
+        """
+        if num < 1:
+            raise ValueError(f"num must be at least 1, got {num}")
+        if self._config.prefetch == 0:
+            batch, self._cursor = self._reader.read(num)
+            return batch
+        if self._ahead is None or self._ahead.num != num:
+            self._rewind()
+            self._ahead = Ahead(self._reader, num, self._config.prefetch)
+            # Stops the thread before the interpreter takes its modules away. It must not hold
+            # the stream itself, or the stream would never be collected.
+            weakref.finalize(self, Ahead.stop, self._ahead)
+        batch, self._cursor = self._ahead.take()
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """The cursor after the last batch handed out, as JSON. Each rank has its own."""
+        return {
+            "version": _STATE_VERSION,
+            "order": self._order,
+            "mode": self._reader.mode,
+            "rank": self._rank,
+            "world_size": self._world_size,
+            "epoch": self._cursor.epoch,
+            "offset": self._cursor.offset,
+            "num_batches": self._cursor.num_batches,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`.
+
+        Exact with the rank, world size, seed and data that it was taken with. Split by sample, any
+        rank's cursor serves every rank, and another world size goes on at the same place. Split by
+        shard, another rank or world size goes on in the same epoch at about the same place; other
+        data or another seed at that epoch's start.
+        """
+        epoch, offset, num_batches = _checked(state)
+        mode, rank, world_size = state["mode"], state["rank"], state["world_size"]
+        # Samples of the epoch that all ranks together have taken.
+        taken = offset - rank if mode == "sample" else offset * world_size
+        own = (mode, rank, world_size) == (self._reader.mode, self._rank, self._world_size)
+        if state["order"] != self._order:
+            _log.warning(
+                "data: the cursor is of other data, seed or shuffle; epoch %d restarts", epoch
+            )
+            taken, own = 0, False
+        if self._reader.mode == "sample":
+            offset = taken + self._rank
+        elif not own:
+            offset = taken // self._world_size
+        self._cursor = Cursor(epoch, offset, num_batches)
+        self._rewind()
+
+    def close(self) -> None:
+        """Stop the thread and close files; `next_batch` starts them again."""
+        self._rewind()
+
+    def _rewind(self) -> None:
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead = None
+        self._reader.seek(self._cursor)
+
+
+def _checked(state: Mapping[str, Any]) -> tuple[int, int, int]:
+    keys = ("epoch", "offset", "num_batches", "rank", "world_size")
+    numbers = [state.get(key) for key in keys]
+    if (
+        state.get("version") != _STATE_VERSION
+        or state.get("mode") not in ("shard", "sample")
+        or "order" not in state
+        or not all(type(number) is int and number >= 0 for number in numbers)
+    ):
+        raise ValueError(
+            f"data cursor: expected what DataStream.state() returns, version {_STATE_VERSION}, "
+            f"got {dict(state)!r:.200}"
+        )
+    return state["epoch"], state["offset"], state["num_batches"]
+
+
+def _refuse_unreadable(config: DataConfig, dataset: Dataset) -> None:
+    """What can be seen from the file system alone, before a run starts."""
+    for shard in dataset.train:
+        check_shard(shard, checksum=False)
+    count = dataset.num_samples("train")
+    if count is not None and count < config.batch_size:
+        raise UserError(
+            f"data.batch_size: is {config.batch_size}, but {config.location} holds {count} "
+            f"training samples; lower data.batch_size to at most {count}"
+        )
+
+
+def _fingerprint(config: DataConfig, dataset: Dataset, seed: int) -> str:
+    """Names the order of samples that a cursor counts in; paths may change, contents not."""
+    content = [shard.sha256 or _glance(shard.path) for shard in dataset.train]
+    text = json.dumps([seed, config.shuffle, config.holdout, content])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _glance(path: Path) -> str:
+    """A hash of a plain shard's name, size and end: reading all of it would take as long as an
+    epoch, and tar's padding makes files of different contents equally long."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        stream.seek(max(0, size - 2**14))
+        end = stream.read()
+    text = f"{path.name}/{size}/".encode() + end
+    return hashlib.blake2b(text, digest_size=8).hexdigest()

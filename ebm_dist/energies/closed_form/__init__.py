@@ -1,0 +1,1 @@
+"""Energies whose law is known: the ground truth of tests and toys."""

@@ -1,0 +1,1 @@
+"""Trained energies as directories that load anywhere."""

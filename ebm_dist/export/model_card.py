@@ -1,0 +1,267 @@
+"""The model card of an export: data, recipe, temperature, measured quality, lineage."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import ebm_dist
+from ebm_dist._version import __version__
+from ebm_dist.metrics.jsonl import read_rows
+from ebm_dist.samplers import KernelSection
+from ebm_dist.samplers.continuous.annealed_langevin import AnnealedLangevin
+from ebm_dist.samplers.law import effective_temperature, unadjusted
+
+QUALITY = ("likelihood/", "fidelity/", "ood/", "robustness/", "audit/", "classifier/")
+"""Metrics that measure the model; the rest measure the run."""
+CHAIN_HEALTH = (
+    "energy/positive",
+    "energy/negative",
+    "energy/gap",
+    "sampler/acceptance",
+    "sampler/curvature",
+    "sampler/effective_temperature",
+    "chain/autocorrelation",
+    "chain/ess",
+    "chain/rhat",
+    "chain/self_transition",
+)
+PACKAGES = ("torch", "ray", "deepspeed", "numpy", "safetensors")
+
+
+def temperature_source(sampler: Mapping[str, Any]) -> str:
+    """Where the temperature T of a sampler's section comes from.
+
+    Langevin with `noise_std` sigma has T = sigma^2 / (2 step_size): practice decouples the
+    two, and the model is exp(-E/T) at this T, which an unstated one leaves unknown.
+    """
+    std, step = sampler.get("noise_std"), sampler.get("step_size")
+    if std is not None and step is not None:
+        return f"implied: noise_std² / (2 step_size) = {std:g}² / (2 · {step:g})"
+    if sampler.get("temperature") is not None:
+        return "stated: sampler.temperature"
+    if sampler.get("temperatures"):
+        return "the coldest of sampler.temperatures"
+    return "the sampler's own"
+
+
+def sampler_law(sampler: KernelSection, curvature: float | None) -> list[str]:
+    """What sets the law of the sampler's chains apart from exp(-E/T), a sentence each.
+
+    Args:
+        curvature: of E along the chains, as `samplers.law.curvature` measures it; None where it
+            was not measured.
+    """
+    kernel, found = sampler.build(), []
+    moves = unadjusted(kernel)
+    if moves is not None:
+        symbol = "1 - a h² / (2 (2 - γ h))" if hasattr(moves, "friction") else "1 - a h / 2"
+        step = (
+            f"Step size h = {moves.step_size:g} without an accept step: where E has curvature a, "
+            f"the temperature of the chains is T_eff = T / ({symbol})."
+        )
+        if curvature is not None:
+            hot = effective_temperature(moves, curvature)
+            step += f" The mean curvature along the chains is {curvature:.4g}: " + (
+                f"T_eff = {hot:.6g}; stiffer directions are hotter, softer ones colder."
+                if math.isfinite(hot)
+                else "h is too long for it, and only clipping and clamping hold the chains."
+            )
+        found.append(step)
+        for key in ("grad_clip", "grad_norm_clip"):
+            if (limit := getattr(moves, key, None)) is not None:
+                found.append(
+                    f"{key} = {limit:g}: steeper slopes of E are followed as if they were no "
+                    "steeper, so the chains spread further there; T_eff does not count that."
+                )
+        if (clamp := getattr(moves, "clamp", None)) is not None:
+            found.append(
+                f"clamp = [{clamp[0]:g}, {clamp[1]:g}]: each move ends in this range, and what "
+                "would leave it piles up on its border."
+            )
+        if isinstance(moves, AnnealedLangevin):
+            found.append(
+                f"Cooling: each round of {sampler.num_steps} steps begins at T = "
+                f"{moves.start_temperature:g} and reaches T after {moves.num_annealing_steps}."
+            )
+    if sampler.precision == "bf16":
+        found.append("precision = bf16: gradients are rounded, by about 1%.")
+    return found
+
+
+def last_metrics(path: Path) -> dict[str, tuple[float, int]]:
+    """Name -> (last value, its step) in a metrics.jsonl; lines cut short are passed over."""
+    last: dict[str, tuple[float, int]] = {}
+    for row in read_rows(path):
+        if not isinstance(row.get("step"), int):
+            continue
+        for name, value in row.items():
+            if "/" in name and isinstance(value, int | float):
+                last[name] = (float(value), row["step"])
+    return last
+
+
+def lineage(config_hash: str, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Where an export comes from: config, code and package versions, step."""
+    packages = {"ebm_dist": __version__}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        **meta,
+        "config_sha256": config_hash,
+        "git_commit": git_commit(Path(ebm_dist.__file__).parent),
+        "packages": packages,
+        "exported_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def git_commit(directory: Path) -> str | None:
+    """The commit of the checkout at `directory`, `+dirty` if edited; None outside of one."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(directory), *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def render(
+    *,
+    name: str,
+    about: Mapping[str, Any],
+    energy: Mapping[str, Any],
+    sampler: Mapping[str, Any],
+    event: Mapping[str, Any],
+    num_parameters: int,
+    metrics: Mapping[str, tuple[float, int]],
+    has_grid: bool,
+    law: list[str],
+    far_modes: str,
+) -> str:
+    """README.md of an export; `about` holds data, objective, temperature and lineage.
+
+    Args:
+        law: of `sampler_law`.
+        far_modes: whether the objective sees their weights.
+    """
+    lines = about["lineage"]
+    grid = ["![The run's last chains](samples.png)", ""] if has_grid else []
+    quality = [key for key in metrics if key.startswith(QUALITY)]
+    health = [key for key in CHAIN_HEALTH if key in metrics]
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            f"An energy-based model, p(x) = exp(-E(x)/T)/Z, trained with ebm_dist "
+            f"{lines['packages']['ebm_dist']}. E is a `{energy['name']}` of {num_parameters:,} "
+            f"parameters over {event['kind']} events of shape {tuple(event['shape'])}; lower is "
+            "likelier. The weights are the moving average (EMA) of training where one was kept.",
+            "",
+            *grid,
+            "## Use",
+            "",
+            "```python",
+            "import ebm_dist",
+            "",
+            'energy = ebm_dist.load_energy("PATH")  # (B, *event) -> (B,), eval mode, no pickle',
+            "```",
+            "",
+            "```",
+            "ebm-dist sample PATH --num 64 --steps 1000 --out samples.png",
+            "```",
+            "",
+            f"Events: {_events(event)}.",
+            "",
+            "## Temperature",
+            "",
+            f"T = {about['temperature']:.6g} ({about['temperature_source']}): the model is "
+            "exp(-E/T)/Z at this T. "
+            + (
+                "The sampler below leaves that law as it is."
+                if not law
+                else "The sampler below has another law:"
+            ),
+            "",
+            *(f"- {line}" for line in law),
+            *([""] if law else []),
+            "## Data",
+            "",
+            *_table(about["data"]),
+            "",
+            "## Recipe",
+            "",
+            *(
+                f"- **{key}**: {_inline(section)}"
+                for key, section in _recipe(about, energy, sampler)
+            ),
+            "",
+            f"Weights of modes that are far apart: {far_modes}.",
+            "",
+            "## Measured quality",
+            "",
+            *(_metric_table(quality, metrics) or ["Nothing was measured during the run."]),
+            "",
+            "Energies and chains at the end of the run:",
+            "",
+            *(_metric_table(health, metrics) or ["Nothing was logged."]),
+            "",
+            "## Lineage",
+            "",
+            *_table({k: v for k, v in lines.items() if k != "packages"}),
+            "",
+            "Packages: " + ", ".join(f"{k} {v}" for k, v in lines["packages"].items()) + ".",
+            "",
+        ]
+    )
+
+
+def _events(event: Mapping[str, Any]) -> str:
+    return {
+        "image": "images (C, H, W), float32 scaled to [-1, 1]",
+        "real": "unbounded float32 vectors",
+        "binary": "{0, 1} floats",
+        "categorical": "one-hot float32 in the last axis",
+    }[event["kind"]]
+
+
+def _recipe(
+    about: Mapping[str, Any], energy: Mapping[str, Any], sampler: Mapping[str, Any]
+) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    yield "energy", energy
+    yield "sampler", sampler
+    yield from about.get("recipe", {}).items()
+
+
+def _inline(section: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {_cell(value)}" for key, value in section.items())
+
+
+def _table(rows: Mapping[str, Any]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items())]
+
+
+def _metric_table(names: list[str], metrics: Mapping[str, tuple[float, int]]) -> list[str]:
+    if not names:
+        return []
+    rows = [f"| `{n}` | {metrics[n][0]:.6g} | {metrics[n][1]} |" for n in sorted(names)]
+    return ["| metric | last value | at update |", "|---|---|---|", *rows]
+
+
+def _cell(value: Any) -> str:
+    """Table text; long constants are cut and the table's own sign is escaped."""
+    text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    text = text.replace("|", "\\|").replace("\n", " ")
+    return text if len(text) <= 120 else text[:117] + "..."

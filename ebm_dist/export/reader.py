@@ -1,0 +1,295 @@
+"""Reading an export: weights without pickle, and the config that builds their energy.
+
+Needs torch, safetensors and this package's energies and samplers: no Ray, no DeepSpeed, no W&B.
+Whatever is damaged, of another version or hostile is refused in one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ebm_dist import energies, samplers
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.types import MAX_EVENT_NUMBERS, EventKind, EventSpec
+from ebm_dist.energies import EnergySection
+from ebm_dist.energies.limits import limited
+from ebm_dist.samplers import KernelSection
+
+FORMAT = "ebm_dist"
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG, CARD, GRID, CHAINS = (
+    "model.safetensors",
+    "config.json",
+    "README.md",
+    "samples.png",
+    "chains.safetensors",
+)
+MAX_CONFIG_BYTES = 64 * 2**20
+"""Room for energies whose constants (stored patterns, a precision matrix) are config."""
+
+MAX_DEPTH = 32
+MAX_SECTIONS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """An export that has been read and checked."""
+
+    path: Path
+    energy: nn.Module
+    """In eval mode on the CPU, float32, its parameters without gradients."""
+    spec: EventSpec
+    sampler: KernelSection
+    """The sampler of the run; at its recorded temperature the chains target the model."""
+    start_std: float
+    """Standard deviation of the noise that chains over real events start from."""
+    config: dict[str, Any]
+    """All of config.json."""
+
+    def chains(self) -> Tensor | None:
+        """The run's last chains (N, *event), None where the export holds none."""
+        path = self.path / CHAINS
+        if not path.is_file():
+            return None
+        x = _read_tensors(path).get("x")
+        if x is None or x.dtype != torch.float32 or tuple(x.shape[1:]) != self.spec.shape:
+            raise UserError(f"{path}: expected float32 chains x of shape (N, *{self.spec.shape})")
+        if len(x) == 0 or not torch.isfinite(x).all():
+            raise UserError(f"{path}: holds no finite chains; draw with --start noise")
+        return x
+
+
+def load_energy(path: str | Path) -> nn.Module:
+    """The exported energy at `path`: (B, *event) -> (B,), eval mode, CPU, float32.
+
+    Args:
+        path: an export directory, a file in it, or a run directory with `export/` inside.
+
+    Raises:
+        UserError: not an export, of another format version, cut short, or with weights that
+            do not fit its config. Nothing is ever unpickled.
+    """
+    return open_export(path).energy
+
+
+def open_export(path: str | Path) -> Export:
+    """Read and check the export at `path`; arguments and errors as in `load_energy`."""
+    path = find_export(Path(path))
+    config = _read_config(path / CONFIG)
+    spec = read_spec(config, path / CONFIG)
+    section = _section(config, "energy", energies.FAMILY, path / CONFIG)
+    sampler = _section(config, "sampler", samplers.FAMILY, path / CONFIG)
+    assert isinstance(section, EnergySection)
+    assert isinstance(sampler, KernelSection)
+    start_std = config.get("start_std", 1.0)
+    if not isinstance(start_std, int | float) or not 0 < start_std < 1e30:
+        raise UserError(
+            f"{path / CONFIG}: start_std: expected a positive number, got {start_std!r:.80}"
+        )
+    energy = _read_energy(path / WEIGHTS, section, config)
+    shape = getattr(energy, "event_shape", None)
+    if shape is not None and tuple(shape) != spec.shape:
+        raise UserError(
+            f"{path / CONFIG}: the energy takes events of shape {tuple(shape)}, event.shape is "
+            f"{spec.shape}; the file was edited or mixed up: export the run again"
+        )
+    return Export(path, energy, spec, sampler, float(start_std), config)
+
+
+def find_export(path: Path) -> Path:
+    """The export directory that `path` means; raises UserError saying what `path` is instead."""
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file or directory; expected an export of `ebm-dist export`"
+        )
+    if path.is_file():
+        if path.name not in (WEIGHTS, CONFIG):
+            raise UserError(
+                f"{path}: expected an export directory with {CONFIG} and {WEIGHTS}; only these "
+                "are read, never a pickle"
+            )
+        path = path.parent
+    if (path / CONFIG).is_file():
+        return path
+    if (path / "export" / CONFIG).is_file():
+        return path / "export"
+    if (path / "config.yaml").is_file() or (path / "manifest.json").is_file():
+        raise UserError(
+            f"{path}: is a run directory, not an export; make one with "
+            f"`ebm-dist export {path} OUT_DIR`"
+        )
+    raise UserError(f"{path}: not an export, it has no {CONFIG}; make one with `ebm-dist export`")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB, so not of an export")
+    try:
+        config = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError):
+        raise UserError(
+            f"{path}: not valid JSON, cut short or damaged; copy the export again"
+        ) from None
+    _refuse_nesting(config, path)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise UserError(f"{path}: format is not {FORMAT!r}: this file is of something else")
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version is {version!r:.80}, this release reads {FORMAT_VERSION}; use "
+            "the release of ebm_dist that wrote it, or export the run again"
+        )
+    return config
+
+
+def read_spec(config: Mapping[str, Any], path: Path) -> EventSpec:
+    """The events that `config["event"]` describes; UserError naming `path` if it describes none."""
+    event = config.get("event")
+    if not isinstance(event, dict):
+        raise UserError(f"{path}: event: expected shape, kind and num_classes, got {event!r:.80}")
+    shape, kind, classes = event.get("shape"), event.get("kind"), event.get("num_classes")
+    kinds = get_args(EventKind)
+    if (
+        not isinstance(shape, list)
+        or not shape
+        or not all(_is_size(size) for size in shape)
+        or math.prod(shape) > MAX_EVENT_NUMBERS
+    ):
+        raise UserError(
+            f"{path}: event.shape: expected positive sizes of at most {MAX_EVENT_NUMBERS} numbers "
+            f"in all, got {shape!r:.80}"
+        )
+    if kind not in kinds:
+        raise UserError(f"{path}: event.kind: expected one of {', '.join(kinds)}, got {kind!r:.80}")
+    if classes is not None and not _is_size(classes):
+        raise UserError(f"{path}: event.num_classes: expected a count or null, got {classes!r:.80}")
+    return EventSpec(tuple(shape), cast(EventKind, kind), classes)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _section(config: dict[str, Any], key: str, family: Any, path: Path) -> Any:
+    params = config.get(key)
+    if not isinstance(params, dict) or not isinstance(params.get("name"), str):
+        raise UserError(f"{path}: {key}: expected a section with a name")
+    try:
+        return family.section(**params)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _refuse_nesting(config: Any, path: Path) -> None:
+    """Checking sections takes a step of recursion for each level, and time for each section."""
+    level, num_sections = [config], 0
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for value in level
+            for item in (value.values() if isinstance(value, dict) else value)
+            if isinstance(item, dict | list)
+        ]
+        num_sections += sum(isinstance(value, dict) for value in level)
+        if not level:
+            return
+        if num_sections > MAX_SECTIONS:
+            raise UserError(f"{path}: more than {MAX_SECTIONS} sections, so not of an export")
+    raise UserError(f"{path}: deeper than {MAX_DEPTH} sections, so not of an export")
+
+
+def _read_energy(path: Path, section: EnergySection, config: dict[str, Any]) -> nn.Module:
+    if not path.is_file():
+        raise UserError(f"{path}: missing; copy the whole export")
+    recorded = config.get("weights")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    size = path.stat().st_size
+    if size != recorded.get("bytes"):
+        raise UserError(
+            f"{path}: has {size} bytes, {CONFIG} recorded {recorded.get('bytes')!r:.40}; cut short "
+            "or mixed up: copy the export again"
+        )
+    if file_hash(path) != recorded.get("sha256"):
+        raise UserError(
+            f"{path}: its checksum is not the one in {CONFIG}; damaged or mixed up: copy the "
+            "export again"
+        )
+    shapes = _read_shapes(path)
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    _refuse_giants(section.model_dump(), limit=max(2**16, numbers), path=path.parent / CONFIG)
+    try:
+        # The config may ask for any size; the weights on disk bound it, and some energies compute
+        # constants from it besides, of which the largest is a Hopfield network's matrix.
+        with limited(max_parts=2**12 + 32 * len(shapes), max_numbers=2**27 + 4 * numbers):
+            energy = section.build()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path.parent / CONFIG}: {' '.join(str(error).split())}") from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in energy.state_dict().items()}
+    _compare(shapes, wanted, path)
+    tensors = _read_tensors(path)
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise UserError(f"{path}: {name} is {tensor.dtype}, an export holds float32")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} is not finite; the run had diverged, export another")
+    energy.load_state_dict(tensors)
+    return energy.eval().requires_grad_(False)
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not valid safetensors ({error}); copy it again") from None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not valid safetensors ({error}); copy it again") from None
+
+
+def _refuse_giants(value: Any, *, limit: int, path: Path) -> None:
+    if isinstance(value, Mapping):
+        for item in value.values():
+            _refuse_giants(item, limit=limit, path=path)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_giants(item, limit=limit, path=path)
+    elif isinstance(value, int) and abs(value) > limit:
+        raise UserError(f"{path}: energy: the size {value} is beyond what its weights can hold")
+
+
+def _compare(
+    came: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], path: Path
+) -> None:
+    fault = ""
+    if missing := sorted(wanted.keys() - came.keys()):
+        fault = f"weight {missing[0]!r} is missing"
+    elif extra := sorted(came.keys() - wanted.keys()):
+        fault = f"weight {extra[0]!r} is unknown to the energy"
+    else:
+        for name, shape in wanted.items():
+            if came[name] != shape:
+                fault = f"weight {name!r} has shape {came[name]}, the energy has {shape}"
+                break
+    if fault:
+        raise UserError(f"{path}: {fault}; {CONFIG} and the weights are not of one export")
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,118 @@
+"""Samples from an exported model by its own recorded sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebm_dist.core.errors import NonFinite, UserError
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.export.reader import Export
+from ebm_dist.files.durable import replacing
+
+Start = Literal["noise", "chains"]
+
+MAX_DRAWN = 2**28
+"""Numbers in all samples of one draw: a gibibyte, and a few times that while they are moved."""
+
+
+def draw(
+    export: Export,
+    num: int,
+    steps: int,
+    *,
+    seed: int = 0,
+    start: Start = "noise",
+    device: str | torch.device = "cpu",
+    batch_size: int = 256,
+    on_step: Callable[[int, float], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run `num` chains for `steps` steps of the export's sampler.
+
+    Args:
+        start: `noise` draws from the reference law of the events; `chains` goes on from the
+            run's last chains, each taken at most once until all are in use.
+        batch_size: chains moved together; the result does not depend on the device only.
+        on_step: called after every step with the chain-steps done and the mean energy.
+
+    Returns:
+        Positions (num, *event) and energies (num,), float32 on the CPU.
+
+    Raises:
+        UserError: `chains` was asked for and the export holds none.
+        NonFinite: a chain left the finite numbers.
+    """
+    room = MAX_DRAWN // math.prod(export.spec.shape)
+    if num > room:
+        raise UserError(
+            f"--num {num}: samples of shape {export.spec.shape} take gigabytes; draw {room} at "
+            "most at a time, with another --seed for each"
+        )
+    device = torch.device(device)
+    energy = export.energy.to(device)
+    kernel = export.sampler.build()
+    begin = starting_points(export, num, start, seed)
+    positions, energies, done = [], [], 0
+    for index, first in enumerate(range(0, num, batch_size)):
+        x = begin[first : first + batch_size].to(device)
+        generator = torch.Generator(device).manual_seed(derive_seed(seed, "draw", index))
+        state = kernel.init(x, energy)
+        for _ in range(steps):
+            state, _ = kernel.step(state, energy, generator)
+            done += len(x)
+            if on_step is not None:
+                on_step(done, float(state.energy.mean()))
+        if not torch.isfinite(state.position).all() or not torch.isfinite(state.energy).all():
+            raise NonFinite(
+                "a chain left the finite numbers; the recorded sampler is unstable from this "
+                "start, draw with --start chains or fewer --steps"
+            )
+        positions.append(state.position.cpu())
+        energies.append(state.energy.cpu())
+    return torch.cat(positions), torch.cat(energies)
+
+
+def starting_points(export: Export, num: int, start: Start, seed: int) -> Tensor:
+    """Where `num` chains begin, (num, *event)."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "draw", "start"))
+    if start == "noise":
+        return export.spec.noise(num, generator, std=export.start_std)
+    stored = export.chains()
+    if stored is None:
+        raise UserError(f"{export.path}: holds no chains; draw with --start noise")
+    order = [
+        torch.randperm(len(stored), generator=generator)
+        for _ in range((num + len(stored) - 1) // len(stored))
+    ]
+    return stored[torch.cat(order)[:num]]
+
+
+def save_samples(out: Path, x: Tensor, energy: Tensor, export: Export) -> None:
+    """Write samples as a picture (.png) or arrays `x` and `energy` (.npz), all or nothing.
+
+    Raises:
+        UserError: another suffix, or `out` cannot be written.
+    """
+    check_suffix(out)
+    try:
+        if out.suffix == ".png":
+            from ebm_dist.report.grid import save_grid
+
+            save_grid(x, out, export.spec)
+            return
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as file:
+            np.savez_compressed(file, x=x.numpy(), energy=energy.numpy())
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+
+
+def check_suffix(out: Path) -> None:
+    if out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {out}: expected a name that ends in .png or .npz")

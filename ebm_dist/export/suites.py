@@ -1,0 +1,293 @@
+"""The suites of `ebm-dist evaluate`: what is measured of an exported model, on which data."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.paths import user_path
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import Batch, EventKind
+from ebm_dist.data import DataConfig, load_split
+from ebm_dist.evaluation import (
+    Fidelity,
+    base_law,
+    exact_log_partition,
+    is_exact,
+    log_likelihood,
+    log_partition,
+    long_run_audit,
+    ood_report,
+    robust_accuracy,
+)
+from ebm_dist.evaluation.audit import SHORT_RUN_REINIT
+from ebm_dist.export.reader import Export
+from ebm_dist.export.sample import draw
+from ebm_dist.samplers import law
+
+Suite = Literal["density", "ood", "robustness", "fidelity", "landscape"]
+Say = Callable[[str], None]
+
+NUM_TRAIN, NUM_TEST = 10_000, 2_000
+NUM_DRAWN, DRAW_STEPS = 500, 500
+NUM_AIS_CHAINS = 128
+NUM_AUDITED, AUDIT_FACTOR = 128, 20
+EPSILONS = {"linf": (1 / 255, 2 / 255, 4 / 255, 8 / 255), "l2": (0.25, 0.5, 1.0)}
+"""Radii for pixels in [0, 1], as papers quote them; images here are twice as wide."""
+
+
+def evaluate(
+    export: Export,
+    suite: Suite,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    data: str | None = None,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Measure `export` on one suite.
+
+    Args:
+        data: where the data of the model is now, if not where its run had it.
+        seed: of every draw; the same seed gives the same result on the same device.
+        say: told in one line what is under way.
+
+    Returns:
+        `suite`, `temperature`, `seed`, `metrics` (name -> number) and `notes` (one line each).
+
+    Raises:
+        UserError: the data of the model is not here, or the suite does not apply to the model.
+    """
+    measure = {
+        "density": _density,
+        "ood": _ood,
+        "robustness": _robustness,
+        "fidelity": _fidelity,
+        "landscape": _landscape,
+    }[suite]
+    export.energy.to(device)
+    if data is not None:
+        export = _with_data(export, data)
+    try:
+        metrics, notes = measure(export, seed, torch.device(device), say)
+    except ValueError as error:
+        raise UserError(f"--suite {suite}: {' '.join(str(error).split())}") from None
+    return {
+        "suite": suite,
+        "model": str(export.path),
+        "temperature": temperature_of(export),
+        "seed": seed,
+        "metrics": metrics,
+        "notes": notes,
+    }
+
+
+def temperature_of(export: Export) -> float:
+    """T of the model exp(-E/T)/Z: the temperature that its sampler was run at."""
+    return export.sampler.build().temperature
+
+
+def _load(export: Export, split: Literal["train", "test"], limit: int) -> Batch:
+    section = export.config.get("data")
+    if not isinstance(section, dict):
+        raise UserError(f"{export.path}: config.json records no data; export the run again")
+    try:
+        return load_split(DataConfig.model_validate(section), split, limit)
+    except UserError as error:
+        raise UserError(
+            f"the model's own data is needed: {error}; say where it is now with --data"
+        ) from None
+
+
+def _with_data(export: Export, data: str) -> Export:
+    section = {**(export.config.get("data") or {}), "source": os.path.abspath(user_path(data))}
+    section.pop("shards", None)
+    return replace(export, config={**export.config, "data": section})
+
+
+def _generator(seed: int, device: torch.device, *path: str) -> torch.Generator:
+    return torch.Generator(device).manual_seed(derive_seed(seed, "evaluate", *path))
+
+
+def _density(
+    export: Export, seed: int, device: torch.device, say: Say
+) -> tuple[dict[str, float], list[str]]:
+    train, test = _load(export, "train", NUM_TRAIN), _load(export, "test", NUM_TEST)
+    temperature = temperature_of(export)
+    metrics: dict[str, float] = {}
+    notes = []
+    # The model is what its sampler draws: clamped chains have no density outside.
+    box = law.box(export.sampler.build())
+    if not export.spec.discrete:
+        where = "all of space, as the sampler has no clamp"
+        notes.append(f"log Z is over {where if box is None else f'[{box[0]:g}, {box[1]:g}]^d'}")
+    if box is not None and (train.x.min() < box[0] or train.x.max() > box[1]):
+        notes.append("some data lie outside, where clamped chains have no density at all")
+    if is_exact(export.energy, export.spec):
+        say("log Z exactly")
+        log_z = exact_log_partition(export.energy, export.spec, temperature=temperature, box=box)
+        metrics["likelihood/log_z"] = log_z
+        notes.append("log Z is exact")
+    else:
+        say("log Z by annealed importance sampling, forward and reverse")
+        base = base_law(export.spec, train.x, box=box).to(device)
+        found = log_partition(
+            export.energy,
+            export.spec,
+            generator=_generator(seed, device, "density"),
+            temperature=temperature,
+            num_chains=NUM_AIS_CHAINS,
+            base=base,
+            box=box,
+        )
+        log_z = found.combined
+        metrics |= {
+            "likelihood/log_z": log_z,
+            "likelihood/log_z_se": found.combined_se,
+            "likelihood/log_z_forward": found.forward,
+            "likelihood/log_z_forward_se": found.forward_se,
+            "likelihood/log_z_reverse": found.reverse,
+            "likelihood/log_z_reverse_se": found.reverse_se,
+            "likelihood/forward_ess": found.forward_ess,
+            "likelihood/reverse_ess": found.reverse_ess,
+        }
+        if found.forward_ess < 0.05 or found.reverse_ess < 0.05:
+            notes.append(
+                f"effective share of the chains is {found.forward_ess:.3f} forward and "
+                f"{found.reverse_ess:.3f} reverse: the estimates are not to be trusted"
+            )
+        if not found.exact_start:
+            notes.append("log_z_reverse is a bound only as far as the reverse chains had mixed")
+    for name, batch in (("train", train), ("test", test)):
+        mean, error = log_likelihood(
+            export.energy, batch.x.to(device), log_z, temperature=temperature
+        )
+        metrics[f"likelihood/log_prob_{name}"] = mean
+        metrics[f"likelihood/log_prob_{name}_se"] = error
+    return metrics, notes
+
+
+def _ood(
+    export: Export, seed: int, device: torch.device, say: Say
+) -> tuple[dict[str, float], list[str]]:
+    train, test = _load(export, "train", NUM_TRAIN).x, _load(export, "test", NUM_TEST).x
+    generator = _generator(seed, torch.device("cpu"), "ood")
+    others = {
+        "noise": export.spec.noise(len(test), generator, std=export.start_std),
+        "shuffled": _shuffled(test, export.spec.kind, generator),
+    }
+    if not export.spec.discrete:
+        order = torch.randperm(len(test), generator=generator)
+        others["interpolated"] = 0.5 * (test + test[order])
+    say(f"scores against {', '.join(others)}")
+    moved = {name: x.to(device) for name, x in others.items()}
+    metrics = ood_report(export.energy, test.to(device), moved, x_reference=train.to(device))
+    return {f"ood/{name}": value for name, value in metrics.items()}, [
+        "shuffled: every coordinate drawn from another event, so only its marginals are right",
+        "AUROC above 1/2: foreign events score higher than held-out ones",
+    ]
+
+
+def _shuffled(x: Tensor, kind: EventKind, generator: torch.Generator) -> Tensor:
+    """Each site (its one-hot classes together) from another event: the product of marginals."""
+    flat = x.flatten(1, -2) if kind == "categorical" else x.flatten(1).unsqueeze(-1)
+    order = torch.rand(flat.shape[:2], generator=generator).argsort(0)
+    return flat.gather(0, order.unsqueeze(-1).expand_as(flat)).reshape(x.shape)
+
+
+def _robustness(
+    export: Export, seed: int, device: torch.device, say: Say
+) -> tuple[dict[str, float], list[str]]:
+    test = _load(export, "test", NUM_TEST)
+    if test.label is None:
+        raise ValueError("the model's data has no labels; robustness is that of a classifier")
+    image = export.spec.kind == "image"
+    x, label = test.x.to(device), test.label.to(device)
+    metrics = {}
+    for norm, radii in EPSILONS.items():
+        for radius in (0.0, *radii) if norm == "linf" else radii:
+            say(f"{norm} attacks of radius {radius:.4g}")
+            accuracy = robust_accuracy(
+                export.energy,
+                x,
+                label,
+                epsilon=2 * radius if image else radius,
+                norm=norm,  # type: ignore[arg-type]
+                generator=_generator(seed, device, "robustness", norm, f"{radius:g}"),
+                clamp=(-1.0, 1.0) if image else None,
+            )
+            name = "accuracy" if radius == 0 else f"{norm}_{radius:.4g}"
+            metrics[f"robustness/{name}"] = accuracy
+    unit = "of pixels in [0, 1]" if image else "in data units"
+    return metrics, [f"radii are {unit}; each accuracy is an upper bound of the true one"]
+
+
+def _fidelity(
+    export: Export, seed: int, device: torch.device, say: Say
+) -> tuple[dict[str, float], list[str]]:
+    train, test = _load(export, "train", NUM_TRAIN), _load(export, "test", NUM_TEST)
+    say("training the feature classifier")
+    fidelity = Fidelity.fit(train, test, export.spec, seed, num_reference=NUM_DRAWN)
+    metrics = {f"fidelity/{name}": value for name, value in fidelity.reference().items()}
+    metrics["fidelity/accuracy"] = fidelity.accuracy
+    num = fidelity.num
+    say(f"drawing {num} samples from noise, {DRAW_STEPS} steps")
+    drawn, _ = draw(export, num, DRAW_STEPS, seed=seed, device=device)
+    # As in a run: unclamped chains leave the data's range by their noise, a picture cannot.
+    metrics["fidelity/distance"] = fidelity.distance(drawn.clamp(-1.0, 1.0))
+    notes = [
+        f"distance: {num} chains from noise after {DRAW_STEPS} steps, and every reference of as "
+        "many images; features of a small classifier trained on the same data, so compare with "
+        "these references only"
+    ]
+    stored = export.chains()
+    if stored is not None and len(stored) >= num:
+        metrics["fidelity/distance_of_chains"] = fidelity.distance(stored[:num].clamp(-1.0, 1.0))
+    elif stored is not None:
+        notes.append(f"distance_of_chains: left out, the export holds {len(stored)} chains alone")
+    return metrics, notes
+
+
+def _persists(export: Export) -> bool:
+    """Whether the run's chains were carried from update to update."""
+    try:
+        return float(export.config["recipe"]["buffer"]["reinit_prob"]) < SHORT_RUN_REINIT
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _landscape(
+    export: Export, seed: int, device: torch.device, say: Say
+) -> tuple[dict[str, float], list[str]]:
+    data = _load(export, "train", NUM_TEST).x.to(device)
+    short = export.sampler.num_steps
+    generator = _generator(seed, torch.device("cpu"), "landscape")
+    start = export.spec.noise(NUM_AUDITED, generator, std=export.start_std)
+    stored = export.chains()
+    if stored is not None:
+        # The run's own chains: those are what its training sees.
+        start = stored[torch.randperm(len(stored), generator=generator)[:NUM_AUDITED]]
+    say(f"{len(start)} chains, {AUDIT_FACTOR * short} steps each")
+    audit = long_run_audit(
+        export.energy,
+        export.sampler.build(),
+        start.to(device),
+        data,
+        short_steps=short,
+        num_steps=AUDIT_FACTOR * short,
+        generator=_generator(seed, device, "landscape", "chains"),
+        persistent=stored is not None and _persists(export),
+    )
+    metrics = {**audit.metrics(), "audit/energy_data": audit.energy_data}
+    healthy = (
+        "no alarm: no chain diverged, none found energies below the data's far from them, and "
+    )
+    notes = [audit.alarm or healthy + "long and short chains agree"]
+    return {k: v for k, v in metrics.items() if math.isfinite(v)}, notes

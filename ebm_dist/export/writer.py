@@ -1,0 +1,245 @@
+"""Writing an export: what others need of a run to use its model, all of it or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ebm_dist.buffer.codec import as_float32
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.types import EventSpec
+from ebm_dist.core.weights import FlatLayout
+from ebm_dist.energies import EnergySection
+from ebm_dist.export.reader import (
+    CARD,
+    CHAINS,
+    CONFIG,
+    FORMAT,
+    FORMAT_VERSION,
+    GRID,
+    WEIGHTS,
+    Export,
+    file_hash,
+    find_export,
+    load_energy,
+    open_export,
+    read_spec,
+)
+from ebm_dist.files.durable import new_directory
+from ebm_dist.files.tensor_file import save_tensors
+from ebm_dist.samplers import KernelSection
+from ebm_dist.samplers.law import curvature, unadjusted
+
+__all__ = ["Export", "export_run", "find_export", "load_energy", "open_export", "write_export"]
+
+MAX_CHAINS = 512
+"""Chains that an export keeps: enough for a warm start, small beside the weights."""
+
+NUM_PROBED = 64
+"""Of them, where the curvature of the energy is measured for the card."""
+
+
+def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
+    """Export the newest valid checkpoint of the run at `run_dir` to `out_dir`.
+
+    The averaged (EMA) weights are exported, with the last chains of the run, the recipe, the
+    last measurements in metrics.jsonl, and the lineage.
+
+    Raises:
+        UserError: `run_dir` is no run, has no whole checkpoint, or `out_dir` cannot be written.
+    """
+    # Here, not above: reading an export must not need what writing one does.
+    from ebm_dist.checkpoint import files as checkpoint
+    from ebm_dist.config import run_config as config
+    from ebm_dist.export import model_card
+
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: not a run directory, it has no config.yaml")
+    # config.yaml may have been changed since; what the weights were made by is the checkpoint's.
+    found = checkpoint.latest(run_dir)
+    if found is None:
+        raise UserError(
+            f"{run_dir}: has no checkpoint yet; the run writes one every checkpoint.every updates "
+            "and when it ends or is stopped"
+        )
+    run = config.load(found.meta.get("config") or run_dir / "config.yaml")
+    with found.of_a_run():
+        spec, weights = _recorded_spec(found, run), found.tensors("ema")["flat"]
+    section = run.energy.bind(spec)
+    energy = section.build().eval()
+    try:
+        FlatLayout.of(energy).load_(energy, weights)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{found.path}: its averaged weights do not fit its config "
+            f"({' '.join(str(error).split())}); the checkpoint mixes two runs"
+        ) from None
+    sampler = run.sampler.model_dump(mode="json")
+    about = {
+        "temperature": run.sampler.build().temperature,
+        "temperature_source": model_card.temperature_source(sampler),
+        "data": _set_keys(run.data.model_dump(mode="json")),
+        "recipe": {
+            key: getattr(run, key).model_dump(mode="json")
+            for key in ("objective", "buffer", "workers", "learner", "flow")
+        },
+        "lineage": model_card.lineage(
+            hashlib.sha256(config.dump(run).encode()).hexdigest(),
+            {
+                "run": run.run.name,
+                "seed": run.run.seed,
+                "checkpoint": found.path.name,
+                "updates": found.step,
+            },
+        ),
+    }
+    with found.of_a_run():
+        chains = _last_chains(found, spec)
+    metrics = model_card.last_metrics(run_dir / "metrics.jsonl")
+    measured = _curvature(energy, run.sampler, chains)
+    if measured is None and "sampler/curvature" in metrics:
+        measured = metrics["sampler/curvature"][0]
+    card = model_card.render(
+        name=run.run.name,
+        about=about,
+        energy=_set_keys(section.model_dump(mode="json")),
+        sampler=_set_keys(sampler),
+        event=asdict(spec),
+        num_parameters=sum(p.numel() for p in energy.parameters()),
+        metrics=metrics,
+        has_grid=chains is not None,
+        law=model_card.sampler_law(run.sampler, measured),
+        far_modes=run.objective.far_modes,
+    )
+    return write_export(
+        out_dir,
+        energy=energy,
+        section=section,
+        spec=spec,
+        sampler=run.sampler,
+        start_std=run.buffer.init_std,
+        chains=chains,
+        about=about,
+        card=card,
+    )
+
+
+def _recorded_spec(found: Any, run: Any) -> EventSpec:
+    """The events of the run: as recorded, since the data may have moved away since."""
+    event = found.meta.get("event")
+    if event is not None:
+        return read_spec(found.meta, found.path / "meta.json")
+    from ebm_dist.data import describe
+
+    return describe(run.data)
+
+
+def _last_chains(found: Any, spec: EventSpec) -> Tensor | None:
+    """Chains of the checkpoint that have been moved, spread over all shards."""
+    parts = []
+    for name in found.names:
+        if not name.startswith("shard"):
+            continue
+        shard = found.tensors(name)
+        moved = shard["version"] >= 0 if "version" in shard else slice(None)
+        part = torch.from_numpy(as_float32(shard["position"][moved].numpy(), spec))
+        if part.shape[1:] != spec.shape:
+            raise ValueError(f"{name} holds chains of shape {tuple(part.shape[1:])}")
+        parts.append(part)
+    if not parts or not any(len(part) for part in parts):
+        return None
+    x = torch.cat(parts)
+    # Even steps over slots, not the first ones: neighbours were leased together.
+    index = torch.linspace(0, len(x) - 1, min(len(x), MAX_CHAINS)).round().long()
+    return x[index].contiguous()
+
+
+def _curvature(energy: nn.Module, sampler: KernelSection, chains: Tensor | None) -> float | None:
+    """Of the exported energy along the last chains; None of a sampler whose law it is not in."""
+    kernel = unadjusted(sampler.build())
+    if kernel is None or chains is None:
+        return None
+    return curvature(kernel, energy, chains[:NUM_PROBED], torch.Generator().manual_seed(0))
+
+
+def _set_keys(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if value is not None}
+
+
+def write_export(
+    out_dir: str | Path,
+    *,
+    energy: nn.Module,
+    section: EnergySection,
+    spec: EventSpec,
+    sampler: KernelSection,
+    start_std: float = 1.0,
+    chains: Tensor | None = None,
+    about: Mapping[str, Any] | None = None,
+    card: str = "",
+) -> Path:
+    """Write an export to `out_dir`, all of it or nothing.
+
+    Args:
+        energy: the module whose state is exported, as float32.
+        section: its config, bound to `spec`.
+        chains: (N, *event) chains of the run, kept for a warm start and drawn in the grid.
+        about: further JSON entries of config.json (data, objective, temperature, lineage).
+        card: text of README.md.
+
+    Raises:
+        UserError: `out_dir` holds something other than an export, or cannot be written.
+    """
+    from ebm_dist.report.grid import save_grid
+
+    out_dir = Path(out_dir).absolute()
+    if out_dir.exists() and not _replaceable(out_dir):
+        raise UserError(
+            f"{out_dir}: exists and is not an export; choose another directory, or empty this one"
+        )
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32, copy=True)
+        for name, tensor in energy.state_dict().items()
+    }
+    try:
+        with new_directory(out_dir, replace=True) as part:
+            save_tensors(tensors, part / WEIGHTS, metadata={"format": "pt"})
+            config = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "event": asdict(spec),
+                "energy": section.model_dump(mode="json"),
+                "sampler": sampler.model_dump(mode="json"),
+                "start_std": start_std,
+                "weights": {
+                    "file": WEIGHTS,
+                    "bytes": (part / WEIGHTS).stat().st_size,
+                    "sha256": file_hash(part / WEIGHTS),
+                    "num_parameters": sum(p.numel() for p in energy.parameters()),
+                },
+                **(about or {}),
+            }
+            text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+            (part / CONFIG).write_text(text, encoding="utf-8")
+            if chains is not None:
+                save_tensors({"x": chains.float()}, part / CHAINS)
+                save_grid(chains[:64], part / GRID, spec)
+            (part / CARD).write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out_dir}: cannot be written: {error.strerror or error}") from None
+    return out_dir
+
+
+def _replaceable(path: Path) -> bool:
+    if not path.is_dir():
+        return False
+    names = {item.name for item in path.iterdir()}
+    return not names or (CONFIG in names and names <= {WEIGHTS, CONFIG, CARD, GRID, CHAINS})

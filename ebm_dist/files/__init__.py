@@ -1,0 +1,1 @@
+"""The disk: what is written appears whole, what is read is bounded and never runs."""

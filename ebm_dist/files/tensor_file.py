@@ -1,0 +1,55 @@
+"""Tensors as a safetensors file: a full disk and a damaged file are errors that say so."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ebm_dist.core.errors import UserError
+
+
+def save_tensors(
+    entries: Mapping[str, Tensor | np.ndarray],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `entries` to `path`, in a directory of our own making.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    tensors = {key: _contiguous(value) for key, value in entries.items()}
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        save_file(tensors, path, metadata=dict(metadata) if metadata else None)
+        path.chmod(mode)  # safetensors makes files of its own mode, 600
+    except SafetensorError as error:
+        # safetensors has its own type for a full disk too, with the number in its text.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number.group(1))
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def tensors_or_refuse(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file from outside; UserError if it is not one."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def _contiguous(value: Tensor | np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+    return tensor.detach().cpu().contiguous()

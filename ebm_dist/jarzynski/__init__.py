@@ -1,0 +1,1 @@
+"""Weights of chains whose energy changes beneath them."""

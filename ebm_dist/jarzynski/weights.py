@@ -1,0 +1,302 @@
+"""Jarzynski correction: log-weights that keep persistent chains exact while the weights move.
+
+A chain carries A. At version k the chains X with weights exp A represent p_k = exp(-E_k/T)/Z_k
+however far they are from equilibrium: sum exp(A) f(X) / sum exp(A) estimates E_k[f], and the
+mean of exp A estimates Z_k / Z_0, if the chains started from p_0 with A = 0. Carbone et al.
+(2023), arXiv:2305.19414; it is annealed importance sampling along the path of training.
+
+The path may be cut in two kinds of step, in any order:
+
+    the weights move, the chain stands     `weights_moved`: needs recorded and new energy only
+    the chain moves, the weights stand     `run_weighted`; no correction for an exact kernel
+
+or both together (`ula_step`, the paper's form). A chain that skipped versions takes one step
+of the first kind from its own version to today's.
+
+Clipped gradients and clamped positions have other kernel densities than `ula_step` knows,
+and a chain that is started anew has not come the path: `check_sampler` and `check_buffer`
+refuse them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.generators import seeded
+from ebm_dist.core.types import EnergyFn
+from ebm_dist.objectives.objective import sum_event
+from ebm_dist.objectives.weighting import ess_ratio
+from ebm_dist.samplers import (
+    DiscreteLangevin,
+    Gibbs,
+    GibbsWithGradients,
+    Hmc,
+    Kernel,
+    KernelSection,
+    Langevin,
+    LangevinSection,
+    Mala,
+    Nuts,
+    RandomWalk,
+    TemperedTransitions,
+)
+
+_EXACT_TYPES = (
+    Mala,
+    Hmc,
+    Nuts,
+    RandomWalk,
+    TemperedTransitions,
+    Gibbs,
+    GibbsWithGradients,
+    DiscreteLangevin,
+)
+_EXACT_NAMES = (
+    "mala",
+    "hmc",
+    "nuts",
+    "random_walk",
+    "tempered_transitions",
+    "gibbs",
+    "gibbs_with_gradients",
+    "discrete_langevin",
+)
+# They leave exp(-E/T) as it is, so a move changes no weight. Parallel tempering does too, but
+# a slot of its holds a ladder of temperatures, and one energy is not its log-density.
+
+
+def ula_action(
+    energy: Tensor, grad: Tensor, displacement: Tensor, *, step_size: float, temperature: float
+) -> Tensor:
+    """alpha(x, y) of the Langevin step x' = x - h dE/dx + sqrt(2 T h) xi, (M,).
+
+        alpha(x, y) = [ E(x) + 1/2 (y - x).dE/dx + h/4 |dE/dx|^2 ] / T
+
+    exp(-alpha(x, y) - |y - x|^2 / (4 T h)) is exp(-E(x)/T) times the density of a step from x
+    to y, up to a constant.
+
+    Args:
+        energy: (M,), E(x).
+        grad: (M, *event), dE/dx at x.
+        displacement: (M, *event), y - x.
+    """
+    along = 0.5 * sum_event(displacement * grad)
+    return (energy + along + 0.25 * step_size * sum_event(grad.square())) / temperature
+
+
+def ula_step(
+    log_weight: Tensor,
+    position: Tensor,
+    energy: Tensor,
+    grad: Tensor,
+    new_position: Tensor,
+    new_energy: Tensor,
+    new_grad: Tensor,
+    *,
+    step_size: float,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Log-weights (M,) after one Langevin step under version k, then the move to k + 1.
+
+        A' = A + alpha_k(X, X') - alpha_{k+1}(X', X)
+
+    With k + 1 = k it corrects the discretisation alone; a kernel that keeps exp(-E/T) would
+    change nothing.
+
+    Args:
+        log_weight: (M,), A.
+        position, energy, grad: X, E_k(X), dE_k/dx at X; the step must have used this gradient
+            unclipped.
+        new_position, new_energy, new_grad: X', E_{k+1}(X'), dE_{k+1}/dx at X'.
+    """
+    displacement = new_position - position
+    forward = ula_action(energy, grad, displacement, step_size=step_size, temperature=temperature)
+    backward = ula_action(
+        new_energy, new_grad, -displacement, step_size=step_size, temperature=temperature
+    )
+    return log_weight + forward - backward
+
+
+def weights_moved(
+    log_weight: Tensor, energy: Tensor, new_energy: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """Log-weights (M,) after the energy moved under chains that stood, by one version or many.
+
+        A' = A + [E_old(X) - E_new(X)] / T
+
+    Args:
+        log_weight: (M,), A.
+        energy: (M,) under the weights that A belongs to, as the worker recorded it.
+        new_energy: (M,) of the same positions under the new weights.
+    """
+    return log_weight + (energy - new_energy) / temperature
+
+
+def run_weighted(
+    kernel: Kernel[Any],
+    x: Tensor,
+    log_weight: Tensor,
+    energy: EnergyFn,
+    num_steps: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Move weighted chains x (M, *event) `num_steps` times while the weights stand.
+
+    Returns:
+        Positions (M, *event), their energies (M,) and log-weights (M,). The positions are those
+        of `run_chain` with the same generator.
+
+    Raises:
+        ValueError: the kernel's moves have no density here (see `check_sampler`).
+    """
+    langevin = kernel if isinstance(kernel, Langevin) else None
+    if langevin is not None:
+        check_langevin(langevin)
+    elif type(kernel) not in _EXACT_TYPES:
+        raise ValueError(
+            f"kernel: {type(kernel).__name__} has no Jarzynski correction; use langevin, or a "
+            "kernel with an accept step"
+        )
+    state = kernel.init(x, energy)
+    log_weight = log_weight.to(state.energy.dtype)
+    for _ in range(num_steps):
+        new, _ = kernel.step(state, energy, generator)
+        if langevin is not None:
+            log_weight = ula_step(
+                log_weight,
+                state.position,
+                state.energy,
+                state.grad,
+                new.position,
+                new.energy,
+                new.grad,
+                step_size=langevin.step_size,
+                temperature=langevin.temperature,
+            )
+        state = new
+    return state.position, state.energy, log_weight
+
+
+def log_z_ratio(log_weight: Tensor) -> Tensor:
+    """Estimate of log(Z_now / Z_0) from log-weights (M,), 0-d, in nats.
+
+    The mean weight is unbiased; its log lies below by about half its relative variance. It
+    holds through resampling, because `resample` leaves the mean weight as it was.
+    """
+    return log_weight.logsumexp(0) - math.log(log_weight.shape[0])
+
+
+def log_z_standard_error(log_weight: Tensor) -> Tensor:
+    """Standard error of `log_z_ratio` by the delta method, 0-d, for independent chains.
+
+    sqrt((1/ESS ratio - 1) / (M - 1)); after a resampling the chains have ancestors in common
+    and it is too small.
+    """
+    count = log_weight.shape[0]
+    return ((1 / ess_ratio(log_weight) - 1).clamp_min(0) / max(count - 1, 1)).sqrt()
+
+
+def systematic_resample(log_weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Indices (M,) int64, ascending; chain i is drawn M w_i times on average.
+
+    One uniform number places M equidistant points on the weights' cumulative sum, so that
+    the count of each chain is M w_i rounded up or down. Kitagawa (1996).
+    """
+    count = log_weight.shape[0]
+    cumulative = torch.softmax(log_weight.double(), 0).cumsum(0)
+    start = torch.rand((), dtype=torch.float64, generator=generator, device=generator.device)
+    points = (torch.arange(count, device=log_weight.device) + start.to(log_weight.device)) / count
+    # The last sum may fall short of 1 by rounding, and a point beyond it would name no chain.
+    return torch.searchsorted(cumulative, points).clamp(max=count - 1)
+
+
+def resample(
+    log_weight: Tensor, generator: torch.Generator, *, min_ess_ratio: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Resample where the weights have degenerated: which chain each slot copies, and A'.
+
+    Where ESS/M is below `min_ess_ratio` in (0, 1]: systematic resampling, and every A' is the
+    log of the mean weight, so that `log_z_ratio` goes on from where it was. Otherwise each
+    slot keeps its chain and its weight.
+
+    Returns:
+        Indices (M,) int64 and log-weights (M,).
+    """
+    if not 0 < min_ess_ratio <= 1:
+        raise ValueError(f"min_ess_ratio: {min_ess_ratio}, expected a ratio in (0, 1]")
+    if ess_ratio(log_weight) >= min_ess_ratio:
+        return torch.arange(log_weight.shape[0], device=log_weight.device), log_weight
+    index = systematic_resample(log_weight, generator)
+    return index, log_z_ratio(log_weight).expand_as(log_weight).clone()
+
+
+def check_sampler(sampler: KernelSection) -> None:
+    """Refuse samplers whose moves the correction has no density for.
+
+    Raises:
+        UserError: the key to change and why.
+    """
+    name = type(sampler).model_fields["name"].default
+    if name in _EXACT_NAMES:
+        return
+    if not isinstance(sampler, LangevinSection):
+        raise UserError(
+            f"sampler.name: {name} has no Jarzynski correction; use langevin (unclipped) or one of "
+            f"{', '.join(_EXACT_NAMES)}, or turn the correction off"
+        )
+    check_langevin(sampler.build())
+
+
+def check_langevin(kernel: Langevin) -> None:
+    """Refuse Langevin moves that are clipped, clamped or without noise.
+
+    Raises:
+        UserError: the key to change and why.
+    """
+    for key in ("grad_clip", "grad_norm_clip", "clamp"):
+        value = getattr(kernel, key)
+        if value is not None:
+            raise UserError(
+                f"sampler.{key}: {value}, but the Jarzynski correction knows the density of an "
+                f"unclipped Langevin step only; remove sampler.{key}, or turn the correction off"
+            )
+    if kernel.temperature == 0:
+        raise UserError(
+            "sampler.temperature: 0, but a move without noise has no density, which the Jarzynski "
+            "correction needs; raise it, or turn the correction off"
+        )
+
+
+def check_buffer(reinit_prob: float) -> None:
+    """Refuse chains that start anew: their log-weight would belong to a path they never took.
+
+    Raises:
+        UserError: the key to change and why.
+    """
+    if reinit_prob > 0:
+        raise UserError(
+            f"buffer.reinit_prob: {reinit_prob}, but a chain that starts anew has no Jarzynski "
+            "weight; set buffer.reinit_prob: 0, or turn the correction off"
+        )
+
+
+def resampling(
+    log_weight: np.ndarray, threshold: float, seed: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Which chain each one becomes and the new log-weights (M,); None while the ESS is enough.
+
+    For chains of one version: across versions log-weights differ by what log Z has moved, and
+    it would be the old chains that are replaced, not the unlikely ones.
+    """
+    generator = seeded(seed)
+    old = torch.from_numpy(log_weight.astype(np.float64))
+    index, new = resample(old, generator, min_ess_ratio=threshold)
+    if new is old:
+        return None
+    return index.numpy(), new.numpy().astype(np.float32)

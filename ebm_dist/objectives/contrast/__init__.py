@@ -1,0 +1,1 @@
+"""Objectives that tell data from noise or from neighbours."""

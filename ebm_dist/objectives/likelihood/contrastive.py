@@ -1,0 +1,231 @@
+"""Contrastive maximum likelihood: data against negatives, wherever their chains start.
+
+Chains from data make it CD-k, persistent ones PCD, from noise short-run: the buffer decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    ValidationInfo,
+    field_validator,
+)
+from torch import Tensor, nn
+
+from ebm_dist.core.types import Batch, EnergyFn, Negatives
+from ebm_dist.objectives.likelihood.kl_term import kl_term
+from ebm_dist.objectives.likelihood.penalties import (
+    PenaltyPoints,
+    energy_l2,
+    gradient_norm,
+    penalty_points,
+    spectral_norms,
+)
+from ebm_dist.objectives.objective import (
+    FAMILY,
+    Metrics,
+    Objective,
+    ObjectiveSection,
+    energies_of,
+    input_grad,
+)
+from ebm_dist.objectives.weighting import Truncation, staleness_log_weight
+
+__all__ = ["Contrastive", "ContrastiveFields", "ContrastiveSection", "staleness_log_weight"]
+
+
+Evaluate = Callable[[nn.Module | EnergyFn, Tensor], Tensor]
+
+
+class ContrastiveFields(ObjectiveSection):
+    """What every objective with a contrastive part can be told about it."""
+
+    adjustable: ClassVar[frozenset[str]] = frozenset(
+        {
+            "energy_l2",
+            "gradient_penalty",
+            "gradient_penalty_at",
+            "gradient_penalty_std",
+            "spectral_penalty",
+            "temperature",  # the sampler's, which a smaller step size may change
+            "truncation",
+            "kl_weight",
+            "kl_step_size",
+            "repel_weight",
+        }
+    )
+
+    energy_l2: NonNegativeFloat = 0.0
+    """Weight of mean E(x+)^2 + mean E(x-)^2, which holds the constant the energy leaves free."""
+
+    gradient_penalty: NonNegativeFloat = 0.0
+    """lambda of lambda/2 * E|dE/dx|^2."""
+
+    gradient_penalty_at: PenaltyPoints = "data"
+    """Where the gradient is held down: data | gaussian | negatives | interpolation."""
+
+    gradient_penalty_std: PositiveFloat = 1.0
+    """Standard deviation of the points of `gradient_penalty_at: gaussian`."""
+
+    spectral_penalty: NonNegativeFloat = 0.0
+    """Weight of the sum of the largest singular values of the energy's weight matrices (VAEBM:
+    0.2). Not for ZeRO stage 3, which takes the matrices apart."""
+
+    truncation: Truncation = None
+    """Largest weight of a stale negative in units of the mean one, `inf` for no limit; sqrt(M)
+    when left out."""
+
+    kl_weight: NonNegativeFloat = 0.0
+    """Weight of the KL term that contrastive divergence drops (Du et al. 2021)."""
+
+    kl_step_size: PositiveFloat | None = Field(default=None, validate_default=True)
+    """Step size of the differentiable Langevin step of the KL term; the sampler's, as a rule.
+    Required with `kl_weight`."""
+
+    repel_weight: NonNegativeFloat = 0.3
+    """Weight, inside the KL term, of its nearest-neighbour entropy."""
+
+    @field_validator("kl_step_size")
+    @classmethod
+    def _required_with_kl_weight(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is None and info.data.get("kl_weight", 0) > 0:
+            raise ValueError("required when kl_weight > 0; give the sampler's step_size")
+        return value
+
+    def reads_temperature(self, *, reweights: bool) -> bool:
+        return reweights or self.kl_weight > 0
+
+
+@FAMILY.register
+class ContrastiveSection(ContrastiveFields):
+    """mean E(x+) - weighted mean E(x-): the maximum-likelihood gradient."""
+
+    name: Literal["contrastive"] = "contrastive"
+    example: ClassVar[dict[str, Any]] = {"energy_l2": 0.1}
+    far_modes: ClassVar[str] = (
+        "seen as far as the chains cross between them: with sampler.name parallel_tempering, "
+        "not with chains that stay in the mode where they began (from data, or persistent "
+        "behind a barrier)"
+    )
+
+    def module(self) -> Objective:
+        return Contrastive(self)
+
+
+class Contrastive(Objective):
+    """Surrogate whose gradient is that of -T * log-likelihood for p = exp(-E/T)/Z.
+
+        mean E(x+) - sum_i w_i E(x-_i) + energy_l2 * (mean E(x+)^2 + mean E(x-)^2)
+            + gradient_penalty/2 * E|dE/dx|^2 + kl_weight * KL term
+
+    w is proportional to exp(negatives.log_weight), with the staleness weights on top where
+    `reweight` is set, and sums to 1. Du & Mordatch (2019), arXiv:1903.08689; CD: Hinton
+    (2002); PCD: Tieleman (2008).
+
+    Sees the weights of far modes only as far as chains cross between them (`parallel_tempering`).
+    """
+
+    needs_negatives = True
+
+    def __init__(self, config: ContrastiveFields) -> None:
+        super().__init__()
+        self.config = config
+        self.needs_generator = config.kl_weight > 0 or (
+            config.gradient_penalty > 0
+            and config.gradient_penalty_at in ("gaussian", "interpolation")
+        )
+
+    def loss(
+        self,
+        energy: nn.Module | EnergyFn,
+        batch: Batch,
+        negatives: Negatives | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Metrics]:
+        assert negatives is not None
+        return self.contrast(energy, batch.x, negatives, generator)
+
+    def contrast(
+        self,
+        energy: nn.Module | EnergyFn,
+        data: Tensor,
+        negatives: Negatives,
+        generator: torch.Generator | None,
+        evaluate: Evaluate = energies_of,
+    ) -> tuple[Tensor, Metrics]:
+        """Loss and metrics for data (B, *event) against negatives (M, *event).
+
+        `evaluate(energy, x)` runs once on all of them together: three passes through a small
+        network cost nearly three times one, and spectral norm would see three batches.
+        """
+        config = self.config
+        num_pos, num_neg = data.shape[0], negatives.x.shape[0]
+        parts = [data.detach(), negatives.x.to(data.dtype)]
+        penalised, weighted = slice(0, num_pos), False
+        if config.gradient_penalty > 0:
+            if config.gradient_penalty_at == "negatives":
+                penalised, weighted = slice(num_pos, num_pos + num_neg), True
+            elif config.gradient_penalty_at != "data":
+                at, std = config.gradient_penalty_at, config.gradient_penalty_std
+                parts.append(penalty_points(at, parts[0], parts[1], generator, std=std))
+                penalised = slice(num_pos + num_neg, None)
+        x = torch.cat(parts)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or config.gradient_penalty > 0):
+            if config.gradient_penalty > 0:
+                x.requires_grad_(True)
+            values = evaluate(energy, x)
+            energy_pos, energy_neg = values[:num_pos], values[num_pos : num_pos + num_neg]
+
+            weight, metrics = self.negative_weight(
+                negatives,
+                energy_neg,
+                temperature=config.fitted_temperature,
+                truncation=config.truncation,
+            )
+            mean_neg = (weight * energy_neg).sum()
+            gap = energy_pos.mean() - mean_neg
+            loss = gap
+            if config.energy_l2 > 0:
+                magnitude = energy_l2(energy_pos, energy_neg)
+                loss = loss + config.energy_l2 * magnitude
+                metrics["loss/energy_l2"] = config.energy_l2 * magnitude.detach()
+            if config.gradient_penalty > 0:
+                grad = input_grad(values[penalised], x)[penalised]
+                slope = gradient_norm(grad, weight if weighted else None)
+                penalty = 0.5 * config.gradient_penalty * slope
+                loss = loss + penalty
+                metrics["loss/gradient_penalty"] = penalty.detach()
+                metrics["energy/grad_norm"] = grad.detach().flatten(1).norm(dim=1).mean()
+        if config.kl_weight > 0:
+            assert config.kl_step_size is not None
+            term = kl_term(
+                energy,
+                negatives.x.to(data.dtype),
+                step_size=config.kl_step_size,
+                temperature=config.fitted_temperature,
+                repel_weight=config.repel_weight,
+                generator=generator,
+                weight=weight,
+            )
+            loss = loss + config.kl_weight * term
+            metrics["loss/kl"] = config.kl_weight * term.detach()
+        if config.spectral_penalty > 0:
+            spectral = config.spectral_penalty * spectral_norms(energy)
+            loss = loss + spectral
+            metrics["loss/spectral"] = spectral.detach()
+        metrics["loss/contrastive"] = gap.detach()
+        # The gap is not a likelihood: near zero for a good model, and for chains that never
+        # left the data.
+        metrics |= {
+            "energy/positive": energy_pos.mean().detach(),
+            "energy/negative": mean_neg.detach(),
+            "energy/gap": gap.detach(),
+            "loss/total": loss.detach(),
+        }
+        return loss, metrics

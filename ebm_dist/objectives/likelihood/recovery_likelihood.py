@@ -1,0 +1,226 @@
+"""Diffusion recovery likelihood: the likelihood of a datum given a noisier version of it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+from torch import Tensor, nn
+
+from ebm_dist.core.types import Batch, EnergyFn, EventKind, Negatives
+from ebm_dist.objectives.likelihood.joint import logits_of
+from ebm_dist.objectives.matching.denoising import draw_levels
+from ebm_dist.objectives.objective import (
+    FAMILY,
+    Metrics,
+    Objective,
+    ObjectiveSection,
+    energies_of,
+    expand_like,
+    given,
+    input_grad,
+    normal_like,
+    sum_event,
+    uniform,
+)
+
+
+@FAMILY.register
+class RecoveryLikelihoodSection(ObjectiveSection):
+    """Contrastive for p(x | x~), x~ = x + noise: a law so narrow that short chains mix."""
+
+    name: Literal["recovery_likelihood"] = "recovery_likelihood"
+    kinds: ClassVar[tuple[EventKind, ...]] = ("real", "image")
+    example: ClassVar[dict[str, Any]] = {"noise_std": (0.2, 0.5), "num_steps": 3}
+    far_modes: ClassVar[str] = (
+        "not seen: chains start at the noisy datum and stay in its mode, and what they get "
+        "wrong there can even drive a weight away"
+    )
+
+    noise_std: PositiveFloat | tuple[PositiveFloat, ...] = Field()
+    """Standard deviation of the noise to recover from in data units, or several, one drawn for
+    each datum. No default: it depends on the data's scale."""
+
+    conditioning: Literal["none", "level"] = "none"
+    """none: one energy, which recovers clean data from every level. level: a diffusion; the
+    energy has `num_classes` = number of levels, -logits[:, t] is the energy of the data
+    diffused t times, and level t is recovered from level t + 1."""
+
+    num_steps: PositiveInt = 30
+    """Langevin steps, inside the loss, from the noisy event."""
+
+    step_size: PositiveFloat = Field(default=0.1, lt=2.0)
+    """h in units of 1/precision of p(x|x~), so that one value serves every level: the noise
+    variance s^2, or s^2 (1 - s^2) under `level`, whose data have about unit variance."""
+
+    adjusted: bool = False
+    """Metropolis accept step, which removes the bias of the step size."""
+
+    loss_scale: Literal["none", "inverse_std"] = "inverse_std"
+    """Weight of a level: inverse_std is smallest noise over its own (Gao et al.)."""
+
+    @field_validator("conditioning")
+    @classmethod
+    def _levels_keep_some_signal(cls, value: str, info: ValidationInfo) -> str:
+        std = info.data.get("noise_std", ())
+        if value == "level" and max(std if isinstance(std, tuple) else (std,), default=0) >= 1:
+            raise ValueError(
+                "level: a step keeps sqrt(1 - noise_std**2) of the signal; every noise_std must "
+                "lie below 1"
+            )
+        return value
+
+    def module(self) -> Objective:
+        return RecoveryLikelihood(self)
+
+
+class RecoveryLikelihood(Objective):
+    """mean[ w (E(x) - E(x-)) ], x- a short chain from p(x | x~), w the weight of the level.
+
+        p(x | x~) = exp(-E(x)/T - |x~ - x|^2 / (2 s^2)) / Z(x~),    x~ = x + s xi
+
+    Under `level` the diffusion keeps the variance: x~ = sqrt(1 - s^2) x_t + s xi, and the
+    energy is one of y = sqrt(1 - s^2) x_t. Gao et al. (2021), arXiv:2012.08125, eq. 4, 9
+    and 16.
+
+    Does not see the weights of far modes: a chain stays in the mode that its datum came from.
+    """
+
+    needs_generator = True
+
+    def __init__(self, config: RecoveryLikelihoodSection) -> None:
+        super().__init__()
+        std = config.noise_std
+        self.config = config
+        self.noise_stds = std if isinstance(std, tuple) else (std,)
+
+    def loss(
+        self,
+        energy: nn.Module | EnergyFn,
+        batch: Batch,
+        negatives: Negatives | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Metrics]:
+        generator = given(generator)
+        level, std = draw_levels(self.noise_stds, batch.x, generator)
+        clean = self.diffuse(batch.x, level, generator)
+        noisy = clean + expand_like(std, clean) * normal_like(clean, generator)
+        recovered, accepted = self.recover(energy, noisy, level, std, generator)
+        values = self.level_energies(
+            energy, torch.cat([clean, recovered]), torch.cat([level, level])
+        )
+        energy_pos, energy_neg = values.chunk(2)
+        weight = torch.ones_like(std)
+        if self.config.loss_scale == "inverse_std":
+            weight = min(self.noise_stds) / std
+        loss = (weight * (energy_pos - energy_neg)).mean()
+        positive, negative = energy_pos.detach().mean(), energy_neg.detach().mean()
+        metrics = {
+            "energy/positive": positive,
+            "energy/negative": negative,
+            "energy/gap": positive - negative,
+            "loss/total": loss.detach(),
+        }
+        if self.config.adjusted:
+            metrics["sampler/acceptance"] = accepted
+        return loss, metrics
+
+    def diffuse(self, x: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
+        """What is to be recovered: the data, or sqrt(1 - s^2) x_t under `level`."""
+        if self.config.conditioning == "none":
+            return x.detach()
+        stds = torch.tensor(self.noise_stds, dtype=x.dtype)
+        keep = (1 - stds.square()).sqrt()
+        # Signal left after t steps, for t = 0 .. number of levels - 1.
+        kept = torch.cat([torch.ones(1, dtype=x.dtype), keep.cumprod(0)[:-1]]).to(x.device)[level]
+        blur = (1 - kept.square()).clamp_min(0).sqrt()
+        diffused = expand_like(kept, x) * x + expand_like(blur, x) * normal_like(x, generator)
+        return (expand_like(keep.to(x.device)[level], x) * diffused).detach()
+
+    def level_energies(self, energy: nn.Module | EnergyFn, x: Tensor, level: Tensor) -> Tensor:
+        """E_t(x) (B,) at the level t of each event."""
+        if self.config.conditioning == "none":
+            return energies_of(energy, x)
+        logits = logits_of(energy, x)
+        if logits.shape[1] != len(self.noise_stds):
+            raise ValueError(
+                f"energy.num_classes: {logits.shape[1]}, but objective.noise_std has "
+                f"{len(self.noise_stds)} levels and objective.conditioning is level; set "
+                f"energy.num_classes: {len(self.noise_stds)}"
+            )
+        return -logits.gather(1, level[:, None]).squeeze(1)
+
+    def recover(
+        self,
+        energy: nn.Module | EnergyFn,
+        noisy: Tensor,
+        level: Tensor,
+        std: Tensor,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Chains from p(x | noisy), started there: positions (B, *event), mean acceptance 0-d."""
+        variance = std.square()
+        step = self.config.step_size * variance
+        if self.config.conditioning == "level":
+            step = step * (1 - variance)
+        wide_step, wide_variance = expand_like(step, noisy), expand_like(variance, noisy)
+
+        def potential(x: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_(True)
+                values = self.level_energies(energy, leaf, level)
+                grad = input_grad(values, leaf, create_graph=False)
+            away = x - noisy
+            temperature = self.config.fitted_temperature
+            value = values.detach() / temperature + 0.5 * sum_event(away.square()) / variance
+            return value, grad / temperature + away / wide_variance
+
+        x = noisy.detach()
+        value, grad = potential(x)
+        accepted = torch.zeros_like(std)
+        for _ in range(self.config.num_steps):
+            noise = normal_like(x, generator)
+            proposal = x - wide_step * grad + (2 * wide_step).sqrt() * noise
+            new_value, new_grad = potential(proposal)
+            if not self.config.adjusted:
+                x, value, grad = proposal, new_value, new_grad
+                continue
+            back = x - proposal + wide_step * new_grad
+            log_ratio = (
+                value
+                - new_value
+                - sum_event(back.square()) / (4 * step)
+                + 0.5 * sum_event(noise.square())
+            )
+            accept = uniform(step.shape, step, generator).log() < log_ratio
+            wide = expand_like(accept, x)
+            x, grad = torch.where(wide, proposal, x), torch.where(wide, new_grad, grad)
+            value = torch.where(accept, new_value, value)
+            accepted += accept
+        return x, accepted.mean() / self.config.num_steps
+
+    def sample(
+        self, energy: nn.Module | EnergyFn, noise: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Events (B, *event) from standard normal noise, recovered level by level.
+
+        Under `level`: the diffusion run backwards. The last level starts from N(0, I), so
+        the noise levels together must have erased the data: the product of sqrt(1 - s^2)
+        near 0.
+
+        Raises:
+            ValueError: the objective is not conditioned on levels; sample exp(-E/T) itself.
+        """
+        if self.config.conditioning != "level":
+            raise ValueError(
+                "objective.conditioning: none has one energy of clean data; sample it with "
+                "ebm_dist.samplers.run_chain"
+            )
+        x = noise.detach()
+        for t in reversed(range(len(self.noise_stds))):
+            level = torch.full(x.shape[:1], t, dtype=torch.int64, device=x.device)
+            std = x.new_full(x.shape[:1], self.noise_stds[t])
+            x, _ = self.recover(energy, x, level, std, generator)
+            x = x / (1 - self.noise_stds[t] ** 2) ** 0.5
+        return x

@@ -1,0 +1,1 @@
+"""Objectives that regress on scores, energies or flows."""

@@ -1,0 +1,1 @@
+"""RunConfig to a running graph."""

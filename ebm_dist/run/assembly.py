@@ -1,0 +1,373 @@
+"""RunConfig -> the parts of a graph: what each is given, where it goes, how it is replaced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ebm_dist.actors.auditor import AuditLink, Auditor
+from ebm_dist.actors.evaluator import Evaluator
+from ebm_dist.actors.learner_rank import LearnerRank
+from ebm_dist.actors.shard import ShardHost
+from ebm_dist.actors.worker import Worker
+from ebm_dist.buffer.config import shard_capacities
+from ebm_dist.buffer.trace import TracePlan
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.cluster.backend import Backend, Handle
+from ebm_dist.config.run_config import RunConfig
+from ebm_dist.controller.learners import LearnerGroup
+from ebm_dist.controller.observers.chain_health import ShardWatch
+from ebm_dist.controller.observers.hub import EvaluatorLink, HubLink
+from ebm_dist.controller.parts import Graph, Leave
+from ebm_dist.controller.workers.autoscaler import Elasticity
+from ebm_dist.core.types import EventSpec
+from ebm_dist.evaluation.audit import SHORT_RUN_REINIT
+from ebm_dist.metrics.credentials import run_name, with_environment
+from ebm_dist.metrics.hub import MetricHub
+from ebm_dist.run.placement.placer import Place
+from ebm_dist.run.placement.places import placed, shard_notice
+from ebm_dist.run.start_up import await_parts, meet
+
+
+def assemble(
+    config: RunConfig,
+    spec: EventSpec,
+    run_dir: Path,
+    backend: Backend,
+    found: checkpoint.CheckpointDir | None,
+    stack: contextlib.ExitStack,
+    say: Callable[[str], None],
+) -> Graph:
+    """Start every part on `backend`, and wire them.
+
+    Args:
+        found: the checkpoint that the run goes on from.
+        stack: is given what has to be left in order when the run ends.
+        say: is told what dies and is replaced.
+
+    Raises:
+        RunFailed: a part did not start in runtime.start_timeout_s.
+    """
+    spawn = _Spawner(config, spec, run_dir, backend, found, say)
+    hub = HubLink(backend, spawn.hub, resume_id=spawn.tracking.get("id"), say=say)
+    shards, workers = spawn.shards, spawn.workers
+    for index in range(len(spawn.capacities) if spawn.needs_negatives else 0):
+        shards.append(spawn.shard(index))
+    # Before the workers, which are given what the ranks leave.
+    learners = LearnerGroup(
+        backend,
+        spawn.rank,
+        num_ranks=config.learner.num_ranks,
+        port=config.learner.port,
+        start_timeout_s=config.runtime.start_timeout_s,
+        call_timeout_s=config.flow.stall_timeout_s,
+    )
+    # Of an elastic pool the run waits for the fewest alone; the others join when Ray has them.
+    low, high = config.workers.bounds
+    for index in range(low if backend.concurrent else config.workers.num_workers):
+        workers.append(spawn.worker(index))
+    nodes = {worker.node for worker in workers}
+    if backend.concurrent and (line := shard_notice(len(shards), high, nodes)):
+        say(line)
+    evaluator = None
+    if config.evaluation.every is not None:
+        evaluator = EvaluatorLink(backend, spawn.evaluator, say=say)
+    auditor = None
+    if config.evaluation.audit_every is not None:
+        auditor = AuditLink(
+            backend,
+            spawn.auditor,
+            config.evaluation,
+            batch_size=config.num_negatives,
+            divisor=config.learner.num_ranks * config.learner.accumulation,
+            from_chains=spawn.needs_negatives and config.buffer.reinit_prob < SHORT_RUN_REINIT,
+            wait_s=config.flow.stall_timeout_s
+            if config.flow.mode == "sync" and config.evaluation.audit_feedback
+            else 0.0,
+            say=say,
+        )
+    links = [link for link in (hub, evaluator, auditor) if link is not None]
+    kinds = ((shards, spawn.shard), (workers, spawn.worker), (learners.ranks, spawn.rank))
+    await_parts(backend, links, kinds, say)
+    meet(backend, learners, say)
+
+    def close_ranks() -> None:
+        # DeepSpeed's process group outlives the actor call that made it; leave it in order.
+        for ref in [rank.call("close") for rank in learners.ranks]:
+            with contextlib.suppress(Exception):
+                backend.get(ref, 10.0)
+
+    stack.callback(close_ranks)
+    early: dict[int, Handle] = {}
+
+    def respawn_shard(index: int) -> Handle:
+        """A successor of the shard, and at once those of all that died with its node."""
+        for other, shard in enumerate(shards):
+            if other not in (index, *early) and not backend.alive(shard, 0.0):
+                early[other] = spawn.shard(other)
+        learners.renew_if_dead()
+        return early.pop(index, None) or spawn.shard(index)
+
+    watch = None
+    if shards and spawn.trace.num_chains > 0:
+        watch = ShardWatch(
+            backend,
+            shards,
+            reseed=config.evaluation.reseed_stuck,
+            say=say,
+            timeout=config.flow.stall_timeout_s,
+        )
+    return Graph(
+        backend=backend,
+        shards=shards,
+        capacities=spawn.capacities,
+        workers=workers,
+        learners=learners,
+        hub=hub,
+        evaluator=evaluator,
+        respawn_worker=spawn.worker,
+        respawn_shard=respawn_shard,
+        needs_negatives=spawn.needs_negatives,
+        lease_timeout_s=config.buffer.lease_timeout_s,
+        start_timeout_s=config.runtime.start_timeout_s,
+        elasticity=Elasticity(
+            low, high, config.workers.num_workers, spawn.hire, spawn.placer.draining
+        )
+        if backend.concurrent
+        else None,
+        leave=Leave(spawn.placer.draining, spawn.shard_elsewhere, spawn.ranks_elsewhere)
+        if backend.scattered
+        else None,
+        watch=watch,
+        auditor=auditor,
+    )
+
+
+class _Spawner:
+    """Starts a part of a run by its role and number, the first time and after its death."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        spec: EventSpec,
+        run_dir: Path,
+        backend: Backend,
+        found: checkpoint.CheckpointDir | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._say = say
+        self._config = config
+        self._spec = spec
+        self._run_dir = run_dir
+        self._backend = backend
+        self._found = found
+        self._hubs = 0
+        self.shards: list[Handle] = []
+        self.workers: list[Handle] = []
+        self._plan, self.placer = placed(
+            backend,
+            config.runtime,
+            config.workers,
+            config.learner,
+            mode=config.flow.mode,
+            parts=(self.shards, self.workers),
+            say=say,
+        )
+        self._ranks: list[Place] = []
+        self._worker_of: dict[int, Handle] = {}
+        self._lives: list[tuple[Handle, int]] = []  # of each shard's process
+        self.tracking: dict[str, Any] = (found.meta.get("tracking") or {}) if found else {}
+        self.needs_negatives = bool(config.objective.build().needs_negatives)
+        self.capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
+        # Of the rounds that the flow keeps under way: two for each worker or lease of an update.
+        # One more for a round that is redone; a lease that finds no rows goes by value.
+        leases = -(-config.num_negatives // config.workers.num_chains)
+        rounds = 2 * max(config.workers.num_workers, leases)
+        self._num_grants = -(-rounds // config.buffer.num_shards) + 1
+        self.trace = TracePlan(
+            config.evaluation.trace_chains,
+            config.evaluation.trace_records,
+            config.evaluation.stagnation_fraction,
+            config.evaluation.stagnation_rhat,
+        )
+
+    def hire(self, index: int) -> Handle | None:
+        """A worker where there is room for one now."""
+        place = self.placer.for_worker()
+        return self._worker(index, place) if place is not None else None
+
+    def worker(self, index: int) -> Handle:
+        """A worker, which waits for room if there is none; elsewhere than the one that died."""
+        place = self.placer.for_worker(instead_of=self._worker_of.get(index))
+        return self._worker(index, place or self.placer.anywhere())
+
+    def _worker(self, index: int, place: Place) -> Handle:
+        config = self._config
+        handle = self._backend.spawn(
+            Worker,
+            {
+                "energy": config.energy,
+                "sampler": config.sampler,
+                "spec": self._spec,
+                "device": self._plan.device,
+                "steady": config.flow.mode == "sync",
+                "resample_threshold": (
+                    config.buffer.resample_threshold if config.buffer.jarzynski else None
+                ),
+                "storage": config.buffer.storage,
+            },
+            name=f"worker-{index}",
+            num_threads=config.workers.num_threads or place.num_threads,
+            num_cpus=config.runtime.cpus_per_worker,
+            num_gpus=place.num_gpus,
+            # A round whose lease was lost with a node must not hold up those after it.
+            any_order=True,
+            shared=True,
+            node=place.node,
+        )
+        self._worker_of[index] = handle
+        return handle
+
+    def hub(self, resume_id: str | None) -> Handle:
+        config, found = self._config, self._found
+        # Rows past the checkpoint are of updates that will be done again. A hub that replaces a
+        # dead one of this run has none such.
+        resume_step = found.step if found and self._hubs == 0 else None
+        self._hubs += 1
+        return self._backend.spawn(
+            MetricHub,
+            {
+                # As this process is told, which the user started; a cluster's may be told nothing.
+                "config": with_environment(config.tracking),
+                "run_dir": self._run_dir.absolute(),
+                "run_config": config.model_dump(mode="json"),
+                "run_name": run_name(config.run.name),
+                "resume_id": resume_id,
+                "resume_step": resume_step,
+            },
+            name="hub",
+            num_threads=1,
+            beside_driver=True,
+        )
+
+    def shard_elsewhere(self, index: int) -> Handle | None:
+        """A process for a shard that has to leave its node; None where no node stays."""
+        node = self.placer.for_shard()
+        return self.shard(index, node) if node is not None else None
+
+    def shard(self, index: int, node: str | None = None) -> Handle:
+        """A process for the shard, on `node` or else where its chains are mapped, if they are."""
+        config = self._config
+        before = self.shards[index] if index < len(self.shards) else None
+        node = node or self.placer.for_shard(before.node if before else None)
+        life = len(self._lives)
+        if before is not None and before.node == node:
+            life = next(number for handle, number in self._lives if handle is before)
+        handle = self._backend.spawn(
+            ShardHost,
+            {
+                "config": config.buffer,
+                "data": config.data if config.buffer.init == "data" else None,
+                "spec": self._spec,
+                "index": index,
+                "num_shards": config.buffer.num_shards,
+                "capacity": self.capacities[index],
+                "max_lease": config.workers.num_chains,
+                "seed": config.run.seed,
+                "trace": self.trace if self.trace.num_chains > 0 else None,
+                "num_grants": self._num_grants,
+                # Other files that lie on the node may be too old: of when the shard was here once
+                # before, or of a successor that waited here and was not needed.
+                "life": life,
+            },
+            name=f"shard-{index}",
+            num_threads=1,
+            # A checkin waits for its worker; the next checkout must not wait for the checkin.
+            any_order=True,
+            shared=True,
+            node=node,
+        )
+        self._lives.append((handle, life))
+        return handle
+
+    def ranks_elsewhere(self, held: Sequence[str | None]) -> list[str] | None:
+        """Nodes for the learner ranks, none of which is about to leave; None where none fit."""
+        return [str(place.node) for place in places] if (places := self._place(held)) else None
+
+    def _place(self, held: Sequence[str | None] | None = None) -> list[Place] | None:
+        """Places for the learner ranks, which workers leave if they must."""
+        if (ranks := self.placer.for_ranks(held)) is None:
+            return None
+        for worker in ranks.yielding:
+            self._say(f"{worker.name} ends: the learner ranks need its GPU")
+            self._backend.kill(worker)
+        self._ranks = ranks.places
+        return ranks.places
+
+    def rank(self, rank: int, node: str | None = None) -> Handle:
+        config = self._config
+        if node is None and rank == 0:  # the others follow
+            self._ranks = self._place() or self.placer.ranks_anywhere()
+        place = self._ranks[rank]
+        return self._backend.spawn(
+            LearnerRank,
+            {
+                "config": config.learner,
+                "data": config.data,
+                "energy": config.energy,
+                "objective": config.objective,
+                "rank": rank,
+                "seed": config.run.seed,
+                "device": self._plan.device,
+                # The jump of a chain's Jarzynski weight from its version to the learner's is its
+                # staleness weight, nothing where there is no lag.
+                "reweight": config.flow.stale == "reweight"
+                or (config.buffer.jarzynski and config.flow.mode == "async"),
+                "jarzynski": config.buffer.jarzynski,
+            },
+            name=f"learner-{rank}",
+            num_threads=config.learner.num_threads or place.num_threads,
+            num_gpus=place.num_gpus,
+            # Negatives that are lost on their way must not hold up the others in their place.
+            any_order=self._backend.scattered,
+            aside=rank == 0,  # who publishes
+            node=node or place.node,
+        )
+
+    def evaluator(self) -> Handle:
+        config = self._config
+        return self._backend.spawn(
+            Evaluator,
+            {
+                "config": config.evaluation,
+                "data": config.data,
+                "energy": config.energy,
+                "spec": self._spec,
+                "sampler": config.sampler,
+                "seed": config.run.seed,
+                "temperature": config.sampler.build().temperature,
+                "start_std": config.buffer.init_std,
+                "run_estimates_log_z": config.objective.name == "noise_contrastive",  # type: ignore[attr-defined]
+            },
+            name="evaluator",
+            num_threads=1,
+        )
+
+    def auditor(self) -> Handle:
+        config = self._config
+        return self._backend.spawn(
+            Auditor,
+            {
+                "config": config.evaluation,
+                "data": config.data,
+                "energy": config.energy,
+                "sampler": config.sampler,
+                "buffer": config.buffer,
+                "spec": self._spec,
+                "seed": config.run.seed,
+            },
+            name="auditor",
+            num_threads=1,
+        )

@@ -1,0 +1,85 @@
+"""How much of a node's shared memory a run's objects may take: what Ray sends between parts."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ebm_dist.buffer.codec import Codec
+from ebm_dist.buffer.config import BufferConfig
+from ebm_dist.buffer.rows import ROW
+from ebm_dist.config.sections import FlowConfig
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.types import EventSpec
+from ebm_dist.core.weights import WireName
+
+FLOOR = 128 << 20
+"""For metrics, pictures and what Ray keeps for itself."""
+WIRE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class StoreNeed:
+    """Bytes by what they are of."""
+
+    chains: int
+    """Copies of the buffer: of a checkpoint, and of a shard that moves."""
+    rounds: int
+    """Leases and negatives on their way."""
+    weights: int
+    """Those that rounds still use, and the learner's state in a checkpoint."""
+
+    @property
+    def total(self) -> int:
+        return FLOOR + self.chains + self.rounds + self.weights
+
+
+def store_need(
+    spec: EventSpec,
+    buffer: BufferConfig,
+    flow: FlowConfig,
+    *,
+    num_workers: int,
+    num_negatives: int,
+    num_weights: int,
+    wire: WireName,
+    needs_negatives: bool = True,
+) -> StoreNeed:
+    """What the objects of a run may take at a time.
+
+    The chains themselves do not count: they lie in memory beside Ray's, or in their process.
+    """
+    event = math.prod(spec.shape)
+    row = event * Codec.of(buffer.storage, spec).dtype.itemsize + ROW.itemsize
+    # Rounds keep the weights that they began with; as many as are in flight, or as lag allows.
+    versions = min(flow.max_lag + 2, 2 * num_workers + 2)
+    # In a checkpoint: weights, two moments of the optimiser, their average.
+    weights = num_weights * (versions * WIRE_BYTES[wire] + 4 * 4)
+    if not needs_negatives:
+        return StoreNeed(0, 0, weights)
+    chains = row * (buffer.capacity + -(-buffer.capacity // buffer.num_shards))
+    return StoreNeed(chains, 8 * (flow.max_lag + 2) * num_negatives * event * 4, weights)
+
+
+def check_shared_memory(size: int, need: StoreNeed, shared: Path = Path("/dev/shm")) -> None:
+    """Refuse a local run whose object store of `size` bytes this machine has no memory for.
+
+    Raises:
+        UserError: Ray would keep the objects on disk.
+    """
+    if not shared.is_dir() or (free := shutil.disk_usage(shared).free) >= size:
+        return
+    asked, what = "runtime.object_store_mb", "lower it"
+    if size == need.total:
+        asked, what = max(
+            (need.chains, ("buffer.capacity", "lower buffer.capacity")),
+            (need.rounds, ("flow.max_lag", "lower flow.max_lag or buffer.num_negatives")),
+            (need.weights, ("energy", "lower flow.max_lag or take a smaller energy")),
+        )[1]
+        what += f", or set runtime.object_store_mb={max(80, free >> 21)} and let Ray use disk"
+    raise UserError(
+        f"{asked}: Ray's objects may take {size >> 20} MiB of shared memory, {shared} has "
+        f"{free >> 20} MiB free; enlarge it (docker: --shm-size), or {what}"
+    )

@@ -1,0 +1,1 @@
+"""Which part goes on which node, with which share of its GPUs."""

@@ -1,0 +1,114 @@
+"""A run takes its place on a machine or a cluster: the GPUs that it waits for, what it says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from ebm_dist.cluster.backend import Backend, Handle
+from ebm_dist.config.sections import RuntimeConfig, WorkersConfig
+from ebm_dist.learner.config import LearnerConfig
+from ebm_dist.run.placement.placer import Placer
+from ebm_dist.run.placement.plan import Plan, available_cores, plan
+
+MANY_WORKERS = 16
+
+
+def placed(
+    backend: Backend,
+    runtime: RuntimeConfig,
+    workers: WorkersConfig,
+    learner: LearnerConfig,
+    *,
+    mode: Literal["sync", "async"],
+    parts: tuple[Sequence[Handle], Sequence[Handle]],
+    say: Callable[[str], None],
+) -> tuple[Plan, Placer]:
+    """The plan of a run on what there is now, and the placer of its `parts`, shards and workers.
+
+    Raises:
+        UserError: there are not the GPUs that the run needs.
+    """
+    num_workers = workers.bounds[1]
+
+    def count() -> int:
+        import torch
+
+        return getattr(backend, "num_gpus", torch.cuda.device_count())
+
+    made = plan(
+        runtime,
+        mode=mode,
+        num_workers=num_workers,
+        num_ranks=learner.num_ranks,
+        worker_threads=workers.num_threads,
+        learner_threads=learner.num_threads,
+        num_cores=available_cores(),
+        num_gpus=await_gpus(runtime, count, num_ranks=learner.num_ranks, say=say)
+        if backend.scattered
+        else count(),
+    )
+    placer = Placer(
+        backend.nodes,
+        *parts,
+        made,
+        cpus_per_worker=runtime.cpus_per_worker,
+        num_workers=num_workers,
+        num_ranks=learner.num_ranks,
+    )
+    return made, placer
+
+
+def await_gpus(
+    runtime: RuntimeConfig,
+    count: Callable[[], int],
+    *,
+    num_ranks: int,
+    say: Callable[[str], None],
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+    """The GPUs of a cluster, once there are enough for `num_ranks` ranks and their workers.
+
+    Nodes of a cluster come one by one, those with GPUs often last. Waited for are the first of
+    them under `runtime.device: cuda`, and what is missing where there are some under either.
+    """
+    needed = num_ranks + 1 if num_ranks > 1 else 1
+    num = count()
+    if runtime.device == "cpu" or num >= needed:
+        return num
+    if runtime.device == "auto" and num == 0:
+        say(
+            "runtime.device: auto, and no node of the cluster has a GPU yet, so the run takes "
+            "CPUs; runtime.device=cuda waits for nodes that are still coming"
+        )
+        return 0
+    say(
+        f"the cluster has {num} of the {needed} GPUs that the run needs: waiting for more, at most "
+        f"{runtime.start_timeout_s:.0f} s (runtime.start_timeout_s)"
+    )
+    deadline = clock() + runtime.start_timeout_s
+    while num < needed and clock() < deadline:
+        sleep(1.0)
+        num = count()
+    return num
+
+
+def shard_notice(num_shards: int, num_workers: int, nodes: set[str | None]) -> str | None:
+    """What to say of shards that are too few for the workers.
+
+    Args:
+        nodes: those with workers.
+    """
+    if num_shards and num_shards < len(nodes):
+        return (
+            f"buffer.num_shards: {num_shards} for workers on {len(nodes)} nodes, so most chains go "
+            f"over the network; with buffer.num_shards={len(nodes)} they stay on their node"
+        )
+    if num_shards == 1 and num_workers >= MANY_WORKERS:
+        return (
+            f"buffer.num_shards: 1, so one process hands out the chains of {num_workers} workers; "
+            f"if they wait (wait/worker), set buffer.num_shards={-(-num_workers // 8)}"
+        )
+    return None

@@ -1,0 +1,120 @@
+"""What would fail minutes later, inside an actor, checked before anything is started."""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+from ebm_dist.actors.evaluator import wants_fidelity
+from ebm_dist.cluster.access import (
+    check_agreement,
+    chosen_address,
+    instead,
+    refuse_second_ray,
+    require_token,
+    resolved,
+    split_address,
+)
+from ebm_dist.cluster.ray_temp import private_temp_dir
+from ebm_dist.config.run_config import RunConfig
+from ebm_dist.core.errors import UserError, one_line
+from ebm_dist.core.installed import require
+from ebm_dist.data import describe, load_split
+from ebm_dist.data.config import DataConfig
+from ebm_dist.data.dataset import open_dataset
+from ebm_dist.data.format.shards import check_shard
+from ebm_dist.data.sources.survey import survey
+from ebm_dist.evaluation.fidelity import check_data
+from ebm_dist.metrics.credentials import with_environment
+from ebm_dist.samplers.compile.compiler import missing
+
+MAX_CHECKSUM_BYTES = 256 * 2**20
+"""Shards up to this total are read through before the start, in about a second; the readers
+check larger ones as they open them."""
+CONNECT_TIMEOUT_S = 5.0
+
+log = logging.getLogger("ebm_dist")
+
+
+def preflight(config: RunConfig) -> None:
+    """Refuse a run whose shards, Ray cluster or compiler are not there, or whose names W&B refuses.
+
+    Raises:
+        UserError: a shard is missing, cut short or altered, there is nothing to evaluate on,
+            nothing answers at the address, it is one that must not be joined without a token or
+            means another one, or deterministic chains are to be compiled without a compiler.
+    """
+    require("deepspeed", *(["ray"] if config.runtime.backend == "ray" else []))
+    check_shards(config.data)
+    check_evaluation(config)
+    check_compiler(config)
+    if config.tracking.wandb != "off":
+        with_environment(config.tracking)
+    if config.runtime.backend == "ray":
+        refuse_second_ray()
+        require_token(config.runtime.address)
+        check_address(config.runtime.address)
+        check_agreement(config.runtime.address)
+
+
+def check_shards(config: DataConfig) -> None:
+    """Every shard's presence and size, and of a small data set the checksums or the samples."""
+    dataset = open_dataset(config)
+    shards = list(dict.fromkeys((*dataset.train, *(dataset.test or ()))))
+    for shard in shards:
+        check_shard(shard, checksum=False)
+    if config.verify and sum(s.path.stat().st_size for s in shards) <= MAX_CHECKSUM_BYTES:
+        for shard in shards:
+            check_shard(shard, checksum=True)
+    for line in survey(dataset):
+        log.warning("data: %s", one_line(line))
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Whether there is a test split, and what the classifier of `fidelity` needs."""
+    if (every := config.evaluation.every) is None:
+        return
+    if open_dataset(config.data).test is None:
+        raise UserError(
+            f"evaluation.every: is {every}, but {config.data.location} has no test split to "
+            "measure on; set data.holdout=0.1 to keep a tenth of the samples for it, name held-out "
+            "shards in data.test_source, or set evaluation.every=null"
+        )
+    test, spec = load_split(config.data, "test", 4), describe(config.data)
+    if wants_fidelity(config.evaluation, spec):
+        check_data(load_split(config.data, "train", 4), test, spec)
+
+
+def check_compiler(config: RunConfig) -> None:
+    """Of this machine; a worker on another one checks its own, with the same message."""
+    if config.sampler.engine != "compiled" or config.flow.mode != "sync":
+        return  # else rounds fall back to single steps
+    if (why := missing()) is not None:
+        raise UserError(
+            "sampler.engine: compiled, with flow.mode: sync, needs a compiler on every machine, "
+            f"but {why}; or set sampler.engine: eager"
+        )
+
+
+def check_address(configured: str) -> None:
+    """Whether something answers where Ray is said to be; Ray itself would retry for minutes.
+
+    Of a local Ray: whether it has a place for its sockets.
+    """
+    address, key = chosen_address(configured)
+    if address == "local":
+        private_temp_dir()
+        return
+    if (address := resolved(address)) == "auto":
+        raise UserError(
+            f"{key}: auto, but this user has started no Ray on this machine; start one with "
+            f"`ray start --head`, set {key}=HOST:PORT, or {instead(key)}"
+        )
+    host, port = split_address(address, key)
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"{key}: no Ray cluster answers at {address} ({error.strerror or error}); start one "
+            f"with `ray start --head`, correct {key}, or {instead(key)}"
+        ) from None

@@ -1,0 +1,129 @@
+"""What may change of a run's config when it goes on from a checkpoint, and what is said of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from ebm_dist.checkpoint.files import CheckpointDir
+from ebm_dist.config.run_config import RunConfig
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.types import EventSpec
+from ebm_dist.data.config import DataConfig
+from ebm_dist.data.dataset import located
+from ebm_dist.learner.config import LearnerConfig, learning_rate
+
+_PLACES = ("source", "shards", "test_source")
+_READING = ("batch_size", "shuffle", "rank_split", "prefetch", "verify")
+_CACHE = ("cache", "cache_mib", "cache_dir")
+"""Keys of `data` that change how samples are read; all others change their law."""
+
+_AROUND = ("run.dir", "run.steps", "runtime.", "tracking.", "checkpoint.")
+"""What a run computes does not depend on them."""
+
+_SHOWN = 60
+
+
+def check_resumable(config: RunConfig, spec: EventSpec, found: CheckpointDir) -> None:
+    """Refuse to continue weights or chains of another model, or with other data.
+
+    Args:
+        config: bound to the data, whose events are `spec`.
+    """
+    for key, (old, new) in changed_keys(config, found).items():
+        if _is_fixed(key, old, config):
+            raise UserError(
+                f"{key}: the checkpoint at {found.path} has {_short(old)}, the config "
+                f"{_short(new)}; restore it, or start anew with another --run-dir"
+            )
+    event = found.meta.get("event")
+    if isinstance(event, dict) and EventSpec(**{**event, "shape": tuple(event["shape"])}) != spec:
+        raise UserError(
+            f"data.source: the checkpoint at {found.path} is of events {event}, the data's are "
+            f"{asdict(spec)}; restore the data, or start anew with another --run-dir"
+        )
+    if config.buffer.jarzynski and not found.meta["config"]["buffer"].get("jarzynski", False):
+        raise UserError(
+            f"buffer.jarzynski: the chains of the checkpoint at {found.path} carry no Jarzynski "
+            "weights; set it to false, or start anew with another --run-dir"
+        )
+    if found.step > config.run.steps:
+        raise UserError(
+            f"run.steps: the checkpoint at {found.path} is at update {found.step}, past "
+            f"{config.run.steps}; raise run.steps, or start anew with another --run-dir"
+        )
+
+
+def changes(config: RunConfig, found: CheckpointDir) -> list[str]:
+    """Lines that say what changed since the checkpoint.
+
+    Raises:
+        UserError: the run is finished, so that a changed key would train nothing.
+    """
+    changed = changed_keys(config, found)
+    if found.step == config.run.steps:
+        for key, (old, new) in changed.items():
+            if not key.startswith(_AROUND) and key.removeprefix("data.") not in _CACHE:
+                raise UserError(
+                    f"{key}: the run at {found.path.parents[1]} is finished, at update "
+                    f"{found.step}, and {_short(new)} in place of {_short(old)} would train "
+                    f"nothing; raise run.steps to train on with it, restore {_short(old)}, or "
+                    "choose another --run-dir"
+                )
+    lines = []
+    if changed:
+        each = [f"{key} {_short(old)} -> {_short(new)}" for key, (old, new) in changed.items()]
+        lines.append(f"changed since {found.path.name}: {', '.join(each)}")
+    then = found.meta["config"]
+    before = learning_rate(
+        LearnerConfig.model_validate(then["learner"]), found.step, then["run"]["steps"]
+    )
+    after = learning_rate(config.learner, found.step, config.run.steps)
+    if abs(after - before) > 0.01 * max(after, before):
+        lines.append(f"the learning rate jumps from {before:.3g} to {after:.3g} here")
+    return lines
+
+
+def changed_keys(config: RunConfig, found: CheckpointDir) -> dict[str, tuple[Any, Any]]:
+    """Key -> its value in the checkpoint and now, of all that differ; names come first."""
+    then = dict(found.meta["config"])
+    # Of a checkpoint whose paths were relative, to where we are.
+    then["data"] = located(DataConfig.model_validate(then["data"])).model_dump(mode="json")
+    old, new = _flat(then), _flat(config.model_dump(mode="json"))
+    # A key that the checkpoint lacks is of a newer version, and was then as its default is.
+    differ = [key for key in new if key in old and old[key] != new[key]]
+    return {key: (old[key], new[key]) for key in sorted(differ, key=_names_first)}
+
+
+def _names_first(key: str) -> tuple[bool, str]:
+    return not key.endswith(".name"), key
+
+
+def _is_fixed(key: str, old: Any, config: RunConfig) -> bool:
+    section, _, name = key.partition(".")
+    if section == "objective":
+        return name not in config.objective.adjustable
+    if section == "data" and name in _PLACES and old is not None:
+        # Data that was moved is the same data, as far as its events tell.
+        moved = os.path.isabs(old) and "{" not in old and not os.path.lexists(old)
+        return not moved and old != config.data.location
+    if section == "data":
+        return name not in (*_PLACES, *_READING, *_CACHE)
+    return section == "energy" or key == "learner.optimizer"
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            flat |= _flat(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

@@ -1,0 +1,117 @@
+"""The directory of a run: whose it is, where it stands, and what it logs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.core.errors import UserError
+from ebm_dist.files.durable import lock
+from ebm_dist.files.safe_open import make_directory, open_to_append
+
+Resume = Literal["auto", "never", "must"]
+
+_DIRECTORIES = ("checkpoints", "samples", "wandb")
+"""Where a run writes below its directory."""
+
+log = logging.getLogger("ebm_dist")
+
+
+def starting_point(run_dir: Path, resume: Resume) -> checkpoint.CheckpointDir | None:
+    """The checkpoint that a run in `run_dir` goes on from, None for a new run."""
+    holds_run = (run_dir / "checkpoints").is_dir() or (run_dir / "metrics.jsonl").exists()
+    if resume == "never":
+        if holds_run:
+            raise UserError(
+                f"--resume never: {run_dir} holds a run already; choose another --run-dir, or "
+                "--resume auto to go on with it"
+            )
+        return None
+    found = checkpoint.latest(run_dir)
+    if found is None and resume == "must":
+        raise UserError(
+            f"--resume must: {run_dir} holds no checkpoint; check --run-dir, or use --resume auto"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def claimed(run_dir: Path) -> Iterator[str | None]:
+    """Make `run_dir` ours for the time of a run; two writers would tear each other's files.
+
+    Yields:
+        A line to say where the file system cannot keep a second run out.
+    """
+    with writable(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in _DIRECTORIES:
+            if (run_dir / name).is_symlink():
+                make_directory(run_dir / name)
+        handle = open_to_append(run_dir / ".lock")
+    with handle:
+        with writable(run_dir):
+            ours = lock(handle)
+        if ours is False:
+            raise UserError(
+                f"--run-dir: another process trains in {run_dir}; stop it, or choose another"
+            )
+        yield None if ours else f"{run_dir}: the file system has no locks; start no second run here"
+
+
+@contextlib.contextmanager
+def writable(run_dir: Path) -> Iterator[None]:
+    """What the disk refuses within it is a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"--run-dir: {run_dir} cannot be written ({error.strerror or error}); make room, or "
+            "choose another directory"
+        ) from None
+
+
+@contextlib.contextmanager
+def run_log(run_dir: Path) -> Iterator[None]:
+    """Write what happens, tracebacks included, to `run.log`."""
+    with writable(run_dir):
+        handler = _LogFile(run_dir / "run.log")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+class _LogFile(logging.Handler):
+    """Appends records to a file. What a full disk refuses is lost, and the next record says so:
+    the run goes on, and its terminal is not flooded with tracebacks of `logging`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._file = open_to_append(path)
+        self._num_lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lost = f"({self._num_lost} records before this one were lost)\n" if self._num_lost else ""
+        data = f"{lost}{self.format(record)}\n".encode(errors="backslashreplace")
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError
+            self._num_lost = 0
+        except OSError:
+            self._num_lost += 1
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+        super().close()

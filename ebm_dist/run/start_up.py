@@ -1,0 +1,92 @@
+"""The start of a run: its parts come up, the ranks meet, and what dies on the way is replaced."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref
+from ebm_dist.controller.learners import LearnerGroup
+from ebm_dist.controller.retry import Attempts
+from ebm_dist.controller.rounds.round import MAX_STARTS
+from ebm_dist.core.errors import RunFailed
+
+
+class Link(Protocol):
+    """A part that no update waits for."""
+
+    handle: Handle
+
+    def start_anew(self) -> None: ...
+
+
+def await_parts(
+    backend: Backend,
+    links: Sequence[Link],
+    kinds: Sequence[tuple[list[Handle], Callable[[int], Handle]]],
+    say: Callable[[str], None],
+) -> None:
+    """Wait until every part has started, with another one for each that dies on the way.
+
+    Args:
+        kinds: parts of one kind, and what starts the one of a number; successors are put in place.
+        say: is told what died.
+
+    Raises:
+        RunFailed: one died too often.
+    """
+    deaths: Counter[str] = Counter()
+    while True:
+        handles = [link.handle for link in links] + [part for parts, _ in kinds for part in parts]
+        if (lost := backend.await_started(handles)) is None:
+            return
+        dead, died = lost
+        deaths[dead.name] += 1
+        if deaths[dead.name] >= MAX_STARTS:
+            raise RunFailed(
+                f"{dead.name} was started {MAX_STARTS} times and died each time ({died}). If "
+                "memory ran out, lower workers.num_workers or data.batch_size; see its log"
+            )
+        say(f"{dead.name} died while the run started ({died}); another one is started")
+        for link in links:
+            if link.handle is dead:
+                link.start_anew()
+        for parts, start in kinds:
+            for index, part in enumerate(parts):
+                if part is dead:
+                    backend.kill(part)
+                    parts[index] = start(index)
+
+
+def meet(backend: Backend, learners: LearnerGroup, say: Callable[[str], None]) -> None:
+    """Have the ranks meet; a group that loses one meanwhile is replaced, as it is later on."""
+
+    def wait(
+        refs: Sequence[Ref], timeout: float, *, each: Callable[[Ref], Any] | None = None
+    ) -> None:
+        pending, deadline = list(refs), time.monotonic() + timeout
+        while pending:
+            backend.halt.check(grace_s=0.0)
+            done = backend.wait(pending, 1.0)
+            for ref in done:
+                if each is not None:
+                    each(ref)
+            pending = [ref for ref in pending if ref not in done]
+            if pending and time.monotonic() > deadline:
+                raise RunFailed(
+                    f"the learner ranks did not meet in {timeout:.0f} s "
+                    "(runtime.start_timeout_s); see their logs, or raise it if they are only slow"
+                )
+
+    attempts, form = Attempts(), learners.meet
+    attempts.begin_start()
+    while True:
+        try:
+            form(wait)
+            return
+        except PartDied as died:
+            attempts.failed(died)
+            say(f"{' and '.join(learners.dead()) or 'a rank'} died ({died}); all ranks start anew")
+            form = learners.rebuild

@@ -1,0 +1,304 @@
+"""RunConfig -> a running graph, in this process or on Ray, from start or resume to export."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ebm_dist._version import __version__
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.cluster.access import chosen_address
+from ebm_dist.cluster.backend import Backend, InlineBackend
+from ebm_dist.cluster.halt import Halted
+from ebm_dist.cluster.ray_backend import RayBackend
+from ebm_dist.config.checks import check_event
+from ebm_dist.config.run_config import RunConfig, dump, load
+from ebm_dist.controller.controller import Controller
+from ebm_dist.controller.parts import Schedule
+from ebm_dist.core.errors import RunFailed, UserError, one_line
+from ebm_dist.core.paths import user_path
+from ebm_dist.core.signals import asking, interrupting
+from ebm_dist.core.types import EventSpec
+from ebm_dist.core.weights import FlatLayout
+from ebm_dist.data import describe
+from ebm_dist.data.dataset import located
+from ebm_dist.export.writer import export_run
+from ebm_dist.files.durable import refuse_link, replace_text
+from ebm_dist.files.safe_open import make_directory
+from ebm_dist.metrics.progress import Progress, final_screen
+from ebm_dist.report.grid import save_grid
+from ebm_dist.run.assembly import assemble
+from ebm_dist.run.object_store import check_shared_memory, store_need
+from ebm_dist.run.preflight import preflight
+from ebm_dist.run.resume import changes, check_resumable
+from ebm_dist.run.run_dir import Resume, claimed, run_log, starting_point, writable
+from ebm_dist.run.warm_up import warmed_up
+
+log = logging.getLogger("ebm_dist")
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """Where a run stands when `train` returns."""
+
+    run_dir: Path
+    step: int
+    finished: bool
+    """False if a signal stopped the run; `train` with resume="must" goes on from there."""
+    export_dir: Path | None
+    metrics: dict[str, float]
+    """The last value of each metric."""
+
+
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    run_dir: str | Path | None = None,
+    resume: Resume = "auto",
+    console: Console | None = None,
+) -> RunResult:
+    """Train the energy that `config` describes, and export it.
+
+    Args:
+        config: a RunConfig, a mapping of its sections, or the path of a YAML file.
+        run_dir: where the run is kept; run.dir/run.name when left out.
+        resume: go on from the newest valid checkpoint of `run_dir` if there is one (auto), only
+            if there is one (must), or refuse a directory that holds a run (never).
+        console: where progress is shown; standard output when left out.
+
+    Raises:
+        UserError: the config, the data or the run directory cannot be used; nothing was started.
+        RunFailed: the run could not go on; its checkpoints stay.
+    """
+    if not isinstance(config, RunConfig):
+        config = load(config)
+    preflight(config)
+    config = config.model_copy(update={"data": located(config.data)})
+    spec = describe(config.data)
+    config = bind(config, spec)
+    directory = Path(config.run.dir) / config.run.name
+    if run_dir is not None:
+        try:
+            directory = Path(user_path(run_dir))
+        except ValueError as error:
+            raise UserError(f"--run-dir: {error}") from None
+    with claimed(directory) as unguarded:
+        refuse_link(directory / "export")  # which is written after the training
+        found = starting_point(directory, resume)
+        with found.of_a_run() if found is not None else contextlib.nullcontext():
+            if found is not None:
+                check_resumable(config, spec, found)
+            config, said = warmed_up(config, spec, found)
+            notices = [line for line in (unguarded, said) if line]
+            notices += changes(config, found) if found is not None else []
+        with writable(directory):
+            replace_text(directory / "config.yaml", dump(config))
+        with run_log(directory):
+            console = console or Console()
+            try:
+                with interrupting():
+                    return _train(config, spec, directory, found, console, notices)
+            except Halted as halted:  # while it started, or went back: there is nothing new to keep
+                if halted.is_failure:
+                    raise RunFailed(str(halted)) from None
+                return _interrupted(directory, console)
+            except Exception:
+                log.exception("the run failed")
+                raise
+            except KeyboardInterrupt:
+                return _interrupted(directory, console)
+
+
+def bind(config: RunConfig, spec: EventSpec) -> RunConfig:
+    """`config` with what was left to the data filled in, and checked against the data."""
+    check_event(config, spec)
+    try:
+        return config.model_copy(
+            update={
+                "energy": config.energy.bind(spec),
+                "sampler": config.sampler.bind(spec),
+                "objective": config.objective.bind(spec).at_temperature(
+                    config.sampler.build().temperature
+                ),
+            }
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _train(
+    config: RunConfig,
+    spec: EventSpec,
+    run_dir: Path,
+    found: checkpoint.CheckpointDir | None,
+    console: Console,
+    notices: Sequence[str],
+) -> RunResult:
+    with contextlib.ExitStack() as stack:
+        view = stack.enter_context(Progress(config.run.steps, config.run.name, console))
+        for line in notices:
+            _Logged(view).say(line)
+        view.say("starting " + ("in this process" if config.runtime.backend == "inline" else "Ray"))
+        stop = threading.Event()
+        try:
+            backend = _backend(config, spec, run_dir, stop.is_set)
+        except SystemExit:  # by Ray's handler of SIGTERM, which is now in place of ours
+            raise KeyboardInterrupt from None
+        stack.callback(backend.close)
+        stack.enter_context(interrupting())
+        if (notice := getattr(backend, "log_dir", None)) is not None:
+            log.info("Ray's logs: %s", notice)
+        graph = assemble(config, spec, run_dir, backend, found, stack, _Logged(view).say)
+        for line in found.skipped if found else ():
+            view.say(f"passed over a damaged checkpoint: {line}")
+
+        def draw(chains: np.ndarray, step: int) -> Path | None:
+            path = run_dir / "samples" / f"step_{step:08d}.png"
+            try:
+                make_directory(path.parent)
+                return save_grid(torch.from_numpy(np.array(chains)), path, spec)
+            except OSError as error:
+                _Logged(view).say(f"{path.name} not written ({error.strerror or error})")
+                return None
+
+        controller = Controller(
+            graph,
+            _schedule(config),
+            flow=config.flow,
+            learner=config.learner,
+            run_dir=run_dir,
+            view=_Logged(view),
+            meta={
+                "name": config.run.name,
+                "version_of_ebm_dist": __version__,
+                "config": config.model_dump(mode="json"),
+                "event": dataclasses.asdict(spec),
+            },
+            save_grid=draw,
+        )
+        hub = graph.hub.info(60.0)
+        view.say(str(hub.get("notice") or f"W&B: {hub.get('mode')}"))
+        if found is not None:
+            with found.of_a_run():
+                controller.restore(found)
+            view.say(f"resumed from {found.path.name}")
+        with asking(stop):
+            finished = controller.run()
+        every = config.evaluation.every
+        if finished and every is not None and config.run.steps % every:
+            controller.evaluate()  # else the loop has just done so
+        graph.hub.flush(120.0)
+        hub = graph.hub.info(60.0)
+        with contextlib.suppress(Exception):
+            backend.get(graph.hub.handle.call("close"), config.tracking.finish_timeout + 10.0)
+    try:
+        export_dir = export_run(run_dir, run_dir / "export") if finished else None
+    except UserError as error:
+        raise RunFailed(f"trained to the last update, but not exported: {error}") from error
+    pictures = sorted((run_dir / "samples").glob("*.png"))
+    final_screen(
+        run_dir=run_dir,
+        steps=controller.progress.step,
+        wall_time=controller.progress.wall_s,
+        samples=pictures[-1] if pictures else None,
+        wandb=hub,
+        export=export_dir,
+        quality={
+            name: controller.metrics[name]
+            for name in ("energy/gap", "fidelity/distance", "throughput/mcmc_steps_per_s")
+            if name in controller.metrics
+        },
+        interrupted=not finished,
+        console=console,
+    )
+    return RunResult(
+        run_dir, controller.progress.step, finished, export_dir, dict(controller.metrics)
+    )
+
+
+def _interrupted(run_dir: Path, console: Console) -> RunResult:
+    """The result where a signal came while the loop was not there to be asked to stop."""
+    name = checkpoint.newest_name(run_dir)
+    log.info("interrupted; the newest checkpoint is %s", name)
+    if name is None:
+        raise KeyboardInterrupt
+    console.print(f"interrupted; the same command goes on from {name}")
+    return RunResult(run_dir, int(name.rpartition("_")[2]), False, None, {})
+
+
+def _schedule(config: RunConfig) -> Schedule:
+    return Schedule(
+        num_updates=config.run.steps,
+        num_negatives=config.num_negatives,
+        num_chains=config.workers.num_chains,
+        num_steps=config.sampler.num_steps,
+        log_every=config.tracking.log_every,
+        checkpoint_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        evaluate_every=config.evaluation.every,
+        num_grid=config.evaluation.num_grid,
+        num_samples=config.evaluation.num_samples,
+        temperature=config.sampler.build().temperature,
+        seed=config.run.seed,
+        start_std=config.buffer.init_std,
+        jarzynski=config.buffer.jarzynski,
+    )
+
+
+def _backend(
+    config: RunConfig, spec: EventSpec, run_dir: Path, told: Callable[[], bool]
+) -> Backend:
+    if config.runtime.backend == "inline":
+        return InlineBackend(told)
+    need = store_need(
+        spec,
+        config.buffer,
+        config.flow,
+        num_workers=config.workers.bounds[1],
+        num_negatives=config.num_negatives,
+        num_weights=FlatLayout.of(config.energy.build(seed=0)).size,
+        wire=config.learner.wire,
+        needs_negatives=bool(config.objective.build().needs_negatives),
+    )
+    size = (config.runtime.object_store_mb or 0) << 20 or need.total
+    if chosen_address(config.runtime.address)[0] == "local":  # a cluster has its own
+        check_shared_memory(size, need)
+    return RayBackend(
+        config.runtime.address,
+        namespace=f"ebm_dist-{_short_hash(str(run_dir.absolute()))}",
+        start_timeout_s=config.runtime.start_timeout_s,
+        object_store_bytes=size,
+        told=told,
+    )
+
+
+class _Logged:
+    """The view, with each line it is told kept in the run's log."""
+
+    def __init__(self, view: Progress) -> None:
+        self._view = view
+
+    def update(self, step: int, metrics: dict[str, float], waits: str) -> None:
+        self._view.update(step, metrics, waits)
+
+    def say(self, line: str) -> None:
+        log.info(one_line(line))
+        self._view.say(line)
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+__all__ = ["RunFailed", "RunResult", "train"]

@@ -1,0 +1,1 @@
+"""Blocks of steps as one compiled function, and what is rewritten for it."""

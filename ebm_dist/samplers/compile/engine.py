@@ -1,0 +1,316 @@
+"""How a round's steps are run: one by one, or in compiled blocks, and who decides it when.
+
+Small energies are bound by the dispatch of single operations, not by arithmetic: there a block
+of steps compiled into one function is several times faster. An energy bound by its arithmetic
+gains what its convolutions do (`winograd`), up to a half, and else between nothing and a quarter:
+so it is tried once, and the faster of the two stays.
+
+Compiled and eager steps agree to rounding and not bit for bit. So what a round returns depends
+on whether its block was ready, and there are two kinds of engine:
+
+- in the background: rounds go on eagerly until the block is there. Which round is the first
+  compiled one depends on the machine's load;
+- steady, for runs that promise the same bits however they are spread: what runs is a function
+  of the config and of the round's shape alone. `auto` is then eager, and `compiled` compiles
+  before the first round of each shape. A compiler that fails or is missing is an error there,
+  since another worker, or this one after a restart, might have one. Machines with different
+  instruction sets compile to different bits, as their eager matrix products differ too.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ebm_dist.core.types import EnergyFn
+from ebm_dist.samplers.compile.block import (
+    Block,
+    build,
+    cloned,
+    copied,
+    first_line,
+    flatten,
+    weights_of,
+)
+from ebm_dist.samplers.compile.capture import Captured
+from ebm_dist.samplers.compile.compiler import CompilerFailed, compile_graph, prepare
+from ebm_dist.samplers.compile.recorded_noise import CannotCompile
+from ebm_dist.samplers.frozen import Autocast, has_convolutions, module_of, standing
+from ebm_dist.samplers.kernel import Kernel, KernelState, value_and_grad
+
+Choice = Literal["auto", "eager", "compiled"]
+
+SHORT_STEP_S = 3e-3
+"""An eager step that takes longer is bound by arithmetic. MLP 2-64-64-1, 2 AVX-512 cores: 0.16 ms
+at 64 chains (5.4 times faster compiled), 1.4 ms at 4096 (1.9 times); convolutional networks of
+2 to 80 ms: 1.4 to 1.9 times with Winograd's algorithm, 0.9 to 1.27 without."""
+
+PAYBACK_S = 60.0
+"""Seconds of eager sampling at one shape before `auto` compiles short steps. A compilation takes
+8 to 30 s and about halves what follows at the least, so a run pays at most about as much again
+as it would have, knowing its own length; one that is over within a minute pays nothing."""
+
+LONG_PAYBACK_S = 120.0
+"""The same where steps are long: a third gained pays for 10 to 30 s of compilation within two
+minutes."""
+
+TRIAL_ROUNDS = 5
+"""Rounds of each kind that are compared, by the fastest: others on the machine only add time."""
+
+WORTHWHILE = 0.97
+"""Share of the eager time that blocks may take and stay."""
+
+log = logging.getLogger("ebm_dist")
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One shape of round: what is known of it."""
+
+    energy: EnergyFn  # held, so that its id stays its own
+    status: Literal["eager", "compiling", "refused"] = "eager"
+    block: Block | None = None
+    compile_s: float = 0.0
+    how: str = ""
+    """What is to be said of how the block runs."""
+    eager_s: float = 0.0
+    """Of all rounds of single steps so far."""
+    eager_rounds_s: deque[float] = field(default_factory=lambda: deque(maxlen=TRIAL_ROUNDS))
+    """Of the latest before the compilation."""
+    block_rounds_s: list[float] = field(default_factory=list)
+
+
+class Engine:
+    """Runs the rounds of one place: a worker keeps one, and with it what was compiled.
+
+    Args:
+        choice: eager, compiled, or auto, which compiles once it has sampled for so long that it
+            may pay, and keeps what is faster.
+        background: compile while rounds go on eagerly; else the round that asks for it waits.
+        steady: decide before the first round of each shape; see the module's docstring.
+        fused_noise: blocks draw their noise themselves; None: on CUDA, unless the engine is steady,
+            whose chains then are those of single steps to rounding.
+        captured: blocks are replayed as CUDA graphs; None: on CUDA.
+        say: is told, in one line each, what was chosen and why.
+    """
+
+    def __init__(
+        self,
+        choice: Choice = "auto",
+        *,
+        background: bool = True,
+        steady: bool = False,
+        fused_noise: bool | None = None,
+        captured: bool | None = None,
+        say: Callable[[str], None] = log.info,
+    ) -> None:
+        self.choice = choice
+        self.compile_s = 0.0
+        """Seconds spent on compilations so far."""
+        self._background = background and not steady
+        self._steady = steady
+        self._fused_noise = fused_noise
+        self._captured = captured
+        self._say = say
+        self._entries: dict[Any, _Entry] = {}
+        self._layouts: dict[int, tuple[nn.Module, bool]] = {}
+        if choice == "auto" and steady:
+            say(
+                "sampler.engine: auto is eager, since flow.mode: sync must not depend on when a "
+                "compilation ends; compiled would compile before the first round"
+            )
+
+    def block(
+        self, kernel: Kernel[Any], energy: EnergyFn, state: KernelState, num_steps: int
+    ) -> Block | None:
+        """What runs rounds of `num_steps` steps from states like this one, if it is compiled.
+
+        Raises:
+            CompilerFailed: of a steady engine, where there is no working compiler.
+        """
+        if not self._may_compile:
+            return None
+        entry = self._entry(kernel, energy, state, num_steps)
+        if self.choice == "compiled" and entry.status == "eager":
+            self._compile(entry, kernel, energy, state, num_steps)
+        return entry.block
+
+    def took(
+        self,
+        seconds: float,
+        kernel: Kernel[Any],
+        energy: EnergyFn,
+        state: KernelState,
+        num_steps: int,
+        *,
+        in_blocks: bool,
+    ) -> None:
+        """A round took `seconds`: `auto` may now want to compile, or know what is faster."""
+        if self.choice != "auto" or not self._may_compile:
+            return
+        entry = self._entry(kernel, energy, state, num_steps)
+        if in_blocks:
+            entry.block_rounds_s.append(seconds)
+            if len(entry.block_rounds_s) == TRIAL_ROUNDS:
+                self._decide(entry, num_steps)
+            return
+        entry.eager_s += seconds
+        if entry.status != "eager":
+            return
+        entry.eager_rounds_s.append(seconds)
+        short = min(entry.eager_rounds_s) <= num_steps * SHORT_STEP_S
+        if entry.eager_s >= (PAYBACK_S if short else LONG_PAYBACK_S):
+            self._compile(entry, kernel, energy, state, num_steps)
+
+    def _decide(self, entry: _Entry, num_steps: int) -> None:
+        assert entry.block is not None
+        eager, block = min(entry.eager_rounds_s), min(entry.block_rounds_s)
+        times = (
+            f"a step takes {1e3 * block / num_steps:.2f} ms in blocks of {entry.block.num_steps} "
+            f"and {1e3 * eager / num_steps:.2f} ms alone"
+        )
+        if block > WORTHWHILE * eager:
+            entry.block, entry.status = None, "refused"
+            self._say(f"sampler.engine: auto stays eager, {times}")
+        else:
+            self._say(
+                f"sampler.engine: auto runs compiled blocks, {times}; compiled in "
+                f"{entry.compile_s:.1f} s{entry.how}"
+            )
+
+    def channels_last(self, energy: EnergyFn, position: Tensor) -> bool:
+        """Whether these images (B, C, H, W) are held channels-last without being told to.
+
+        Known from the energy alone, so it is the same in every round of every worker: where
+        it convolves, and does not ask for the row-major layout by `.view`.
+        """
+        module = module_of(energy)
+        if self.choice == "eager" or position.ndim != 4 or module is None:
+            return False
+        known = self._layouts.get(id(module))
+        if known is None:
+            known = (module, has_convolutions(energy) and _takes_channels_last(energy, position))
+            self._layouts[id(module)] = known
+            if known[1]:
+                self._say(
+                    f"sampler.engine: {self.choice} holds images channels-last, since the energy "
+                    "convolves them"
+                )
+        return known[1]
+
+    @property
+    def _may_compile(self) -> bool:
+        return self.choice == "compiled" or (self.choice == "auto" and not self._steady)
+
+    def _entry(
+        self, kernel: Kernel[Any], energy: EnergyFn, state: KernelState, num_steps: int
+    ) -> _Entry:
+        tensors: list[Tensor] = []
+        skeleton = flatten(state, tensors)
+        module = module_of(energy)
+        key = (
+            kernel,
+            _identity(energy),
+            module is not None and module.training,
+            skeleton,
+            tuple(
+                (t.shape, t.stride(), t.dtype, t.device) for t in (*tensors, *weights_of(energy))
+            ),
+            # The size of the blocks follows from it. Were one block used for rounds of every
+            # length, a round would depend on the lengths that this engine saw before.
+            num_steps,
+            torch.get_num_threads(),
+        )
+        return self._entries.setdefault(key, _Entry(energy))
+
+    def _compile(
+        self,
+        entry: _Entry,
+        kernel: Kernel[Any],
+        energy: EnergyFn,
+        state: KernelState,
+        num_steps: int,
+    ) -> None:
+        entry.status = "compiling"
+        # Of a kernel that looks at no start: what it would find wrong is not the compiler's to say.
+        kernel.init(state.position, energy)
+
+        def work() -> None:
+            started = time.perf_counter()
+            try:
+                built, entry.how = self._built(kernel, energy, state, num_steps)
+            except Exception as error:
+                entry.status = "refused"
+                # Of any kind: torch's insides change between versions, and memory can run out.
+                if self._steady and not _is_of_the_steps(error):
+                    raise
+                self._say(f"sampler.engine: eager, because {first_line(error)}")
+                return
+            entry.compile_s = time.perf_counter() - started
+            self.compile_s += entry.compile_s
+            entry.block = built  # one assignment: the rounds that go on meanwhile see all or none
+            if self.choice == "compiled":
+                self._say(
+                    f"sampler.engine: compiled runs blocks of {built.num_steps} steps from now "
+                    f"on, compiled in {entry.compile_s:.1f} s{entry.how}"
+                )
+
+        if not self._background:
+            work()
+            return
+        prepare()
+        # What the thread reads must not move under it, and this round goes on.
+        energy, state = copied(energy), cloned(state)
+        # No daemon: the interpreter would tear itself down around a running compiler.
+        threading.Thread(target=work, name="compile", daemon=False).start()
+
+    def _built(
+        self, kernel: Kernel[Any], energy: EnergyFn, state: KernelState, num_steps: int
+    ) -> tuple[Block, str]:
+        """A block, and what is to be said of it."""
+        on_cuda = state.energy.device.type == "cuda"
+        captured = on_cuda if self._captured is None else self._captured
+        capture = partial(Captured, say=self._say) if captured else None
+        build_ = partial(build, kernel, energy, state, num_steps, compile_graph, capture=capture)
+        fused = self._fused_noise
+        if not (on_cuda and not self._steady if fused is None else fused):
+            return build_(), ""
+        try:
+            built = build_(fused_noise=True)
+            return built, ", noise and all" if built.num_fused else ""
+        except CannotCompile as error:
+            # The steps may be sound, and the compiler's noise alone be another than ours.
+            return build_(), f", their noise drawn beforehand since, fused, {error}"
+
+
+def _is_of_the_steps(error: Exception) -> bool:
+    """Whether no other machine would compile them either."""
+    return isinstance(error, CannotCompile) and not isinstance(error, CompilerFailed)
+
+
+def _identity(energy: EnergyFn) -> Any:
+    """The same for two wrappers, or two bound methods, of one module."""
+    if isinstance(energy, Autocast):
+        return ("bf16", _identity(energy.energy))
+    owner = getattr(energy, "__self__", None)
+    return (id(owner), energy.__func__) if isinstance(owner, nn.Module) else id(energy)  # type: ignore[attr-defined]
+
+
+def _takes_channels_last(energy: EnergyFn, position: Tensor) -> bool:
+    probe = position[:2].contiguous(memory_format=torch.channels_last)
+    try:
+        # With the weights laid out too: images of one channel take their layout from those.
+        with standing(energy, bf16=False, channels_last=True):
+            value_and_grad(energy, probe)
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,119 @@
+"""Underdamped Langevin dynamics, known as stochastic gradient Hamiltonian Monte Carlo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat, model_validator
+from torch import Tensor
+
+from ebm_dist.core.types import EnergyFn
+from ebm_dist.samplers.kernel import (
+    FAMILY,
+    KernelSection,
+    noise_buffer,
+    norm_event,
+    per_chain,
+    start,
+    value_and_grad,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SghmcState:
+    """Chains in phase space."""
+
+    position: Tensor  # (B, *event), float32
+    energy: Tensor  # (B,), E(position)
+    grad: Tensor  # (B, *event), dE/dx at position
+    velocity: Tensor  # (B, *event)
+
+
+@dataclass(frozen=True, slots=True)
+class SghmcInfo:
+    """What one move reports."""
+
+    grad_norm: Tensor  # (B,), of the gradient that the move followed
+    kinetic: Tensor  # (B,), mean of v^2 over the event after the move; T as h -> 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sghmc:
+    """v' = (1 - gamma h) v - h dE/dx + sqrt(2 gamma T h) xi, x' = x + h v'.
+
+    Chen, Fox & Guestrin (2014), arXiv:1402.4102. Momentum carries chains across flat
+    valleys that Langevin diffuses through. Chains start at rest. No accept step: on a
+    quadratic of curvature a the variance is (T/a) / (1 - a h^2 / (2 (2 - gamma h))).
+    """
+
+    step_size: float
+    """h, in data units over velocity."""
+    friction: float
+    """gamma, per unit of time; gamma h < 1."""
+    temperature: float = 1.0
+
+    tunable: ClassVar[str] = "step_size"
+
+    def init(self, x: Tensor, energy: EnergyFn) -> SghmcState:
+        position = start(x, energy)
+        value, grad = value_and_grad(energy, position, first=True)
+        return SghmcState(position, value, grad, torch.zeros_like(position))
+
+    def step(
+        self, state: SghmcState, energy: EnergyFn, generator: torch.Generator
+    ) -> tuple[SghmcState, SghmcInfo]:
+        own = replace(state, position=state.position.clone(), velocity=state.velocity.clone())
+        return self.step_(own, energy, generator, noise_buffer(state.position))
+
+    def step_(
+        self, state: SghmcState, energy: EnergyFn, generator: torch.Generator, noise: Tensor
+    ) -> tuple[SghmcState, SghmcInfo]:
+        h, gamma = self.step_size, self.friction
+        noise_std = (2 * gamma * self.temperature * h) ** 0.5
+        velocity = state.velocity.mul_(1 - gamma * h).add_(state.grad, alpha=-h)
+        velocity.add_(noise.normal_(generator=generator), alpha=noise_std)
+        position = state.position.add_(velocity, alpha=h)
+        info = SghmcInfo(
+            grad_norm=norm_event(state.grad), kinetic=velocity.square().flatten(1).mean(1)
+        )
+        return SghmcState(position, *value_and_grad(energy, position), velocity), info
+
+    def exchanged(self, state: SghmcState, scale: Tensor) -> SghmcState:
+        """`state` after chains came from another temperature; `scale` (B,) is
+        sqrt(T_here / T_there), 1 for a chain that stayed.
+
+        Velocities are scaled to their new temperature: the kinetic part of the exchange
+        then cancels, and the swap's acceptance depends on the energies alone.
+        """
+        return replace(state, velocity=state.velocity * per_chain(scale, state.velocity))
+
+
+@FAMILY.register
+class SghmcSection(KernelSection):
+    """Underdamped Langevin: momentum crosses the flat valleys that Langevin diffuses through."""
+
+    name: Literal["sghmc"] = "sghmc"
+    example: ClassVar[dict[str, Any]] = {"step_size": 0.1, "friction": 1.0}
+
+    step_size: PositiveFloat
+    """h. A step moves by h times the velocity, so it is not langevin's h: compare h**2."""
+
+    friction: PositiveFloat
+    """gamma. step_size * friction below 1; smaller keeps more momentum."""
+
+    temperature: NonNegativeFloat = 1.0
+    """T of the law exp(-E/T)."""
+
+    @model_validator(mode="after")
+    def _damped(self) -> SghmcSection:
+        if self.step_size * self.friction >= 1:
+            raise ValueError(
+                f"step_size * friction must be below 1, got {self.step_size * self.friction:g}; "
+                "the velocity would change sign at every step"
+            )
+        return self
+
+    def build(self) -> Sghmc:
+        return Sghmc(step_size=self.step_size, friction=self.friction, temperature=self.temperature)

@@ -1,0 +1,1 @@
+"""Kernels over binary and categorical events."""

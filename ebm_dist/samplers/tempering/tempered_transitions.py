@@ -1,0 +1,97 @@
+"""Tempered transitions: heat a chain, cool it again, and accept or refuse the whole way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import model_validator
+
+from ebm_dist.core.types import EnergyFn
+from ebm_dist.samplers.continuous.hmc import Hmc
+from ebm_dist.samplers.continuous.mala import Mala
+from ebm_dist.samplers.continuous.nuts import Nuts
+from ebm_dist.samplers.continuous.random_walk import RandomWalk
+from ebm_dist.samplers.discrete.discrete_langevin import DiscreteLangevin
+from ebm_dist.samplers.discrete.gibbs_with_gradients import GibbsWithGradients
+from ebm_dist.samplers.kernel import FAMILY, Kernel, select
+from ebm_dist.samplers.metropolis import MetropolisInfo, decide
+from ebm_dist.samplers.tempering.ladder import LadderSection
+
+REVERSIBLE = (Mala, Hmc, Nuts, RandomWalk, GibbsWithGradients, DiscreteLangevin)
+"""Kernels whose law of (x, x') is that of (x', x) at stationarity. A Gibbs sweep is not one: it
+would have to run backwards on the way down. Unadjusted Langevin has no such law to be tested on."""
+
+
+@dataclass(frozen=True, slots=True)
+class TemperedTransitions:
+    """Moves up the ladder T_1 < ... < T_n and down again, then accepts or refuses the end.
+
+    With x_i where the move at T_i led on the way up, x_0 the start, and y_{i-1} where the
+    move at T_i led on the way down, y_0 the end,
+
+        log ratio = sum_i (1/T_i - 1/T_{i+1}) (E(x_i) - E(y_i)),    i = 0 .. n - 1,
+
+    which leaves exp(-E/T_0) invariant for reversible kernels, whatever barrier lies between
+    modes. Neal (1996), Statistics and Computing 6. The ladder must be fine: every rung adds
+    to the ratio's spread. One ordinary move at T_0 comes before each transition. Unlike
+    parallel tempering it keeps one copy of each chain.
+    """
+
+    kernel: Kernel[Any]
+    temperatures: tuple[float, ...]
+
+    @property
+    def temperature(self) -> float:
+        """T_0, of the chains."""
+        return self.temperatures[0]
+
+    @property
+    def kernels(self) -> tuple[Kernel[Any], ...]:
+        """The kernel at each temperature."""
+        return tuple(replace(self.kernel, temperature=t) for t in self.temperatures)  # type: ignore[type-var]
+
+    def init(self, x: torch.Tensor, energy: EnergyFn) -> Any:
+        return self.kernels[0].init(x, energy)
+
+    def step(
+        self, state: Any, energy: EnergyFn, generator: torch.Generator
+    ) -> tuple[Any, MetropolisInfo]:
+        kernels = self.kernels
+        state, _ = kernels[0].step(state, energy, generator)
+        inverse = [1 / t for t in self.temperatures]
+        falls = [cold - hot for cold, hot in pairwise(inverse)]
+        there, log_ratio = state, torch.zeros_like(state.energy)
+        for fall, kernel in zip(falls, kernels[1:]):
+            log_ratio = log_ratio + fall * there.energy
+            there, _ = kernel.step(there, energy, generator)
+        for fall, kernel in zip(falls[::-1], kernels[:0:-1]):
+            there, _ = kernel.step(there, energy, generator)
+            log_ratio = log_ratio - fall * there.energy
+        accepted, info = decide(log_ratio, generator)
+        return select(accepted, there, state), info
+
+
+@FAMILY.register
+class TemperedTransitionsSection(LadderSection):
+    """Heats every chain and cools it again, which carries it over barriers, exactly."""
+
+    name: Literal["tempered_transitions"] = "tempered_transitions"
+    example: ClassVar[dict[str, Any]] = {
+        "kernel": {"name": "mala", "step_size": 0.5},
+        "temperatures": (1.0, 1.5, 2.0),
+    }
+
+    @model_validator(mode="after")
+    def _reversible(self) -> Self:
+        if not isinstance(self.inner(), REVERSIBLE):
+            raise ValueError(
+                "kernel: tempered_transitions needs a reversible sampler inside: mala, hmc, nuts, "
+                "random_walk, gibbs_with_gradients or discrete_langevin"
+            )
+        return self
+
+    def build(self) -> TemperedTransitions:
+        return TemperedTransitions(kernel=self.inner(), temperatures=self.temperatures)
