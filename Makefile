@@ -26,8 +26,8 @@ test: $(STAMP) lint types ## lint, types and every test that needs no GPU and no
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu and not ray'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'ray and not slow'
 
-test-slow: $(STAMP) ## the tests that take minutes each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+test-slow: $(STAMP) ## the tests that take minutes each, those of test-cluster apart
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow --ignore-glob='*/test_cluster_*'
 
 test-cluster: $(STAMP) ## three machines in network namespaces: cut cables, lost nodes (root)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -s tests/distributed/test_cluster_*.py
