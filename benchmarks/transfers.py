@@ -22,7 +22,7 @@ import torch
 from common import interleaved, keep, machine, medians, spread
 from torch import nn
 
-from ebm_dist.actors.shard import ShardHost
+from ebm_dist.actors.shard import open_shard
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.rows import open_rows
 from ebm_dist.cluster.ray_backend import RayBackend
@@ -87,7 +87,7 @@ class Holder:
 def chains(backend: RayBackend, batch: int, options: Any) -> list[dict]:
     capacity = options.slots
     shard = backend.spawn(
-        ShardHost,
+        open_shard,
         {
             "config": BufferConfig(capacity=capacity, reinit_prob=0.0),
             "data": None,

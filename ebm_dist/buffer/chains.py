@@ -43,7 +43,6 @@ class ShardChains:
         self._starts = Starts(config, spec, index=index, seed=seed, data=data)
         self._codec = Codec.of(config.storage, spec)
         self._counters = {"late_checkins": 0, "expired_leases": 0, "reinitialised": 0}
-        self._notes: tuple[str, ...] = ()
         self._whole_cuts: dict[int, np.ndarray] = {}  # generations by slot at those cuts
         self._trace = ChainTrace(trace, capacity, spec.shape) if trace is not None else None
         self._restart = np.zeros(capacity, bool)  # slots whose next lease starts afresh

@@ -28,6 +28,8 @@ from ebm_dist.buffer.draw import FREE, LEASED, READY, KeyedGenerator, draw_free
 from ebm_dist.buffer.grants import GrantBook
 from ebm_dist.buffer.lease import Outstanding, few
 from ebm_dist.buffer.rows import same
+from ebm_dist.buffer.starts import StartSource
+from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import EventSpec, Lease, MovedChains
 
@@ -43,19 +45,37 @@ class Shard(ShardChains):
         config: BufferConfig,
         spec: EventSpec,
         *,
+        index: int,
+        capacity: int,
+        max_lease: int,
+        seed: int,
+        data: StartSource | None = None,
         directory: Path | str | None = None,
         num_grants: int = 0,
+        trace: TracePlan | None = None,
+        notes: tuple[str, ...] = (),
         clock: Callable[[], float] = time.time,
-        **chains: Any,
     ) -> None:
         """
         Args:
             directory: where the chains are mapped; None for ordinary memory, and no lease by rows.
             num_grants: leases that can be out by rows at a time.
+            notes: for the run's log, told with every round.
             clock: seconds, for deadlines.
-            chains: of `ShardChains`.
         """
-        super().__init__(config, spec, directory=directory, num_grants=num_grants, **chains)
+        super().__init__(
+            config,
+            spec,
+            index=index,
+            capacity=capacity,
+            max_lease=max_lease,
+            seed=seed,
+            data=data,
+            directory=directory,
+            num_grants=num_grants,
+            trace=trace,
+        )
+        self._notes = notes
         self._clock = clock
         self._leases: dict[int, Outstanding] = {}
         self._earliest = math.inf  # no lease is overdue before

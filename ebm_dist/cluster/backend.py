@@ -93,7 +93,7 @@ class Backend(Protocol):
 
     def spawn(
         self,
-        factory: type,
+        factory: Callable[..., Any],
         kwargs: dict[str, Any],
         *,
         name: str,
@@ -283,7 +283,7 @@ class InlineBackend:
 
     def spawn(
         self,
-        factory: type,
+        factory: Callable[..., Any],
         kwargs: dict[str, Any],
         *,
         name: str,

@@ -145,7 +145,7 @@ class RayBackend:
 
     def spawn(
         self,
-        factory: type,
+        factory: Callable[..., Any],
         kwargs: dict[str, Any],
         *,
         name: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ class Host:
 
     def __init__(
         self,
-        factory: type,
+        factory: Callable[..., Any],
         kwargs: dict[str, Any],
         num_threads: int | None,
         memory: RunMemory,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ebm_dist.buffer.codec import Codec
@@ -12,6 +12,7 @@ from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import MAX_EVENT_NUMBERS, EventSpec
 from ebm_dist.energies.limits import MAX_PARTS, limited, numbers_in_memory
 from ebm_dist.jarzynski import weights as jarzynski
+from ebm_dist.samplers.traits import names_with
 
 if TYPE_CHECKING:
     from ebm_dist.config.run_config import RunConfig
@@ -157,29 +158,18 @@ def _check_warm_up(config: RunConfig) -> Iterator[str]:
     if sampler.adapt_steps and not hasattr(sampler.build(), "target_acceptance"):
         yield (
             f"sampler.adapt_steps: {sampler.adapt_steps}, but {sampler.name} has no acceptance "  # type: ignore[attr-defined]
-            "to aim at; set it to 0, or use mala, hmc, nuts, random_walk or discrete_langevin"
+            f"to aim at; set it to 0, or use {names_with('target_acceptance')}"
         )
 
 
 def _check_recompute(config: RunConfig) -> Iterator[str]:
-    if config.learner.recompute_activations and not _names(config.energy.model_dump()) & {
-        "vit",
-        "transformer_lm",
-    }:
+    if config.learner.recompute_activations and not any(
+        part.recomputes_activations for part in config.energy.parts()
+    ):
         yield (
             "learner.recompute_activations: true, but energy.name "
             f"{config.energy.name} has no transformer blocks; set it to false"  # type: ignore[attr-defined]
         )
-
-
-def _names(section: object) -> set[str]:
-    """Every `name` in a section and those nested in it: a composed energy names its parts."""
-    if isinstance(section, Mapping):
-        own = {section["name"]} if isinstance(section.get("name"), str) else set()
-        return own.union(*(_names(value) for value in section.values()))
-    if isinstance(section, list | tuple):
-        return set().union(*(_names(value) for value in section))
-    return set()
 
 
 def _check_audit(config: RunConfig) -> Iterator[str]:

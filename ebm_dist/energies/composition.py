@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import (
@@ -50,12 +50,24 @@ def _common(members: Sequence[nn.Module], attribute: str) -> Any:
 
 
 def _log_z(member: nn.Module, temperature: float) -> float:
-    if not isinstance(member, AnalyticEnergy):
+    log_z = getattr(member, "log_z", None)
+    if not callable(log_z):
         raise ValueError(
             f"{type(member).__name__}: its log Z is not known exactly; "
             "estimate it with ebm_dist.evaluation.log_partition (AIS)"
         )
-    return member.log_z(temperature)
+    return cast(float, log_z(temperature))
+
+
+def _sampler(member: nn.Module) -> Callable[..., Tensor]:
+    """The exact sampler of `member`, as in `AnalyticEnergy.sample`."""
+    sample = getattr(member, "sample", None)
+    if not callable(sample):
+        raise ValueError(
+            f"{type(member).__name__}: no exact sampler is known here; draw with a Markov chain "
+            "(ebm_dist.samplers.run_chain)"
+        )
+    return cast("Callable[..., Tensor]", sample)
 
 
 class _Composite(AnalyticEnergy):
@@ -131,7 +143,7 @@ class Mixture(_Composite):
         which = torch.multinomial(
             mass.softmax(0).to(generator.device), num, replacement=True, generator=generator
         )
-        draws = [m.sample(num, generator) for m in self.members if isinstance(m, AnalyticEnergy)]
+        draws = [_sampler(m)(num, generator) for m in self.members]
         return torch.stack(draws)[which, torch.arange(num, device=which.device)]
 
 
@@ -149,10 +161,7 @@ class Tempered(_Composite):
         return _log_z(self.members[0], temperature * self.temperature)
 
     def sample(self, num: int, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
-        member = self.members[0]
-        if not isinstance(member, AnalyticEnergy):
-            return super().sample(num, generator, temperature)
-        return member.sample(num, generator, temperature * self.temperature)
+        return _sampler(self.members[0])(num, generator, temperature * self.temperature)
 
 
 class Conditional(_Composite):
@@ -236,6 +245,11 @@ class _MembersSection(EnergySection):
     members: tuple[Member, ...] = Field(min_length=1, max_length=256)
     """Energy sections, `{name: ..., ...}` each."""
 
+    def parts(self) -> Iterator[EnergySection]:
+        yield self
+        for member in self.members:
+            yield from member.parts()
+
     def bind(self, spec: EventSpec) -> Self:
         bound = tuple(member.bind(spec) for member in self.members)
         return self.model_copy(update={"members": bound})
@@ -294,6 +308,10 @@ class MixtureSection(_MembersSection):
 class _MemberSection(EnergySection):
     member: Member
     """An energy section, `{name: ..., ...}`."""
+
+    def parts(self) -> Iterator[EnergySection]:
+        yield self
+        yield from self.member.parts()
 
     def bind(self, spec: EventSpec) -> Self:
         return self.model_copy(update={"member": self.member.bind(spec)})

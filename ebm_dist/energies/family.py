@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -110,6 +111,14 @@ class EnergySection(Section):
 
     example: ClassVar[dict[str, Any]] = {}
     """Small parameters that build without data; the protocol tests use them."""
+
+    recomputes_activations: ClassVar[bool] = False
+    """Whether modules of the energy have an attribute `recompute`, which the learner sets to true
+    where activations are to be computed again in the backward."""
+
+    def parts(self) -> Iterator[EnergySection]:
+        """This section, and every section inside it."""
+        yield self
 
     def build(self, seed: int = 0) -> Energy:
         """The module on the CPU; the same seed gives the same weights anywhere.

@@ -14,7 +14,6 @@ import ebm_dist
 from ebm_dist._version import __version__
 from ebm_dist.metrics.jsonl import read_rows
 from ebm_dist.samplers import KernelSection
-from ebm_dist.samplers.continuous.annealed_langevin import AnnealedLangevin
 from ebm_dist.samplers.law import effective_temperature, unadjusted
 
 QUALITY = ("likelihood/", "fidelity/", "ood/", "robustness/", "audit/", "classifier/")
@@ -60,10 +59,9 @@ def sampler_law(sampler: KernelSection, curvature: float | None) -> list[str]:
     kernel, found = sampler.build(), []
     moves = unadjusted(kernel)
     if moves is not None:
-        symbol = "1 - a h² / (2 (2 - γ h))" if hasattr(moves, "friction") else "1 - a h / 2"
         step = (
             f"Step size h = {moves.step_size:g} without an accept step: where E has curvature a, "
-            f"the temperature of the chains is T_eff = T / ({symbol})."
+            f"the temperature of the chains is T_eff = T / ({moves.temperature_ratio_formula})."
         )
         if curvature is not None:
             hot = effective_temperature(moves, curvature)
@@ -84,10 +82,12 @@ def sampler_law(sampler: KernelSection, curvature: float | None) -> list[str]:
                 f"clamp = [{clamp[0]:g}, {clamp[1]:g}]: each move ends in this range, and what "
                 "would leave it piles up on its border."
             )
-        if isinstance(moves, AnnealedLangevin):
+        cooling = ("start_temperature", "num_annealing_steps")
+        start, length = (getattr(moves, key, None) for key in cooling)
+        if start is not None:
             found.append(
-                f"Cooling: each round of {sampler.num_steps} steps begins at T = "
-                f"{moves.start_temperature:g} and reaches T after {moves.num_annealing_steps}."
+                f"Cooling: each round of {sampler.num_steps} steps begins at T = {start:g} and "
+                f"reaches T after {length}."
             )
     if sampler.precision == "bf16":
         found.append("precision = bf16: gradients are rounded, by about 1%.")

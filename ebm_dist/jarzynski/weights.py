@@ -32,43 +32,8 @@ from ebm_dist.core.generators import seeded
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.objectives.objective import sum_event
 from ebm_dist.objectives.weighting import ess_ratio
-from ebm_dist.samplers import (
-    DiscreteLangevin,
-    Gibbs,
-    GibbsWithGradients,
-    Hmc,
-    Kernel,
-    KernelSection,
-    Langevin,
-    LangevinSection,
-    Mala,
-    Nuts,
-    RandomWalk,
-    TemperedTransitions,
-)
-
-_EXACT_TYPES = (
-    Mala,
-    Hmc,
-    Nuts,
-    RandomWalk,
-    TemperedTransitions,
-    Gibbs,
-    GibbsWithGradients,
-    DiscreteLangevin,
-)
-_EXACT_NAMES = (
-    "mala",
-    "hmc",
-    "nuts",
-    "random_walk",
-    "tempered_transitions",
-    "gibbs",
-    "gibbs_with_gradients",
-    "discrete_langevin",
-)
-# They leave exp(-E/T) as it is, so a move changes no weight. Parallel tempering does too, but
-# a slot of its holds a ladder of temperatures, and one energy is not its log-density.
+from ebm_dist.samplers import Kernel, KernelSection, Langevin
+from ebm_dist.samplers.traits import names_with, trait
 
 
 def ula_action(
@@ -158,7 +123,7 @@ def run_weighted(
     langevin = kernel if isinstance(kernel, Langevin) else None
     if langevin is not None:
         check_langevin(langevin)
-    elif type(kernel) not in _EXACT_TYPES:
+    elif not trait(kernel, "leaves_invariant"):
         raise ValueError(
             f"kernel: {type(kernel).__name__} has no Jarzynski correction; use langevin, or a "
             "kernel with an accept step"
@@ -242,15 +207,16 @@ def check_sampler(sampler: KernelSection) -> None:
     Raises:
         UserError: the key to change and why.
     """
-    name = type(sampler).model_fields["name"].default
-    if name in _EXACT_NAMES:
+    kernel = sampler.build()
+    if trait(kernel, "leaves_invariant"):
         return
-    if not isinstance(sampler, LangevinSection):
+    if not isinstance(kernel, Langevin):
+        name = type(sampler).model_fields["name"].default
         raise UserError(
-            f"sampler.name: {name} has no Jarzynski correction; use langevin (unclipped) or one of "
-            f"{', '.join(_EXACT_NAMES)}, or turn the correction off"
+            f"sampler.name: {name} has no Jarzynski correction; use langevin (unclipped), or "
+            f"{names_with('leaves_invariant')}, or turn the correction off"
         )
-    check_langevin(sampler.build())
+    check_langevin(kernel)
 
 
 def check_langevin(kernel: Langevin) -> None:

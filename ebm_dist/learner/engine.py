@@ -20,7 +20,6 @@ from ebm_dist.core.errors import NonFinite
 from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import Batch, Negatives
 from ebm_dist.core.weights import FlatLayout, flat_tensors
-from ebm_dist.energies.networks.layers import TransformerBlocks
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.learner.deepspeed_options import deepspeed_options
 from ebm_dist.learner.group import Group, numbered
@@ -350,14 +349,14 @@ class Engine:
 
 
 def _recompute(energy: nn.Module) -> None:
-    blocks = [m for m in energy.modules() if isinstance(m, TransformerBlocks)]
+    blocks = [m for m in energy.modules() if hasattr(m, "recompute")]
     if not blocks:
         raise ValueError(
             f"learner.recompute_activations: energy {type(energy).__name__} has no transformer "
             "blocks; set it to false, or choose energy.name: vit or transformer_lm"
         )
     for part in blocks:
-        part.recompute = True
+        part.recompute = True  # type: ignore[assignment]
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ class Objective(nn.Module):
     needs_generator: bool = False
     """Whether the loss is random given its inputs; a trainer hands over no generator otherwise."""
 
+    estimates_log_z: bool = False
+    """Whether the metrics hold `likelihood/log_z`, learnt beside the energy; the evaluator then
+    makes no estimate of its own."""
+
     reweight: bool = False
     """Set by the trainer under `flow.stale: reweight`: correct negatives that older weights
     moved by importance weights."""

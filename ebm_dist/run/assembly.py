@@ -10,7 +10,7 @@ from typing import Any
 from ebm_dist.actors.auditor import AuditLink, Auditor
 from ebm_dist.actors.evaluator import Evaluator
 from ebm_dist.actors.learner_rank import LearnerRank
-from ebm_dist.actors.shard import ShardHost
+from ebm_dist.actors.shard import open_shard
 from ebm_dist.actors.worker import Worker
 from ebm_dist.buffer.config import shard_capacities
 from ebm_dist.buffer.trace import TracePlan
@@ -266,7 +266,7 @@ class _Spawner:
         if before is not None and before.node == node:
             life = next(number for handle, number in self._lives if handle is before)
         handle = self._backend.spawn(
-            ShardHost,
+            open_shard,
             {
                 "config": config.buffer,
                 "data": config.data if config.buffer.init == "data" else None,
@@ -349,7 +349,7 @@ class _Spawner:
                 "seed": config.run.seed,
                 "temperature": config.sampler.build().temperature,
                 "start_std": config.buffer.init_std,
-                "run_estimates_log_z": config.objective.name == "noise_contrastive",  # type: ignore[attr-defined]
+                "run_estimates_log_z": config.objective.build().estimates_log_z,
             },
             name="evaluator",
             num_threads=1,

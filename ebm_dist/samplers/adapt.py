@@ -12,6 +12,7 @@ from torch import Tensor
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.samplers.frozen import frozen
 from ebm_dist.samplers.kernel import Kernel
+from ebm_dist.samplers.traits import names_with
 
 K = TypeVar("K", bound=Kernel)
 
@@ -48,7 +49,7 @@ def adapt_step_size(
     if name is None or not hasattr(kernel, "target_acceptance") or target is None:
         raise ValueError(
             f"kernel: {type(kernel).__name__} has no step size with an acceptance to aim at; use "
-            "mala, hmc, nuts, random_walk or discrete_langevin"
+            f"{names_with('target_acceptance')}"
         )
     if not 0 < target < 1:
         raise ValueError(f"target_acceptance: expected a rate between 0 and 1, got {target!r}")

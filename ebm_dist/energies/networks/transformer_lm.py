@@ -112,6 +112,7 @@ class TransformerLmSection(NetworkSection):
     """A transformer on one-hot sequences (length, vocabulary)."""
 
     name: Literal["transformer_lm"] = "transformer_lm"
+    recomputes_activations: ClassVar[bool] = True
     kinds: ClassVar[tuple[EventKind, ...]] = ("categorical",)
     example: ClassVar[dict[str, Any]] = {
         "event_shape": (5, 3),

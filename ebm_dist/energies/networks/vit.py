@@ -48,6 +48,7 @@ class VitSection(NetworkSection):
     """A vision transformer on non-overlapping patches."""
 
     name: Literal["vit"] = "vit"
+    recomputes_activations: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {
         "event_shape": (1, 8, 8),
         "width": 16,

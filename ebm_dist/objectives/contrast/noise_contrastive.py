@@ -102,6 +102,7 @@ class NoiseContrastive(Objective):
     """
 
     needs_generator = True
+    estimates_log_z = True
 
     def __init__(self, config: NoiseContrastiveSection, noise: NoiseLaw) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from ebm_dist.samplers.kernel import (
     start,
     value_and_grad,
 )
+from ebm_dist.samplers.traits import EulerMaruyama
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class AnnealedLangevinInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class AnnealedLangevin:
+class AnnealedLangevin(EulerMaruyama):
     """x' = x - h dE/dx + sqrt(2 T_k h) xi, with T_k falling geometrically.
 
     T_k = T_0 (T / T_0)^(k / (K - 1)) for k < K, and T from then on: the idea of Song &

@@ -47,6 +47,8 @@ class Hmc:
     temperature: float = 1.0
 
     tunable: ClassVar[str] = "step_size"
+    reversible: ClassVar[bool] = True
+    leaves_invariant: ClassVar[bool] = True
     target_acceptance: ClassVar[float] = 0.8
 
     def init(self, x: Tensor, energy: EnergyFn) -> HmcState:

@@ -19,6 +19,7 @@ from ebm_dist.samplers.kernel import (
     start,
     value_and_grad,
 )
+from ebm_dist.samplers.traits import EulerMaruyama
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class LangevinInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Langevin:
+class Langevin(EulerMaruyama):
     """x' = x - h dE/dx + sqrt(2 T h) xi, xi ~ N(0, I).
 
     The Euler-Maruyama step of overdamped Langevin dynamics. With no accept step the chain

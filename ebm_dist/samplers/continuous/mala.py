@@ -57,6 +57,8 @@ class Mala:
     temperature: float = 1.0
 
     tunable: ClassVar[str] = "step_size"
+    reversible: ClassVar[bool] = True
+    leaves_invariant: ClassVar[bool] = True
     target_acceptance: ClassVar[float] = 0.574
     """The best in high dimension (Roberts & Rosenthal 1998)."""
 

@@ -21,10 +21,11 @@ from ebm_dist.samplers.kernel import (
     start,
     value_and_grad,
 )
+from ebm_dist.samplers.traits import EulerMaruyama
 
 
 @dataclass(frozen=True, slots=True)
-class PreconditionedLangevin:
+class PreconditionedLangevin(EulerMaruyama):
     """x' = x - h P dE/dx + sqrt(2 T h P) xi, with P = diag(scales).
 
     Langevin in the coordinates x / sqrt(P), so its law is exp(-E/T) for every P as h -> 0:

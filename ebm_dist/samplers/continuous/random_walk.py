@@ -34,6 +34,8 @@ class RandomWalk:
     temperature: float = 1.0
 
     tunable: ClassVar[str] = "proposal_std"
+    reversible: ClassVar[bool] = True
+    leaves_invariant: ClassVar[bool] = True
     target_acceptance: ClassVar[float] = 0.234
     """The best in high dimension (Roberts, Gelman & Gilks 1997); .44 in one."""
 

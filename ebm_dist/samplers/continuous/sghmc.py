@@ -55,6 +55,11 @@ class Sghmc:
     temperature: float = 1.0
 
     tunable: ClassVar[str] = "step_size"
+    temperature_ratio_formula: ClassVar[str] = "1 - a h² / (2 (2 - γ h))"
+
+    def temperature_ratio(self, curvature: float) -> float:
+        """T / T_eff of the chains on a quadratic of that curvature."""
+        return 1 - curvature * self.step_size**2 / (2 * (2 - self.friction * self.step_size))
 
     def init(self, x: Tensor, energy: EnergyFn) -> SghmcState:
         position = start(x, energy)

@@ -38,6 +38,8 @@ class DiscreteLangevin:
     kind: Kind = "auto"
 
     tunable: ClassVar[str] = "step_size"
+    reversible: ClassVar[bool] = True
+    leaves_invariant: ClassVar[bool] = True
     target_acceptance: ClassVar[float] = 0.574
     """The best for factorised discrete proposals (Sun et al. 2022, arXiv:2206.14897)."""
 

@@ -107,6 +107,8 @@ class Gibbs:
     temperature: float = 1.0
     kind: Kind = "auto"
 
+    leaves_invariant: ClassVar[bool] = True
+
     def init(self, x: Tensor, energy: EnergyFn) -> GibbsState:
         position, categorical = start_discrete(x, energy, self.kind)
         scan = self._scan(energy)

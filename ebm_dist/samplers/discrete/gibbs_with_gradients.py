@@ -50,6 +50,9 @@ class GibbsWithGradients:
     temperature: float = 1.0
     kind: Kind = "auto"
 
+    reversible: ClassVar[bool] = True
+    leaves_invariant: ClassVar[bool] = True
+
     def init(self, x: Tensor, energy: EnergyFn) -> GradientState:
         position, categorical = start_discrete(x, energy, self.kind)
         value, grad = value_and_grad(energy, position, first=True)

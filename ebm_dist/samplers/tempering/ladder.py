@@ -56,7 +56,7 @@ class LadderSection(KernelSection):
             raise ValueError(
                 f"kernel: give a section such as {{name: {kernel}, ...}}, got the bare name"
             )
-        if isinstance(kernel, LadderSection) or hasattr(kernel, "temperatures"):
+        if hasattr(kernel, "temperatures"):
             own = cls.model_fields["name"].default
             raise ValueError(f"kernel: {own} cannot hold another tempered sampler")
         inner = kernel if isinstance(kernel, KernelSection | Kernel) else None

@@ -65,6 +65,9 @@ class ParallelTempering:
     kernel: Kernel[Any]
     temperatures: tuple[float, ...]
 
+    # `leaves_invariant` stays false: `init` starts the hot copies at the place of the cold one, and
+    # the energy of a chain is not the log-density of its ladder of copies.
+
     @property
     def temperature(self) -> float:
         """Of the coldest copies, which the chains are."""
@@ -74,6 +77,11 @@ class ParallelTempering:
     def kernels(self) -> tuple[Kernel[Any], ...]:
         """The kernel at each temperature."""
         return tuple(replace(self.kernel, temperature=t) for t in self.temperatures)  # type: ignore[type-var]
+
+    @property
+    def coldest(self) -> Kernel[Any]:
+        """The kernel that moves the chains themselves: their law is its law."""
+        return self.kernels[0]
 
     def init(self, x: Tensor, energy: EnergyFn) -> ParallelTemperingState:
         # One evaluation for all copies: they start at the same place.

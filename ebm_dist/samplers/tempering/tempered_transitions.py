@@ -10,19 +10,10 @@ import torch
 from pydantic import model_validator
 
 from ebm_dist.core.types import EnergyFn
-from ebm_dist.samplers.continuous.hmc import Hmc
-from ebm_dist.samplers.continuous.mala import Mala
-from ebm_dist.samplers.continuous.nuts import Nuts
-from ebm_dist.samplers.continuous.random_walk import RandomWalk
-from ebm_dist.samplers.discrete.discrete_langevin import DiscreteLangevin
-from ebm_dist.samplers.discrete.gibbs_with_gradients import GibbsWithGradients
 from ebm_dist.samplers.kernel import FAMILY, Kernel, select
 from ebm_dist.samplers.metropolis import MetropolisInfo, decide
 from ebm_dist.samplers.tempering.ladder import LadderSection
-
-REVERSIBLE = (Mala, Hmc, Nuts, RandomWalk, GibbsWithGradients, DiscreteLangevin)
-"""Kernels whose law of (x, x') is that of (x', x) at stationarity. A Gibbs sweep is not one: it
-would have to run backwards on the way down. Unadjusted Langevin has no such law to be tested on."""
+from ebm_dist.samplers.traits import names_with, trait
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +33,8 @@ class TemperedTransitions:
 
     kernel: Kernel[Any]
     temperatures: tuple[float, ...]
+
+    leaves_invariant: ClassVar[bool] = True
 
     @property
     def temperature(self) -> float:
@@ -86,10 +79,10 @@ class TemperedTransitionsSection(LadderSection):
 
     @model_validator(mode="after")
     def _reversible(self) -> Self:
-        if not isinstance(self.inner(), REVERSIBLE):
+        if not trait(self.inner(), "reversible"):
             raise ValueError(
-                "kernel: tempered_transitions needs a reversible sampler inside: mala, hmc, nuts, "
-                "random_walk, gibbs_with_gradients or discrete_langevin"
+                "kernel: tempered_transitions needs a reversible sampler inside: "
+                f"{names_with('reversible')}"
             )
         return self
 

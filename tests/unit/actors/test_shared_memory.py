@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ebm_dist.actors.shard import ShardHost
+from ebm_dist.actors.shard import open_shard
 from ebm_dist.buffer.config import BufferConfig
+from ebm_dist.buffer.shard import Shard
 from ebm_dist.buffer.storage import SlotStorage, bytes_to_map
 from ebm_dist.cluster import shared_memory
 from ebm_dist.cluster.shared_memory import NotMapped, RunMemory, remove_abandoned
@@ -204,10 +205,10 @@ def test_the_room_asked_for_is_the_room_taken(num_grants: int, tmp_path: Path) -
 # --- shards ---------------------------------------------------------------------------------------
 
 
-def make_shard(memory: shared_memory.NodeMemory | None, life: int = 0) -> ShardHost:
+def make_shard(memory: shared_memory.NodeMemory | None, life: int = 0) -> Shard:
     config = BufferConfig(capacity=24, num_shards=2, reinit_prob=0.0)
     sizes = {"index": 1, "num_shards": 2, "capacity": 12, "max_lease": 4}
-    return ShardHost(
+    return open_shard(
         config,
         None,
         EventSpec((3,), "real"),
@@ -219,7 +220,7 @@ def make_shard(memory: shared_memory.NodeMemory | None, life: int = 0) -> ShardH
     )
 
 
-def notes(shard: ShardHost) -> tuple[str, ...]:
+def notes(shard: Shard) -> tuple[str, ...]:
     return shard._notes
 
 
