@@ -1,4 +1,4 @@
-"""The chains of one shard, whoever moves them: filled, looked at, saved and restored."""
+"""The chains of one shard, apart from leases: initialisation, inspection, snapshots, restore."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FILL_CHUNK = 4096
 
 
 class ShardChains:
-    """Chains by slot. `shard.Shard` is one whose chains can be leased."""
+    """Chains by slot. The subclass `shard.Shard` adds leases."""
 
     def __init__(
         self,
@@ -43,9 +43,9 @@ class ShardChains:
         self._starts = Starts(config, spec, index=index, seed=seed, data=data)
         self._codec = Codec.of(config.storage, spec)
         self._counters = {"late_checkins": 0, "expired_leases": 0, "reinitialised": 0}
-        self._whole_cuts: dict[int, np.ndarray] = {}  # generations by slot at those cuts
+        self._whole_cuts: dict[int, np.ndarray] = {}  # generations by slot at each full cut
         self._trace = ChainTrace(trace, capacity, spec.shape) if trace is not None else None
-        self._restart = np.zeros(capacity, bool)  # slots whose next lease starts afresh
+        self._restart = np.zeros(capacity, bool)  # slots that restart with their next lease
         self._slots = SlotStorage(
             capacity,
             max_lease,
@@ -64,12 +64,12 @@ class ShardChains:
 
     @property
     def epoch(self) -> int:
-        """Counts the lives of this shard; a lease of an earlier one is void."""
+        """Counts the restarts of this shard; a lease of an earlier epoch is void."""
         return int(self._slots.epoch[0])
 
     @property
     def attached(self) -> bool:
-        """Whether the chains are those that a process before this one left."""
+        """Whether the chains were found in the mapped files of an earlier process."""
         return self._slots.attached
 
     def _fill(self) -> None:
@@ -87,14 +87,14 @@ class ShardChains:
         """Copies of the chains in `rows`, (M, *event) float32."""
         return self._codec.to_numpy(self._slots.positions(rows))
 
-    # --- looking in ---------------------------------------------------------------------------
+    # --- inspection ---------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """Whether the chains were taken over, the epoch, and the counts."""
+        """`attached`, `epoch` and `counts` of this shard."""
         return {"attached": self.attached, "epoch": self.epoch, "counts": self.counts()}
 
     def counts(self) -> dict[str, int | float]:
-        """free, leased, ready, capacity, counters, and the mean age of chains in rounds."""
+        """Slots free, leased and ready, capacity, counters, and the mean age in rounds."""
         num = self._slots.num_in
         return {
             "free": num[FREE],
@@ -108,22 +108,26 @@ class ShardChains:
     def identities(self) -> np.ndarray:
         """The identity of each slot's chain, (capacity,) int64.
 
-        Numbered at the start over all shards of a run, and kept for good: through leases,
-        checkpoints and other numbers of shards, and where a chain starts afresh, which its age
-        tells. So the identities of all shards together are always the same set.
+        Identities are numbered over all shards of a run when it starts, and never change: not by a
+        lease, a checkpoint, another number of shards or a restart of the chain (which resets its
+        age). So the union of the identities of all shards is always the same set.
         """
         return self._slots.chain_id[self._slots.row_of_slot]
 
     def distribution(self) -> dict[str, np.ndarray]:
-        """`energy` as recorded when each chain moved last and `age` in rounds, of moved chains."""
+        """`energy` and `age` (in rounds) of all chains that have moved.
+
+        Each energy was recorded when its chain last moved, under the weights of that time.
+        """
         rows = self._slots.row_of_slot
         rows = rows[self._slots.version[rows] >= 0]
         return {"energy": self._slots.energy[rows], "age": self._slots.age[rows]}
 
     def peek(self, num: int, key: int) -> np.ndarray:
-        """Copies of `num` chains of the older half, chosen by `key`; fewer if fewer exist."""
+        """Copies of `num` chains of the older half, drawn at random under `key`; fewer if fewer
+        exist."""
         rng = np.random.default_rng(derive_seed(self._seed, "shard", self.index, "peek", key))
-        # A chain's first rounds are its burn-in: what it shows is still where it started.
+        # The first rounds of a chain are its burn-in: it still resembles its start.
         age = self._slots.age[self._slots.row_of_slot]
         older = np.flatnonzero((age > 0) & (age >= np.median(age)))
         pool = older if len(older) >= num else np.argsort(-age, kind="stable")[:num]
@@ -131,11 +135,11 @@ class ShardChains:
         return self._positions(self._slots.rows(slots))
 
     def health(self, reseed: bool = False) -> dict[str, Any] | None:
-        """What the followed chains show, by `ChainTrace.report`; None where nothing is new.
+        """Diagnostics of the traced chains (`ChainTrace.report`); None if there is nothing new.
 
         Args:
-            reseed: where the alarm sounds, start its stuck chains afresh with their next lease;
-                `num_reseeded` says how many.
+            reseed: on an alarm, restart the stuck chains with their next lease; `num_reseeded`
+                counts them.
         """
         report = self._trace.report(f"shard {self.index}") if self._trace is not None else None
         if report is None:
@@ -145,7 +149,7 @@ class ShardChains:
         return {**report, "num_reseeded": len(stuck)}
 
     def weighted(self) -> dict[str, np.ndarray]:
-        """Every chain with what its Jarzynski weight is carried on from, by slot."""
+        """Position, recorded energy and Jarzynski log-weight of every chain, by slot."""
         rows = self._slots.row_of_slot
         return {
             "x": self._positions(rows),
@@ -156,13 +160,13 @@ class ShardChains:
     # --- checkpoint ---------------------------------------------------------------------------
 
     def snapshot(self, slots: np.ndarray | None = None) -> dict[str, Any]:
-        """Every slot at its last committed generation, as arrays by slot, and the cursor.
+        """Every slot at its last committed generation, as arrays by slot, and the data cursor.
 
-        Leased chains are there as they were before the lease, ready ones as committed: a
-        restore frees them all, and no chain is lost or doubled. Positions are as stored.
+        Leased chains appear as they were before the lease, ready ones as committed. A restore
+        frees all of them, so no chain is lost or duplicated. Positions keep their stored format.
 
         Args:
-            slots: those alone, all when left out.
+            slots: the slots to include; all when left out.
         """
         which = np.arange(self.capacity) if slots is None else slots
         rows = self._slots.row_of_slot[which]
@@ -181,10 +185,11 @@ class ShardChains:
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """The snapshot of cut `number`, as its meta and its arrays.
 
-        Where this process remembers cut `since`, as a whole one, and fewer than half of the slots
-        have changed after it, the arrays are of those slots alone, with their numbers as `row`;
-        meta's `since` says so. A slot has changed where its generation has: every commit moves it.
-        A successor of this process remembers nothing, since a kill may fall between the two.
+        The snapshot is incremental if this process remembers the full cut `since` and fewer than
+        half of the slots have changed after it: the arrays then hold the changed slots alone,
+        with slot numbers in `row`, and meta's `since` names the full cut. A slot has changed if its
+        generation has, since every commit increments it. A new process of this shard remembers no
+        cut, because the old one may have been killed between a commit and a cut.
         """
         generation = np.array(self._slots.generation)
         before = None if since is None else self._whole_cuts.get(since)
@@ -199,12 +204,12 @@ class ShardChains:
         return {**whole["meta"], "since": None}, whole["arrays"]
 
     def restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-        """Take the chains of a snapshot into the first slots; every slot is free after it.
+        """Load the chains of a snapshot into the first slots; all slots are free afterwards.
 
-        Slots beyond them keep the fresh chains they were filled with, under the identities
-        from `meta["next_chain"]` on: those of the fill may be among the ones restored. Positions
-        may have been stored as another type of number than `buffer.storage` says today. Of a
-        predecessor that handed over, `meta` has the epoch and the counts to go on from.
+        The remaining slots keep their initial chains, renumbered from `meta["next_chain"]` on,
+        since their first identities may be among the restored ones. Positions may be stored in
+        another format than today's `buffer.storage`. After `hand_over`, `meta` also holds the epoch
+        and the counters to continue from.
 
         Raises:
             ValueError: the snapshot holds more chains than slots, or another event shape.
@@ -216,11 +221,11 @@ class ShardChains:
                 f"{(self.capacity, *self._spec.shape)}; keep data.source, and buffer.capacity at "
                 "least as it was"
             )
-        # Killed half-way through, the mixture must not pass for a shard.
+        # If this process is killed half-way, no other may attach to a mixture of two states.
         self._slots.begin_init()
         self._slots.epoch[0] = max(self.epoch, meta.get("epoch", 0)) + 1
         self._whole_cuts.clear()
-        # A shard may be dealt no chain at all, where there is room for more than there were.
+        # A shard may receive no chain at all if the capacity has grown.
         if (next_chain := meta.get("next_chain")) is None:
             next_chain = int(arrays["chain_id"].max()) + 1
         rows = self._slots.row_of_slot
@@ -239,10 +244,10 @@ class ShardChains:
         self._slots.finish_init()
 
     def hand_over(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """The meta and the arrays from which a successor on another node goes on by `restore`.
+        """The meta and the arrays for `restore` in a successor on another node.
 
-        Every chain is as last committed. What was leased of this process is void from here on, and
-        the leases of the successor are of a later epoch.
+        Every chain is as last committed. The leases of this process become void, and those of the
+        successor have a later epoch.
         """
         whole = self.snapshot()
         self._slots.free_all()
@@ -252,5 +257,5 @@ class ShardChains:
         return {**whole["meta"], **meta}, whole["arrays"]
 
     def remove_files(self) -> None:
-        """Remove what is mapped: the chains go on elsewhere."""
+        """Remove the mapped files, after the chains have moved to another node."""
         self._slots.remove_files()

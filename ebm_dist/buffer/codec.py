@@ -1,14 +1,14 @@
-"""What the numbers of a stored chain are kept as: float32, or fewer bits rounded at random.
+"""Number formats of stored chains: float32, or fewer bits by stochastic rounding.
 
-Chains move in float32; what is rounded is where a round leaves them. To the nearest stored number
-would be wrong: with a quantum of 2/255 a chain that moves by less than .004 in a round would not
-move at all. So a number goes to one of its two neighbours at random, by how near they are: its
-mean is kept, and a stored number that has not moved stays where it is, to the bit.
+Chains move in float32; their positions are rounded at the end of a round. Rounding to nearest would
+be wrong: with a quantum of 2/255, a chain that moves by less than .004 in a round would not move at
+all. Stochastic rounding picks one of the two neighbours with a probability that keeps the mean, and
+a stored number that has not moved keeps its bits.
 
-What is left is noise, once a round: of a quantum q, a variance of q^2/6 on average (uint8: 1.0e-5,
-a standard deviation of .0032; bfloat16 near 1: 2.5e-6, .0016). A round of K Langevin steps of
-noise s adds K s^2 of its own: 4e-3 for K = 40, s = .01, beside which it is nothing, but 2.5e-5
-for K = 1, s = .005, which it makes 1.4 times as much. Count it as temperature.
+It adds noise once per round, of variance q^2/6 on average for a quantum q (uint8: 1.0e-5, a
+standard deviation of .0032; bfloat16 near 1: 2.5e-6, .0016). K Langevin steps of noise_std s add
+K s^2 themselves: 4e-3 for K = 40, s = .01, where rounding is negligible, but 2.5e-5 for K = 1,
+s = .005, where rounding makes the variance 1.4 times as large. Count it as temperature.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ _STORED = {
 _NAMES = {dtype: name for name, dtype in _STORED.items()}
 
 _FRACTION_BITS = 12
-"""Of a quantum, to which a uint8 is told from its neighbours: 2^-13 of one is the largest bias,
-and the rounding of float32 is a thirtieth of the step, so that a stored number is a fixed point."""
+"""Resolution of stochastic rounding to uint8: a quantum has 2^12 fractions. The largest bias is
+2^-13 of a quantum. The error of float32 is a thirtieth of a fraction, so a stored number is a fixed
+point."""
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """Stored numbers of one kind for events of one kind."""
+    """Converts between float32 and one storage format, for continuous or discrete events."""
 
     name: StorageName
     discrete: bool
@@ -47,7 +48,7 @@ class Codec:
     def of(cls, name: StorageName, spec: EventSpec) -> Codec:
         """
         Raises:
-            ValueError: events without bounds, of which a stored number could not hold them all.
+            ValueError: the events are unbounded, and the format holds [-1, 1] only.
         """
         if name != "float32" and spec.kind == "real":
             raise ValueError(
@@ -58,20 +59,21 @@ class Codec:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the stored array; the bits of a bfloat16 as uint16, which numpy has no name for."""
+        """The dtype of the stored array; uint16 holds the bits of bfloat16, which numpy lacks."""
         return _STORED[self.name]
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """x (M, *event) float32 as it is stored, on the device of x.
+        """x (M, *event) float32 in the storage format, on the device of x.
 
         Args:
-            generator: rounds at random; without it to the nearest, for what is not a move.
+            generator: for stochastic rounding; None rounds to nearest, for chains that did not
+                move.
         """
         if self.name == "float32":
             return x
         if self.name == "bfloat16":
             bits = x.contiguous().view(torch.int32)
-            # Adding sixteen random bits to those that are cut off carries as often as it should.
+            # Adding 16 random bits to the truncated ones carries with the right probability.
             low = 0x7FFF if generator is None else _random_bits(x, generator) & 0xFFFF
             return ((bits + low) >> 16).to(torch.int16).view(torch.uint16)
         if self.discrete:
@@ -82,7 +84,7 @@ class Codec:
         return steps.add_(low).bitwise_right_shift_(_FRACTION_BITS).to(torch.uint8)
 
     def decode(self, stored: Tensor) -> Tensor:
-        """Stored numbers as float32; the same tensor where they are."""
+        """Stored numbers as float32; the same tensor if they are float32 already."""
         if self.name == "float32":
             return stored
         if self.name == "bfloat16":
@@ -98,7 +100,7 @@ class Codec:
         return x if self.name == "float32" else self.encode(torch.from_numpy(x)).numpy()
 
     def converted(self, stored: np.ndarray) -> np.ndarray:
-        """Numbers that another run stored, of whichever kind, as this one stores them."""
+        """Positions stored by another run, in any format, in the format of this codec."""
         if stored.dtype == self.dtype:
             return stored
         other = Codec(_NAMES[stored.dtype], self.discrete)  # type: ignore[arg-type]
@@ -106,14 +108,14 @@ class Codec:
 
 
 def as_float32(stored: np.ndarray, spec: EventSpec) -> np.ndarray:
-    """Positions of a checkpoint, of whichever kind they were stored as."""
+    """Positions of a checkpoint, stored in any format, as float32."""
     return Codec(_NAMES[stored.dtype], spec.discrete).to_numpy(stored)  # type: ignore[arg-type]
 
 
 def _random_bits(like: Tensor, generator: torch.Generator) -> Tensor:
     """Sixteen random bits for each number of `like`, as int32."""
     num = like.numel()
-    # Four numbers to a draw: the draws are what this costs.
+    # Each 64-bit draw serves four numbers, since the draws dominate the cost.
     words = torch.empty(-(-num // 4), dtype=torch.int64, device=like.device)
     words.random_(-(1 << 63), None, generator=generator)
     return words.view(torch.int16)[:num].view(like.shape).to(torch.int32)

@@ -1,4 +1,4 @@
-"""Free slots drawn at random, in time that goes with the lease and not with the shard."""
+"""Draws free slots at random, in time proportional to the lease and not to the shard."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ _ZEROS = (0, 0, 0, 0)
 
 
 class KeyedGenerator:
-    """One generator for many keys, each time as `Generator(Philox(key=key))` begins.
+    """One generator object for many keys; for each it gives what `Generator(Philox(key=key))` does.
 
-    Philox takes its key as it is; others spread a seed first, for longer than the draw. A Philox
-    made anew asks the system for entropy, which its key then takes the place of: for longer still.
+    Philox uses its key unchanged; other generators hash their seed first, which takes longer than
+    the draw. Constructing a Philox is slower still: it reads system entropy, only to replace it by
+    the key. So the state of one object is overwritten.
     """
 
     def __init__(self) -> None:
@@ -23,13 +24,13 @@ class KeyedGenerator:
         self._generator = np.random.Generator(self._philox)
 
     def __call__(self, key: int) -> np.random.Generator:
-        """The generator of `key`, below 2^64, which the one of the key before has become."""
-        # Plain numbers, which numpy takes at once and its stubs not at all.
+        """The generator of `key` (below 2^64). It is the same object at every call."""
+        # numpy reads plain Python numbers fastest; its type stubs do not accept them.
         state: Any = {
             "bit_generator": "Philox",
             "state": {"counter": _ZEROS, "key": (key, 0)},
             "buffer": _ZEROS,
-            "buffer_pos": 4,  # at its end: nothing is left of the key before
+            "buffer_pos": 4,  # the end: no buffered number of the previous key remains
             "has_uint32": 0,
             "uinteger": 0,
         }
@@ -38,30 +39,31 @@ class KeyedGenerator:
 
 
 def draw_free(state: np.ndarray, num_free: int, num: int, rng: np.random.Generator) -> np.ndarray:
-    """`num` slots whose `state` is FREE, without replacement, each set of them equally likely.
+    """`num` slots whose `state` is FREE, without replacement; all subsets are equally likely.
 
-    Depends on `state` and `rng` alone: a list of the free slots, kept up to date, would come out
-    in the order of the leases before, and a resumed run would draw others than the one it resumes.
+    The result depends on `state` and `rng` alone. A list of free slots, updated by each lease,
+    would depend on the order of past leases, and a resumed run would then draw other slots than an
+    uninterrupted one.
 
     Args:
-        num_free: how many are, at least `num`.
+        num_free: the number of FREE slots, at least `num`.
     """
     capacity = len(state)
     if num_free * 8 < capacity or num * 2 > num_free:
         free = np.flatnonzero(state == FREE)
         return free[rng.choice(len(free), size=num, replace=False, shuffle=False)]
-    # Slots at random, without those that are taken or came before: what remains is uniform.
+    # Rejection sampling: uniform slots, less the occupied and the repeated ones, stay uniform.
     slots = np.empty(0, np.int64)
     while len(slots) < num:
         more = rng.integers(capacity, size=num + num // 4 + 8)
         more = more[state[more] == FREE]
         slots = np.concatenate([slots, more]) if len(slots) else more
-        # That one comes twice is rare in a large shard, and soon ruled out.
+        # Repeats are rare in a large shard, and this check for them is cheap.
         ordered = np.sort(slots[:num])
         if len(ordered) == num and np.count_nonzero(ordered[1:] == ordered[:-1]) == 0:
             break
-        # Each with its place in the low bits: numpy sorts whole numbers several times as fast as
-        # it finds the order that sorts them.
+        # The low bits hold each slot's index: numpy's sort of integers is several times as fast
+        # as argsort.
         bits = len(slots).bit_length()
         placed = np.sort(slots << bits | np.arange(len(slots)))
         ordered = placed >> bits

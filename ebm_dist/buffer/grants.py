@@ -1,4 +1,4 @@
-"""The shard's side of leases by rows: rows lent for writing, and got back behind the fence."""
+"""The shard's side of leases by rows: grants to write spare rows, and their safe revocation."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ebm_dist.buffer.storage import SlotStorage
 from ebm_dist.core.types import RowGrant
 
 _MOST_OPEN = 256
-"""Locks that a shard keeps open, of the 1024 files that a process may commonly have."""
+"""Lock files that a shard keeps open; the usual limit of a process is 1024 open files."""
 
 
 @dataclass(slots=True)
 class _Limbo:
-    """Rows whose grant is void while somebody may be in the middle of writing them."""
+    """Rows of a revoked grant that a worker may still be writing."""
 
     index: int
     rows: np.ndarray
 
 
 class GrantBook:
-    """Who may write which spare rows of one shard.
+    """The grants of one shard: which worker may write which spare rows.
 
-    Rows and grants that run out are no fault: the lease then goes by value.
+    If no row or no grant is left, the lease carries its chains by value instead.
     """
 
     def __init__(self, slots: SlotStorage, directory: Path, num_grants: int) -> None:
@@ -38,8 +38,8 @@ class GrantBook:
         self._event_shape, self._dtype = slots.position.shape[1:], slots.position.dtype.str
         self._directory = str(directory)
         self._files = (directory / "position.bin").stat().st_ino
-        # The last entry counts the tokens given out, so that a successor repeats none. It starts
-        # anywhere: nor are there two alike in files made anew.
+        # The last entry counts the tokens issued, so that a successor repeats none. It starts at a
+        # random number, so that new files do not repeat the tokens of old ones either.
         self._tokens = slots.tokens
         self._rows = slots.granted
         self._free = list(range(num_grants))
@@ -53,11 +53,11 @@ class GrantBook:
 
     @property
     def num_quarantined(self) -> int:
-        """Rows that are out of use until their writer, stopped half-way, goes on or dies."""
+        """Rows that cannot be used until a suspended writer continues or dies."""
         return sum(len(item.rows) for item in self._limbo)
 
     def issue(self, source: np.ndarray) -> RowGrant | None:
-        """The right to write as many rows as `source` has; None if there are not as many."""
+        """A grant to write as many rows as `source` has; None if too few rows are spare."""
         if self._limbo:
             self._sweep()
         if not self._free or (target := self._slots.lend(len(source))) is None:
@@ -80,7 +80,7 @@ class GrantBook:
         )
 
     def redeem(self, grant: RowGrant) -> bool:
-        """Close the grant, whose rows go to the caller; False if it is still being written."""
+        """Close the grant and leave its rows to the caller; False if a worker is still writing."""
         self._tokens[grant.index] = 0
         closed = self._nobody_writes(grant.index)
         if closed:
@@ -88,7 +88,7 @@ class GrantBook:
         return closed
 
     def revoke(self, grant: RowGrant) -> None:
-        """Close the grant; its rows are spare again as soon as nobody can be writing them."""
+        """Close the grant; its rows become spare once no worker can be writing them."""
         if self.redeem(grant):
             self._slots.give_back(grant.target)
         else:
@@ -105,21 +105,21 @@ class GrantBook:
         self._limbo = still
 
     def _nobody_writes(self, index: int) -> bool:
-        """Whether the lock of grant `index` was to be had, its token being gone already.
+        """Whether the lock of grant `index` was free, after its token was removed.
 
-        Let go of at once: who takes it after us finds no token.
+        The lock is released at once: a worker that takes it later finds no token.
         """
         try:
             lock = self._lock(index)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, FileNotFoundError):  # the latter: the run has ended, or begun anew
+        except (BlockingIOError, FileNotFoundError):  # no file: the run has ended or restarted
             return False
         fcntl.flock(lock, fcntl.LOCK_UN)
         return True
 
     def _lock(self, index: int) -> int:
-        """A descriptor of the lock of grant `index`, which stays open: to open and close one takes
-        longer than to have it."""
+        """The descriptor of the lock of grant `index`. It stays open, since opening and closing
+        a file takes longer than locking it."""
         lock = self._locks.get(index)
         if lock is None:
             if len(self._locks) >= _MOST_OPEN:
@@ -133,7 +133,7 @@ class GrantBook:
             os.close(lock)
 
     def _fence_predecessor(self) -> None:
-        """Void the grants of a process that died; its workers may be writing at this moment."""
+        """Revoke the grants of a dead predecessor, whose workers may still be writing."""
         for index in list(self._free):
             self._tokens[index] = 0
             if self._nobody_writes(index):

@@ -1,4 +1,4 @@
-"""A lease as its shard remembers it, and whether what a worker brings back is of that lease."""
+"""The shard's record of a lease, and the checks of a checkin against it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ebm_dist.core.types import MovedChains, RowGrant
 
 @dataclass(slots=True)
 class Outstanding:
-    """A lease that was drawn and has neither been committed nor expired."""
+    """A lease that is neither committed nor expired."""
 
     slots: np.ndarray
-    rows: np.ndarray  # of the chains as they went out: those of a leased slot do not change
+    rows: np.ndarray  # of the chains at checkout; the rows of a leased slot do not change
     generations: np.ndarray
     chain_id: np.ndarray
-    fresh: np.ndarray  # (M,) bool: the chain starts afresh with this lease
-    starts: np.ndarray | None  # where those start, as stored
-    deadline: float = math.inf  # counts from when it is given out
+    fresh: np.ndarray  # (M,) bool: the chain restarts with this lease
+    starts: np.ndarray | None  # the starts of those chains, in storage format
+    deadline: float = math.inf  # set when the lease is given out
     grant: RowGrant | None = None
 
     def matches(self, moved: MovedChains) -> bool:
-        # A generation moves when its lease ends: those of a lease that is out are as they were.
+        # A generation changes when its lease ends, so those of an open lease are unchanged.
         return same(moved.slots, self.slots) and same(moved.generations, self.generations)
 
     def check(self, moved: MovedChains, event_shape: tuple[int, ...], dtype: np.dtype) -> None:
         """
         Raises:
-            ValueError: chains of another event shape, not as many as were leased, or others.
+            ValueError: another number of chains, other chains or another event shape.
         """
         if not same(moved.chain_id, self.chain_id):
             raise ValueError(

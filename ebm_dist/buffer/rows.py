@@ -1,19 +1,18 @@
-"""Rows of chains that a shard and the workers of its machine have in common, and the fence.
+"""Rows of chains in memory shared by a shard and the workers of its machine, with fencing.
 
-A lease by rows says which rows to read and which to write; the chains themselves move once each
-way, between the mapped file and the worker's own tensor. What makes this safe is that a worker
-may come late: its lease has expired, its rows are another chain's by now. So a grant to write has
-a token in shared memory and a lock on a file of its own:
+A lease by rows names the rows to read and the rows to write; the chains are copied once each way,
+between the mapped file and the worker's tensor. A worker may come late: its lease has expired, and
+its rows hold another chain by now. So each grant to write has a token in shared memory and a lock
+file:
 
-- a worker takes the lock, looks whether the token is still its own, writes, and lets go;
-- a shard that wants the rows back takes the token away, and uses the rows again only once it has
-  had the lock in its hand: whoever held it then has finished, and whoever comes later finds the
-  token gone.
+- a worker takes the lock, checks that the token is still its own, writes, and releases the lock;
+- a shard that revokes a grant removes the token, then reuses the rows only after it has acquired
+  the lock once. By then any earlier holder has finished, and later holders find no token.
 
-No clock is involved. The kernel lets go of a lock when its process dies, so that a killed writer
-keeps nothing, and one that is stopped in the middle of writing keeps its rows out of use for as
-long as it is stopped, be it hours. A shard that takes over from a dead one does the same with the
-grants it finds.
+The protocol needs no clock. The kernel releases a lock when its process dies, so a killed writer
+blocks nothing. A writer that is suspended while it writes keeps its rows out of use until it
+resumes, be it hours later. A shard that takes over from a dead one treats the grants it finds the
+same way.
 """
 
 from __future__ import annotations
@@ -39,18 +38,19 @@ ROW = np.dtype(
         ("log_weight", np.float32),
     ]
 )
-"""What lies beside a position. Together, since rows are visited at random: half a cache line is
-fetched once, where five arrays would each be waited for, and the waits are most of a lease."""
+"""The fields of a chain besides its position. One struct holds them because rows are visited at
+random: it costs one cache miss per chain where five arrays cost five, and cache misses are most of
+the time of a lease."""
 
 
 @dataclass(frozen=True, slots=True)
 class MappedRows:
-    """The files of a shard as a worker sees them."""
+    """The mapped files of a shard, in a worker."""
 
     directory: str
     files: int
-    position: np.ndarray  # (num_rows, *event), as stored
-    chain_id: np.ndarray  # (num_rows,), int64, of `ROW`
+    position: np.ndarray  # (num_rows, *event), in storage format
+    chain_id: np.ndarray  # (num_rows,), int64, a view of `ROW`
     tokens: np.ndarray  # (num_grants,), int64
 
     def read(self, grant: RowGrant, out: np.ndarray, chain_id: np.ndarray) -> bool:
@@ -61,14 +61,14 @@ class MappedRows:
         """
         copy_rows(self.position, grant.source, out)
         found = self.chain_id[grant.source]
-        # Looked at after the copy: rows are used again only when the token is gone.
+        # Checked after the copy: the shard reuses rows only after it has removed the token.
         if self.tokens[grant.index] != grant.token:
             return False
         assert same(found, chain_id), f"chains {found} in the rows of {chain_id}"
         return True
 
     def write(self, grant: RowGrant, position: np.ndarray, chain_id: np.ndarray) -> bool:
-        """Put the moved chains into the rows granted; False, and nothing done, if it is void."""
+        """Write the moved chains into the granted rows; False, with no effect, if it is void."""
         with locked(self.directory, grant.index) as held:
             if not held or self.tokens[grant.index] != grant.token:
                 return False
@@ -78,16 +78,16 @@ class MappedRows:
 
 
 _open: dict[str, MappedRows] = {}
-"""By directory. One each: files that a shard has replaced are let go of, or they would fill up
-the memory that they no longer show in."""
+"""Open files by directory, one entry each. The files that a shard has replaced are dropped: as long
+as they are mapped, their memory stays in use although no directory lists them."""
 
 
 def open_rows(grant: RowGrant, within: str | None = None) -> MappedRows | None:
-    """The rows that `grant` speaks of; None if its shard's files are gone or others by now.
+    """The rows of `grant`; None if the files of its shard have been removed or replaced.
 
     Args:
-        within: the directory that all shards of this node have theirs in. Files elsewhere are
-            another node's, also where a test has both nodes on one machine.
+        within: the parent of all shard directories of this node. Files elsewhere belong to another
+            node, even if a test runs both nodes on one machine.
     """
     if within is not None and not grant.directory.startswith(f"{within}/"):
         return None
@@ -100,7 +100,7 @@ def open_rows(grant: RowGrant, within: str | None = None) -> MappedRows | None:
         position = _mapped(path / "position.bin", grant.dtype)
         chain_id = _mapped(path / "rows.bin", ROW)["chain_id"]
         tokens = _mapped(path / "tokens.bin", np.int64)
-        # Looked at after they are mapped: a shard that begins anew makes other files.
+        # Checked after mapping: a shard that restarts creates new files.
         if os.stat(path / "position.bin").st_ino != grant.files:
             return None
     except FileNotFoundError:
@@ -113,24 +113,24 @@ def open_rows(grant: RowGrant, within: str | None = None) -> MappedRows | None:
 
 def _mapped(path: Path, dtype: str | type | np.dtype) -> np.ndarray:
     with path.open("r+b") as file:
-        # All pages at once, some tens of milliseconds a gigabyte: met one by one, each row's first
-        # visit faults, which for a large shard is nearly every visit.
+        # Maps all pages at once, some tens of milliseconds a gigabyte. Otherwise the first visit
+        # of each row is a page fault, and in a large shard nearly every visit is a first one.
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, flags=flags), dtype)
 
 
 def copy_rows(source: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
     """out[i] = source[rows[i]]."""
-    # Both ends of every row first: a row's pages are looked up and its first bytes fetched while
-    # those of others are, where the copy alone waits for each in turn, a third of its time.
+    # Prefetch: reading both ends of every row overlaps their TLB and cache misses. The copy alone
+    # meets them one after another, a third of its time.
     ends = source.reshape(len(source), -1)
     _ = ends[:, 0][rows], ends[:, -1][rows]
-    # With a check of the bounds numpy would copy twice.
+    # "clip" because with bounds checks numpy copies twice.
     source.take(rows, axis=0, out=out, mode="clip")
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays of one type are equal, for a tenth of numpy's price on short ones."""
+    """Whether two arrays of one dtype are equal; ten times as fast as numpy on short ones."""
     return a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
@@ -143,11 +143,11 @@ def locked(directory: Path | str, index: int) -> Iterator[bool]:
     """Hold the lock of grant `index`; False where there is none."""
     try:
         descriptor = os.open(lock_path(directory, index), os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:  # the run has ended, or begun anew
+    except FileNotFoundError:  # the run has ended or restarted
         yield False
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield True
     finally:
-        os.close(descriptor)  # which lets go of the lock
+        os.close(descriptor)  # also releases the lock

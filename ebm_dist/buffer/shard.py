@@ -1,15 +1,15 @@
 """A shard: persistent chains in slots, and the lease protocol that moves them.
 
 Every slot is free, leased or ready, and `free + leased + ready == capacity` always. A
-lease takes slots from free to leased; a checkin commits their new chains and makes them
+checkout takes slots from free to leased; a checkin commits their new chains and makes them
 ready; taking them as negatives makes them free again. Lease ids come from the caller, and
-every operation can be repeated: a checkout under a known id returns the same lease, a second
-checkin of one changes nothing. The noise of a lease is seeded by its id alone.
+every operation is idempotent: a checkout under a known id returns the same lease, and a second
+checkin of a lease changes nothing. The noise of a lease is seeded by its id alone.
 
-Under a `directory` the chains outlive the process. A shard that finds them there takes them
-over, free and as last committed, under the next epoch: the leases of its predecessor are void.
-There, too, a lease can go by rows (`rows.py`): the worker reads and writes the chains in the
-shard's own memory, and what travels is their numbers.
+With a `directory` the chains are memory-mapped and outlive the process. A new shard process
+attaches to them: all slots are free, each chain is as last committed, and the epoch increases, so
+that the leases of the predecessor are void. A lease can then also go by rows (`rows.py`): the
+worker reads and writes the chains in the shard's memory, and the messages carry row numbers only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import EventSpec, Lease, MovedChains
 
 MAX_VOID = 64
-"""Leases that are remembered after they came to nothing; their rounds are redone within seconds."""
+"""Cancelled leases to remember; their rounds are repeated within seconds."""
 
 
 class Shard(ShardChains):
@@ -58,10 +58,11 @@ class Shard(ShardChains):
     ) -> None:
         """
         Args:
-            directory: where the chains are mapped; None for ordinary memory, and no lease by rows.
-            num_grants: leases that can be out by rows at a time.
-            notes: for the run's log, told with every round.
-            clock: seconds, for deadlines.
+            directory: of the mapped files; None keeps the chains in ordinary memory, without
+                leases by rows.
+            num_grants: the largest number of leases by rows at a time.
+            clock: returns seconds, for deadlines.
+            notes: lines for the run's log, returned with each round.
         """
         super().__init__(
             config,
@@ -78,11 +79,11 @@ class Shard(ShardChains):
         self._notes = notes
         self._clock = clock
         self._leases: dict[int, Outstanding] = {}
-        self._earliest = math.inf  # no lease is overdue before
-        self._void: dict[int, Outstanding] = {}  # leases that came to nothing, the newest
+        self._earliest = math.inf  # no lease is overdue before this time
+        self._void: dict[int, Outstanding] = {}  # the newest cancelled leases
         self._ready: dict[int, np.ndarray] = {}
-        self._shown: dict[int, dict[str, np.ndarray]] = {}  # negatives of ready leases, if apart
-        self._done: dict[int, dict[str, Any]] = {}
+        self._shown: dict[int, dict[str, np.ndarray]] = {}  # `MovedChains.negatives` by lease
+        self._done: dict[int, dict[str, Any]] = {}  # replies to committed leases
         self._keyed = KeyedGenerator()
         self._grants: GrantBook | None = None
         if directory is not None and num_grants > 0:
@@ -95,16 +96,16 @@ class Shard(ShardChains):
     ) -> Lease | None:
         """Lease `num` free chains drawn without replacement, or None if fewer are free.
 
-        Repeating a checkout of an outstanding `lease_id` gives the same lease again, so that
-        another worker can redo the round of a dead one; one that was committed gives None,
-        and `checkin(None, lease_id)` then repeats the reply.
+        A second checkout of an outstanding `lease_id` gives the same lease again, so that
+        another worker can repeat the round of a dead one. For a committed lease it gives None, and
+        `checkin(None, lease_id)` then repeats the reply.
 
         Args:
-            by_rows: the worker is on this machine; where rows are to be had, it gets those.
-            drawn: what `draw` answered, of which this call is to come after it.
+            by_rows: the worker is on this machine, so the lease goes by rows if some are spare.
+            drawn: the result of `draw`, passed only to make this call wait for that one.
 
         Raises:
-            ValueError: more chains than this shard leases at a time.
+            ValueError: `num` is larger than a lease of this shard may be.
         """
         self.expire()
         if lease_id not in self._leases and not self._draw(lease_id, num):
@@ -112,12 +113,12 @@ class Shard(ShardChains):
         return self._lease(lease_id, by_rows)
 
     def draw(self, lease_ids: Sequence[int], num: int) -> int:
-        """Draw leases one after the other, in this order whatever else is under way.
+        """Draw the slots of leases in this order, whatever the order of later calls.
 
-        `checkout` gives them out, once it is known where their workers are.
+        `checkout` gives the leases out once their workers are known.
 
         Returns:
-            How many there were chains for.
+            The number of leases for which enough chains were free.
         """
         self.expire()
         return sum(lease_id in self._leases or self._draw(lease_id, num) for lease_id in lease_ids)
@@ -132,8 +133,8 @@ class Shard(ShardChains):
             return False
         void = self._void.pop(lease_id, None)
         if void is not None and (self._slots.state[void.slots] == FREE).all():
-            # Its round is redone, and in sync mode has to move the same chains. Drawn anew, with
-            # those out that were drawn after it, it would get others.
+            # The round is repeated, and in sync mode has to move the same chains. A new draw would
+            # give others, because leases drawn later hold some slots now.
             self._slots.turn(void.slots, FREE, LEASED)
             self._keep(lease_id, void.slots, void.fresh, void.starts)
             return True
@@ -144,7 +145,7 @@ class Shard(ShardChains):
             fresh |= rng.random(num) < self._config.reinit_prob
         starts = None
         if num_fresh := int(np.count_nonzero(fresh)):
-            # Only the lease sees the fresh start: should it expire, the old chain is still there.
+            # The restart is part of the lease only: if it expires, the slot keeps the old chain.
             starts = self._codec.from_numpy(self._starts.draw(num_fresh, "fresh", lease_id))
         self._slots.turn(slots, FREE, LEASED)
         self._keep(lease_id, slots, fresh, starts)
@@ -153,7 +154,7 @@ class Shard(ShardChains):
     def checkout_many(
         self, lease_ids: Sequence[int], num: int, by_rows: bool = False
     ) -> list[Lease | None]:
-        """Leases drawn one after the other, in this order whatever else is under way."""
+        """Several checkouts in one call, in this order."""
         return [self.checkout(lease_id, num, by_rows) for lease_id in lease_ids]
 
     def checkout_ready(self, lease_id: int, ready_id: int, by_rows: bool = False) -> Lease | None:
@@ -178,17 +179,17 @@ class Shard(ShardChains):
         )
 
     def _lease(self, lease_id: int, by_rows: bool) -> Lease:
-        """The outstanding lease `lease_id`, for one more worker, with its time begun anew."""
+        """The outstanding lease `lease_id` for a worker, with a new deadline."""
         out = self._leases[lease_id]
         out.deadline = self._clock() + self._config.lease_timeout_s
         self._earliest = min(self._earliest, out.deadline)
         rows = out.rows
         log_weight, version = self._slots.log_weight[rows], self._slots.version[rows]
         energy = self._slots.energy[rows]
-        self._revoke(out)  # the rows of the worker before, which may come late
+        self._revoke(out)  # the rows of an earlier worker, which may come late
         position = None
         if by_rows and self._grants is not None:
-            # A copy where the worker reads some elsewhere, see below.
+            # A copy if some entries change below: restarted chains are read from other rows.
             out.grant = self._grants.issue(rows if out.starts is None else rows.copy())
         if out.grant is None:
             position = self._slots.positions(rows)
@@ -198,7 +199,7 @@ class Shard(ShardChains):
             if position is not None:
                 position[out.fresh] = out.starts
             elif out.grant is not None:
-                # Into the rows lent: it is from there that the worker reads these.
+                # The worker reads restarted chains from the rows granted for writing.
                 target = out.grant.target[out.fresh]
                 self._slots.position[target] = out.starts
                 self._slots.chain_id[target] = out.chain_id[out.fresh]
@@ -225,17 +226,17 @@ class Shard(ShardChains):
         """Commit the chains of a lease, unless the lease is void.
 
         Args:
-            moved: what the worker returned; None if it was given no lease.
-            lease_id: the lease that was asked for, to repeat its reply where it was committed
-                before and the first reply was lost.
+            moved: the worker's result; None if the worker received no lease.
+            lease_id: the lease that was requested. If it was committed before and the reply was
+                lost, the reply is repeated.
 
         Returns:
             `accepted`; `lease_id`, `version`, `num_steps` and `stats` of the round; and
             `counts` of the shard after it. A void lease (expired, of another epoch, or of
-            chains moved since) changes nothing but a count.
+            chains that have moved since) changes nothing but a counter.
 
         Raises:
-            ValueError: chains of another event shape, not as many as were leased, or others.
+            ValueError: another number of chains, other chains or another event shape.
         """
         self.expire()
         if moved is None:
@@ -290,7 +291,7 @@ class Shard(ShardChains):
         return {"accepted": True, **reply, "counts": self.counts()}
 
     def _ages(self, out: Outstanding, moved: MovedChains) -> tuple[np.ndarray, int]:
-        """The ages (M,) of the moved chains, and by how much they are older all together."""
+        """The ages (M,) of the moved chains, and the change of their sum."""
         before = self._slots.age[out.rows]
         if out.starts is None and moved.ancestors is None:
             return before + 1, len(before)
@@ -304,7 +305,7 @@ class Shard(ShardChains):
         """The rows that hold the moved chains and their identities; None if the lease is void."""
         grant = out.grant
         if moved.position is not None:
-            # It was leased by value. Whoever has it by rows since then comes too late.
+            # Leased by value. A worker that has since received the same lease by rows is too late.
             rows = self._slots.rows_for(len(out.slots))
             self._slots.position[rows] = moved.position
             self._slots.chain_id[rows] = moved.chain_id
@@ -333,18 +334,18 @@ class Shard(ShardChains):
     # --- negatives ----------------------------------------------------------------------------
 
     def take(self, lease_id: int) -> tuple[bool, dict[str, np.ndarray] | None]:
-        """The negatives of a committed lease, whose slots become free.
+        """The negatives of a committed lease; its slots become free.
 
         Returns:
-            Whether the lease was ready, and if so its negatives. The first can be read where
-            the second goes to a learner unread.
+            Whether the lease was ready, and its negatives if so. They are two values so that the
+            controller can read the first and pass the second to a learner without fetching it.
         """
         slots = self._ready.pop(lease_id, None)
         if slots is None:
             return False, None
         rows = self._slots.rows(slots)
         self._slots.turn(slots, READY, FREE)
-        # A copy: the next commit gives the rows to other chains.
+        # A copy, because later commits reuse the rows.
         negatives = {
             "x": self._positions(rows),
             "energy": self._slots.energy[rows],
@@ -354,7 +355,7 @@ class Shard(ShardChains):
         return True, self._shown.pop(lease_id, negatives)
 
     def release(self, lease_id: int) -> int:
-        """Free the ready chains of `lease_id` unused (a drop); returns how many."""
+        """Free the ready chains of `lease_id` without use (a drop); returns their number."""
         slots = self._ready.pop(lease_id, None)
         self._shown.pop(lease_id, None)
         if slots is None:
@@ -362,10 +363,10 @@ class Shard(ShardChains):
         self._slots.turn(slots, READY, FREE)
         return len(slots)
 
-    # --- leases that come to nothing ----------------------------------------------------------
+    # --- expired and cancelled leases ---------------------------------------------------------
 
     def expire(self) -> list[int]:
-        """Give the chains of overdue leases back as they were; returns the lease ids."""
+        """Cancel the overdue leases; returns their ids."""
         now = self._clock()
         if now <= self._earliest:
             return []
@@ -377,7 +378,7 @@ class Shard(ShardChains):
         return overdue
 
     def renew(self, lease_ids: Sequence[int]) -> None:
-        """Begin the time of those of the leases anew that are out: their rounds are under way."""
+        """Extend the deadlines of those leases that are outstanding: their rounds are running."""
         self.expire()
         for lease_id in lease_ids:
             if (out := self._leases.get(lease_id)) is not None:
@@ -388,8 +389,8 @@ class Shard(ShardChains):
         out = self._leases.pop(lease_id, None)
         if out is None:
             return False
-        # The generation moves so that a late checkin of this lease cannot be mistaken
-        # for a checkin of the next one on the same slots.
+        # The generation increases, so that a late checkin of this lease cannot be mistaken
+        # for one of the next lease on the same slots.
         self._slots.generation[out.slots] += 1
         self._slots.turn(out.slots, LEASED, FREE)
         self._revoke(out)
@@ -405,12 +406,12 @@ class Shard(ShardChains):
             out.grant = None
 
     def restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-        """As `ShardChains.restore`; the leases that are out are void."""
+        """As `ShardChains.restore`; all outstanding leases become void."""
         self._forget_leases()
         super().restore(arrays, meta)
 
     def hand_over(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """As `ShardChains.hand_over`; the leases that are out are void."""
+        """As `ShardChains.hand_over`; all outstanding leases become void."""
         self._forget_leases()
         return super().hand_over()
 

@@ -1,9 +1,8 @@
-"""How chains of a shard start: from noise or from data, by a seed that names the occasion.
+"""Initial chains of a shard: noise or data, with a seed derived from the occasion.
 
-A chain with a Jarzynski weight that no kernel has moved yet is a draw from a known law q. It stands
-in its slot with energy 0 and log-weight -log q(x); the first round then carries it to the weights
-of the day like any other chain, A' = A + (0 - E(x)/T), and the mean of exp(A) estimates Z itself
-and not a ratio.
+With Jarzynski weights, a chain that has not moved yet is a draw from a known density q. Its slot
+holds energy 0 and log-weight -log q(x). The first round then applies the usual weight update
+A' = A + (0 - E(x)/T), and the mean of exp(A) estimates Z itself rather than a ratio.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ebm_dist.core.types import Batch, EventSpec
 
 
 class StartSource(Protocol):
-    """Where chains that start from data take them; `data.DataStream` is one."""
+    """The data from which chains start; `data.DataStream` implements it."""
 
     def next_batch(self, num: int) -> Batch: ...
     def state(self) -> dict[str, Any]: ...
@@ -30,7 +29,7 @@ class StartSource(Protocol):
 
 
 class Starts:
-    """Chains as `buffer.init` says, for one shard."""
+    """Draws the initial chains of one shard, as `buffer.init` says."""
 
     def __init__(
         self,
@@ -50,7 +49,7 @@ class Starts:
         self._data = data
 
     def draw(self, num: int, *occasion: str | int) -> np.ndarray:
-        """`num` chains (num, *event) float32; the noise in them is that of `occasion`."""
+        """`num` chains (num, *event) float32; `occasion` is part of the seed of their noise."""
         generator = seeded(derive_seed(self._seed, "shard", self._index, *occasion))
         if self._config.init == "noise":
             return start_noise(self._config, self._spec, num, generator).numpy()
@@ -72,10 +71,10 @@ class Starts:
 def start_noise(
     config: BufferConfig, spec: EventSpec, num: int, generator: torch.Generator
 ) -> Tensor:
-    """`num` chains (num, *event) as `buffer.init: noise` starts them.
+    """`num` chains (num, *event) for `buffer.init: noise`.
 
-    Weighted chains of images start from N(0, init_std^2) and not from the cube [-1, 1]: a
-    density that is zero where the model's is not can be carried to the model by no weight.
+    Images with Jarzynski weights start from N(0, init_std^2) and not from the cube [-1, 1]:
+    importance weights need a start density that is positive wherever the model's is.
     """
     if config.jarzynski and spec.kind == "image":
         spec = EventSpec(spec.shape, "real")
@@ -83,7 +82,7 @@ def start_noise(
 
 
 def start_log_weight(config: BufferConfig, spec: EventSpec, x: np.ndarray) -> np.ndarray:
-    """-log q(x), (num,) float32, of chains x (num, *event) that `start_noise` drew."""
+    """-log q(x), (num,) float32, of chains x (num, *event) drawn by `start_noise`."""
     if spec.kind == "binary":
         return np.full(len(x), math.prod(spec.shape) * math.log(2), np.float32)
     if spec.kind == "categorical":

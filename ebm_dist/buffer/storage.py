@@ -1,4 +1,4 @@
-"""Where chains lie: rows of memory that outlive the process that wrote them."""
+"""Storage of chains: rows of memory, mapped from files so that they outlive the process."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ebm_dist.buffer.draw import FREE, LEASED, READY
 from ebm_dist.buffer.rows import ROW, copy_rows
 
 _SLOT = np.dtype([("row_of_slot", np.int64), ("generation", np.int64)])
-"""What a lease asks of a slot, together as `ROW` is."""
+"""The fields of a slot that a lease reads, in one struct for the same reason as `ROW`."""
 
 
 class SlotStorage:
-    """Chains by slot, committed one slot at a time by exchanging rows.
+    """Chains by slot; a commit replaces the row of each slot.
 
-    A slot names a row; there are spare rows besides. A commit has the new chain in a spare row
-    and then stores the row's number in `row_of_slot`, which is one aligned 8-byte write: a process
+    Each slot refers to a row, and some rows are spare. A commit writes the new chain into a spare
+    row, then stores the row's number in `row_of_slot` by one aligned 8-byte write. So a process
     killed half-way leaves each slot with its old chain or its new one, never with a mixture.
-    Under a `directory` the arrays are memory-mapped, so the next process finds them as they were,
-    and workers of the machine can read and write rows; without one they are ordinary memory.
+    With a `directory` the arrays are memory-mapped: the next process finds them unchanged, and
+    workers of the machine can read and write rows. Without one they are ordinary memory.
     """
 
     row_fields = ("position", "energy", "version", "age", "log_weight", "chain_id")
@@ -42,9 +42,9 @@ class SlotStorage:
     ) -> None:
         """
         Args:
-            max_lease: chains of a lease; as many rows are always spare.
-            dtype: what positions are stored as.
-            num_grants: leases whose rows can be lent to workers at a time.
+            max_lease: the largest number of chains of a lease; as many rows are always spare.
+            dtype: of stored positions.
+            num_grants: the largest number of leases by rows at a time.
         """
         self.capacity = capacity
         self.max_lease = max_lease
@@ -77,24 +77,24 @@ class SlotStorage:
         self.epoch[0] = epoch
         if not self.attached:
             self.row_of_slot[:] = np.arange(capacity)
-        # A stack: the first `_num_spare` entries.
+        # A stack; its first `_num_spare` entries are valid.
         self._spare = np.empty(rows - capacity, np.int64)
         self._spare[:] = np.setdiff1d(np.arange(rows), self.row_of_slot)
         self._num_spare = len(self._spare)
         self.free_all()
 
     def begin_init(self) -> None:
-        """Mark the arrays as being written: a successor starts them anew."""
+        """Mark the arrays as incomplete: a successor initialises them again."""
         if self._directory is not None:
             (self._directory / "shape.json").unlink(missing_ok=True)
 
     def remove_files(self) -> None:
-        """Leave nothing to a successor; who has mapped the files keeps what they hold."""
+        """Remove the files; processes that have mapped them keep their contents."""
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def finish_init(self) -> None:
-        """Mark the arrays as whole: a successor takes them over."""
+        """Mark the arrays as complete: a successor attaches to them."""
         self.count_ages()
         if self._directory is not None:
             marker = self._directory / "shape.json"
@@ -102,7 +102,7 @@ class SlotStorage:
             temporary.write_text(json.dumps(self._shape))
             temporary.replace(marker)
 
-    # --- states, counted as they change: a count over all slots would cost more than a lease -----
+    # --- states; counts are kept up to date, as a pass over all slots costs more than a lease -----
 
     def free_all(self) -> None:
         self.state[:] = FREE
@@ -124,7 +124,7 @@ class SlotStorage:
         return self.row_of_slot[slots]
 
     def positions(self, rows: np.ndarray) -> np.ndarray:
-        """Copies of the chains in `rows`, as stored."""
+        """Copies of the chains in `rows`, in storage format."""
         out = np.empty((len(rows), *self.position.shape[1:]), self.position.dtype)
         copy_rows(self.position, rows, out)
         return out
@@ -132,11 +132,11 @@ class SlotStorage:
     def adopt(
         self, slots: np.ndarray, old: np.ndarray, rows: np.ndarray, aged: int, **fields: Any
     ) -> None:
-        """Give `slots` (M,) the chains whose positions are in `rows`; their `old` rows are spare.
+        """Assign `rows`, which hold new positions, to `slots` (M,); the `old` rows become spare.
 
         Args:
-            aged: by how much they are older now, all together.
-            fields: each (M,), or one number for all.
+            aged: the change of the sum of their ages.
+            fields: the other fields of the chains, each (M,) or one number for all.
         """
         self.total_age += aged
         for name, field in fields.items():
@@ -145,12 +145,13 @@ class SlotStorage:
         self.give_back(old)
 
     def rows_for(self, num: int) -> np.ndarray:
-        """`num` spare rows for a commit by value, at most max_lease: the rest may be lent."""
+        """`num` spare rows for a commit by value; `lend` always leaves max_lease of them."""
         assert num <= self._num_spare, f"a commit of {num} chains, {self._num_spare} rows to spare"
         return self._pop(num)
 
     def lend(self, num: int) -> np.ndarray | None:
-        """`num` spare rows, max_lease at most; None where a commit by value would go short."""
+        """`num` spare rows for a grant, max_lease at most; None if fewer than max_lease would
+        remain for commits by value."""
         enough = num <= self.max_lease <= self._num_spare - num
         return self._pop(num) if enough else None
 
@@ -159,7 +160,7 @@ class SlotStorage:
         self._num_spare += len(rows)
 
     def withhold(self, rows: np.ndarray) -> np.ndarray:
-        """Those of `rows` that are spare, which they no longer are."""
+        """Take those of `rows` that are spare out of the spare rows, and return them."""
         spare = self._spare[: self._num_spare]
         kept = spare[~np.isin(spare, rows)]
         taken = np.intersect1d(spare, rows)
@@ -184,7 +185,7 @@ class SlotStorage:
         if not self.attached:
             with path.open("xb") as file:
                 _allocate(file.fileno(), math.prod(shape) * np.dtype(dtype).itemsize)
-        # As a plain array: a memmap makes a Python object of each result of its own class.
+        # A plain array is faster: every operation on a memmap builds another memmap object.
         return np.asarray(np.memmap(path, dtype, mode="r+", shape=shape))
 
 
@@ -196,7 +197,7 @@ def bytes_to_map(
     dtype: np.dtype | type = np.float32,
     num_grants: int = 0,
 ) -> int:
-    """What a `SlotStorage` of these numbers maps, give or take some pages."""
+    """The bytes that a `SlotStorage` of this size maps, up to a few pages."""
     rows = _num_rows(capacity, max_lease, num_grants)
     of_a_row = math.prod(event_shape) * np.dtype(dtype).itemsize + ROW.itemsize
     return rows * of_a_row + capacity * (_SLOT.itemsize + 1) + num_grants * 8 * (max_lease + 1)
@@ -207,10 +208,10 @@ def _num_rows(capacity: int, max_lease: int, num_grants: int) -> int:
 
 
 def _allocate(descriptor: int, num_bytes: int) -> None:
-    """Give an empty file its pages, or raise OSError where there are not as many.
+    """Reserve the pages of an empty file; raises OSError if memory is short.
 
-    A file of holes would get them as it is written, and where memory has run out by then the
-    kernel kills the writer.
+    A sparse file would allocate them on first write, and the kernel kills the writer (SIGBUS) if
+    memory has run out by then.
     """
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, num_bytes)
@@ -219,7 +220,7 @@ def _allocate(descriptor: int, num_bytes: int) -> None:
 
 
 def _next_epoch(directory: Path) -> int:
-    """One more than the epoch of whoever had `directory` before, whole or not."""
+    """One more than the epoch of the previous owner of `directory`, complete or not."""
     try:
         return int(np.fromfile(directory / "epoch.bin", np.int64, 1)[0]) + 1
     except (OSError, IndexError):

@@ -1,9 +1,9 @@
-"""Chains of a shard followed over their rounds: do they still move between modes?
+"""Traces of chains over many rounds, to see whether they still move between modes.
 
-Within a round every image chain looks confined, and between two log lines a chain may not have
-moved at all. So positions are recorded where a lease is committed, one record a round, and a
-chain that starts afresh starts a new trace. After a full window the next slots are followed, so
-that the whole shard is seen in turn.
+Within one round every image chain looks confined, and between two log lines a chain may not have
+moved at all. So a record is made when a lease is committed, one per round; a chain that restarts
+begins a new trace. After a full window the next slots are traced, so that in time every slot of the
+shard is.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from ebm_dist.diagnostics import effective_sample_size, stagnation
 
 MIN_RECORDS = 20
-"""Below it a healthy chain's own spread is small by chance."""
+"""With fewer records the variance of a healthy chain can be small by chance."""
 
 MIN_CHAINS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class TracePlan:
-    """How many chains of a shard are followed, for how long, and when the alarm sounds."""
+    """How many chains of a shard are traced, over how many rounds, and the alarm's thresholds."""
 
     num_chains: int
     num_records: int
@@ -33,7 +33,7 @@ class TracePlan:
 
 
 class ChainTrace:
-    """The last records of some of the slots of one shard."""
+    """The last records of the traced slots of one shard."""
 
     def __init__(self, plan: TracePlan, capacity: int, event_shape: tuple[int, ...]) -> None:
         self._plan = plan
@@ -51,18 +51,20 @@ class ChainTrace:
 
     @property
     def slots(self) -> np.ndarray:
-        """The slots that are followed, (num_chains,)."""
+        """The traced slots, (num_chains,)."""
         return (self._first + np.arange(self._num)) % self._capacity
 
     def follows(self, slots: np.ndarray) -> np.ndarray:
-        """Which of `slots` (M,) are followed, as their places in it."""
+        """The indices into `slots` (M,) of those that are traced."""
         return np.flatnonzero((slots - self._first) % self._capacity < self._num)
 
     def record(
         self, slots: np.ndarray, position: np.ndarray, energy: np.ndarray, fresh: np.ndarray
     ) -> None:
-        """The chains of `slots` (M,), all followed, are at `position` (M, *event) after a round,
-        at `energy` (M,) under the weights of the day."""
+        """Record `position` (M, *event) and `energy` (M,) of `slots` (M,) after a round.
+
+        All slots are traced ones; the energies are under the weights of that round.
+        """
         row = (slots - self._first) % self._capacity
         self._counts[row[fresh]] = 0
         place = self._counts[row] % self._plan.num_records, row
@@ -71,12 +73,12 @@ class ChainTrace:
         self._recorded += len(row)
 
     def report(self, where: str) -> dict[str, Any] | None:
-        """Diagnostics of the chains with a trace long enough; None where there is nothing new.
+        """Diagnostics of the chains with a long enough trace; None if there is nothing new.
 
         Returns:
-            `values` by metric name, the `alarm` if it sounds, and the `stuck` slots.
+            `values` by metric name, the `alarm` (None if all is well), and the `stuck` slots.
         """
-        # An eighth of a window: the diagnostics cost more than the records.
+        # At most eight reports per window, since diagnostics cost more than records.
         if self._recorded - self._reported < self._num * max(1, self._plan.num_records // 8):
             return None
         rows = np.flatnonzero(self._counts >= self._min_records)
@@ -84,11 +86,11 @@ class ChainTrace:
             return None
         self._reported = self._recorded
         length = int(min(self._counts[rows].min(), self._plan.num_records))
-        # Each chain's own last `length` rounds, oldest first.
+        # The last `length` rounds of each chain, oldest first.
         at = (self._counts[rows] - length + np.arange(length)[:, None]) % self._plan.num_records
         trace = torch.from_numpy(self._records[at, rows])
         energies = torch.from_numpy(self._energies[at, rows])
-        # The weights move from round to round, and all energies with them.
+        # The weights change between rounds, which shifts all energies together.
         energies = energies - energies.mean(dim=1, keepdim=True)
         found = stagnation(
             trace,
