@@ -1,4 +1,4 @@
-"""Choosing a step size during warm-up: dual averaging towards an acceptance rate."""
+"""Adapts the step size during warm-up, by dual averaging towards an acceptance rate."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ebm_dist.samplers.traits import names_with
 
 K = TypeVar("K", bound=Kernel)
 
-# Hoffman & Gelman (2014), arXiv:1111.4246, section 3.2.1; but a stronger pull (gamma .05
-# there), since the acceptance here is a mean over the batch, not one chain's.
+# Hoffman & Gelman (2014), arXiv:1111.4246, section 3.2.1, with more shrinkage (their gamma is
+# .05): the acceptance here is a mean over the batch, not that of one chain.
 _GAMMA, _T0, _KAPPA = 0.1, 10.0, 0.75
 
 
@@ -31,16 +31,16 @@ def adapt_step_size(
 ) -> K:
     """The kernel with the step size at which its proposals are accepted at the target rate.
 
-    Runs `num_steps` of warm-up from `x` (B, *event) and throws the chains away. The kernel
-    that comes back has a fixed step size: one that kept adapting would depend on the past
-    of its chains and no longer leave exp(-E/T) invariant. `x` is left as it was.
+    Runs `num_steps` warm-up steps from `x` (B, *event), which stays unchanged, and discards the
+    chains. The step size is then fixed: a kernel that kept adapting would depend on the past of
+    its chains and no longer leave exp(-E/T) invariant.
 
     Args:
-        target_acceptance: in (0, 1), mean over the chains; the kernel's own recommendation
-            when left out.
+        target_acceptance: mean over the chains, in (0, 1); by default the kernel's
+            `target_acceptance`.
 
     Raises:
-        ValueError: the kernel has no accept step or no step size, or the target is no rate.
+        ValueError: the kernel has no accept step or no step size, or the target is not in (0, 1).
     """
     name = getattr(kernel, "tunable", None)
     target = target_acceptance
@@ -55,8 +55,8 @@ def adapt_step_size(
         raise ValueError(f"target_acceptance: expected a rate between 0 and 1, got {target!r}")
     if num_steps < 1:
         raise ValueError(f"num_steps: expected at least 1, got {num_steps!r}")
-    # Pulled towards ten times the start, as the paper has it: too large is found out
-    # sooner than too small.
+    # Shrinks towards ten times the first step size, as in the paper: a step that is too large
+    # is detected sooner than one that is too small.
     centre = math.log(10 * getattr(kernel, name))
     error, averaged = 0.0, 0.0
     current = kernel

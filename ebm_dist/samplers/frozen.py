@@ -1,4 +1,4 @@
-"""An energy whose weights stand still for a round: no gradients, laid out and cast once."""
+"""Energies with constant weights: no gradients for them, cast and laid out once per round."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.nn.utils import parametrize
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.samplers.kernel import as_float
 
-# Exactly these types: a subclass may compute in float32, as an energy's head does.
+# Not subclasses: those may compute in float32, as an energy's head does.
 _CASTABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 class Autocast:
-    """An energy evaluated in bf16 where torch deems it safe; float32 in and out."""
+    """An energy under bf16 autocast; float32 in and out."""
 
     def __init__(self, energy: EnergyFn) -> None:
         self.energy = energy
@@ -30,12 +30,12 @@ class Autocast:
         return as_float(out)
 
     def __getattr__(self, name: str) -> Any:
-        # Kernels ask an energy for its event and its conditionals.
+        # Kernels read other attributes of an energy too: its event and its conditionals.
         return getattr(self.energy, name)
 
 
 def module_of(energy: EnergyFn) -> nn.Module | None:
-    """The module whose weights `energy` reads: itself, or that of a bound method."""
+    """The module that holds the weights of `energy`: itself, or the owner of a bound method."""
     if isinstance(energy, Autocast):
         return module_of(energy.energy)
     owner = energy if isinstance(energy, nn.Module) else getattr(energy, "__self__", None)
@@ -44,9 +44,9 @@ def module_of(energy: EnergyFn) -> nn.Module | None:
 
 @contextmanager
 def frozen(energy: EnergyFn) -> Iterator[None]:
-    """Within, the parameters of a module energy need no gradient; after it, as before.
+    """Inside the context the parameters of a module energy require no gradient.
 
-    A graph for the parameters would be built at every step and never used.
+    Otherwise every step would build a graph for the parameters that nobody uses.
     """
     module = module_of(energy)
     parameters = [p for p in module.parameters() if p.requires_grad] if module else []
@@ -59,8 +59,8 @@ def frozen(energy: EnergyFn) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-class _Held(nn.Module):
-    """A parametrized weight as it came out, in place of what computes it."""
+class _Constant(nn.Module):
+    """Takes the place of a parametrization and returns the weight that it computed."""
 
     value: Tensor
 
@@ -73,53 +73,59 @@ class _Held(nn.Module):
 
 
 @contextmanager
-def standing(energy: EnergyFn, *, bf16: bool, channels_last: bool) -> Iterator[None]:
-    """Within, weights are frozen, and made once what each step would make of them anew.
+def prepared_weights(energy: EnergyFn, *, bf16: bool, channels_last: bool) -> Iterator[None]:
+    """Inside the context weights are frozen, and computed, cast and laid out only once.
 
-    Spectral norm divides each weight by its gain at every use; that quotient is kept. A
-    convolution on channels-last images reorders its weights at every use, and one under
-    autocast casts them; both get weights that are so already. After it, the parameters are
-    the very tensors that they were, so views of them into a flat array still hold.
+    Spectral norm divides a weight by its largest singular value at every use: the quotient is
+    kept. A convolution on channels-last images reorders its weights at every use, and autocast
+    casts them at every use: they get that layout and dtype now. On exit the parameters are the
+    same tensors as before, so views of them into a flat array stay valid.
     """
     module = module_of(energy)
-    put_back: list[Callable[[], object]] = []
+    undo: list[Callable[[], object]] = []
     with frozen(energy):
         try:
             if module is not None:
                 for layer in list(module.modules()):
-                    # In training mode a spectral norm improves its vectors at every use.
+                    # In training mode spectral norm changes its vectors, and so the quotient,
+                    # at every use.
                     if parametrize.is_parametrized(layer) and not layer.training:
-                        put_back += _hold(layer, bf16, channels_last)
+                        undo += _evaluate_parametrized(layer, bf16, channels_last)
                     elif type(layer) in _CASTABLE:
-                        put_back += _lay_out(layer, bf16, channels_last)
+                        undo += _convert(layer, bf16, channels_last)
             yield
         finally:
-            for put in put_back:
-                put()
+            for restore in undo:
+                restore()
 
 
-def _hold(layer: nn.Module, bf16: bool, channels_last: bool) -> Iterator[Callable[[], object]]:
-    """Hold the parametrized weights of `layer`; what undoes each."""
-    made_by = layer.parametrizations
-    assert isinstance(made_by, nn.ModuleDict)
-    # Its class is made for it alone, and has the layer's own as its base.
+def _evaluate_parametrized(
+    layer: nn.Module, bf16: bool, channels_last: bool
+) -> Iterator[Callable[[], object]]:
+    """Replace the parametrizations of `layer` by their weights; yields what undoes each."""
+    parametrizations = layer.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    # torch gives a parametrized layer a class of its own, derived from the original one.
     castable = type(layer).__bases__[0] in _CASTABLE
-    for name, maker in list(made_by.items()):
+    for name, original in list(parametrizations.items()):
         weight = getattr(layer, name).detach()
-        made_by[name] = _Held(_as_used(weight, bf16, channels_last) if castable else weight)
-        yield partial(made_by.__setitem__, name, maker)
+        parametrizations[name] = _Constant(
+            _converted(weight, bf16, channels_last) if castable else weight
+        )
+        yield partial(parametrizations.__setitem__, name, original)
     if castable:
-        yield from _lay_out(layer, bf16, channels_last)
+        yield from _convert(layer, bf16, channels_last)
 
 
-def _lay_out(layer: nn.Module, bf16: bool, channels_last: bool) -> Iterator[Callable[[], object]]:
+def _convert(layer: nn.Module, bf16: bool, channels_last: bool) -> Iterator[Callable[[], object]]:
+    """Cast and lay out the weights of `layer`; yields what undoes each."""
     for p in layer.parameters(recurse=False):
         original = p.data
-        p.data = _as_used(original, bf16, channels_last)
+        p.data = _converted(original, bf16, channels_last)
         yield partial(setattr, p, "data", original)
 
 
-def _as_used(weight: Tensor, bf16: bool, channels_last: bool) -> Tensor:
+def _converted(weight: Tensor, bf16: bool, channels_last: bool) -> Tensor:
     layout = torch.channels_last if channels_last and weight.ndim == 4 else torch.preserve_format
     if weight.dtype != torch.float32:
         return weight
@@ -127,6 +133,6 @@ def _as_used(weight: Tensor, bf16: bool, channels_last: bool) -> Tensor:
 
 
 def has_convolutions(energy: EnergyFn) -> bool:
-    """Whether images go through convolutions, which are faster on channels-last ones."""
+    """Whether the energy has 2-D convolutions, which are faster on channels-last images."""
     module = module_of(energy)
     return module is not None and any(isinstance(m, nn.Conv2d) for m in module.modules())

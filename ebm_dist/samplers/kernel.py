@@ -69,15 +69,15 @@ class InPlaceKernel(Protocol[S]):
     def step_(
         self, state: S, energy: EnergyFn, generator: torch.Generator, noise: Tensor
     ) -> tuple[S, Any]:
-        """As `step`, bit for bit, but `state` and `noise` (B, *event) are used up."""
+        """As `step`, bit for bit, but overwrites `state` and `noise` (B, *event)."""
         ...
 
 
 @runtime_checkable
 class DepartingKernel(Protocol):
-    """A kernel whose move needs nothing but where the chains stand.
+    """A kernel whose move needs the current position only, and no state.
 
-    `run_chain` then looks at the last place without its gradient, which a state would hold.
+    So `run_chain` evaluates the final energy without computing a gradient that nobody uses.
     """
 
     @property
@@ -92,45 +92,46 @@ class DepartingKernel(Protocol):
         *,
         first: bool = False,
     ) -> tuple[Tensor, Any]:
-        """Overwrite `position` (B, *event) with where the chains go from it; `noise`, of the same
-        shape, is used up. The same move, bit for bit, as a `step` from `init` at `position`.
+        """Move the chains at `position` (B, *event) in place; overwrites `noise`, as large.
+
+        The same move, bit for bit, as `init` at `position` and then `step`.
 
         Args:
             first: check the energy as `init` does, and raise what it raises.
 
         Returns:
-            E (B,) where the chains stood, and what `step` says about the move.
+            E (B,) before the move, and the info that `step` returns.
         """
         ...
 
 
 class KernelSection(Section):
-    """The config of one kernel: `build` makes it."""
+    """The config of one kernel; `build` constructs the kernel."""
 
     discrete: ClassVar[bool] = False
-    """Moves binary and categorical events, rather than real ones and images."""
+    """Whether the kernel moves binary and categorical events, or else real ones and images."""
 
     example: ClassVar[dict[str, Any]] = {}
     """Small parameters that work on a target of unit scale; the protocol tests use them."""
 
     num_steps: PositiveInt = Field(default=60, le=1_000_000)
-    """Steps that a chain makes in one round, between two looks at the weights."""
+    """Steps of a chain in one round. A chain gets new weights between rounds only."""
 
     adapt_steps: NonNegativeInt = Field(default=0, le=1_000_000)
-    """Steps of warm-up before a new run, in which the step size follows the acceptance; it then
-    stays. For samplers with an accept step; the step size given is where it starts from."""
+    """Warm-up steps before a new run that adapt the step size to a target acceptance rate, starting
+    from the given one; it is then fixed. Only for samplers with an accept step."""
 
     engine: Literal["auto", "eager", "compiled"] = "auto"
-    """How steps are run. compiled: in blocks of up to 20, compiled in the background (in
-    flow.mode sync before the first round). auto: where an asynchronous run has sampled for a
-    minute (two where steps take over 3 ms) both are timed and the faster stays; images
-    channels-last where the energy convolves them. eager: one by one, as they come."""
+    """How steps run. eager: one by one. compiled: in compiled blocks of up to 20 steps; compilation
+    runs in the background (in flow.mode sync before the first round). auto: eager; after one minute
+    of sampling (two if a step takes over 3 ms) an asynchronous run also times compiled blocks and
+    keeps the faster. auto and compiled store images channels-last if the energy convolves them."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 evaluates the energy under autocast; positions stay float32 either way."""
+    """bf16 evaluates the energy under autocast; positions stay float32."""
 
     channels_last: bool = False
-    """Hold image chains in channels-last layout, which convolutions run faster in."""
+    """Store image chains in channels-last layout, in which convolutions run faster."""
 
     def build(self) -> Kernel[Any]:
         """The kernel with these parameters."""

@@ -1,4 +1,4 @@
-"""The law that chains have where it is not exp(-E/T) itself: step size, clipping, clamping."""
+"""How the law of unadjusted chains differs from exp(-E/T): by step size and by clamping."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def unadjusted(kernel: Kernel[Any]) -> UnadjustedKernel | None:
 
 
 def box(kernel: Kernel[Any]) -> tuple[float, float] | None:
-    """The range that every coordinate of the chains is clamped to, None where they are free."""
+    """The bounds that every coordinate of the chains is clamped to; None without clamping."""
     return getattr(unadjusted(kernel), "clamp", None)
 
 
 def curvature(
     kernel: UnadjustedKernel, energy: EnergyFn, x: Tensor, generator: torch.Generator
 ) -> float:
-    """Mean curvature of E at events x (B, *event): trace of the Hessian over its rows.
+    """Mean curvature of E at events x (B, *event): trace of the Hessian over its number of rows.
 
-    By one random sign vector for each event (Hutchinson). In the coordinates x / sqrt(scales)
-    that a preconditioned kernel moves in.
+    Estimated with one random sign vector per event (Hutchinson). A preconditioned kernel moves
+    in the coordinates x / sqrt(scales), so its curvature is taken in those.
     """
     sign = torch.empty(x.shape, device=generator.device).uniform_(-1, 1, generator=generator)
     probe = sign.sign().to(x)
@@ -41,16 +41,16 @@ def curvature(
         leaf = x.detach().float().requires_grad_(True)
         (grad,) = torch.autograd.grad(energy(leaf).sum(), leaf, create_graph=True)
         along = (grad * probe).sum()
-        if not along.requires_grad:  # a gradient that is the same everywhere
+        if not along.requires_grad:  # the gradient does not depend on x
             return 0.0
         (product,) = torch.autograd.grad(along, leaf, materialize_grads=True)
     return float((product * probe).sum() / x.numel())
 
 
 def effective_temperature(kernel: UnadjustedKernel, curvature: float) -> float:
-    """T_eff of the chains on a quadratic of that curvature, infinite where they diverge.
+    """Temperature of the chains on a quadratic of that curvature; infinite where they diverge.
 
-    T itself where the energy is not convex: no quadratic with a law is like it.
+    T itself for a curvature of 0 or less: such a quadratic has no normalisable law.
     """
     ratio = kernel.temperature_ratio(max(curvature, 0.0))
     return kernel.temperature / ratio if ratio > 0 else math.inf

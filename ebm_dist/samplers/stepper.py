@@ -1,9 +1,9 @@
-"""The chains of one round under way, and what of a step is known when.
+"""Runs the steps of one round, and says after which step each energy is known.
 
-Most kernels leave a state: the energy where the chains now stand, and what the next move follows.
-A `DepartingKernel` looks where it stands and then moves, so that the energy of a place is known
-once the chains have left it. A round of K such steps takes K gradients and, for the place where it
-ends, one energy without a gradient; with states it takes K + 1 gradients, the last one for nothing.
+Most kernels return a state: the position after the move with its energy and gradient. A
+`DepartingKernel` evaluates the energy before it moves, so the energy of a position is known one
+step later. A round of K such steps computes K gradients and, at the final position, one energy
+without a gradient. A round of K steps with states computes K + 1 gradients, the last for nobody.
 """
 
 from __future__ import annotations
@@ -27,44 +27,44 @@ from ebm_dist.samplers.kernel import (
 )
 
 
-class Walk(Protocol):
-    """One round."""
+class Stepper(Protocol):
+    """The steps of one round."""
 
     state: Any
-    """What blocks of steps are run on."""
+    """The state before the next step, which compiled blocks take and return."""
     lag: int
-    """Steps after which the energy of a place is known."""
+    """Number of steps after which the energy of a position is known: 0 or 1."""
 
     @property
     def kernel(self) -> Kernel[Any]:
-        """What blocks of steps are compiled from."""
+        """The kernel that blocks of steps are compiled from."""
         ...
 
     def step(self, generator: torch.Generator) -> Any:
         """Move the chains once; returns the kernel's info."""
         ...
 
-    def arrive(self, energies: Tensor, last: Tensor | None) -> KernelState | None:
+    def finish(self, energies: Tensor, last: Tensor | None) -> KernelState | None:
         """Complete the energies (lag + num_steps, B) after the last step.
 
         Args:
-            last: the last of them (B,), if it is known already and no state has it.
+            last: energies (B,) at the final position, if a compiled block has computed them.
 
         Returns:
-            The state that the kernel can go on from, None where the position is all that it needs.
+            The state to continue from; None if the kernel needs the position only.
         """
         ...
 
 
-def walk(kernel: Kernel[Any], position: Tensor, energy: EnergyFn) -> Walk:
-    """Chains at `position` (B, *event), which is used up."""
+def make_stepper(kernel: Kernel[Any], position: Tensor, energy: EnergyFn) -> Stepper:
+    """The stepper for chains that start at `position` (B, *event), which it overwrites."""
     if isinstance(kernel, DepartingKernel):
-        return _Departures(kernel, position, energy)
-    return _Moves(kernel, position, energy)
+        return _DepartingStepper(kernel, position, energy)
+    return _StateStepper(kernel, position, energy)
 
 
-class _Moves:
-    """Of any kernel."""
+class _StateStepper:
+    """For kernels whose state holds the energy at the current position."""
 
     lag = 0
 
@@ -82,21 +82,21 @@ class _Moves:
             self.state, info = self.kernel.step(self.state, self._energy, generator)
         return info
 
-    def arrive(self, energies: Tensor, last: Tensor | None) -> KernelState:
+    def finish(self, energies: Tensor, last: Tensor | None) -> KernelState:
         return self.state
 
 
 @dataclass(frozen=True, slots=True)
 class Departed:
-    """Chains, and what is known of where they were before the last move."""
+    """Chains of a `DepartingKernel`: the position now, the energy before the last move."""
 
     position: Tensor  # (B, *event)
-    energy: Tensor  # (B,), E where the chains stood before
+    energy: Tensor  # (B,), E at the position before the last move
 
 
 @dataclass(frozen=True, slots=True)
 class Departing:
-    """A departing kernel as one with a state: what blocks are compiled from."""
+    """Wraps a `DepartingKernel` as a `Kernel` with a state, so that blocks can be compiled."""
 
     kernel: DepartingKernel
 
@@ -105,7 +105,7 @@ class Departing:
         return self.kernel.temperature
 
     def init(self, x: Tensor, energy: EnergyFn) -> Departed:
-        """A look at what a round that is compiled takes on trust; see `Kernel.init`."""
+        """The state at `x`; checks the energy as `Kernel.init` does, since blocks do not."""
         return Departed(x, value_and_grad(energy, x, first=True)[0])
 
     def step(
@@ -116,8 +116,8 @@ class Departing:
         return Departed(position, before), info
 
 
-class _Departures:
-    """Of kernels that look where they stand, and move."""
+class _DepartingStepper:
+    """For kernels that evaluate the energy before the move."""
 
     lag = 1
 
@@ -127,27 +127,28 @@ class _Departures:
         self.state = self._start = Departed(position, position.new_zeros(position.shape[0]))
         self._energy = energy
         self._noise = noise_buffer(position)
-        self._unseen = True
+        self._unchecked = True
 
     def step(self, generator: torch.Generator) -> Any:
         position, first = self.state.position, self.state is self._start
         before, info = self._kernel.depart_(
             position, self._energy, generator, self._noise, first=first
         )
-        self._unseen = self._unseen and not first
+        self._unchecked = self._unchecked and not first
         self.state = Departed(position, before)
         return info
 
-    def arrive(self, energies: Tensor, last: Tensor | None) -> None:
-        if self._unseen:  # the first steps were compiled ones
+    def finish(self, energies: Tensor, last: Tensor | None) -> None:
+        if self._unchecked:  # compiled steps do not check the first energies
             require_finite(energies[0], "at the start of the chains (x)")
         energies[-1] = self._last_energy() if last is None else last
-        # As a round begins, by which the engine knows it: an energy may have another dtype.
+        # The engine recognises a round by the dtypes of its first state, and the energy of the
+        # last state may have another dtype than that.
         self.state = Departed(self.state.position, self._start.energy)
 
     def _last_energy(self) -> Tensor:
-        # With a graph that nobody uses: an energy may take another way without one, and its
-        # numbers would then differ from those of a step by rounding.
+        # Builds a graph that nobody uses: without one an energy may run other operations, and
+        # its values would differ from those of a step by rounding.
         x = self.state.position.detach().requires_grad_(True)
         with torch.enable_grad():
             return as_float(self._energy(x).detach())

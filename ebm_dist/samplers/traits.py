@@ -1,8 +1,8 @@
-"""Traits: what a kernel says of itself beside `init` and `step`, so that nobody asks for its class.
+"""Traits: class attributes by which a kernel declares its properties, in place of type checks.
 
-Each is an attribute of the class with a safe default, so a kernel from outside may leave all of
-them out. Besides those below, `run_chain` makes use of the methods of `InPlaceKernel` and
-`DepartingKernel`, warm-up of `tunable` and `target_acceptance`, ladders of `temperatures`.
+Each has a safe default, so a kernel from outside may leave all of them out. Besides those below,
+`run_chain` uses the methods of `InPlaceKernel` and `DepartingKernel`, warm-up uses `tunable` and
+`target_acceptance`, and tempered samplers have `temperatures`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from ebm_dist.samplers.kernel import FAMILY, Kernel
 
 
 class KernelTraits:
-    """The defaults. A kernel may inherit from this class, and need not."""
+    """The defaults. A kernel may inherit from this class, but need not."""
 
     __slots__ = ()
 
     reversible: ClassVar[bool] = False
-    """At stationarity (x, x') has the law of (x', x). Tempered transitions need it of the kernel
-    inside: a Gibbs sweep would have to run backwards on the way down."""
+    """At stationarity (x, x') has the law of (x', x). Tempered transitions need a reversible inner
+    kernel; a Gibbs sweep, which is not one, would have to run backwards on the way down."""
 
     leaves_invariant: ClassVar[bool] = False
-    """A round, `init` and any number of steps, leaves exp(-E/T) exactly as it is, so that its
-    moves change no Jarzynski weight."""
+    """A round, `init` and any number of steps, leaves exp(-E/T) exactly invariant, so its moves
+    change no Jarzynski weight."""
 
 
 @runtime_checkable
 class UnadjustedKernel(Protocol):
-    """A kernel without an accept step: its chains are hotter than T, the more so the longer the
-    step and the steeper the energy."""
+    """A kernel without an accept step. Its chains are hotter than T, by an excess that grows with
+    the step size and with the curvature of the energy."""
 
     @property
     def temperature(self) -> float: ...
@@ -38,7 +38,7 @@ class UnadjustedKernel(Protocol):
     def step_size(self) -> float: ...
 
     temperature_ratio_formula: ClassVar[str]
-    """`temperature_ratio` in words, of the curvature a and the step size h."""
+    """`temperature_ratio` as a formula in the curvature a and the step size h."""
 
     def temperature_ratio(self, curvature: float) -> float:
         """T / T_eff of the chains on a quadratic of that curvature; 0 or less if they diverge."""
@@ -46,7 +46,7 @@ class UnadjustedKernel(Protocol):
 
 
 class EulerMaruyama:
-    """The bias that all kernels with a Langevin step of fixed length have."""
+    """The bias of all kernels with a Langevin step of fixed size."""
 
     __slots__ = ()
 
@@ -59,12 +59,12 @@ class EulerMaruyama:
 
 
 def trait(kernel: Kernel[Any], name: str) -> bool:
-    """The trait `name` of any kernel, the default where it has none."""
+    """The trait `name` of any kernel, or its default."""
     return getattr(kernel, name, getattr(KernelTraits, name))
 
 
 def names_with(name: str) -> str:
-    """The samplers whose kernels have `name` (true), for messages: "mala, hmc or nuts"."""
+    """The samplers whose kernels have the trait `name`, for messages: "mala, hmc or nuts"."""
     found = []
     for member, section in FAMILY.members.items():
         example: Any = section(**section.example)  # type: ignore[attr-defined]

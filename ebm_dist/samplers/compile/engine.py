@@ -44,7 +44,7 @@ from ebm_dist.samplers.compile.block import (
 from ebm_dist.samplers.compile.capture import Captured
 from ebm_dist.samplers.compile.compiler import CompilerFailed, compile_graph, prepare
 from ebm_dist.samplers.compile.recorded_noise import CannotCompile
-from ebm_dist.samplers.frozen import Autocast, has_convolutions, module_of, standing
+from ebm_dist.samplers.frozen import Autocast, has_convolutions, module_of, prepared_weights
 from ebm_dist.samplers.kernel import Kernel, KernelState, value_and_grad
 
 Choice = Literal["auto", "eager", "compiled"]
@@ -309,7 +309,7 @@ def _takes_channels_last(energy: EnergyFn, position: Tensor) -> bool:
     probe = position[:2].contiguous(memory_format=torch.channels_last)
     try:
         # With the weights laid out too: images of one channel take their layout from those.
-        with standing(energy, bf16=False, channels_last=True):
+        with prepared_weights(energy, bf16=False, channels_last=True):
             value_and_grad(energy, probe)
     except RuntimeError:
         return False

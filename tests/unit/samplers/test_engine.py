@@ -18,8 +18,8 @@ from ebm_dist.samplers import FAMILY, Engine, run_chain
 from ebm_dist.samplers.compile import compiler
 from ebm_dist.samplers.compile import engine as engine_module
 from ebm_dist.samplers.compile.block import fitting
-from ebm_dist.samplers.frozen import standing
-from ebm_dist.samplers.stepper import walk
+from ebm_dist.samplers.frozen import prepared_weights
+from ebm_dist.samplers.stepper import make_stepper
 
 needs_compiler = pytest.mark.skipif(
     compiler.missing() is not None, reason=f"cannot compile: {compiler.missing()}"
@@ -152,7 +152,7 @@ def test_after_a_round_the_weights_are_the_very_tensors_they_were():
     expected = energy(x)
 
     def fails_half_way() -> None:
-        with standing(energy, bf16=True, channels_last=True):
+        with prepared_weights(energy, bf16=True, channels_last=True):
             assert any(b.dtype == torch.bfloat16 for b in energy.buffers())
             raise RuntimeError("half-way")
 
@@ -173,7 +173,7 @@ def test_weights_cast_once_a_round_give_autocasts_own_numbers(spectral_norm):
     x = torch.rand(4, 1, 8, 8, generator=generator())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         each_time = energy(x)
-        with standing(energy, bf16=True, channels_last=False):
+        with prepared_weights(energy, bf16=True, channels_last=False):
             once = energy(x)
     torch.testing.assert_close(once, each_time, rtol=1e-5, atol=1e-5)
 
@@ -321,7 +321,7 @@ def test_rounds_go_on_eagerly_while_the_compiler_works_and_then_change_over(monk
     (thread,) = [t for t in threading.enumerate() if t.name == "compile"]
     thread.join(60)
     assert "runs blocks of 10 steps from now on, compiled in" in said[0]
-    round_ = walk(kernel, x.clone(), energy)
+    round_ = make_stepper(kernel, x.clone(), energy)
     assert engine.block(round_.kernel, energy, round_.state, 10) is not None
     same_chain(
         run_chain(kernel, x, energy, 10, generator(2)),
@@ -346,7 +346,7 @@ def test_a_round_is_known_again_by_how_it_began_whatever_the_dtype_of_its_energi
     x, engine = torch.randn(6, 2, generator=generator(1)), Engine("auto", background=False)
     for _ in range(3):
         run_chain(make("langevin"), x, squares, 10, generator(2), engine=engine)
-    round_ = walk(make("langevin"), x.clone(), squares)
+    round_ = make_stepper(make("langevin"), x.clone(), squares)
     assert engine.block(round_.kernel, squares, round_.state, 10) is not None
     assert len(graphs) == STEPS_AND_END
 
