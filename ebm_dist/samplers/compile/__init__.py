@@ -1,1 +1,1 @@
-"""Blocks of steps as one compiled function, and what is rewritten for it."""
+"""Compiles blocks of sampler steps into single functions, and rewrites their graphs before that."""

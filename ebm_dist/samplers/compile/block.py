@@ -1,14 +1,13 @@
-"""Several steps of a kernel as one compiled function of chains, weights and noise.
+"""Compiles several steps of a kernel into one function of chains, weights and noise.
 
-The steps are traced once, by torch, into one graph without Python: the energy's forward, its
-gradient in the position and the kernel's own arithmetic. Weights are inputs of that graph, so
-new ones never trigger a compilation. Its noise comes from a `Tape`, so a seed gives the chains
-that it gives in eager mode, to rounding; or the graph draws it, as `SeededNoise`, and a seed gives
-other chains of the same law.
+torch traces the steps once into a graph without Python: the energy's forward, its gradient in the
+position and the kernel's own arithmetic. Weights are inputs of the graph, so new weights need no
+compilation. The noise comes from a `Tape`, and a seed then gives the chains of eager mode, to
+rounding; or the graph draws it (`SeededNoise`), and a seed gives other chains of the same law.
 
-Whatever else an energy reads is part of the graph from then on: attributes that are Python
-numbers are taken to stay as they were, and a tensor that is neither a parameter nor a buffer
-makes the steps impossible to compile rather than stale.
+Everything else that the energy reads becomes part of the graph. Attributes that are Python numbers
+are assumed to be constant. A tensor that is neither a parameter nor a buffer is refused, so that
+the graph never uses a stale value of it.
 """
 
 from __future__ import annotations
@@ -26,36 +25,36 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.samplers.compile.fused_noise import SeededNoise, in_torch
-from ebm_dist.samplers.compile.hoist import take_out
+from ebm_dist.samplers.compile.hoist import hoist
 from ebm_dist.samplers.compile.onednn import mkl_holds_back, products_by_onednn
 from ebm_dist.samplers.compile.recorded_noise import CannotCompile, Tape, record, replay
 from ebm_dist.samplers.compile.rewrite import DECOMPOSITIONS, scale_before_adding, share_sigmoids
-from ebm_dist.samplers.compile.winograd import ONCE_A_ROUND
+from ebm_dist.samplers.compile.winograd import HOISTABLE
 from ebm_dist.samplers.frozen import Autocast, module_of
 from ebm_dist.samplers.kernel import Kernel, KernelState, as_float
 from ebm_dist.samplers.stepper import Departing
 
 MAX_STEPS = 20
-"""Steps of one block. The price of a call is gone by then, and the time that a compilation takes
-grows with the number."""
+"""Most steps in one block. With so many the cost of a call is negligible, and compilation time
+grows with the number of steps."""
 
 MAX_NODES = 1000
-"""Operations of one block: 20 steps of a small perceptron."""
+"""Most operations in one block; 20 steps of a small perceptron have about as many."""
 
 DEEP_STEP = 150
-"""Operations of a step that is compiled alone: it takes long enough for the price of one call,
-and the compilation of several would take minutes."""
+"""A step with at least as many operations is compiled alone: it takes far longer than a call, and
+compiling several would take minutes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A tensor's place in what `flatten` took apart."""
+    """Stands for a tensor in the skeleton that `flatten` returns; `number` is its index."""
 
     number: int
 
 
 def flatten(value: Any, tensors: list[Tensor]) -> Any:
-    """`value` with its tensors appended to `tensors` and their places in their stead; hashable."""
+    """Append the tensors of `value` to `tensors`; returns its skeleton, which is hashable."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return Leaf(len(tensors) - 1)
@@ -68,7 +67,7 @@ def flatten(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def rebuild(skeleton: Any, tensors: Sequence[Tensor]) -> Any:
-    """What `flatten` took apart, with other tensors."""
+    """The inverse of `flatten`, with other tensors."""
     if isinstance(skeleton, Leaf):
         return tensors[skeleton.number]
     if isinstance(skeleton, tuple):
@@ -79,7 +78,7 @@ def rebuild(skeleton: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def weights_of(energy: EnergyFn) -> list[Tensor]:
-    """Parameters and buffers that `energy` reads, in one order."""
+    """The parameters and buffers of `energy`, in a fixed order."""
     module = module_of(energy)
     return [t.detach() for t in _named(module).values()] if module is not None else []
 
@@ -97,19 +96,19 @@ class Block:
     noise: Tape | SeededNoise
     state: Any  # the skeleton of the kernel's state
     info: Any  # the skeleton of its info
-    look: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
-    """Energies (B,) from a position and weights, of a kernel whose steps leave the last unknown."""
+    evaluate: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
+    """Energies (B,) from a position and weights; for kernels whose last energy is not known."""
     prepare: Callable[..., Sequence[Tensor]] | None = None
-    """What steps read beside the weights, made of them."""
+    """Computes the hoisted inputs of the steps from the weights."""
 
     def prepared(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """What a round's calls are given for these weights."""
+        """The weights and the hoisted inputs computed from them, for all calls of a round."""
         with torch.no_grad():
             return [*weights, *(self.prepare(*weights) if self.prepare is not None else ())]
 
     @property
     def num_fused(self) -> int:
-        """Draws that it makes itself, of all its noise."""
+        """Number of draws that the graph makes itself."""
         return self.noise.num_fused if isinstance(self.noise, SeededNoise) else 0
 
     def __call__(
@@ -118,7 +117,7 @@ class Block:
         """The state after the steps, the energies (num_steps, B), and the sums of the info.
 
         Args:
-            weights: as `prepared`.
+            weights: from `prepared`.
         """
         inputs: list[Tensor] = []
         flatten(state, inputs)
@@ -129,8 +128,12 @@ class Block:
         return rebuild(self.state, out[:count]), out[count], rebuild(self.info, out[count + 1 :])
 
     def energy_at(self, position: Tensor, weights: Sequence[Tensor]) -> Tensor | None:
-        """E (B,) at `position` (B, *event), of bare weights; None where the last state knows it."""
-        return None if self.look is None else self.look([position, *weights])[0]
+        """E (B,) at `position` (B, *event); None where the last state holds it.
+
+        Args:
+            weights: from `weights_of`, without hoisted inputs.
+        """
+        return None if self.evaluate is None else self.evaluate([position, *weights])[0]
 
 
 def build(
@@ -146,17 +149,17 @@ def build(
 ) -> Block:
     """Trace and compile at most `num_steps` steps of `kernel` from `state`.
 
-    The compiled steps are run once beside the traced ones, and refused if they differ.
+    Runs the compiled steps once, compares them with the traced ones, and refuses a difference.
 
     Args:
-        energy: of a module it is copied, so that another thread may go on using it.
-        compile_graph: makes a function of a list of tensors out of a graph.
-        fused_noise: the block draws its noise itself.
-        capture: makes one launch out of such a function; its second argument says how many of
-            the tensors, the last ones, are the same memory at every call.
+        energy: its module is copied, so that another thread may keep using it.
+        compile_graph: turns a graph into a function of a list of tensors.
+        fused_noise: the graph draws its noise itself.
+        capture: turns such a function into a single launch. Its second argument is the number
+            of tensors, at the end of the list, that are the same memory at every call.
 
     Raises:
-        CannotCompile: the steps have no such form, or the compiler made others out of them.
+        CannotCompile: the steps cannot be traced, or the compiled ones give other numbers.
     """
     energy = copied(energy)
     state = cloned(state)
@@ -173,29 +176,29 @@ def build(
         _check(graph, inputs, run, state.energy.shape[0], low=low)
         return run if capture is None else capture(run, num_held)
 
-    look = None
+    evaluate = None
     if isinstance(kernel, Departing):
-        look = compiled(*_traced_energy(energy, state.position), 0)
+        evaluate = compiled(*_traced_energy(energy, state.position), 0)
     run = compiled(traced.graph, traced.inputs, traced.num_noise)
     return Block(
-        num_steps, run, traced.noise, traced.state, traced.info, look, prepare=traced.prepare
+        num_steps, run, traced.noise, traced.state, traced.info, evaluate, prepare=traced.prepare
     )
 
 
 def fitting(num_steps: int, most: int) -> int:
-    """The size of blocks for rounds of `num_steps`: at most `most`, with the least left over."""
+    """Block size for rounds of `num_steps`: at most `most`, with the fewest steps left over."""
     most = min(most, num_steps, MAX_STEPS)
     return max(range(max(1, most // 2), most + 1), key=lambda n: (-(num_steps % n), n))
 
 
 @dataclass(frozen=True, slots=True)
 class _Traced:
-    """Steps as a graph, with inputs to try it on."""
+    """Steps as a graph, with example inputs."""
 
     graph: GraphModule
     inputs: list[Tensor]
     noise: Tape | SeededNoise
-    num_noise: int  # inputs that are the noise's, after all others
+    num_noise: int  # number of inputs that are noise, after all others
     state: Any
     info: Any
     prepare: GraphModule | None
@@ -247,11 +250,11 @@ class _Traced:
             return [*out, torch.stack(energies), *(sums or [])]
 
         of_noise = noise.fill(generator)
-        # Clones: inputs that share memory, as replicas at the start do, would be made one.
+        # Clones: the tracer merges inputs that share memory, as replicas do at the start.
         inputs = [t.detach().clone() for t in (*tensors, *weights_of(energy), *of_noise)]
         graph = _traced(steps, inputs)
         first, behind = num_state, num_state + num_weights
-        prepare = take_out(graph, slice(first, behind), ONCE_A_ROUND)
+        prepare = hoist(graph, slice(first, behind), HOISTABLE)
         if prepare is not None:
             with torch.no_grad():
                 inputs[behind:behind] = prepare(*inputs[first:behind])
@@ -259,30 +262,30 @@ class _Traced:
 
 
 def _traced_energy(energy: EnergyFn, position: Tensor) -> tuple[GraphModule, list[Tensor]]:
-    """`energy` without a gradient as a graph of a position and weights, and inputs for it."""
+    """`energy` without its gradient, as a graph of a position and weights, with example inputs."""
     module = module_of(energy)
     names = list(_named(module)) if module is not None else []
 
-    def look(x: Tensor, *weights: Tensor) -> list[Tensor]:
+    def evaluate(x: Tensor, *weights: Tensor) -> list[Tensor]:
         held = dict(zip(names, weights))
         with _reparametrize_module(module or nn.Module(), held, tie_weights=True):
             return [as_float(energy(x))]
 
     inputs = [t.detach().clone() for t in (position, *weights_of(energy))]
-    return _traced(look, inputs), inputs
+    return _traced(evaluate, inputs), inputs
 
 
 def _traced(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> GraphModule:
     """`function(*inputs)` as a graph, rewritten for the compiler."""
     try:
-        # Not at the top: it loads a computer algebra system, which most processes never need.
+        # Not at the top: this import loads sympy, which most processes never need.
         from torch.fx.experimental.proxy_tensor import make_fx
 
         graph = make_fx(function, DECOMPOSITIONS, tracing_mode="fake")(*inputs)
     except CannotCompile:
         raise
     except Exception as error:
-        # The errors of a tracer are of many kinds, and all say the same thing here.
+        # A tracer raises errors of many types, and all mean the same here.
         raise CannotCompile(f"torch cannot trace it: {first_line(error)}") from error
     _refuse_hidden_noise(graph)
     scale_before_adding(graph)
@@ -293,7 +296,7 @@ def _traced(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> Grap
 
 
 def copied(energy: EnergyFn) -> EnergyFn:
-    """`energy` with a module of its own, in evaluation as it was."""
+    """`energy` with a copy of its module that needs no gradients."""
     if isinstance(energy, Autocast):
         return Autocast(copied(energy.energy))
     module = module_of(energy)
@@ -312,7 +315,7 @@ def cloned(state: Any) -> Any:
 
 
 def _refuse_hidden_noise(graph: GraphModule) -> None:
-    """Dropout, say: its numbers would not come from the generator of the round."""
+    """Refuse dropout and the like: their noise does not come from the generator of the round."""
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise CannotCompile(f"it draws noise of its own ({node.target})")
@@ -326,14 +329,14 @@ def _check(
     *,
     low: bool,
 ) -> None:
-    """Refuse a compiled graph whose numbers are not those of the graph itself, to rounding."""
+    """Refuse a compiled graph whose results differ from the graph's by more than rounding."""
     with torch.no_grad():
         expected = in_torch(graph)(*[t.clone() for t in inputs])
         came = compiled([t.clone() for t in inputs])
     for e, c in zip(expected, came):
         off = (c - e).abs() > (0.1 if low else 1e-3) * (1 + e.abs())
-        # A uniform number that falls between two roundings of one probability decides
-        # another way; that is one chain in thousands, a fault of the compiler is all of them.
+        # A uniform number between two roundings of a probability decides differently. That
+        # happens to one chain in thousands; a fault of the compiler shows in all of them.
         if off.sum() > (0.02 + 2 / num_chains) * off.numel():
             raise CannotCompile(
                 f"the compiled steps differ from the traced ones by {(c - e).abs().max():.2g}"
@@ -341,6 +344,6 @@ def _check(
 
 
 def first_line(error: BaseException) -> str:
-    """What `error` says, on one line."""
+    """The first line of the error's message."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]

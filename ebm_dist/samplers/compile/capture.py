@@ -1,9 +1,9 @@
-"""A block as one launch: what it does on a GPU, recorded as a CUDA graph and replayed.
+"""Records a block as a CUDA graph and replays it as one launch.
 
-Torch's compiler can do this by itself (`triton.cudagraphs`), in a form that does not serve here:
-its recordings belong to the thread that compiled, which is one in the background; and a result is
-overwritten by the next call, which a chain between two blocks is not allowed to be. What is wanted
-is simpler: one function, one shape, inputs that move.
+torch's compiler can do this itself (`triton.cudagraphs`), but not in a form that fits here: its
+recordings belong to the thread that compiled, which is a background thread, and each call
+overwrites the results of the last, which chains between two blocks must not be. The need here is
+simpler: one function, one shape, inputs at changing addresses.
 """
 
 from __future__ import annotations
@@ -17,44 +17,44 @@ from torch import Tensor
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 
 Recording = tuple[Callable[[], Any], Sequence[Tensor]]
-"""What repeats a function on the memory that it was recorded with, and where its results are."""
+"""A function that replays the recording on the memory it was recorded with, and its results."""
 
 _WARM_UPS = 2
-"""Calls before the recording: libraries set their memory up at the first."""
+"""Calls before the recording: libraries allocate their work memory at the first."""
 
 
 def record(run: Callable[[], Sequence[Tensor]], device: torch.device) -> Recording:
     """`run` on `device` as a CUDA graph."""
-    here = torch.cuda.current_stream(device)
-    aside = torch.cuda.Stream(device)
+    current = torch.cuda.current_stream(device)
+    side = torch.cuda.Stream(device)
     try:
         with torch.cuda.device(device):
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
                 for _ in range(_WARM_UPS):
                     run()
             graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate meanwhile: one that compiles the next block, say.
-            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            # Other threads may allocate meanwhile, for example one that compiles the next block.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 results = run()
     finally:
-        # A recording that failed may have left its own stream in charge.
-        torch.cuda.set_stream(here)
-    here.wait_stream(aside)
+        # A failed recording may have left its own stream as the current one.
+        torch.cuda.set_stream(current)
+    current.wait_stream(side)
     return graph.replay, results
 
 
 class Captured:
-    """`run`, recorded at the first call and replayed from then on.
+    """Records `run` at the first call and replays it from then on.
 
-    A recording reads and writes the memory that it was made with. So inputs are copied there,
-    and results out of there, by one launch each. Where recording fails, `run` itself goes on.
+    A recording reads and writes fixed memory. So each call copies the inputs into that memory and
+    the results out of it, by one launch each. If recording fails, every call runs `run`.
 
     Args:
-        run: a function of tensors on one device that waits for nothing and draws no noise.
-        num_held: so many inputs, the last ones, are the same memory at every call, and are read
-            where they are.
-        say: is told, in one line, if there is no recording and why.
+        run: a function of tensors on one device that never synchronises and draws no noise.
+        num_held: number of inputs, at the end of the list, that are the same memory at every call;
+            they are read in place.
+        say: receives one line if recording fails, with the reason.
     """
 
     def __init__(self, run: Run, num_held: int, say: Callable[[str], None]) -> None:
@@ -81,10 +81,10 @@ class Captured:
         num_copied = len(inputs) - self._num_held
         own, held = [t.clone() for t in inputs[:num_copied]], inputs[num_copied:]
         try:
-            # The function may empty the list that it is given.
+            # A new list each time, since the function may empty the one it is given.
             recording = record(lambda: self._run([*own, *held]), own[0].device)
         except Exception as error:
-            # Of many kinds: whatever the block calls may refuse to be recorded.
+            # Any exception: every operation of the block may refuse to be recorded.
             self._failed = True
             line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             self._say(f"sampler.engine: blocks are launched kernel by kernel, because {line}")

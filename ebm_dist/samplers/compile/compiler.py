@@ -1,4 +1,4 @@
-"""The one call of torch's compiler, and what may be missing for it."""
+"""Calls torch's compiler, and says when it is missing or fails."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ebm_dist.samplers.compile.recorded_noise import CannotCompile
 
 
 class CompilerFailed(CannotCompile):
-    """The compiler is missing or failed: a fault of this machine rather than of the steps."""
+    """The compiler is missing or failed: the fault lies with this machine, not with the steps."""
 
 
 def missing() -> str | None:
-    """Why nothing can be compiled for the CPU of this machine, or None."""
+    """Why this machine cannot compile for its CPU; None if it can."""
     try:
         from torch._inductor import standalone_compile  # noqa: F401
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -37,13 +37,13 @@ def missing() -> str | None:
 
 
 def prepare() -> None:
-    """Do now what another thread must not do: to be called by the one that runs rounds.
+    """Do the compiler's first trace in the calling thread, which must be the one that runs rounds.
 
     torch's compiler (2.13) traces a function of its own when it is first used in a process, and a
-    symbolic trace replaces `Module.__call__` for all threads: an energy called meanwhile in another
-    raises NameError (module is not installed as a submodule).
+    symbolic trace replaces `Module.__call__` for all threads: an energy that another thread calls
+    meanwhile raises NameError (module is not installed as a submodule).
     """
-    # Without these, or where they are called otherwise, the compiler says what is the matter.
+    # If this internal name is missing or has changed, the compiler itself reports the problem.
     with contextlib.suppress(ImportError, AttributeError):
         from torch._inductor.loop_body import InterpreterShim
 
@@ -51,16 +51,17 @@ def prepare() -> None:
 
 
 def take_own_cache() -> None:
-    """Have torch keep what it compiles where nobody else can have put it: it loads that again.
+    """Make torch's compiler cache its code in a directory that only this user can write.
 
-    By itself it takes a directory in /tmp, of a name that anybody can know, as it finds it.
+    torch loads and runs cached code again. By default it uses a directory in /tmp with a
+    predictable name, whoever created it.
 
     Raises:
-        CompilerFailed: there is no such place.
+        CompilerFailed: there is no such directory.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    # Some of torch's modules set the variable to the default when they are imported.
+    # Some torch modules set the variable to the default on import; that counts as unset.
     usual = Path(default_cache_dir())
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(usual)) not in ("", str(usual)):
         return
@@ -75,7 +76,7 @@ def take_own_cache() -> None:
 
 
 def load_source(source: str) -> None:
-    """Compile C++ against torch and load it, once a machine, as `compile_graph` does.
+    """Compile C++ against torch and load it; torch caches the result as in `compile_graph`.
 
     Raises:
         CompilerFailed: the compiler failed.
@@ -84,7 +85,7 @@ def load_source(source: str) -> None:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        # torch has its own code compiled without fused multiplications and additions.
+        # torch's default for its own code disables fused multiply-add.
         CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -94,9 +95,8 @@ def load_source(source: str) -> None:
 def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[[list[Tensor]], Any]:
     """A function of a list of tensors like `inputs` that computes `graph`.
 
-    Results are kept on disk by torch (TORCHINDUCTOR_CACHE_DIR), so the same steps on the same
-    machine are compiled once. No guards are checked at a call: the caller answers for shapes,
-    strides and types.
+    torch caches results on disk (TORCHINDUCTOR_CACHE_DIR), so one machine compiles the same steps
+    once. A call checks no guards: the caller guarantees shapes, strides and dtypes.
 
     Raises:
         CompilerFailed: there is no compiler, or it failed.
@@ -106,14 +106,14 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[[list[Te
         raise CompilerFailed(why)
     take_own_cache()
     patches: dict[str, Any] = {
-        # In this process: a worker's share of cores is one or two, and a pool of compiling
-        # processes would outlive it.
+        # Compile in this process: a worker has one or two cores, and a pool of compiler processes
+        # would outlive it.
         "compile_threads": 1,
-        # The calls between kernels in C++ as well: small energies consist of them. It also
-        # compiles in half of the time.
+        # C++ also for the calls between kernels, which dominate small energies. It halves the
+        # compilation time too.
         "cpp_wrapper": on_cpu,
-        # Whatever the environment says: blocks are recorded by `capture`, and noise that the
-        # graph draws has no other form.
+        # These override the environment: `capture` records blocks, and noise drawn by the graph
+        # has no fallback.
         "triton.cudagraphs": False,
         "fallback_random": False,
     }

@@ -1,20 +1,20 @@
-"""How a round's steps are run: one by one, or in compiled blocks, and who decides it when.
+"""Decides whether the steps of a round run one by one or in compiled blocks.
 
-Small energies are bound by the dispatch of single operations, not by arithmetic: there a block
-of steps compiled into one function is several times faster. An energy bound by its arithmetic
-gains what its convolutions do (`winograd`), up to a half, and else between nothing and a quarter:
-so it is tried once, and the faster of the two stays.
+Small energies are limited by the dispatch of single operations, not by arithmetic: a block of
+steps compiled into one function is several times faster. An energy limited by arithmetic gains up
+to a half from faster convolutions (`winograd`), and otherwise between nothing and a quarter. So
+`auto` compiles once, times both, and keeps the faster.
 
-Compiled and eager steps agree to rounding and not bit for bit. So what a round returns depends
-on whether its block was ready, and there are two kinds of engine:
+Compiled and eager steps agree to rounding, not bit for bit. So the result of a round depends on
+whether its block was ready, and there are two kinds of engine:
 
-- in the background: rounds go on eagerly until the block is there. Which round is the first
-  compiled one depends on the machine's load;
-- steady, for runs that promise the same bits however they are spread: what runs is a function
-  of the config and of the round's shape alone. `auto` is then eager, and `compiled` compiles
-  before the first round of each shape. A compiler that fails or is missing is an error there,
-  since another worker, or this one after a restart, might have one. Machines with different
-  instruction sets compile to different bits, as their eager matrix products differ too.
+- background: rounds run eagerly until the block is ready. Which round is the first compiled one
+  depends on the machine's load;
+- steady, for runs that promise the same bits for any number of workers: the choice depends on the
+  config and the shape of the round alone. `auto` then means eager, and `compiled` compiles before
+  the first round of each shape. A compiler that fails or is missing is an error there, since
+  another worker, or this one after a restart, might have one. Machines with different instruction
+  sets compile to different bits; their eager matrix products differ too.
 """
 
 from __future__ import annotations
@@ -50,57 +50,58 @@ from ebm_dist.samplers.kernel import Kernel, KernelState, value_and_grad
 Choice = Literal["auto", "eager", "compiled"]
 
 SHORT_STEP_S = 3e-3
-"""An eager step that takes longer is bound by arithmetic. MLP 2-64-64-1, 2 AVX-512 cores: 0.16 ms
+"""A longer eager step is limited by arithmetic. MLP 2-64-64-1, 2 AVX-512 cores: 0.16 ms
 at 64 chains (5.4 times faster compiled), 1.4 ms at 4096 (1.9 times); convolutional networks of
 2 to 80 ms: 1.4 to 1.9 times with Winograd's algorithm, 0.9 to 1.27 without."""
 
 PAYBACK_S = 60.0
 """Seconds of eager sampling at one shape before `auto` compiles short steps. A compilation takes
-8 to 30 s and about halves what follows at the least, so a run pays at most about as much again
-as it would have, knowing its own length; one that is over within a minute pays nothing."""
+8 to 30 s and makes later steps about twice as fast, or faster. So a run takes at most about twice
+the time of the better choice, and a run that ends within a minute does not compile."""
 
 LONG_PAYBACK_S = 120.0
-"""The same where steps are long: a third gained pays for 10 to 30 s of compilation within two
-minutes."""
+"""The same for long steps: a gain of a third repays 10 to 30 s of compilation in two minutes."""
 
 TRIAL_ROUNDS = 5
-"""Rounds of each kind that are compared, by the fastest: others on the machine only add time."""
+"""Rounds of each kind whose fastest times are compared: other processes can only add time."""
 
 WORTHWHILE = 0.97
-"""Share of the eager time that blocks may take and stay."""
+"""Compiled blocks are kept if they take at most this share of the eager time."""
 
 log = logging.getLogger("ebm_dist")
 
 
 @dataclass(slots=True)
 class _Entry:
-    """One shape of round: what is known of it."""
+    """What the engine knows about rounds of one shape."""
 
-    energy: EnergyFn  # held, so that its id stays its own
+    energy: EnergyFn  # a reference, so that no other object gets its id
     status: Literal["eager", "compiling", "refused"] = "eager"
     block: Block | None = None
     compile_s: float = 0.0
     how: str = ""
-    """What is to be said of how the block runs."""
+    """End of the log line: how the block draws its noise."""
     eager_s: float = 0.0
-    """Of all rounds of single steps so far."""
+    """Total time of all eager rounds so far."""
     eager_rounds_s: deque[float] = field(default_factory=lambda: deque(maxlen=TRIAL_ROUNDS))
-    """Of the latest before the compilation."""
+    """Times of the last eager rounds before the compilation."""
     block_rounds_s: list[float] = field(default_factory=list)
 
 
 class Engine:
-    """Runs the rounds of one place: a worker keeps one, and with it what was compiled.
+    """Compiles blocks of steps, caches them, and chooses between them and eager steps.
+
+    A worker keeps one engine for all its rounds.
 
     Args:
-        choice: eager, compiled, or auto, which compiles once it has sampled for so long that it
-            may pay, and keeps what is faster.
-        background: compile while rounds go on eagerly; else the round that asks for it waits.
-        steady: decide before the first round of each shape; see the module's docstring.
-        fused_noise: blocks draw their noise themselves; None: on CUDA, unless the engine is steady,
-            whose chains then are those of single steps to rounding.
-        captured: blocks are replayed as CUDA graphs; None: on CUDA.
-        say: is told, in one line each, what was chosen and why.
+        choice: eager, compiled, or auto, which compiles after enough sampling to repay it, and
+            keeps the faster.
+        background: compile in a thread while rounds run eagerly; else the round waits for it.
+        steady: choose before the first round of each shape; see the module's docstring.
+        fused_noise: blocks draw their noise inside the graph. None: on CUDA, unless the engine is
+            steady; without it chains equal those of single steps to rounding.
+        captured: blocks are replayed as CUDA graphs. None: on CUDA.
+        say: receives one line for each choice, with the reason.
     """
 
     def __init__(
@@ -132,10 +133,10 @@ class Engine:
     def block(
         self, kernel: Kernel[Any], energy: EnergyFn, state: KernelState, num_steps: int
     ) -> Block | None:
-        """What runs rounds of `num_steps` steps from states like this one, if it is compiled.
+        """The compiled block for rounds of `num_steps` steps from such states, if it is ready.
 
         Raises:
-            CompilerFailed: of a steady engine, where there is no working compiler.
+            CompilerFailed: the engine is steady and there is no working compiler.
         """
         if not self._may_compile:
             return None
@@ -154,7 +155,7 @@ class Engine:
         *,
         in_blocks: bool,
     ) -> None:
-        """A round took `seconds`: `auto` may now want to compile, or know what is faster."""
+        """Record that a round took `seconds`; `auto` may then start to compile, or decide."""
         if self.choice != "auto" or not self._may_compile:
             return
         entry = self._entry(kernel, energy, state, num_steps)
@@ -188,10 +189,10 @@ class Engine:
             )
 
     def channels_last(self, energy: EnergyFn, position: Tensor) -> bool:
-        """Whether these images (B, C, H, W) are held channels-last without being told to.
+        """Whether to store images (B, C, H, W) channels-last although the config does not say so.
 
-        Known from the energy alone, so it is the same in every round of every worker: where
-        it convolves, and does not ask for the row-major layout by `.view`.
+        True where the energy convolves them and works on that layout (a `.view` does not). It
+        depends on the energy alone, so it is the same in every round of every worker.
         """
         module = module_of(energy)
         if self.choice == "eager" or position.ndim != 4 or module is None:
@@ -225,8 +226,8 @@ class Engine:
             tuple(
                 (t.shape, t.stride(), t.dtype, t.device) for t in (*tensors, *weights_of(energy))
             ),
-            # The size of the blocks follows from it. Were one block used for rounds of every
-            # length, a round would depend on the lengths that this engine saw before.
+            # It determines the size of the block. If rounds of all lengths shared one block, a
+            # round's result would depend on the lengths that this engine saw before.
             num_steps,
             torch.get_num_threads(),
         )
@@ -241,7 +242,7 @@ class Engine:
         num_steps: int,
     ) -> None:
         entry.status = "compiling"
-        # Of a kernel that looks at no start: what it would find wrong is not the compiler's to say.
+        # Validates the start now, so that bad input is not reported as a compiler failure.
         kernel.init(state.position, energy)
 
         def work() -> None:
@@ -250,14 +251,14 @@ class Engine:
                 built, entry.how = self._built(kernel, energy, state, num_steps)
             except Exception as error:
                 entry.status = "refused"
-                # Of any kind: torch's insides change between versions, and memory can run out.
-                if self._steady and not _is_of_the_steps(error):
+                # Any exception: torch's internals change between versions, and memory can run out.
+                if self._steady and not _no_machine_compiles(error):
                     raise
                 self._say(f"sampler.engine: eager, because {first_line(error)}")
                 return
             entry.compile_s = time.perf_counter() - started
             self.compile_s += entry.compile_s
-            entry.block = built  # one assignment: the rounds that go on meanwhile see all or none
+            entry.block = built  # a single assignment, since rounds in other threads read it
             if self.choice == "compiled":
                 self._say(
                     f"sampler.engine: compiled runs blocks of {built.num_steps} steps from now "
@@ -268,15 +269,15 @@ class Engine:
             work()
             return
         prepare()
-        # What the thread reads must not move under it, and this round goes on.
+        # Copies for the thread: the current round goes on and changes the originals.
         energy, state = copied(energy), cloned(state)
-        # No daemon: the interpreter would tear itself down around a running compiler.
+        # No daemon: the interpreter would shut down while the compiler still runs.
         threading.Thread(target=work, name="compile", daemon=False).start()
 
     def _built(
         self, kernel: Kernel[Any], energy: EnergyFn, state: KernelState, num_steps: int
     ) -> tuple[Block, str]:
-        """A block, and what is to be said of it."""
+        """The block, and the end of its log line."""
         on_cuda = state.energy.device.type == "cuda"
         captured = on_cuda if self._captured is None else self._captured
         capture = partial(Captured, say=self._say) if captured else None
@@ -286,19 +287,19 @@ class Engine:
             return build_(), ""
         try:
             built = build_(fused_noise=True)
-            return built, ", noise and all" if built.num_fused else ""
+            return built, ", including the noise" if built.num_fused else ""
         except CannotCompile as error:
-            # The steps may be sound, and the compiler's noise alone be another than ours.
-            return build_(), f", their noise drawn beforehand since, fused, {error}"
+            # The steps may compile correctly and only the fused noise be wrong.
+            return build_(), f", with noise drawn beforehand, because with noise in it {error}"
 
 
-def _is_of_the_steps(error: Exception) -> bool:
-    """Whether no other machine would compile them either."""
+def _no_machine_compiles(error: Exception) -> bool:
+    """Whether the steps themselves are the fault, so that no other machine compiles them either."""
     return isinstance(error, CannotCompile) and not isinstance(error, CompilerFailed)
 
 
 def _identity(energy: EnergyFn) -> Any:
-    """The same for two wrappers, or two bound methods, of one module."""
+    """A key that is equal for two wrappers, or two bound methods, of one module."""
     if isinstance(energy, Autocast):
         return ("bf16", _identity(energy.energy))
     owner = getattr(energy, "__self__", None)
@@ -308,7 +309,7 @@ def _identity(energy: EnergyFn) -> Any:
 def _takes_channels_last(energy: EnergyFn, position: Tensor) -> bool:
     probe = position[:2].contiguous(memory_format=torch.channels_last)
     try:
-        # With the weights laid out too: images of one channel take their layout from those.
+        # Weights are channels-last as well: images of one channel take their layout from them.
         with prepared_weights(energy, bf16=False, channels_last=True):
             value_and_grad(energy, probe)
     except RuntimeError:

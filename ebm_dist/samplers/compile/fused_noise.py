@@ -1,17 +1,17 @@
-"""Noise that a compiled block draws inside its own graph, from seeds that are inputs of it.
+"""Noise that a compiled block draws inside its graph, from seeds that are inputs of the graph.
 
-For GPUs. There a tape is a pass of its own over memory, and a launch for every draw of the block;
-this noise is computed where it is used. It has the law that a kernel asked for, and other numbers
+For GPUs. There a tape costs one more pass over memory and a launch for every draw of the block;
+this noise is computed where it is used. It has the law that the kernel asks for, but other numbers
 than the same generator gives to single steps.
 
-A number is Philox-4x32-10 of a draw's seed and the number's place in the draw, and of nothing
-else. That is why torch's `inductor_randint` is at the bottom of it and not its `inductor_random`,
-whose numbers depend on how the kernel that draws them is tiled (torch 2.13 for CUDA), so that
-nothing could be compared with them. `in_torch` writes the same integers out in torch's
-own operations: what the compiler made is checked against that to rounding.
+A number is Philox-4x32-10 of the draw's seed and the number's index in the draw, and of nothing
+else. So it is built on torch's `inductor_randint` and not on `inductor_random`: numbers of the
+latter depend on the tiling of the GPU kernel that draws them (torch 2.13 for CUDA), and could not
+be compared with anything. `in_torch` computes the same integers by torch's own operations, and the
+compiled block is checked against those, to rounding.
 
-Every draw of every block has 64 bits of seed, from the generator of the round. On the CPU the
-compiler keeps 32 of them, enough for tests and one more reason to have the tape there.
+Every draw of every block has a seed of 64 bits from the generator of the round. On the CPU the
+compiler uses 32 of them, which is enough for tests and one more reason to use the tape there.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch.fx import GraphModule
 from ebm_dist.samplers.compile.recorded_noise import Draw, Tape
 
 _RANGE = 2**56
-"""Of the integer behind a number: 32 bits for the radius of a normal number, 24 for its angle. A
-power of two, so that the compiler's division is a mask, and below the sign of 64 bits."""
+"""Range of the integer behind a number: 32 bits for the radius of a normal number, 24 for its
+angle. A power of two, so that the compiler's modulo is a mask, and below the sign bit of int64."""
 
 _WORD = 2**32 - 1
 
@@ -37,31 +37,31 @@ _RANDINT = "prims.inductor_randint.default"
 
 
 class SeededNoise:
-    """The noise of `draws` as inputs of a graph: one seed for each that the graph draws itself.
+    """The noise of `draws` as inputs of a graph: one seed for each draw that the graph makes.
 
-    Those are normal and uniform numbers in float32. The rest stays on a tape, filled by one call
-    for each kind: raw bits, since whoever asks for them looks at them as other integers, before
-    which the compiler would write them to memory anyway; and float64, for which Philox as the
-    compiler has it is too coarse.
+    The graph makes normal and uniform draws in float32. All others stay on a tape, filled by one
+    call for each kind: raw bits, since kernels view them as other integers, before which the
+    compiler writes them to memory anyway; and float64, for which the compiler's Philox is too
+    coarse.
     """
 
     def __init__(self, draws: Sequence[Draw], device: torch.device) -> None:
         self._draws = draws
         self.num_fused = sum(map(_is_fused, draws))
-        """Draws that the graph makes itself."""
+        """Number of draws that the graph makes itself."""
         seeds = torch.empty(self.num_fused, dtype=torch.int64, device=device)
         self._seeds = [seeds][: self.num_fused]
         self._rest = _Gathered([d for d in draws if not _is_fused(d)], device)
 
     def fill(self, generator: torch.Generator) -> list[Tensor]:
-        """New inputs; `generator` is advanced, so the next call's are others."""
+        """New inputs; advances `generator`, so that the next call gives others."""
         for seeds in self._seeds:
             seeds.random_(-(2**63), None, generator=generator)
         return [*self._seeds, *self._rest.fill(generator)]
 
     def numbers(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The numbers of each draw, from `inputs` as `fill` gives them; for tracing."""
-        # It registers the two operations below.
+        """The numbers of each draw, from the tensors that `fill` returned; for tracing."""
+        # The import registers the two operations below.
         import torch._inductor.inductor_prims
 
         seeds, rest = inputs[: len(self._seeds)], iter(inputs[len(self._seeds) :])
@@ -71,8 +71,8 @@ class SeededNoise:
             if not _is_fused(draw):
                 out.append(next(rest))
                 continue
-            # Looked up by the one and not sliced: the steps' kernels are then alike but for
-            # an argument, and compiled once.
+            # A look-up by index, not a slice: the GPU kernels of all steps then differ in one
+            # argument only, and are compiled once.
             seed = torch.ops.prims.inductor_lookup_seed.default(*seeds, num_seeds)
             size = list(draw.shape)
             whole = torch.ops.prims.inductor_randint.default(0, _RANGE, size, seed)
@@ -86,7 +86,7 @@ def _is_fused(draw: Draw) -> bool:
 
 
 def _normal(draw: Draw, whole: Tensor) -> Tensor:
-    """Box and Muller's: a radius in (0, 6.66], and an angle."""
+    """Box-Muller: a radius in [0, 6.66] and an angle."""
     mean, std = (*draw.arguments, *(0.0, 1.0)[len(draw.arguments) :])
     radius = (((whole & _WORD).float() + 1) * 2.0**-32).log().mul(-2).sqrt()
     number = radius * ((whole >> 32).float() * (2 * math.pi * 2.0**-24)).cos()
@@ -94,17 +94,17 @@ def _normal(draw: Draw, whole: Tensor) -> Tensor:
 
 
 def _uniform(draw: Draw, whole: Tensor) -> Tensor:
-    """Of 24 bits, as torch's own: never 1, which a float of 32 bits would be rounded to."""
+    """A uniform number of 24 bits, as torch's own; one of 32 bits could round to 1."""
     low, high = (*draw.arguments, *(0.0, 1.0)[len(draw.arguments) :])
     number = (whole >> 32).float() * 2.0**-24
     return number if (low, high) == (0, 1) else number * (high - low) + low
 
 
 class _Gathered:
-    """A tape whose draws of one kind lie side by side and are drawn by one call."""
+    """A tape that stores draws of one kind contiguously and fills them by one call."""
 
-    _APART = 64
-    """Numbers: each draw begins on a cache line, as compiled code was promised."""
+    _ALIGNMENT = 64
+    """In numbers: each draw begins on a cache line, which compiled code relies on."""
 
     def __init__(self, draws: Sequence[Draw], device: torch.device) -> None:
         kinds: dict[Any, int] = {}
@@ -112,7 +112,8 @@ class _Gathered:
         for draw in draws:
             kind = (draw.method, draw.dtype, draw.arguments)
             at.append((kind, kinds.get(kind, 0)))
-            kinds[kind] = at[-1][1] + -(-math.prod(draw.shape) // self._APART) * self._APART
+            size = -(-math.prod(draw.shape) // self._ALIGNMENT) * self._ALIGNMENT
+            kinds[kind] = at[-1][1] + size
         self._tape = Tape([Draw(k[0], (size,), k[1], k[2]) for k, size in kinds.items()], device)
         whole = dict(zip(kinds, self._tape.memory))
         self._views = [
@@ -126,9 +127,9 @@ class _Gathered:
 
 
 def in_torch(graph: GraphModule) -> GraphModule:
-    """`graph` with the draws written out, to be run without a compiler; the same numbers.
+    """`graph` with its draws in torch operations that give the same numbers, to run uncompiled.
 
-    Without them, the graph itself.
+    A graph without draws is returned as it is.
     """
     if not any(str(node.target) == _RANDINT for node in graph.graph.nodes):
         return graph
@@ -141,10 +142,10 @@ def in_torch(graph: GraphModule) -> GraphModule:
 
 
 def philox(low: int, high: int, size: Sequence[int], seed: Tensor) -> Tensor:
-    """Whole numbers in [low, high), as torch's compiler draws them from `seed`.
+    """Integers in [low, high), as torch's compiler draws them from `seed`.
 
-    Philox-4x32-10 (Salmon et al., 2011) with the seed as key and the place as counter, two of
-    its four words.
+    Philox-4x32-10 (Salmon et al., 2011) with the seed as key and the index as counter; uses two
+    of its four words.
     """
     place = torch.arange(math.prod(size), device=seed.device)
     c0, c1, c2, c3 = place, *[torch.zeros_like(place)] * 3
@@ -152,7 +153,7 @@ def philox(low: int, high: int, size: Sequence[int], seed: Tensor) -> Tensor:
     if seed.device.type == "cpu":
         k1 = torch.zeros_like(k1)
     for _ in range(10):
-        # Products of 64 bits; that the sign's bit belongs to them makes no difference to words.
+        # Products of 64 bits; that their top bit is the sign changes neither of the words.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         high0, high1 = (p0 >> 32) & _WORD, (p1 >> 32) & _WORD
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & _WORD, high0 ^ c3 ^ k1, p0 & _WORD

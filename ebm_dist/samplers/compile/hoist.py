@@ -1,4 +1,7 @@
-"""What a graph of steps makes of weights alone, taken out of it: it is made once a round."""
+"""Hoists operations that depend only on the weights out of the compiled steps.
+
+They then run once per round.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,34 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 
-def take_out(graph: GraphModule, weights: slice, targets: Collection[Any]) -> GraphModule | None:
-    """Move calls of `targets` that depend on some inputs alone into a graph of their own.
+def hoist(graph: GraphModule, weights: slice, targets: Collection[Any]) -> GraphModule | None:
+    """Move calls of `targets` that depend on the weights alone into a graph of their own.
 
     Args:
-        graph: has what they return as further inputs afterwards, right behind those.
-        weights: which inputs. Nothing writes to what is made of them.
+        graph: gets the results of those calls as new inputs, placed right after the weights.
+        weights: which inputs are the weights. The graph must not write to the results.
 
     Returns:
-        A function of those inputs that returns the others in order; None where there are none.
+        A function of the weights that returns the new inputs in order; None if there are none.
     """
     nodes = list(graph.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"][weights]
     if not inputs:
         return None
-    apart, last = Graph(), inputs[-1]
-    copies = {node: apart.placeholder(node.name) for node in inputs}
+    hoisted, last = Graph(), inputs[-1]
+    copies = {node: hoisted.placeholder(node.name) for node in inputs}
     known: dict[Any, Node] = {}
-    moved: dict[Node, Node] = {}  # by what returns it apart, its input here
+    moved: dict[Node, Node] = {}  # result in the new graph -> input of the old one
     for node in nodes:
         if node.op != "call_function" or any(n not in copies for n in node.all_input_nodes):
             continue
         if getattr(node.target, "_schema", None) is None or node.target._schema.is_mutable:
             continue
-        # Each step of the graph makes the same of them.
-        copy = apart.node_copy(node, copies.__getitem__)
+        # Every step of the graph repeats the same call: one copy serves all.
+        copy = hoisted.node_copy(node, copies.__getitem__)
         key = (node.target, copy.args, tuple(copy.kwargs.items()))
         if known.setdefault(key, copy) is not copy:
-            apart.erase_node(copy)
+            hoisted.erase_node(copy)
         copies[node] = known[key]
         if node.target not in targets:
             continue
@@ -47,8 +50,8 @@ def take_out(graph: GraphModule, weights: slice, targets: Collection[Any]) -> Gr
         node.replace_all_uses_with(moved[copies[node]])
     if not moved:
         return None
-    apart.output(list(moved))
-    apart.eliminate_dead_code()
+    hoisted.output(list(moved))
+    hoisted.eliminate_dead_code()
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return GraphModule({}, apart)
+    return GraphModule({}, hoisted)

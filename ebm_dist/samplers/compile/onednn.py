@@ -1,9 +1,9 @@
-"""Matrix products of a compiled block by oneDNN, on processors that MKL does not do well on.
+"""Computes matrix products of a compiled block by oneDNN, on processors where MKL is slow.
 
-torch multiplies float32 matrices by MKL, which on an AMD EPYC with AVX-512 reaches half of oneDNN's
+torch multiplies float32 matrices by MKL. On an AMD EPYC with AVX-512 MKL reaches half of oneDNN's
 rate at every size tried, from 512 chains of 64 by 64 to 1024 of 784 by 256, with one thread and
-with two. torch's compiler takes oneDNN for constant weights only, and ours are inputs: so it is
-given an operation of our own, which costs 3 us a call.
+with two. torch's compiler uses oneDNN for constant weights only, and ours are inputs. So the graph
+calls an operation defined here, which costs 3 us a call.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.fx import GraphModule
 aten = torch.ops.aten
 
 LEAST = 2**19
-"""Multiplications of a product that pays the price of the other call; with a bias, whose addition
-MKL does not charge for, twice as many."""
+"""Least number of multiplications that repays the cost of the call. With a bias it is twice as
+many, since MKL adds the bias at no cost."""
 
-# Kept: torch forgets the operation with the library.
+# Kept in a global: torch removes the operation when its library object is deleted.
 _LIBRARY = torch.library.Library("ebm_dist", "DEF")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
@@ -38,7 +38,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.cache
 def mkl_holds_back() -> bool:
-    """Whether torch multiplies by MKL on a processor that is not its maker's."""
+    """Whether torch multiplies by MKL on a processor that is not Intel's."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     try:
@@ -48,7 +48,7 @@ def mkl_holds_back() -> bool:
 
 
 def products_by_onednn(graph: GraphModule) -> None:
-    """Let oneDNN take the larger products of float32 matrices on the CPU."""
+    """Replace the larger products of float32 matrices on the CPU by calls of oneDNN."""
     call = graph.graph.call_function
     for node in list(graph.graph.nodes):
         if node.kwargs:

@@ -1,9 +1,9 @@
-"""The noise of the next steps, drawn beforehand: steps can then be compiled without a generator.
+"""Draws the noise of the next steps beforehand, so that steps compile without a generator.
 
-A kernel asks its generator for numbers in some order. `record` notes which, `Tape.fill` draws
-the same numbers in the same order into memory of its own, and `replay` hands that memory to a
-kernel that believes it is drawing. Kernels and energies need not know: the calls of torch that
-take the generator are caught on their way.
+A kernel draws numbers from its generator in some order. `record` notes the draws, `Tape.fill`
+makes the same draws in the same order into memory of its own, and `replay` gives that memory to
+the kernel in place of new draws. Kernels and energies need no change: a torch function mode
+intercepts the calls that take the generator.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class CannotCompile(Exception):
-    """These steps have no compiled form; the message ends the sentence "because ..."."""
+    """These steps cannot be compiled; the message completes the sentence "because ..."."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Draw:
     method: str  # of a tensor: normal_, uniform_ or random_
     shape: tuple[int, ...]
     dtype: torch.dtype
-    arguments: tuple[Any, ...]  # mean and deviation, or the ends of the interval
+    arguments: tuple[Any, ...]  # mean and standard deviation, or the ends of the interval
 
 
 _IN_PLACE = {
@@ -37,12 +37,12 @@ _IN_PLACE = {
     torch.Tensor.uniform_: "uniform_",
     torch.Tensor.random_: "random_",
 }
-# torch fills the result of these by the method named, so the numbers are the same.
+# torch fills the result of these functions by the named method, so the numbers are the same.
 _NEW = {torch.randn: "normal_", torch.rand: "uniform_"}
 
 
 class _Draws(TorchFunctionMode):
-    """Every call that draws from `generator`, as a `Draw` and a way to answer it."""
+    """Intercepts every call that draws from `generator`; `drawn` returns its result."""
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
@@ -98,10 +98,10 @@ class _Replay(_Draws):
 
 @contextmanager
 def record(generator: torch.Generator) -> Iterator[list[Draw]]:
-    """Within, what is drawn from `generator` is added to the list that is yielded.
+    """Inside the context, add every draw from `generator` to the list that is yielded.
 
     Raises:
-        CannotCompile: within, at a draw of another kind than normal, uniform or whole numbers.
+        CannotCompile: inside the context, at a draw that is not normal, uniform or of integers.
     """
     with _Record(generator) as mode:
         yield mode.draws
@@ -111,31 +111,31 @@ def record(generator: torch.Generator) -> Iterator[list[Draw]]:
 def replay(
     generator: torch.Generator, draws: Sequence[Draw], tape: Sequence[Tensor]
 ) -> Iterator[None]:
-    """Within, draws from `generator` get the tensors of `tape`, one after the other.
+    """Inside the context, answer draws from `generator` with the tensors of `tape`, in order.
 
     Raises:
-        CannotCompile: within, at a draw that is not the next of `draws`.
+        CannotCompile: inside the context, at a draw that is not the next of `draws`.
     """
     with _Replay(generator, draws, tape):
         yield
 
 
 class Tape:
-    """Memory for `draws`, filled as often as wanted."""
+    """Memory for `draws` that `fill` overwrites with new numbers."""
 
     def __init__(self, draws: Sequence[Draw], device: torch.device) -> None:
         self.memory = [torch.empty(d.shape, dtype=d.dtype, device=device) for d in draws]
-        # Bound beforehand: a small energy's step takes no longer than ten look-ups like these.
+        # Bound methods: ten attribute look-ups take as long as a step of a small energy.
         self._fills = [
             (getattr(numbers, d.method), d.arguments) for numbers, d in zip(self.memory, draws)
         ]
 
     def fill(self, generator: torch.Generator) -> list[Tensor]:
-        """New numbers, those that the kernel would have drawn from `generator` itself."""
+        """New numbers: those that the kernel would have drawn from `generator` itself."""
         for draw, arguments in self._fills:
             draw(*arguments, generator=generator)
         return self.memory
 
     def numbers(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What each draw gets of `fill`'s answer: for a tape, that is the numbers themselves."""
+        """The numbers of each draw, from the tensors that `fill` returned; here they are equal."""
         return inputs

@@ -1,7 +1,7 @@
-"""What a graph of steps is rewritten to before it is compiled: the same numbers, to rounding.
+"""Rewrites a graph of steps before it is compiled; its results stay the same to rounding.
 
-One rewriting is for correctness. The others say what torch's compiler (2.13) does not see, and
-are worth 9% at 4096 chains of an MLP 2-64-64-1 and 15% at 512 (one AVX-512 core).
+One rewrite is for correctness. The others are optimisations that torch's compiler (2.13) misses,
+worth 9% at 4096 chains of an MLP 2-64-64-1 and 15% at 512 (one AVX-512 core).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ aten = torch.ops.aten
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    # Of (B, 1) and (1, N): the gradient of a head with one output. As a product it is a call that
-    # writes a whole layer; written out, it disappears into the loop that reads it. Longer
-    # sides were tried: 2 gains nothing, and (B, K) @ (K, 1) as a sum costs 20%.
+    # (B, 1) @ (1, N) is the gradient of a head with one output. A matrix product writes a whole
+    # layer to memory; a multiplication is fused into the loop that reads it. Longer inner
+    # dimensions were tried: 2 gains nothing, and (B, K) @ (K, 1) as a sum costs 20%.
     return a * b if a.shape[1] == 1 and a.dtype == b.dtype else NotImplemented
 
 
 _FEW_CHANNELS = 4
-"""Of images. The library's gradient fills the lanes of a vector with channels, most of them with
-nothing here."""
+"""Most channels of an image whose gradient is rewritten. The library's gradient fills the lanes of
+a vector with channels; with so few, most lanes stay empty."""
 
 _LANES = 16
-"""Output channels that a convolution computes at the price of one (AVX-512, float32 and bf16)."""
+"""Output channels that a convolution computes at the cost of one (AVX-512, float32 and bf16)."""
 
 
 def _convolution(
@@ -63,12 +63,13 @@ def _convolution_backward(
     groups: int,
     output_mask: list[bool],
 ) -> Any:
-    """The gradient in what was convolved: Winograd's, or of the first layer, into the image.
+    """The gradient in the input of a convolution: by Winograd, or for the first layer as below.
 
-    That one is a convolution over `grad` whose output channels are all pixels of a square of the
-    image: it multiplies by zeros where a pixel hears less than its square does, and fills the
-    lanes. Of 64 filters of 3x3, two AVX-512 cores: 1.5 to 2.7 ms became .6 of a step of 29 in
-    bf16 (64 images of 1x28x28), 1.5 to 2.0 became .8 of 35 (3x32x32).
+    The gradient in the image is computed as a convolution over `grad` whose output channels are
+    all pixels of a square of the image. It fills the vector lanes, at the cost of multiplications
+    by zero where a pixel depends on fewer outputs than its square. For 64 filters of 3x3 on two
+    AVX-512 cores: 1.5 to 2.7 ms became .6 ms in a bf16 step of 29 ms (64 images of 1x28x28), and
+    1.5 to 2.0 ms became .8 ms in a step of 35 ms (3x32x32).
     """
     if list(output_mask) != [True, False, False]:
         return NotImplemented
@@ -86,25 +87,25 @@ def _convolution_backward(
     ):
         return NotImplemented
     num, channels, *size = x.shape
-    patches = 1  # of the strides, along each side of a square
-    if any(k > s for k, s in zip(weight.shape[2:], stride)):  # else no pixel hears of two
+    patches = 1  # side of a square, in strides
+    if any(k > s for k, s in zip(weight.shape[2:], stride)):  # else a pixel has only one output
         while channels * math.prod(s * (patches + 1) for s in stride) <= _LANES:
             patches += 1
     sides = [s * patches for s in stride]
     kernel, before, after = weight, [], []
     for dim, (k, s, p, side) in enumerate(zip(weight.shape[2:], stride, padding, sides)):
-        # Pixel side * m + r hears of output patches * m + d through the tap r + p - s * d.
+        # Pixel side * m + r depends on output patches * m + d by the tap r + p - s * d.
         first, last = -((k - 1 - p) // s), (side - 1 + p) // s
         d = torch.arange(first, last + 1, device=weight.device)
         tap = torch.arange(side, device=weight.device)[:, None] + p - s * d
         at = 2 + 2 * dim
         taken = kernel.index_select(at, tap.clamp(0, k - 1).flatten()).unflatten(at, tap.shape)
-        heard = ((tap >= 0) & (tap < k)).view(*tap.shape, *[1] * (taken.ndim - at - 2))
-        kernel = torch.where(heard, taken, taken.new_zeros(()))
+        exists = ((tap >= 0) & (tap < k)).view(*tap.shape, *[1] * (taken.ndim - at - 2))
+        kernel = torch.where(exists, taken, taken.new_zeros(()))
         num_squares = -(-x.shape[2 + dim] // side)
         before.append(-first)
         after.append(patches * (num_squares - 1) + last + 1 - grad.shape[2 + dim])
-    # (out, channels, side, heard, side, heard) -> (channels x side x side, out, heard, heard)
+    # (out, channels, side, taps, side, taps) -> (channels x side x side, out, taps, taps)
     kernel = kernel.permute(1, 2, 4, 0, 3, 5).flatten(0, 2)
     if any(a > b for a, b in zip(after, before)):
         more = [max(0, a - b) for a, b in zip(after, before)]
@@ -114,7 +115,7 @@ def _convolution_backward(
     across = squares.shape[2:]
     image = squares.reshape(num, channels, *sides, *across).permute(0, 1, 4, 2, 5, 3)
     image = image.reshape(num, channels, *[n * side for n, side in zip(across, sides)])
-    # As the library lays it out: the next block takes it as it comes.
+    # The layout that the library's own gradient has: the next block expects it.
     image = image[:, :, : size[0], : size[1]].contiguous(memory_format=_layout_of(x))
     return image, None, None
 
@@ -129,13 +130,13 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
 }
-"""For the tracer: what products, convolutions and their gradients are written as instead."""
+"""For the tracer: replacements of products, convolutions and their gradients."""
 
 
 def share_sigmoids(graph: GraphModule) -> None:
-    """SiLU and its derivative at one place from one sigmoid, which costs as much as all else there.
+    """Compute SiLU and its derivative at one input from one sigmoid, the costliest part of both.
 
-    That the place has not been overwritten in between is autograd's promise to the derivative.
+    Nothing overwrites the input in between: autograd guarantees that for the derivative.
     """
     nodes, call = list(graph.graph.nodes), graph.graph.call_function
     wanted = {node.args[1] for node in nodes if node.target == aten.silu_backward.default}
@@ -162,10 +163,10 @@ def share_sigmoids(graph: GraphModule) -> None:
 
 
 def scale_before_adding(graph: GraphModule) -> None:
-    """x + alpha * y as two operations.
+    """Write x + alpha * y as two operations.
 
-    torch's compiler (2.13) fuses `add(x, mm(a, b), alpha=c)` into one product and loses c:
-    seen as a drift h times too large. Two operations are fused as well, and rightly.
+    torch's compiler (2.13) fuses `add(x, mm(a, b), alpha=c)` into one product and loses c: the
+    drift then lacked its factor h. It fuses the two operations as well, and correctly.
     """
     adds = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
     for node in list(graph.graph.nodes):

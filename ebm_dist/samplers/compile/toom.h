@@ -1,4 +1,4 @@
-// The transforms of Winograd's convolutions, of 8 or 16 channels beside each other.
+// The transforms of Winograd's algorithm, vectorised over 8 or 16 adjacent channels.
 
 #include <c10/util/BFloat16.h>
 
@@ -8,8 +8,8 @@
 
 namespace {
 
-// Cook and Toom's matrices for the first of these points, which give the least error, and infinity.
-// Without it they make a pixel less of the same weights.
+// The matrices of Cook and Toom interpolate at the first of these points, which give the least
+// error, and at infinity. Without infinity the same weights give one pixel less.
 constexpr double kPoints[] = {0, 1, -1, 2, -2};
 
 template <int m_, int r_, bool infinity = true>
@@ -40,7 +40,7 @@ struct Toom {
   }
 };
 
-// A type as a value that costs nothing: a Toom would be computed anew each time.
+// Passes a type as an empty value: a Toom object would be computed anew each time.
 template <class T>
 struct Type {
   using of = T;
@@ -60,7 +60,7 @@ struct OutputOf {
   static constexpr double at(int i, int j) { return table.output[i][j]; }
 };
 
-// Numbers of neighbouring channels; the compiler makes of them what the processor has.
+// Vectors of adjacent channels; the compiler maps them to the processor's registers.
 template <int lanes>
 struct Types;
 template <>
@@ -96,7 +96,7 @@ struct Lanes {
     return (type)(wide(x) << 16);
   }
   static void store(at::BFloat16* to, type x) {
-    // To nearest, ties to even. Of a NaN with every bit set it would make zero; none is computed.
+    // Round to nearest, ties to even. A NaN with every bit set would become zero; none occurs.
     auto bits = (typename Types<lanes>::words)x;
     auto rounded = narrow((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
     std::memcpy((void*)to, &rounded, sizeof(rounded));

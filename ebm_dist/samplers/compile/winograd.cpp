@@ -1,18 +1,19 @@
-// Winograd's convolutions of channels-last images, a few tiles of the image at a time.
+// Convolutions of channels-last images by Winograd's algorithm, a few tiles of the image at a time.
 //
 // Outputs are computed in squares of m x m pixels, each from n x n inputs (n = m + r - 1, filters
 // of r x r), with n * n products of matrices in place of the m * m * r * r that a direct
-// convolution takes (Lavin & Gray, 2016, arXiv:1509.09308). What a tile becomes stays in the
-// cache until it is an output again. The products are oneDNN's, by way of torch.
+// convolution takes (Lavin & Gray, 2016, arXiv:1509.09308). The intermediate matrices of a tile
+// stay in the cache until its outputs are written. oneDNN computes the products, by way of torch.
 //
-// Where m does not divide an image's side, its last tiles are a pixel smaller, rather than reach
-// beyond the border: 7 x 7 are made as (3 + 2 + 2) x (3 + 2 + 2) with 100 products in place of 144.
+// Where m does not divide an image's side, its last tiles are one pixel smaller, so that none
+// reaches beyond the border: 7 x 7 pixels are computed as (3 + 2 + 2) x (3 + 2 + 2), with 100
+// products in place of 144.
 //
-// A stride s is written as s * s images beside each other, of every s-th row and column: with
-// `stride_in` the channels of the input are those of all s * s of them, and the gradient of such
-// a convolution writes all of them, `stride_out`.
+// A convolution of stride s is one over s * s images side by side, each of every s-th row and
+// column. With `stride_in` the input has the channels of all s * s images. The gradient of such a
+// convolution writes all of them: `stride_out`.
 //
-// Compiled behind `toom.h`, as one text.
+// This file is compiled after `toom.h`, as one text.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -25,11 +26,11 @@ namespace {
 
 struct Image {
   int64_t height, width, channels;
-  int64_t stride;  // so many rows and columns of it, beside each other, are one
-  int64_t before;  // rows and columns of zeros before the first
+  int64_t stride;  // the image is read as stride * stride images side by side
+  int64_t before;  // rows and columns of zero padding before the first
 };
 
-// Tiles along a side of an image: so many of m pixels, and then smaller ones.
+// Tiles along a side of an image: first the `large` ones of m pixels, then those of m - 1.
 struct Side {
   int64_t tiles, large;
 
@@ -51,19 +52,19 @@ template <class T, class E>
 class Chunk {
   static constexpr int m = T::m, n = T::n;
   const Task<E>& task;
-  int64_t wide_in, wide_out;  // channels of all images beside each other
+  int64_t wide_in, wide_out;  // channels of all images side by side
   int64_t gap_in, gap_out;    // from one of the n * n matrices to the next
   at::Tensor memory;
   float* products;     // n * n of (tiles, wide_out)
   E *moved;            // n * n of (tiles, wide_in)
-  E *zeros, *nowhere;  // what is read and written beyond the border
+  E *zeros, *nowhere;  // read and written in place of pixels beyond the border
 
  public:
   Chunk(const Task<E>& task, int64_t size)
       : task(task),
         wide_in(task.in.stride * task.in.stride * task.in.channels),
         wide_out(task.out.stride * task.out.stride * task.out.channels),
-        // A line more, or all n * n would lie in the same few sets of the cache.
+        // One cache line of padding: without it all n * n matrices map to the same few cache sets.
         gap_in(size * wide_in + 64 / sizeof(E)),
         gap_out(size * wide_out + 16) {
     int64_t num_products = n * n * gap_out, num_moved = n * n * gap_in;
@@ -92,8 +93,8 @@ class Chunk {
   }
 
  private:
-  // Of each of the n * n matrices, how many rows there are: a smaller tile has none in those of
-  // infinity.
+  // The number of rows of each of the n * n matrices. A smaller tile has no row in the matrices of
+  // the point at infinity.
   struct Rows {
     int64_t num[2][2] = {};
 
@@ -107,11 +108,11 @@ class Chunk {
   };
   struct Tile {
     int64_t image, y, x;
-    Rows rows;  // its own in each of the matrices
+    Rows rows;  // index of its row in each of the matrices
   };
 
-  // Calls `visit` with the types of T or T::Smaller, down and across, and the tile; returns all
-  // rows.
+  // Calls `visit` for every tile, with T or T::Smaller for its height and for its width; returns
+  // the number of rows.
   template <class Visit>
   Rows each(int64_t first, int64_t count, Visit visit) const {
     constexpr Type<T> large;
@@ -134,7 +135,7 @@ class Chunk {
     return rows;
   }
 
-  // Where the pixels of a tile begin, `high` x `wide` of them; `outside` where there is none.
+  // Finds the addresses of a tile's `high` x `wide` pixels; `outside` for those beyond the border.
   template <int high, int wide, class P>
   static void pixels(const Image& of, const Tile& tile, int64_t p, int64_t q, P* base, P* outside,
                      P** found) {
@@ -149,7 +150,7 @@ class Chunk {
     }
   }
 
-  // A tile's row of each matrix.
+  // The addresses of a tile's row in each matrix.
   template <class P>
   class Row {
     P* of_kind[2][2];
@@ -162,7 +163,7 @@ class Chunk {
     P* of(int i, int j) const { return of_kind[i == n - 1][j == n - 1] + (i * n + j) * gap; }
   };
 
-  // Of a tile of Y x X. Unless all its loops are unrolled, the numbers go by way of memory.
+  // For a tile of Y x X. Its loops must be unrolled, or the numbers go through memory.
   template <class Y, class X, int lanes>
   static void read_lanes(const E* const* from, int64_t c, Row<E> to, int64_t c_to) {
     using L = Lanes<lanes>;
@@ -220,8 +221,8 @@ class Chunk {
   }
 };
 
-// More would not stay in the cache, fewer would read the weights too often. Whole images of 3 x 3,
-// 4 x 4 and 6 x 6 tiles, which are frequent, fill it.
+// Tiles per chunk: more would not stay in the cache, fewer would read the weights too often. Whole
+// images of 3 x 3, 4 x 4 and 6 x 6 tiles, which are frequent, fill a chunk.
 constexpr int64_t kTiles = 72;
 
 template <class T, class E>
@@ -229,8 +230,8 @@ void convolve(const Task<E>& task) {
   int64_t per_image = task.down.tiles * task.across.tiles;
   int64_t num_tiles = task.num_images * per_image;
   if (num_tiles == 0) return;
-  // As many chunks as threads, or a multiple of it, of one size; whole images where they are
-  // small, or the matrices of each chunk would have as many rows as no other's.
+  // Chunks of equal size, a multiple of the number of threads. Small images are kept whole, so
+  // that the matrices of all chunks have the same number of rows.
   int64_t threads = at::get_num_threads();
   int64_t unit = per_image <= kTiles ? per_image : 1;
   int64_t units = num_tiles / unit, most = kTiles / unit;

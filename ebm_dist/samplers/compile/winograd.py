@@ -1,12 +1,13 @@
-"""Inner convolutions of a compiled block by Winograd's algorithm, where it multiplies less.
+"""Computes inner convolutions of a compiled block by Winograd's algorithm, where that is cheaper.
 
-A convolution with filters of r x r makes m x m pixels from n x n (n = m + r - 1) by n * n products
-where a direct one takes m * m * r * r of them (Lavin & Gray, 2016, arXiv:1509.09308): for 3 x 3 a
-quarter with m = 4, four ninths with m = 2, which rounds less. torch has none on the CPU, and its
-direct ones run at what the processor can multiply. A stride s is s * s images beside each other,
-each with filters of ceil(r / s) on a side: Winograd's as well.
+A convolution with filters of r x r computes m x m pixels from n x n (n = m + r - 1) by n * n
+products, where a direct one takes m * m * r * r (Lavin & Gray, 2016, arXiv:1509.09308). For 3 x 3
+that is a quarter with m = 4, and four ninths with m = 2, which rounds less. torch has no such
+algorithm on the CPU, and its direct convolutions already multiply at the processor's peak rate. A
+convolution of stride s is one over s * s images side by side, with filters of ceil(r / s) on a
+side, so Winograd's algorithm applies to it as well.
 
-`winograd.cpp` moves a few tiles through the cache and leaves the products to the library;
+`winograd.cpp` keeps a few tiles at a time in the cache and calls the library for the products;
 `toom.h` has the transforms.
 """
 
@@ -26,34 +27,37 @@ from ebm_dist.samplers.compile import compiler
 _SOURCES = [Path(__file__).with_name(name) for name in ("toom.h", "winograd.cpp")]
 
 _POINTS = (0, 1, -1, 2, -2)
-"""Of Cook and Toom, as in the source; and infinity."""
+"""Interpolation points of Cook and Toom beside infinity, the same as in `toom.h`."""
 
 _SQUARES = {
     torch.float32: {3: (4, 2), 2: (4, 3)},
     torch.bfloat16: {3: (2,), 2: (3,)},
 }
-"""Sides m of the squares of pixels, by r. float32 loses 2 bits to the larger ones and none to the
-smaller, beside a direct convolution; bfloat16 would lose 3 of its 8 and loses 1.3."""
+"""Sides m of the squares of pixels, by r. Against a direct convolution float32 loses 2 bits with
+the larger m and none with the smaller; bfloat16 would lose 3 of its 8 bits, and loses 1.3."""
 
 _WORTHWHILE = 0.85
-"""Share of what a direct convolution costs that Winograd's may."""
+"""Winograd is used where it costs at most this share of a direct convolution."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Costs:
-    """In multiplications: two AVX-512 cores, 8 to 256 channels of 3 x 3 to 28 x 28 pixels."""
+    """Costs in units of one multiplication.
+
+    Measured on two AVX-512 cores, for 8 to 256 channels of 3 x 3 to 28 x 28 pixels.
+    """
 
     product: int = 0
-    """Of a matrix product, a tile, beside its multiplications."""
+    """Overhead of a matrix product, per tile."""
     move: int = 24
-    """To bring a number into a square, or out of it."""
+    """Transforming one number into a square, or out of it."""
     pixel: int = 1000
-    """Of a direct convolution, each pixel."""
+    """Overhead of a direct convolution, per pixel."""
     call: int = 8_000_000
-    """Of a direct convolution, each call."""
+    """Overhead of a direct convolution, per call."""
     lanes: tuple[int, ...] = (16,)
-    """Channels that a direct convolution computes at the price of one: the least that hold all
-    of them, the last one several times."""
+    """Channel counts that a direct convolution pads to: the smallest that holds all channels, or
+    else a multiple of the largest."""
 
 
 _COSTS = {
@@ -63,19 +67,19 @@ _COSTS = {
 
 _LIBRARY = torch.library.Library("ebm_dist", "FRAGMENT")
 _LIBRARY.define("winograd_weights(Tensor weight, int m, int stride, bool backwards) -> Tensor")
-# What computes it comes with the source; see `_load`.
+# Its implementation is in `winograd.cpp`; see `_load`.
 _LIBRARY.define(
     "winograd(Tensor x, Tensor weights, Tensor? bias, int m, int r, int height, int width, "
     "int stride_in, int stride_out, int before_in, int before_out) -> Tensor"
 )
 
-ONCE_A_ROUND = (torch.ops.ebm_dist.winograd_weights.default,)
-"""What a step computes of weights alone and is worth keeping."""
+HOISTABLE = (torch.ops.ebm_dist.winograd_weights.default,)
+"""Operations on weights alone that are worth hoisting out of the steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Convolution:
-    """What both its directions have in common: square, of one group, without dilation."""
+    """A square convolution of one group, without dilation; for its forward and its gradient."""
 
     weight: Tensor  # (O, C, k, k)
     stride: int
@@ -83,7 +87,7 @@ class Convolution:
 
     @property
     def r(self) -> int:
-        """Taps on a side in each of the images beside each other."""
+        """Side of the filters of each of the images side by side."""
         return -(-self.weight.shape[2] // self.stride)
 
 
@@ -96,12 +100,12 @@ def convolution_of(
     transposed: bool,
     groups: int,
 ) -> Convolution | None:
-    """The convolution of images `x` (B, C, H, W), if Winograd's algorithm knows such ones."""
+    """The convolution of images `x` (B, C, H, W); None if Winograd is not implemented for it."""
     if x.ndim != 4 or transposed or groups != 1 or x.device.type != "cpu":
         return None
     if x.dtype not in _SQUARES or weight.dtype != x.dtype or not available(x.dtype):
         return None
-    # Without channels beside each other there would be nothing to fill the lanes with.
+    # Channels fill the lanes of a vector, so they must be adjacent in memory.
     if not x.is_contiguous(memory_format=torch.channels_last):
         return None
     sides = (weight.shape[2:], stride, padding, dilation)
@@ -129,7 +133,7 @@ def forward(of: Convolution, x: Tensor, bias: Tensor | None) -> Tensor | None:
 def gradient(of: Convolution, grad: Tensor, x: Tensor) -> Tensor | None:
     """The gradient in `x` (B, C, H, W) from that in the output, or None as in `forward`."""
     height, width = x.shape[2:]
-    # Rows of pixels that the padding has before the image are not asked for, if whole ones.
+    # Whole rows of padding before the image are skipped: nobody needs their gradient.
     skipped, before = divmod(of.padding, of.stride)
     made = -(-(height + before) // of.stride), -(-(width + before) // of.stride)
     m = _square(of, x.shape[0], grad.shape[2] * grad.shape[3], made, backwards=True)
@@ -144,11 +148,11 @@ def gradient(of: Convolution, grad: Tensor, x: Tensor) -> Tensor | None:
 def _square(
     of: Convolution, num_images: int, num_pixels: int, made: tuple[int, int], *, backwards: bool
 ) -> int | None:
-    """The side of the cheapest squares, if they are cheaper than a direct convolution.
+    """The side m of the cheapest squares; None if a direct convolution is cheaper.
 
     Args:
-        num_pixels: of the convolution's output, one image.
-        made: rows and columns that are made of squares.
+        num_pixels: pixels of one image of the convolution's output.
+        made: rows and columns that the squares cover.
     """
     out, into, kernel, _ = of.weight.shape
     dtype, images = of.weight.dtype, of.stride**2
@@ -156,7 +160,7 @@ def _square(
     read, written = (out, into) if backwards else (into, out)
     filled = next((n for n in costs.lanes if written <= n), _filled(written, costs.lanes[-1]))
     direct = num_pixels * (kernel**2 * read * filled + costs.pixel)
-    # All images of a stride beside each other.
+    # Channels of all images side by side.
     read, written = (out, images * into) if backwards else (images * into, out)
     products = read * _filled(written) + costs.move * (_filled(read) + _filled(written))
 
@@ -170,7 +174,7 @@ def _square(
 
 
 def _numbers(pixels: int, m: int, r: int) -> int:
-    """What `pixels` in a row are made of: those of tiles of m, the last of them m - 1."""
+    """Inputs for a row of `pixels`: m + r - 1 a tile of m pixels, one less where it has m - 1."""
     tiles = -(-pixels // m)
     return tiles * (m + r - 1) - min(tiles * m - pixels, tiles)
 
@@ -181,7 +185,7 @@ def _filled(channels: int, lanes: int = 16) -> int:
 
 @torch.library.impl(_LIBRARY, "winograd_weights", "CPU")
 def _weights(weight: Tensor, m: int, stride: int, backwards: bool) -> Tensor:
-    """Filters (O, C, k, k) as the n * n matrices of `winograd`, (n * n, channels in, out)."""
+    """Transform filters (O, C, k, k) to the matrices of `winograd`, (n * n, channels in, out)."""
     out, into, kernel, _ = weight.shape
     r = -(-kernel // stride)
     more = r * stride - kernel
@@ -211,7 +215,7 @@ def _(weight: Tensor, m: int, stride: int, backwards: bool) -> Tensor:
 
 @functools.cache
 def _of_taps(m: int, r: int) -> Tensor:
-    """(n * n, r * r): what the filters are multiplied by, in both directions at once."""
+    """The transform of the filters, rows and columns at once, (n * n, r * r)."""
     points = [Fraction(p) for p in _POINTS[: m + r - 2]]
     rows = []
     for p in points:
@@ -246,10 +250,10 @@ def _(
 def available(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies `dtype` in vectors of 16, and there is a compiler.
 
-    With tiles (AMX) a direct bfloat16 convolution is faster than the moves of Winograd's.
+    With AMX a direct bfloat16 convolution is faster than the transforms of Winograd's algorithm.
 
     Raises:
-        CompilerFailed: the compiler failed, or made something else of the source.
+        CompilerFailed: the compiler failed, or the compiled convolutions are wrong.
     """
     if not torch.cpu._is_avx512_supported() or not torch.backends.mkldnn.is_available():
         return False
@@ -259,10 +263,10 @@ def available(dtype: torch.dtype) -> bool:
         return False
     if compiler.missing() is not None:
         return False
-    # A tracer asks, and would trace this too.
+    # Called while the steps are traced, and must not become part of the trace.
     with _disable_current_modes(), torch.no_grad():
         _load()
-        # Of no other type: the processor may not have it.
+        # Only this dtype: the processor may lack instructions for others.
         for r, squares in _SQUARES[dtype].items():
             for m in squares:
                 _try(m, r, dtype)
@@ -275,7 +279,7 @@ def _load() -> None:
 
 
 def _try(m: int, r: int, dtype: torch.dtype) -> None:
-    """Blocks are compared with their trace, and this is in both."""
+    """Compare with torch's convolution; `block` cannot, since its traced steps call this too."""
     generator = torch.Generator().manual_seed(m)
     x = torch.randn(2, 8, 9, 9, generator=generator)
     weight = torch.randn(8, 8, r, r, generator=generator)

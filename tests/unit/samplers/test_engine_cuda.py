@@ -85,7 +85,7 @@ def test_blocks_that_draw_their_noise_are_the_same_captured_or_not(name):
         same_bits(run_chain(mover, x, energy, 40, generator(seed), engine=launched), two)
         ends.append(two.position)
     assert len(said) == 1
-    assert "noise and all" in said[0]
+    assert "including the noise" in said[0]
     assert torch.equal(ends[0], ends[2])
     assert not torch.equal(ends[0], ends[1])
 

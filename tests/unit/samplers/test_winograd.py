@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ebm_dist.samplers import Engine, make, run_chain
 from ebm_dist.samplers.compile import compiler, engine, winograd
-from ebm_dist.samplers.compile.hoist import take_out
+from ebm_dist.samplers.compile.hoist import hoist
 from ebm_dist.samplers.compile.rewrite import DECOMPOSITIONS
 from ebm_dist.samplers.kernel import value_and_grad
 
@@ -286,14 +286,14 @@ def test_what_depends_on_weights_alone_is_taken_out_once_and_the_rest_stays():
     inputs = [torch.randn(4) for _ in range(4)]
     expected = steps(*inputs)
     graph = make_fx(steps)(*inputs)
-    prepare = take_out(graph, slice(1, 3), (torch.ops.aten.cos.default,))
+    prepare = hoist(graph, slice(1, 3), (torch.ops.aten.cos.default,))
     assert prepare is not None
     assert Counter(str(n.target) for n in prepare.graph.nodes)["aten.cos.default"] == 2
     assert Counter(str(n.target) for n in graph.graph.nodes)["aten.cos.default"] == 1
     x, w, v, noise = inputs
     for came, right in zip(graph(x, w, v, *prepare(w, v), noise), expected, strict=True):
         torch.testing.assert_close(came, right)
-    assert take_out(make_fx(steps)(*inputs), slice(1, 3), (torch.ops.aten.sin.default,)) is None
+    assert hoist(make_fx(steps)(*inputs), slice(1, 3), (torch.ops.aten.sin.default,)) is None
 
 
 def test_without_a_compiler_convolutions_are_the_librarys(monkeypatch):
