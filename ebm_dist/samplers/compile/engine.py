@@ -290,7 +290,7 @@ class Engine:
             return built, ", including the noise" if built.num_fused else ""
         except CannotCompile as error:
             # The steps may compile correctly and only the fused noise be wrong.
-            return build_(), f", with noise drawn beforehand, because with noise in it {error}"
+            return build_(), f", with noise drawn beforehand, since fused noise failed: {error}"
 
 
 def _no_machine_compiles(error: Exception) -> bool:

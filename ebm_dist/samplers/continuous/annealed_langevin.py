@@ -1,4 +1,4 @@
-"""Annealed Langevin dynamics: Langevin steps while the temperature falls to its end."""
+"""Annealed Langevin dynamics: Langevin steps at a temperature that falls to its final value."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from ebm_dist.samplers.traits import EulerMaruyama
 
 @dataclass(frozen=True, slots=True)
 class AnnealedLangevinState:
-    """Chains, and how far they have cooled."""
+    """Chains, with the gradient that their next move follows and the number of moves so far."""
 
     position: Tensor  # (B, *event), float32
     energy: Tensor  # (B,), E(position)
     grad: Tensor  # (B, *event), dE/dx at position
-    num_moves: int  # since init, where the cooling begins
+    num_moves: int  # since `init`, which starts the cooling
 
 
 @dataclass(frozen=True, slots=True)
 class AnnealedLangevinInfo:
-    """What one move reports."""
+    """Reported for each move."""
 
     grad_norm: Tensor  # (B,), of the gradient that the move followed
     move_temperature: Tensor  # (B,), T_k of this move, the same for every chain
@@ -43,25 +43,25 @@ class AnnealedLangevinInfo:
 class AnnealedLangevin(EulerMaruyama):
     """x' = x - h dE/dx + sqrt(2 T_k h) xi, with T_k falling geometrically.
 
-    T_k = T_0 (T / T_0)^(k / (K - 1)) for k < K, and T from then on: the idea of Song &
-    Ermon (2019), arXiv:1907.05600, on an energy that has one temperature axis in place of
-    noise levels. The step size stays, since the stability of a step, h times the
-    curvature, does not depend on T. Cooling starts at `init`, hence at every round.
+    T_k = T_0 (T / T_0)^(k / (K - 1)) for k < K, and T from then on. This applies the idea of
+    Song & Ermon (2019), arXiv:1907.05600, to one energy, with temperatures in place of noise
+    levels. The step size stays constant, since the stability of a step depends on h times the
+    curvature and not on T. Cooling starts at `init`, hence anew in every round.
     """
 
     step_size: float
     """h, in squared data units."""
     temperature: float = 1.0
-    """T, where the cooling ends."""
+    """T, the final temperature."""
     start_temperature: float = 10.0
-    """T_0, of the first move."""
+    """T_0, the temperature of the first move."""
     num_annealing_steps: int = 50
-    """K, moves until `temperature` is reached."""
+    """K, the number of moves until `temperature` is reached."""
 
     tunable: ClassVar[str] = "step_size"
 
     def temperature_at(self, num_moves: int) -> float:
-        """T_k of the move that follows `num_moves` others."""
+        """T_k of the move after the first `num_moves`."""
         if num_moves >= self.num_annealing_steps - 1:
             return self.temperature
         fraction = num_moves / (self.num_annealing_steps - 1)
@@ -99,7 +99,7 @@ class AnnealedLangevin(EulerMaruyama):
 
 @FAMILY.register
 class AnnealedLangevinSection(KernelSection):
-    """Langevin steps while the temperature falls geometrically to its end."""
+    """Langevin steps at a temperature that falls geometrically to its final value."""
 
     name: Literal["annealed_langevin"] = "annealed_langevin"
     example: ClassVar[dict[str, Any]] = {
@@ -112,13 +112,13 @@ class AnnealedLangevinSection(KernelSection):
     """h, in squared data units."""
 
     temperature: PositiveFloat = 1.0
-    """T, where the cooling ends."""
+    """T, the final temperature."""
 
     start_temperature: PositiveFloat = 10.0
-    """T of the first move; above `temperature`."""
+    """Temperature of the first move; not below `temperature`."""
 
     num_annealing_steps: PositiveInt = 50
-    """Moves until `temperature` is reached; keep it at or below num_steps."""
+    """Number of moves until `temperature` is reached; keep it at or below num_steps."""
 
     @model_validator(mode="after")
     def _falls(self) -> AnnealedLangevinSection:

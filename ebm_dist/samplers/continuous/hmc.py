@@ -1,4 +1,4 @@
-"""Hamiltonian Monte Carlo: leapfrog trajectories, each accepted or refused."""
+"""Hamiltonian Monte Carlo: leapfrog trajectories, each accepted or rejected."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class HmcState:
 
 @dataclass(frozen=True, slots=True)
 class Hmc:
-    """L leapfrog steps of size e from a fresh momentum p ~ N(0, T I), then accept or refuse.
+    """L leapfrog steps of size e from a fresh momentum p ~ N(0, T I), then accept or reject.
 
-    H(x, p) = E(x) + |p|^2 / 2, accepted with probability min(1, exp(-(H' - H) / T)), so the
-    law is exactly exp(-E/T). The temperature is in the momentum and not in the force: a
-    trajectory then stays stable at the same e whatever T is. Neal (2011), arXiv:1206.1901.
+    With H(x, p) = E(x) + |p|^2 / 2 the acceptance probability is min(1, exp(-(H' - H) / T)), so
+    the law is exactly exp(-E/T). T scales the momentum and not the force, so the same e is stable
+    at every T. Neal (2011), arXiv:1206.1901.
     """
 
     step_size: float
     """e, in data units over momentum; a quadratic of curvature a is stable below 2/sqrt(a)."""
     num_leapfrog_steps: int = 10
-    """L, gradients a step."""
+    """L; a step computes as many gradients."""
     temperature: float = 1.0
 
     tunable: ClassVar[str] = "step_size"
@@ -86,7 +86,7 @@ class HmcSection(KernelSection):
     """Size of a leapfrog step. Aim at an acceptance near .8."""
 
     num_leapfrog_steps: PositiveInt = Field(default=10, le=10_000)
-    """Gradients a step."""
+    """Leapfrog steps in one step of the chain; each computes one gradient."""
 
     temperature: PositiveFloat = 1.0
     """T of the law exp(-E/T)."""

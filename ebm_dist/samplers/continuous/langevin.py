@@ -33,7 +33,7 @@ class LangevinState:
 
 @dataclass(frozen=True, slots=True)
 class LangevinInfo:
-    """What one move reports."""
+    """Reported for each move."""
 
     grad_norm: Tensor  # (B,), of the gradient that the move followed, before any clipping
 
@@ -45,7 +45,7 @@ class Langevin(EulerMaruyama):
     The Euler-Maruyama step of overdamped Langevin dynamics. With no accept step the chain
     targets exp(-E/T) only as step_size -> 0: on a quadratic of curvature a its temperature
     is 2T/(2 - a h), and it diverges at a h >= 2. `mala` removes that bias. Clipping and
-    clamping change the law further; they are what published image models are trained with.
+    clamping change the law further; published image models are trained with them.
     """
 
     step_size: float

@@ -1,4 +1,4 @@
-"""Metropolis-adjusted Langevin: Langevin proposals, each accepted or refused."""
+"""Metropolis-adjusted Langevin: Langevin proposals, each accepted or rejected."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def log_proposal_ratio(
 ) -> Tensor:
     """log q(x | x') - log q(x' | x), (B,), for x' = x - h g + sqrt(2 T h) xi.
 
-    The forward move is xi standard deviations; the move back needs xi' with
-    x = x' - h g' + sqrt(2 T h) xi', that is xi' = c - xi, c = h (g + g') / sqrt(2 T h). So
-    (|xi|^2 - |xi'|^2) / 2 = c . (xi - c/2), without the difference of two large sums.
+    The move back has noise xi' with x = x' - h g' + sqrt(2 T h) xi', that is xi' = c - xi with
+    c = h (g + g') / sqrt(2 T h). So the ratio is (|xi|^2 - |xi'|^2) / 2 = c . (xi - c/2), which
+    avoids the difference of two large sums.
     """
     noise_std = (2 * temperature * step_size) ** 0.5
     c = (grad + grad_new).mul_(step_size / noise_std)
@@ -47,7 +47,7 @@ def log_proposal_ratio(
 
 @dataclass(frozen=True, slots=True)
 class Mala:
-    """x' = x - h dE/dx + sqrt(2 T h) xi, accepted by Metropolis and Hastings.
+    """x' = x - h dE/dx + sqrt(2 T h) xi, accepted or rejected by Metropolis-Hastings.
 
     Its law is exactly exp(-E/T) at any step size. Roberts & Tweedie (1996), Bernoulli 2(4).
     """
@@ -60,7 +60,7 @@ class Mala:
     reversible: ClassVar[bool] = True
     leaves_invariant: ClassVar[bool] = True
     target_acceptance: ClassVar[float] = 0.574
-    """The best in high dimension (Roberts & Rosenthal 1998)."""
+    """Optimal in high dimension (Roberts & Rosenthal 1998)."""
 
     def init(self, x: Tensor, energy: EnergyFn) -> MalaState:
         position = start(x, energy)

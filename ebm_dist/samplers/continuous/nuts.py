@@ -1,4 +1,4 @@
-"""The No-U-Turn sampler: Hamiltonian trajectories that stop by themselves where they turn back."""
+"""The No-U-Turn sampler: Hamiltonian trajectories that stop where they turn back."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from ebm_dist.samplers.kernel import (
 )
 
 _MAX_ENERGY_ERROR = 1000.0
-"""A leaf whose H is so far above the start, in units of T, has left the trajectory (Stan's)."""
+"""The integrator has diverged if H exceeds its first value by more, in units of T (Stan's limit)."""
 
 
 @dataclass(frozen=True, slots=True)
 class NutsInfo:
-    """What one trajectory reports."""
+    """Reported for each trajectory."""
 
     acceptance: Tensor  # (B,), mean over its leaves of min(1, exp(-(H - H_0) / T))
-    accepted: Tensor  # (B,), 1 where the chain ended elsewhere than it began
+    accepted: Tensor  # (B,), 1 where the position changed
     tree_depth: Tensor  # (B,), doublings: a trajectory has 2^depth - 1 leapfrog steps
-    diverged: Tensor  # (B,), 1 where the integrator left the trajectory
+    diverged: Tensor  # (B,), 1 where the integrator diverged
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,16 @@ class _End:
 
 @dataclass(frozen=True, slots=True)
 class _Tree:
-    """A stretch of the trajectory, and the point drawn from it."""
+    """A subtree of the trajectory, and the point drawn from it."""
 
-    end: _End  # where it was left
+    end: _End  # its outer end
     drawn: HmcState  # a leaf, with probability proportional to exp(-H / T)
     log_weight: Tensor  # (B,), log of the sum of exp(-(H - H_0) / T) over its leaves
     momentum_sum: Tensor  # (B, *event), over its leaves
     sound: Tensor  # (B,) bool: no part of it turned back or diverged
     diverged: Tensor  # (B,) bool
     acceptance_sum: Tensor  # (B,), over the leaves that were visited
-    num_leaves: Tensor  # (B,), that were visited
+    num_leaves: Tensor  # (B,), the number of those
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,14 @@ class Nuts:
     """Doubles a leapfrog trajectory, forwards or backwards in time, until it turns back.
 
     The next position is drawn from the whole trajectory in proportion to exp(-H/T), with
-    H(x, p) = E(x) + |p|^2 / 2 and p ~ N(0, T I): exp(-E/T) stays exactly invariant and there
-    is no number of leapfrog steps to choose. Hoffman & Gelman (2014), arXiv:1111.4246; the
-    draws within a tree and between trees, and the criterion of a U-turn, are those of
-    Betancourt (2017), arXiv:1701.02434, sections A.3 and A.4.2; the tree is built leaf by
-    leaf with a logarithmic number of stored momenta (Phan et al. 2019, arXiv:1912.11554).
+    H(x, p) = E(x) + |p|^2 / 2 and p ~ N(0, T I). exp(-E/T) stays exactly invariant, and no number
+    of leapfrog steps has to be chosen. Hoffman & Gelman (2014), arXiv:1111.4246. The draws within
+    a tree and between trees, and the U-turn criterion, are those of Betancourt (2017),
+    arXiv:1701.02434, sections A.3 and A.4.2. The tree is built leaf by leaf with a logarithmic
+    number of stored momenta (Phan et al. 2019, arXiv:1912.11554).
 
-    The chains of a batch double together, and a chain that has turned back waits for the
-    others: a step costs what the longest trajectory of the batch does.
+    The chains of a batch double together, and a chain that has turned back waits for the others.
+    So a step costs as much as the longest trajectory of the batch.
     """
 
     step_size: float
@@ -93,13 +93,13 @@ class Nuts:
         self, state: HmcState, energy: EnergyFn, generator: torch.Generator
     ) -> tuple[HmcState, NutsInfo]:
         momentum = normal(state.position, generator).mul_(self.temperature**0.5)
-        # All that a trajectory can need: were it drawn on the way, the length of one chain's
-        # trajectory would shift the noise of the others. (3, max_tree_depth, B).
+        # Enough for the longest trajectory, (3, max_tree_depth, B): with draws on demand the
+        # length of one chain's trajectory would shift the noise of the others.
         shape = (3, self.max_tree_depth, len(state.energy))
         noise = torch.empty(shape, dtype=torch.float64, device=state.energy.device)
         noise.uniform_(generator=generator)
         start_h = state.energy + 0.5 * sum_event(momentum.square())
-        ends = [_End(state.position, momentum, state.grad)] * 2  # backmost, foremost
+        ends = [_End(state.position, momentum, state.grad)] * 2  # backward end, forward end
         drawn, log_weight, momentum_sum = state, torch.zeros_like(state.energy), momentum
         growing = torch.ones_like(state.energy, dtype=torch.bool)
         diverged = torch.zeros_like(growing)
@@ -162,15 +162,15 @@ class Nuts:
             acceptance = acceptance + sound * (-error).clamp(max=0.0).exp()
             sound = sound & ~left
             log_weight = torch.logaddexp(log_weight, -error)
-            # One uniform draws from all leaves: what is left of it after a decision is again
-            # uniform, given the decision. In float64, since each one uses up some of its bits.
+            # One uniform number serves all leaves: rescaled after a decision it is uniform again,
+            # given the decision. In float64, since every decision uses up some of its bits.
             share = (-error - log_weight).exp().nan_to_num(0.0)
             new = uniform < share
             uniform = torch.where(new, uniform / share, (uniform - share) / (1 - share))
             drawn = select(new & sound, HmcState(position, value, grad), drawn)
             momentum_sum = momentum_sum + momentum
             sound = sound & ~self._turns_within(leaf, momentum, momentum_sum, marks)
-            # A chain that is done stays where it is, so that it cannot run off to infinity.
+            # A chain that has stopped returns to the tip, so that it cannot run off to infinity.
             stay = per_chain(sound, position)
             position = torch.where(stay, position, tip.position)
             momentum = torch.where(stay, momentum, tip.momentum)
@@ -186,8 +186,8 @@ class Nuts:
     ) -> Tensor:
         """Whether a balanced subtree that ends at `leaf` turned back, (B,).
 
-        An even leaf opens subtrees, and its momentum is marked at the place that its set
-        bits give; an odd one closes as many as its binary form ends in ones.
+        An even leaf opens subtrees: its momentum is stored at the number of set bits of
+        leaf >> 1. An odd leaf closes as many subtrees as its binary form has trailing ones.
         """
         place = (leaf >> 1).bit_count()
         if leaf % 2 == 0:
@@ -202,10 +202,10 @@ class Nuts:
 
 
 def _turned(first: Tensor, last: Tensor, momentum_sum: Tensor) -> Tensor:
-    """Whether going on would bring the two ends of a trajectory closer, (B,).
+    """Whether a longer trajectory would bring its two ends closer together, (B,).
 
-    The sum of the momenta stands for the distance between the ends, and half of the two at
-    the ends is left out, as in the trapezoid rule.
+    The sum of the momenta stands for the distance between the ends. The momenta at the ends count
+    half, as in the trapezoidal rule.
     """
     along = momentum_sum - 0.5 * (first + last)
     return (sum_event(first * along) <= 0) | (sum_event(last * along) <= 0)
@@ -222,7 +222,7 @@ def _where(mask: Tensor, a: _End, b: _End) -> _End:
 
 @FAMILY.register
 class NutsSection(KernelSection):
-    """The No-U-Turn sampler: HMC that finds the length of its trajectories itself."""
+    """The No-U-Turn sampler: HMC that chooses the length of each trajectory itself."""
 
     name: Literal["nuts"] = "nuts"
     example: ClassVar[dict[str, Any]] = {"step_size": 0.3, "max_tree_depth": 4}
@@ -231,7 +231,7 @@ class NutsSection(KernelSection):
     """Size of a leapfrog step. Aim at an acceptance near .8."""
 
     max_tree_depth: int = Field(default=10, ge=1, le=16)
-    """At most 2^depth - 1 gradients a step; all chains wait for the longest trajectory."""
+    """A step computes at most 2^depth - 1 gradients; all chains wait for the longest trajectory."""
 
     temperature: PositiveFloat = 1.0
     """T of the law exp(-E/T)."""

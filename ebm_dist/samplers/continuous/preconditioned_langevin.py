@@ -28,22 +28,22 @@ from ebm_dist.samplers.traits import EulerMaruyama
 class PreconditionedLangevin(EulerMaruyama):
     """x' = x - h P dE/dx + sqrt(2 T h P) xi, with P = diag(scales).
 
-    Langevin in the coordinates x / sqrt(P), so its law is exp(-E/T) for every P as h -> 0:
-    a P that does not change with x needs no correction term (Girolami & Calderhead 2011,
-    section 5). A coordinate of curvature a and scale p has the variance 2T / (a (2 - a p h))
-    and contracts by 1 - a p h a step, so scales near the variances make all of them mix at
-    one rate, which a single step size cannot on a narrow valley.
+    This is Langevin in the coordinates x / sqrt(P), so its law is exp(-E/T) for every P as
+    h -> 0: a P that does not change with x needs no correction term (Girolami & Calderhead 2011,
+    section 5). A coordinate of curvature a and scale p has the variance 2T / (a (2 - a p h)) and
+    contracts by 1 - a p h per step. So with scales near the variances all coordinates mix at one
+    rate, also in a narrow valley, where a single step size cannot achieve that.
 
-    P is fixed: one read off the gradients on the way (Li et al. 2016, arXiv:1512.07666)
-    samples another law unless the derivative of P is added. `adapt_scales` measures it
-    during warm-up.
+    P is fixed. A P estimated from the gradients during sampling (Li et al. 2016,
+    arXiv:1512.07666) samples another law unless the derivative of P is added. `adapt_scales`
+    measures P during warm-up.
     """
 
     step_size: float
-    """h, without a unit where the scales are variances: stable below 2."""
+    """h; if the scales are variances it has no unit and must be below 2."""
     scales: tuple[float, ...] = (1.0,)
-    """The diagonal of P, in squared data units, one for each number of the event in its
-    order in memory, or a single one for all."""
+    """The diagonal of P in squared data units: one scale for each number of the event, in memory
+    order, or a single one for all."""
     temperature: float = 1.0
 
     tunable: ClassVar[str] = "step_size"
@@ -87,11 +87,11 @@ K = TypeVar("K", bound=PreconditionedLangevin)
 def adapt_scales(
     kernel: K, x: Tensor, energy: EnergyFn, num_steps: int, generator: torch.Generator
 ) -> K:
-    """The kernel with `scales` at the variances of its chains, over T.
+    """The kernel with `scales` set to the variances of its chains, divided by T.
 
-    Runs `num_steps` of warm-up from `x` (B, *event) and measures over the chains and the
-    last half of the steps. The chains are thrown away, and the scales then stay, for the
-    same reason as in `adapt_step_size`.
+    Runs `num_steps` warm-up steps from `x` (B, *event) and measures over the chains and the last
+    half of the steps. The chains are discarded and the scales are then fixed, for the same reason
+    as in `adapt_step_size`.
 
     Raises:
         ValueError: fewer than 2 steps, or a coordinate that does not vary.
@@ -117,11 +117,12 @@ class PreconditionedLangevinSection(KernelSection):
     example: ClassVar[dict[str, Any]] = {"step_size": 0.1, "scales": (0.5,)}
 
     step_size: PositiveFloat
-    """h, without a unit where the scales are variances; stable below 2, biased by about h/2."""
+    """h. If the scales are variances it has no unit, is stable below 2, and biases the variances by
+    about h/2 of their value."""
 
     scales: tuple[PositiveFloat, ...] = Field(default=(1.0,), min_length=1)
-    """The diagonal of P in squared data units: about the variance of each number of the event,
-    or a single one for all."""
+    """The diagonal of P in squared data units: about the variance of each number of the event, or
+    one value for all."""
 
     temperature: NonNegativeFloat = 1.0
     """T of the law exp(-E/T)."""

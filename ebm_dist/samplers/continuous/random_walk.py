@@ -37,7 +37,7 @@ class RandomWalk:
     reversible: ClassVar[bool] = True
     leaves_invariant: ClassVar[bool] = True
     target_acceptance: ClassVar[float] = 0.234
-    """The best in high dimension (Roberts, Gelman & Gilks 1997); .44 in one."""
+    """Optimal in high dimension (Roberts, Gelman & Gilks 1997); the optimum in one is .44."""
 
     def init(self, x: Tensor, energy: EnergyFn) -> RandomWalkState:
         position = start(x, energy)

@@ -33,7 +33,7 @@ class SghmcState:
 
 @dataclass(frozen=True, slots=True)
 class SghmcInfo:
-    """What one move reports."""
+    """Reported for each move."""
 
     grad_norm: Tensor  # (B,), of the gradient that the move followed
     kinetic: Tensor  # (B,), mean of v^2 over the event after the move; T as h -> 0
@@ -86,27 +86,29 @@ class Sghmc:
         return SghmcState(position, *value_and_grad(energy, position), velocity), info
 
     def exchanged(self, state: SghmcState, scale: Tensor) -> SghmcState:
-        """`state` after chains came from another temperature; `scale` (B,) is
-        sqrt(T_here / T_there), 1 for a chain that stayed.
+        """`state` after an exchange with another temperature.
 
-        Velocities are scaled to their new temperature: the kinetic part of the exchange
-        then cancels, and the swap's acceptance depends on the energies alone.
+        Velocities are rescaled to the new temperature. The kinetic energies then cancel, and the
+        acceptance of the exchange depends on the energies alone.
+
+        Args:
+            scale: (B,), sqrt(T_here / T_there); 1 for a chain that was not exchanged.
         """
         return replace(state, velocity=state.velocity * per_chain(scale, state.velocity))
 
 
 @FAMILY.register
 class SghmcSection(KernelSection):
-    """Underdamped Langevin: momentum crosses the flat valleys that Langevin diffuses through."""
+    """Underdamped Langevin: momentum carries chains across flat valleys faster than diffusion."""
 
     name: Literal["sghmc"] = "sghmc"
     example: ClassVar[dict[str, Any]] = {"step_size": 0.1, "friction": 1.0}
 
     step_size: PositiveFloat
-    """h. A step moves by h times the velocity, so it is not langevin's h: compare h**2."""
+    """h. A step moves by h times the velocity, so h**2 compares to langevin's step_size."""
 
     friction: PositiveFloat
-    """gamma. step_size * friction below 1; smaller keeps more momentum."""
+    """gamma; step_size * friction must be below 1. Less friction keeps more momentum."""
 
     temperature: NonNegativeFloat = 1.0
     """T of the law exp(-E/T)."""

@@ -25,14 +25,14 @@ from ebm_dist.samplers.metropolis import MetropolisInfo, decide
 class DiscreteLangevin:
     """q(x' | x) ~ prod_i exp(-(x'_i - x_i) . g_i / (2 T) - |x'_i - x_i|^2 / (2 h)), accepted.
 
-    The Langevin proposal on the lattice of discrete events: the sites are independent, so
+    The Langevin proposal restricted to discrete events: it treats the sites as independent, so
     many change in one step. The accept step makes the law exp(-E/T) exact. Zhang, Liu &
-    Liu (2022), arXiv:2206.09914 (DMALA). A change of a bit has |x' - x|^2 = 1, one of a
-    one-hot code has 2.
+    Liu (2022), arXiv:2206.09914 (DMALA). |x' - x|^2 is 1 for a changed bit and 2 for a changed
+    one-hot code.
     """
 
     step_size: float
-    """h: the larger, the more sites change; a bit of a flat law flips with probability
+    """h: a larger h proposes more changes; where the gradient is 0 a bit flips with probability
     sigmoid(-1 / (2 h))."""
     temperature: float = 1.0
     kind: Kind = "auto"
@@ -41,7 +41,7 @@ class DiscreteLangevin:
     reversible: ClassVar[bool] = True
     leaves_invariant: ClassVar[bool] = True
     target_acceptance: ClassVar[float] = 0.574
-    """The best for factorised discrete proposals (Sun et al. 2022, arXiv:2206.14897)."""
+    """Optimal for factorised discrete proposals (Sun et al. 2022, arXiv:2206.14897)."""
 
     def init(self, x: Tensor, energy: EnergyFn) -> GradientState:
         position, categorical = start_discrete(x, energy, self.kind)
@@ -87,7 +87,7 @@ def move_log_ratio(
         to = (forward.log_softmax(-1) * new.position.flatten(1, -2)).flatten(1).sum(1)
         fro = (backward.log_softmax(-1) * old.position.flatten(1, -2)).flatten(1).sum(1)
         return fro - to
-    # +1 where the site flips, -1 where it stays: both ways share it.
+    # +1 where the site flips, -1 where it stays, in both directions.
     sign = 2 * (old.position != new.position).flatten(1).to(forward.dtype) - 1
     to = F.logsigmoid(sign * forward.squeeze(-1)).sum(1)
     fro = F.logsigmoid(sign * backward.squeeze(-1)).sum(1)
@@ -96,13 +96,13 @@ def move_log_ratio(
 
 @FAMILY.register
 class DiscreteLangevinSection(DiscreteSection):
-    """Many sites change in one step, by a gradient-informed proposal, accepted exactly."""
+    """Changes many sites in one step by a gradient-informed proposal, with an exact accept step."""
 
     name: Literal["discrete_langevin"] = "discrete_langevin"
     example: ClassVar[dict[str, Any]] = {"step_size": 0.5}
 
     step_size: PositiveFloat
-    """h: the larger, the more sites change at once. Aim at an acceptance near .57."""
+    """h: a larger h changes more sites at once. Aim at an acceptance near .57."""
 
     def build(self) -> DiscreteLangevin:
         return DiscreteLangevin(

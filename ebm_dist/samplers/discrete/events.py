@@ -1,4 +1,4 @@
-"""Binary and categorical events: which of the two they are, and draws from their conditionals."""
+"""Binary and categorical events: tells which of them x holds, and draws categories."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def start_discrete(x: Tensor, energy: EnergyFn, kind: Kind) -> tuple[Tensor, boo
 
 
 def draw(log_weight: Tensor, generator: torch.Generator) -> Tensor:
-    """An index (...,) from each row of log-weights (..., N), by inversion.
+    """Draw an index (...,) from each row of log-weights (..., N), by inversion.
 
-    One uniform a draw, where torch.multinomial takes one for every weight.
+    Uses one uniform number a draw, where torch.multinomial uses one for every weight.
     """
     # Not a softmax: torch's takes ten times as long on rows of a few values, and the
-    # total need not be 1.
+    # weights need not sum to 1.
     weight = (log_weight - log_weight.amax(-1, keepdim=True)).exp_()
     cdf = weight.cumsum(-1)
     # u is at most 1 - 2**-24 in float32, so u * total rounds to below the total; with

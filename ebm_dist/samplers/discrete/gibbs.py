@@ -1,4 +1,4 @@
-"""Gibbs sampling of discrete events: redraw sites from their law given all the others."""
+"""Gibbs sampling of discrete events: redraws sites from their law given all others."""
 
 from __future__ import annotations
 
@@ -37,38 +37,38 @@ class LatentConditionals(Protocol):
 
 @runtime_checkable
 class SharedInput(LatentConditionals, Protocol):
-    """Latent conditionals whose input is also what costs in the energy.
+    """Latent conditionals that share their most expensive part with the energy.
 
-    An RBM's energy and the law of its hidden units are both made of c + W v. A sweep evaluates
-    that once, where it ends, and the next one begins with it: two products instead of three.
+    An RBM's energy and the law of its hidden units both need c + W v. A sweep computes it once,
+    at its end, and the next sweep starts from it: two matrix products a sweep instead of three.
     """
 
     def latent_input(self, v: Tensor) -> Tensor:
-        """What the latent units see of v (B, *event); any shape that begins with B."""
+        """The input of the latent units from v (B, *event); any shape (B, ...)."""
         ...
 
     def draw_latent(self, latent_input: Tensor, generator: torch.Generator) -> Tensor:
-        """As `sample_hidden(v, generator)`, bit for bit, with `latent_input(v)` at hand."""
+        """As `sample_hidden(v, generator)`, bit for bit, from `latent_input(v)`."""
         ...
 
     def energy_given(self, v: Tensor, latent_input: Tensor) -> Tensor:
-        """E(v), (B,), bit for bit, with `latent_input(v)` at hand."""
+        """E(v), (B,), bit for bit, from v and `latent_input(v)`."""
         ...
 
 
 class LinearBlocks(Protocol):
-    """An energy that is linear in the sites of each block once all others are held.
+    """An energy that is linear in the sites of each block while all other sites are fixed.
 
-    The sites of a block then are independent given the rest, and the gradient in x holds
-    their exact conditional log-odds: an Ising or Potts lattice in its two colours.
+    The sites of a block are then independent given the rest, and the gradient in x holds their
+    exact conditional log-odds. Example: the two colours of an Ising or Potts lattice.
     """
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
     @property
     def gibbs_blocks(self) -> tuple[Tensor, ...]:
-        """Boolean masks that together cover every site once; a mask has the event's shape,
-        less the last axis where the event is categorical."""
+        """Boolean masks that together cover every site once. A mask has the event's shape,
+        without the last axis if the event is categorical."""
         ...
 
 
@@ -83,25 +83,27 @@ class GibbsState:
     energy: Tensor  # (B,), E(position)
     categorical: bool  # one-hot in the last axis, else binary
     scan: Scan
-    latent_input: Tensor | None = None  # at position, of an energy with a `SharedInput`
+    latent_input: Tensor | None = None  # at position, if the energy is a `SharedInput`
 
 
 @dataclass(frozen=True, slots=True)
 class GibbsInfo:
-    """What one sweep reports."""
+    """Reported for each sweep."""
 
-    changed: Tensor  # (B,), fraction of the sites that came out with another value
+    changed: Tensor  # (B,), fraction of the sites that changed their value
 
 
 @dataclass(frozen=True, slots=True)
 class Gibbs:
-    """Redraws every site once a step, each from its law given all others.
+    """Redraws every site once a step, from its law given all others. Geman & Geman (1984).
 
-    An energy with `sample_hidden` and `sample_visible` moves in two blocks, all latent
-    units and then all visible ones, the more cheaply as a `SharedInput`; one with
-    `gibbs_blocks` moves block by block, at one gradient a block; any other callable moves
-    site by site, at one evaluation a site (one of q times the batch where sites have q
-    values). Geman & Geman (1984).
+    The energy decides how:
+
+    - with `sample_hidden` and `sample_visible`: all latent units, then all visible ones; cheaper
+      if it is also a `SharedInput`;
+    - with `gibbs_blocks`: block by block, at one gradient a block;
+    - any other callable: site by site, at one evaluation a site, of q times the batch for sites
+      with q values.
     """
 
     temperature: float = 1.0
@@ -149,8 +151,8 @@ class Gibbs:
         return new, GibbsInfo(_changed(state.position, position, state.categorical))
 
     def _scan(self, energy: EnergyFn) -> Scan:
-        # The latent law is that of temperature 1: the marginal to another power is the
-        # marginal of no such joint law, and sampling it that way would be another model.
+        # The latent conditionals hold at temperature 1 only: a power of the marginal is not the
+        # marginal of that joint law, so they would sample another model.
         if self.temperature == 1.0 and hasattr(energy, "sample_hidden"):
             return "latent" if hasattr(energy, "sample_visible") else "sites"
         return "blocks" if hasattr(energy, "gibbs_blocks") else "sites"
@@ -217,9 +219,9 @@ def _sweep_categorical(
 
 
 def _changed(old: Tensor, new: Tensor, categorical: bool) -> Tensor:
-    # A category that changes moves two entries of its one-hot code: the mean over the
-    # entries times q/2 is the mean over the sites.
-    # Of zeros and ones; a comparison would be cast back, at three times the time.
+    # A site that changes its category changes two entries of its one-hot code: the mean over the
+    # entries times q/2 is the mean over the sites. A difference of zeros and ones, since a
+    # comparison and its cast take three times as long.
     moved = (old - new).abs_().flatten(1).mean(1)
     return moved * (old.shape[-1] / 2) if categorical else moved
 
@@ -233,8 +235,8 @@ class DiscreteSection(KernelSection):
     """T of the law exp(-E/T)."""
 
     kind: Kind = "auto"
-    """Binary events or one-hot ones. `auto` asks the energy; for one that does not say,
-    chains that are all one-hot along the last axis are categorical."""
+    """Whether events are binary or one-hot. `auto` reads it from the energy; if the energy does not
+    say, events are categorical where all chains are one-hot along the last axis."""
 
     def bind(self, spec: EventSpec) -> DiscreteSection:
         bound = super().bind(spec)

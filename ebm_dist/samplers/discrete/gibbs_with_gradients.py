@@ -30,7 +30,7 @@ def change_log_ratio(
 ) -> Tensor:
     """First-order log pi(x') / pi(x) of each change of one site, (B, sites, values).
 
-    Binary: one value, the flip. Categorical: q values, 0 for the one that the site has.
+    Binary: one value, for the flip. Categorical: q values, 0 for the current one.
     """
     if categorical:
         x, g = position.flatten(1, -2), grad.flatten(1, -2)
@@ -40,11 +40,11 @@ def change_log_ratio(
 
 @dataclass(frozen=True, slots=True)
 class GibbsWithGradients:
-    """Proposes one change of one site with probability softmax(log-ratio / 2), then accepts.
+    """Proposes one change of one site from softmax(log-ratio / 2), then accepts or rejects it.
 
-    The log-ratio of each change is read off the gradient, so one gradient ranks all of
-    them; the accept step makes the law exp(-E/T) exact for any energy that has a gradient
-    in x. Grathwohl et al. (2021), arXiv:2102.04509, algorithm 1.
+    The gradient estimates the log-ratios of all changes at once. The accept step makes the law
+    exp(-E/T) exact for any energy that has a gradient in x. Grathwohl et al. (2021),
+    arXiv:2102.04509, algorithm 1.
     """
 
     temperature: float = 1.0
@@ -106,7 +106,7 @@ def _changed(state: GradientState, change: Tensor) -> tuple[Tensor, Tensor]:
 
 @FAMILY.register
 class GibbsWithGradientsSection(DiscreteSection):
-    """One change of one site a step, chosen by the gradient, accepted exactly."""
+    """Changes one site a step, chosen by the gradient, with an exact accept step."""
 
     name: Literal["gibbs_with_gradients"] = "gibbs_with_gradients"
     example: ClassVar[dict[str, Any]] = {}

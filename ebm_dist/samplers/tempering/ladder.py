@@ -1,4 +1,4 @@
-"""What the configs of tempered samplers share: a sampler inside, and rising temperatures."""
+"""The config that tempered samplers share: an inner sampler and rising temperatures."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ Inner = Annotated[
 
 
 class LadderSection(KernelSection):
-    """A sampler inside, which moves chains at each of several temperatures."""
+    """An inner sampler that moves chains at each of several temperatures."""
 
     kernel: Inner
     """The sampler that moves each copy, as a section of its own, or a kernel from `make`.
     Its temperature and num_steps are not used."""
 
     temperatures: tuple[PositiveFloat, ...] = Field(min_length=2, max_length=256)
-    """Rising; the first is the temperature of the chains. A geometric ladder is a start."""
+    """In rising order; the first is the temperature of the chains. A geometric sequence is a good
+    start."""
 
     @model_validator(mode="before")
     @classmethod
@@ -45,12 +46,12 @@ class LadderSection(KernelSection):
             if not isinstance(name, str):
                 raise ValueError("kernel: needs a name, e.g. {name: mala, step_size: 0.1}")
             if name == "langevin" and not {"temperature", "noise_std"} & params.keys():
-                # The ladder gives the temperature, so the config need not say it twice.
+                # `temperatures` replaces it, so the config need not give one here.
                 params["temperature"] = 1.0
             try:
                 kernel = FAMILY.section(name, **params)
             except ValueError as error:
-                # The family words it for a sampler of its own; this one sits at `kernel`.
+                # The message names keys of the section `sampler`; these are keys of `kernel`.
                 raise ValueError(str(error).replace("sampler.", "kernel.")) from None
         elif isinstance(kernel, str):
             raise ValueError(
@@ -76,6 +77,6 @@ class LadderSection(KernelSection):
         return self.model_copy(update={"kernel": self.kernel.bind(spec)})
 
     def inner(self) -> Kernel[Any]:
-        """The sampler inside."""
+        """The inner sampler."""
         section = self.kernel
         return section.build() if isinstance(section, KernelSection) else section

@@ -18,7 +18,7 @@ from ebm_dist.samplers.tempering.ladder import LadderSection
 class ParallelTemperingState:
     """The copies, coldest first, and the exchanges so far."""
 
-    replicas: tuple[Any, ...]  # R states of the kernel inside
+    replicas: tuple[Any, ...]  # R states of the inner kernel
     num_moves: int  # since init; its parity says which neighbours may exchange
     num_swaps: Tensor  # (R - 1, B), accepted exchanges of neighbours r and r + 1
     num_attempts: tuple[int, ...]  # R - 1, the same for every chain
@@ -37,7 +37,7 @@ class ParallelTemperingState:
     def swap_rates(self) -> Tensor:
         """(R - 1,): accepted over attempted exchanges since init, over all chains.
 
-        A rate near zero cuts the ladder in two: put a temperature between those two.
+        A rate near zero cuts the ladder in two: add a temperature between those two.
         """
         attempts = self.num_swaps.new_tensor(self.num_attempts).clamp(min=1)
         return self.num_swaps.mean(1) / attempts
@@ -45,10 +45,10 @@ class ParallelTemperingState:
 
 @dataclass(frozen=True, slots=True)
 class ParallelTemperingInfo:
-    """What one move reports."""
+    """Reported for each move."""
 
-    swap_acceptance: Tensor  # (B,), mean acceptance probability of the exchanges attempted
-    swap_lowest: Tensor  # (B,), the lowest of them: the weakest rung of the ladder
+    swap_acceptance: Tensor  # (B,), mean acceptance probability of the attempted exchanges
+    swap_lowest: Tensor  # (B,), the lowest of these probabilities
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class ParallelTempering:
 
     @property
     def temperature(self) -> float:
-        """Of the coldest copies, which the chains are."""
+        """The temperature of the coldest copies, which are the chains."""
         return self.temperatures[0]
 
     @property
@@ -80,7 +80,7 @@ class ParallelTempering:
 
     @property
     def coldest(self) -> Kernel[Any]:
-        """The kernel that moves the chains themselves: their law is its law."""
+        """The kernel of the coldest copies, whose law is that of the chains."""
         return self.kernels[0]
 
     def init(self, x: Tensor, energy: EnergyFn) -> ParallelTemperingState:

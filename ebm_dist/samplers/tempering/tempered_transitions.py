@@ -1,4 +1,4 @@
-"""Tempered transitions: heat a chain, cool it again, and accept or refuse the whole way."""
+"""Tempered transitions: heat a chain, cool it again, and accept or reject the result."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ebm_dist.samplers.traits import names_with, trait
 
 @dataclass(frozen=True, slots=True)
 class TemperedTransitions:
-    """Moves up the ladder T_1 < ... < T_n and down again, then accepts or refuses the end.
+    """Moves up the temperatures T_1 < ... < T_n and down again, then accepts or rejects the end.
 
-    With x_i where the move at T_i led on the way up, x_0 the start, and y_{i-1} where the
-    move at T_i led on the way down, y_0 the end,
+    Let x_0 be the start, x_i the position after the move at T_i on the way up, y_{i-1} the
+    position after the move at T_i on the way down, and so y_0 the end. With
 
         log ratio = sum_i (1/T_i - 1/T_{i+1}) (E(x_i) - E(y_i)),    i = 0 .. n - 1,
 
-    which leaves exp(-E/T_0) invariant for reversible kernels, whatever barrier lies between
-    modes. Neal (1996), Statistics and Computing 6. The ladder must be fine: every rung adds
-    to the ratio's spread. One ordinary move at T_0 comes before each transition. Unlike
-    parallel tempering it keeps one copy of each chain.
+    exp(-E/T_0) stays invariant for reversible kernels. Neal (1996), Statistics and Computing 6.
+    The temperatures must lie close together: each pair of neighbours adds variance to the ratio.
+    One ordinary move at T_0 precedes each transition. Unlike parallel tempering this keeps only
+    one copy of each chain.
     """
 
     kernel: Kernel[Any]
@@ -38,7 +38,7 @@ class TemperedTransitions:
 
     @property
     def temperature(self) -> float:
-        """T_0, of the chains."""
+        """T_0, the temperature of the chains."""
         return self.temperatures[0]
 
     @property
@@ -69,7 +69,7 @@ class TemperedTransitions:
 
 @FAMILY.register
 class TemperedTransitionsSection(LadderSection):
-    """Heats every chain and cools it again, which carries it over barriers, exactly."""
+    """Heats and cools every chain, which carries it over barriers; the law stays exact."""
 
     name: Literal["tempered_transitions"] = "tempered_transitions"
     example: ClassVar[dict[str, Any]] = {
