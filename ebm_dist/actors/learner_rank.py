@@ -14,7 +14,7 @@ from ebm_dist.core.weights import as_sent
 from ebm_dist.data import DataConfig, DataStream
 from ebm_dist.energies import EnergySection
 from ebm_dist.learner import LearnerConfig
-from ebm_dist.learner.weight_outbox import Outbox
+from ebm_dist.learner.weight_outbox import WeightOutbox
 from ebm_dist.objectives import ObjectiveSection, ess_ratio
 
 
@@ -51,7 +51,7 @@ class LearnerRank:
         self._objective = objective.build(seed=derive_seed(seed, "objective"))
         self._objective.reweight = reweight and self._objective.needs_negatives
         self._jarzynski = jarzynski
-        self._outbox: Outbox | None = None
+        self._outbox: WeightOutbox | None = None
         """Rank 0's, once it has started."""
 
     def start(self, rendezvous: tuple[str, int]) -> None:
@@ -71,7 +71,7 @@ class LearnerRank:
         )
         if (flat := self._engine.flat_weights()) is not None:
             num = self._engine.layout.num_parameters
-            self._outbox = Outbox(self._config.ema_decay, flat, num_averaged=num)
+            self._outbox = WeightOutbox(self._config.ema_decay, flat, num_averaged=num)
 
     def update(
         self,

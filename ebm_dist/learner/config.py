@@ -1,4 +1,4 @@
-"""The `learner` section: how many ranks, which optimiser, how it is sharded, and its schedule."""
+"""The `learner` section of the config: ranks, optimiser, sharding and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class LearnerConfig(Section):
-    """What one update of the weights is, and how it is spread over ranks."""
+    """One update of the weights, and its distribution over ranks."""
 
     num_ranks: PositiveInt = 1
-    """DeepSpeed ranks. Each takes an equal slice of the global batch and of its negatives."""
+    """Number of DeepSpeed ranks. Each takes an equal slice of the global batch and negatives."""
 
     lr: PositiveFloat = 1.0e-4
     """Peak learning rate, reached at the end of the warm-up."""
@@ -38,7 +38,7 @@ class LearnerConfig(Section):
     """Adam's decay rates. IGEBM's recipe is (0.0, 0.999)."""
 
     eps: PositiveFloat = 1.0e-8
-    """Added to Adam's denominator."""
+    """Added to the denominator of Adam's update."""
 
     momentum: Fraction = 0.0
     """Momentum of `sgd`; `adam` and `adamw` have betas instead."""
@@ -46,7 +46,7 @@ class LearnerConfig(Section):
     weight_decay: NonNegativeFloat = 0.0
 
     schedule: Literal["constant", "cosine"] = "constant"
-    """What the learning rate does after the warm-up."""
+    """The learning rate after the warm-up."""
 
     warmup_steps: NonNegativeInt = 0
     """Updates over which the learning rate rises linearly to `lr`."""
@@ -55,57 +55,58 @@ class LearnerConfig(Section):
     """`cosine` ends at this fraction of `lr`."""
 
     grad_clip: PositiveFloat | None = None
-    """Largest global norm of the parameters' gradient; None does not clip."""
+    """Clips the global norm of the parameters' gradient to this; None does not clip."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed shards: 0 nothing, 1 optimiser state, 2 also gradients, 3 also weights. A
-    single rank has nobody to shard with and runs as 0."""
+    """ZeRO stage, that is, what DeepSpeed shards: 0 nothing, 1 optimiser state, 2 also gradients,
+    3 also weights. A single rank always runs stage 0."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes the networks in bfloat16; weights, gradients and optimiser stay float32."""
+    """bf16 runs the networks in bfloat16; weights, gradients and optimiser state stay float32."""
 
     wire: WireName = "float32"
-    """What weights travel to workers as. bfloat16 halves the bytes between machines, for chains
-    that move under weights rounded to 8 bits; on one machine float32 is faster, as it is read where
-    it lies."""
+    """Number format of the weights that workers receive. bfloat16 halves the network traffic, but
+    chains then move under weights rounded to 8 significant bits. On one machine float32 is faster,
+    since workers read it from shared memory without a copy."""
 
     ema_decay: Fraction = 0.999
-    """Decay an update of the averaged weights; 0 makes the average the weights themselves."""
+    """Decay per update of the exponential moving average of the weights; 0 does not average."""
 
     accumulation: PositiveInt = 1
-    """Micro-batches an update. They must divide each rank's batch and its negatives."""
+    """Micro-batches per update; must divide each rank's batch and its negatives."""
 
     recompute_activations: bool = False
-    """Transformers: keep each block's input alone for the backward and run the block again there.
-    Memory of one block in place of all, for about a third more time."""
+    """Activation checkpointing, for transformers: stores only each block's input and runs the block
+    again in the backward. Takes the memory of one block instead of all, and about a third more
+    time."""
 
     num_threads: PositiveInt | None = None
-    """CPU threads of each rank; None shares the cores out."""
+    """CPU threads of each rank; None divides the cores among the processes."""
 
     timeout_s: PositiveFloat = 60.0
-    """Seconds after which a collective that a rank does not join is an error."""
+    """Seconds after which a collective fails if a rank has not joined it."""
 
     gap_limit: PositiveFloat | None = None
-    """Largest size of the energy gap (of the loss, for an objective that has no gap); an update
-    past it is refused like one that is not finite. None refuses no finite one."""
+    """Largest magnitude of the energy gap (of the loss, for an objective without a gap); an update
+    beyond it is refused like a non-finite one. None accepts every finite value."""
 
     on_nonfinite: Literal["stop", "rollback"] = "stop"
-    """What follows a loss, gradient or chain that is not finite, or a gap past gap_limit: the run
-    ends with a diagnosis, or goes back to its last checkpoint, with new noise, data in another
-    order and a smaller learning rate."""
+    """What to do about a loss, gradient or chain that is not finite, or a gap beyond gap_limit.
+    `stop` ends the run with a diagnosis. `rollback` returns to the last checkpoint and continues
+    with other noise, another data order and a smaller learning rate."""
 
     max_rollbacks: PositiveInt = 3
-    """Times that `rollback` goes back before it ends the run."""
+    """Number of rollbacks after which the next fault ends the run."""
 
     rollback_lr_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """What each going back multiplies the learning rate by, for the rest of the run."""
+    """Factor on the learning rate at each rollback, for the rest of the run."""
 
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """TCP port on the node of rank 0 where the ranks meet, for a firewall between the nodes; a free
-    one when left out. Their collectives then use ephemeral ports."""
+    """TCP port of the rendezvous on the node of rank 0, for a firewall between the nodes; a free
+    one when left out. Collectives still use ephemeral ports."""
 
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Further DeepSpeed options, merged into those that this section decides."""
+    """Further DeepSpeed options, merged with those that this section sets."""
 
     @field_validator("deepspeed")
     @classmethod
@@ -120,7 +121,7 @@ class LearnerConfig(Section):
                 f"momentum is for optimizer 'sgd', got momentum={self.momentum} with "
                 f"{self.optimizer!r}; set betas instead"
             )
-        # By value: a complete config, as a run writes it, has every default in it.
+        # Compared by value, since the config that a run writes holds every default.
         betas = type(self).model_fields["betas"].default
         if self.optimizer == "sgd" and self.betas != betas:
             raise ValueError(
@@ -139,9 +140,9 @@ class LearnerConfig(Section):
 def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
     """The learning rate of update `step` (counted from 0) in a run of `total_steps`.
 
-    Rises linearly over `warmup_steps` updates, the last of which has the full `lr`, then stays
-    or falls along half a cosine to `final_lr_fraction * lr` at the last update. A function of
-    the step alone, so that a resumed run needs no scheduler state.
+    It rises linearly over `warmup_steps` updates, the last of which has the full `lr`, then stays
+    constant or follows half a cosine to `final_lr_fraction * lr` at the last update. It depends on
+    the step alone, so a resumed run needs no scheduler state.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

@@ -1,4 +1,4 @@
-"""The DeepSpeed dictionary: what the config decides, and what `learner.deepspeed` may add."""
+"""Builds the DeepSpeed config from ours, and checks the options in `learner.deepspeed`."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ DECIDED: Mapping[str, str] = {
     "zero_optimization.elastic_checkpoint": _MANIFEST,
     "zero_optimization.load_from_fp32_weights": _MANIFEST,
 }
-"""Options that `learner.deepspeed` may not set, and what decides them."""
+"""Options that `learner.deepspeed` may not set, with the reason for each."""
 
 ZERO_STAGE_3 = frozenset(
     name for name in ZeroOptimization.model_fields if name.startswith(("stage3_", "sub_group_"))
 )
-"""Known to DeepSpeed at stage 3 alone; elsewhere it would ignore them without a word."""
+"""Options that DeepSpeed reads at stage 3 only; at other stages it ignores them silently."""
 
 
 def check_options(options: Mapping[str, Any], *, zero_stage: int | None = None) -> None:
-    """Refuse options that the config decides, that the stage ignores, or that DeepSpeed cannot use.
+    """Refuse options that our config sets, that the stage ignores, or that DeepSpeed cannot use.
 
-    DeepSpeed itself ignores a key it does not know, so a misspelt one would do nothing.
+    DeepSpeed silently ignores unknown keys, so a misspelt one would have no effect.
 
     Raises:
         ValueError: one line that names the key under `learner.deepspeed`.
@@ -96,31 +96,31 @@ def _refuse_decided(path: str) -> None:
 def deepspeed_options(
     config: LearnerConfig, *, zero_stage: int, world_size: int, num_parameters: int
 ) -> dict[str, Any]:
-    """The dictionary that `deepspeed.initialize` gets.
+    """The config dictionary for `deepspeed.initialize`.
 
-    The batch sizes in it are counts of micro-batches, not of events: DeepSpeed needs them to
-    agree with each other and uses them for nothing else here.
+    The batch sizes in it count micro-batches, not events: DeepSpeed checks that they are
+    consistent, and does not use them otherwise here.
     """
-    # Buckets are allocated whole. DeepSpeed's 5e8 numbers would be 2 GB for a net of 1e5.
-    # A multiple, as its alignment wants.
+    # DeepSpeed allocates full buckets: its default of 5e8 numbers takes 2 GB even for a net of
+    # 1e5. The size is a multiple of 1024 for its alignment.
     bucket = min(-(-(num_parameters + 2 * world_size) // 1024) * 1024, 500_000_000)
     zero: dict[str, Any] = {
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         **config.deepspeed.get("zero_optimization", {}),
         "stage": zero_stage,
-        # Its autograd.Function cannot be differentiated twice; gradient penalties need that.
+        # It has no second derivative, which gradient penalties need.
         "memory_efficient_linear": False,
     }
     if zero_stage in (1, 2):
-        # The engine has the norm already; stage 3 cannot leave it out.
+        # Our engine computes the norm itself; stage 3 cannot switch DeepSpeed's off.
         zero["compute_grad_norm"] = False
     return {
         **{k: v for k, v in config.deepspeed.items() if k != "zero_optimization"},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.accumulation,
         "train_batch_size": world_size * config.accumulation,
-        # The engine clips by the norm that it has already computed for its finite check.
+        # Our engine clips, by the norm that it computes for its finite check.
         "gradient_clipping": 0.0,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": config.optimizer == "sgd",

@@ -1,8 +1,8 @@
-"""The types and ranges of the options that `learner.deepspeed` passes on.
+"""Types and ranges of the options that `learner.deepspeed` passes on.
 
-These sections are ours and not DeepSpeed's, although it has models of two of them: importing it
-chooses the accelerator of the whole process, before the config has said which one. A test holds
-them against DeepSpeed's own models. Left out is what the config decides; see `options.py`.
+DeepSpeed has pydantic models of its own for two of these sections. They are not used, because
+importing DeepSpeed fixes the accelerator of the process before the config has been read. A test
+compares the two. The options that our config decides are absent; see `deepspeed_options.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ebm_dist.core.section import Section, nearest
 
 
 class _Exact(Section):
-    """DeepSpeed takes these values as they are, and has `"no"` mean yes."""
+    """Strict types, because DeepSpeed does not convert these values: `"no"` would be true."""
 
     model_config = ConfigDict(strict=True)
 
@@ -59,7 +59,7 @@ class ZeroOptimization(Section):
     reduce_scatter: bool = True
     round_robin_gradients: bool = False
     use_multi_rank_bucket_allreduce: bool = True
-    # Of stage 3.
+    # For stage 3.
     stage3_allgather_sequential: bool = False
     stage3_max_live_parameters: NonNegativeInt = 0
     stage3_max_reuse_distance: NonNegativeInt = 0
@@ -86,7 +86,7 @@ class PassedOn(_Exact):
 
 
 def check_values(options: Mapping[str, Any]) -> None:
-    """Refuse a name that DeepSpeed does not know, at any depth, and a value that it cannot use.
+    """Refuse names that DeepSpeed does not know, at any depth, and values that it cannot use.
 
     Raises:
         ValueError: one line that names the key under `learner.deepspeed`.

@@ -1,4 +1,4 @@
-"""An exponential moving average of the flat weights: what is exported and evaluated."""
+"""Exponential moving average of the flat weights, for export and evaluation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 class Ema:
     """Averages flat weights (N,) float32 on the CPU.
 
-    The average is kept flat, apart from the module, so that it has one form for every ZeRO
-    stage and world size.
+    The average is a flat array apart from the module, so it has the same form for every ZeRO stage
+    and world size.
     """
 
     def __init__(
@@ -19,9 +19,9 @@ class Ema:
     ) -> None:
         """
         Args:
-            num_averaged: numbers at the front that are averaged, all by default. The rest are
-                buffers and copied: the mean of spectral norm's unit vectors is shorter than one,
-                and energies computed with it came out hundreds of times too large.
+            num_averaged: how many leading numbers are averaged; all by default. The rest are
+                buffers, which are copied: an average of spectral norm's unit vectors is shorter
+                than one, and energies computed with it were hundreds of times too large.
         """
         self.decay = decay
         self.num_averaged = len(flat) if num_averaged is None else num_averaged
@@ -31,8 +31,8 @@ class Ema:
     def update(self, flat: np.ndarray | Tensor, *, num_updates: int = 1) -> None:
         """Move the average towards `flat` (N,), the weights after `num_updates` more updates.
 
-        Early on the decay is held below (1 + n) / (10 + n): an average with the full decay
-        would be mostly random initial weights for 1 / (1 - decay) updates.
+        The decay is at most (1 + n) / (10 + n) after n updates: with the full decay, the average
+        would consist mostly of the random initial weights for 1 / (1 - decay) updates.
         """
         flat = torch.as_tensor(flat)
         if flat.shape != self.flat.shape:
@@ -48,11 +48,11 @@ class Ema:
         self.flat[num:].copy_(flat[num:])
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return {"flat": self.flat.clone(), "num_updates": torch.tensor(self.num_updates)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state`; raises ValueError if it is of another energy."""
+        """Continue from `state`; raises ValueError if it belongs to another energy."""
         if state["flat"].shape != self.flat.shape:
             raise ValueError(
                 f"the checkpoint averages {state['flat'].numel()} weights, the energy has "

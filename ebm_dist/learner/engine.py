@@ -1,8 +1,7 @@
-"""One learner rank: the DeepSpeed boundary.
+"""The DeepSpeed engine of one learner rank.
 
-Everything DeepSpeed does by itself that would get in a run's way is turned off, here or in
-`group.py`: its output, its build of a shared-memory collective at start, its clipping, its
-checkpoints.
+This module and `group.py` turn off the DeepSpeed features that a run does not use: its console
+output, the build of a shared-memory collective at start, its gradient clipping and its checkpoints.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from ebm_dist.objectives.objective import Objective
 
 
 class Engine:
-    """Takes optimiser steps on its slice of the batch; collective with the other ranks.
+    """Takes optimiser steps on this rank's slice of the batch, in collectives with the other ranks.
 
-    All that is public is called by every rank alike, in one thread. The modules belong to the
-    engine from here on: under ZeRO-3 their weights are empty between calls.
+    Every public method is collective: all ranks call it, each in one thread. The engine owns the
+    modules that it is given: under ZeRO-3 their weights are empty between calls.
     """
 
     def __init__(
@@ -52,10 +51,10 @@ class Engine:
     ) -> None:
         """
         Args:
-            energy, objective: the same on every rank; rank 0's weights are used.
-            master_addr, master_port: where rank 0 listens; not read at world size 1.
-            device: this rank's device; cuda is the current one. The process must not have used
-                DeepSpeed on another kind.
+            energy, objective: the same on every rank; the weights are taken from rank 0.
+            master_addr, master_port: the address of rank 0; not read at world size 1.
+            device: the device of this rank; "cuda" means the current one. The process must not have
+                used DeepSpeed on another kind of device.
 
         Raises:
             ValueError: the energy and objective have nothing to train, or
@@ -67,7 +66,7 @@ class Engine:
         self.world_size = world_size
         self.device = numbered(device)
         self.step = 0
-        # One rank has nothing to shard: the stages would copy and reduce for no saving.
+        # On one rank the ZeRO stages would copy and reduce without saving memory.
         self.zero_stage = config.zero_stage if world_size > 1 else 0
         self._closed = False
         if not any(p.requires_grad for p in [*energy.parameters(), *objective.parameters()]):
@@ -77,7 +76,7 @@ class Engine:
             )
         if config.recompute_activations:
             _recompute(energy)
-        # Before DeepSpeed has it: ZeRO-3 leaves parameters of shape (0,).
+        # Computed before DeepSpeed wraps the module: ZeRO-3 leaves parameters of shape (0,).
         self.layout = FlatLayout.of(energy)
         self._module = LearningStep(
             energy,
@@ -85,9 +84,9 @@ class Engine:
             autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             keep_gathered=self.zero_stage == 3,
         )
-        # Before its tensors are noted below: a move keeps parameters, but makes other buffers.
+        # Comes before the references below: `to` keeps parameter objects, but replaces buffers.
         self._module.to(self.device)
-        # Walking the modules for them costs a hundredth of a small network's update.
+        # Cached, because a walk over the modules takes 1% of a small network's update.
         self._published = list(flat_tensors(energy).values())
         self._energy_parameters = list(energy.parameters())
         self._parameters = dict(self._module.named_parameters())
@@ -106,7 +105,7 @@ class Engine:
             self._engine.optimizer, zero_stage=self.zero_stage, rank=rank
         )
         if world_size > 1 and isinstance(objective, Objective):
-            # Importance weights are normalised over the global batch, not over each slice.
+            # Importance weights are normalised over the global batch, not over one rank's slice.
             objective.gather_ranks = self._gather_ranks
 
     def update(
@@ -115,16 +114,16 @@ class Engine:
         """One optimiser step on this rank's slices; returns metrics averaged over ranks.
 
         Args:
-            batch: x (B, *event) of this rank; B the same on every rank and divisible by
+            batch: x (B, *event) of this rank; B is the same on every rank and divisible by
                 `accumulation`.
-            negatives: x (M, *event) of this rank, likewise, or None.
-            seed: of the objective's noise; another one on every rank.
+            negatives: x (M, *event) of this rank, under the same rules, or None.
+            seed: seeds the objective's noise; differs between ranks.
             lr: the learning rate of this step.
 
         Raises:
-            NonFinite: on every rank, when the loss or the gradient of any rank is not finite, or
-                the gap over all ranks is past `gap_limit`.
-                Weights and optimiser state are as they were before the call.
+            NonFinite: on every rank, if the loss or gradient of any rank is not finite, or the
+                mean gap over all ranks is beyond `gap_limit`. Weights and optimiser state are
+                unchanged.
         """
         micro = micro_batches(batch, negatives, self.config.accumulation, self.device)
         if isinstance(self._module.objective, Objective):
@@ -153,7 +152,7 @@ class Engine:
         if clip is not None and norm > clip:
             torch._foreach_mul_(gradients, clip / (norm + 1e-6))
         self._partition.set_lr(lr)
-        # The optimiser keeps its own references where it flattens; these would double the memory.
+        # DeepSpeed frees gradients once it has flattened them; these references would keep them.
         del gradients
         self._engine.step()
         self.step += 1
@@ -173,9 +172,9 @@ class Engine:
 
     @torch.no_grad()
     def packed_weights(self) -> PackedWeights | None:
-        """A copy of the energy's weights, in `layout` order, on its device; None off rank 0.
+        """A copy of the energy's weights in `layout` order, on its device; None except on rank 0.
 
-        Does not wait for the device.
+        Does not synchronise with the device.
         """
         with self._gathered(self._energy_parameters):
             if self.rank != 0:
@@ -183,16 +182,16 @@ class Engine:
             return PackedWeights(torch.cat([t.reshape(-1) for t in self._published]).float())
 
     def flat_weights(self) -> np.ndarray | None:
-        """The same (N,) float32 on the CPU."""
+        """The energy's weights (N,) float32 on the CPU; None except on rank 0."""
         packed = self.packed_weights()
         return packed.on_host() if packed is not None else None
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor] | None:
-        """What a run continues from, as whole CPU tensors; None off rank 0.
+        """The training state as full (unsharded) CPU tensors; None except on rank 0.
 
-        `param/NAME`, `buffer/NAME`, `optim/KEY/NAME` and the 0-d `optim/step` and `step`. It does
-        not depend on the number of ranks or the ZeRO stage.
+        Keys: `param/NAME`, `buffer/NAME`, `optim/KEY/NAME`, and the 0-d `optim/step` and `step`.
+        The form does not depend on the number of ranks or the ZeRO stage.
         """
         out: dict[str, Tensor] = {}
         keep = self.rank == 0
@@ -216,16 +215,16 @@ class Engine:
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state`, given whole to every rank, of any world size or stage.
+        """Continue from `state`, which every rank gets in full; any world size or stage wrote it.
 
         Raises:
-            ValueError: it is of another energy, objective or optimiser.
+            ValueError: `state` belongs to another energy, objective or optimiser.
         """
         self._check(state)
         parameters = list(self._parameters.values())
         with self._gathered(parameters, modified=True):
             for name, parameter in self._parameters.items():
-                # Under ZeRO-3 rank 0's numbers are sent round; elsewhere every rank writes.
+                # Under ZeRO-3 rank 0's values are broadcast; at other stages every rank writes.
                 if self.zero_stage != 3 or self.rank == 0:
                     parameter.copy_(state[f"param/{name}"])
         for name in self._buffer_names:
@@ -240,7 +239,7 @@ class Engine:
         self.step = int(state["step"])
 
     def close(self) -> None:
-        """Leave the group, so that another engine can be made in this process."""
+        """Leave the process group, so that this process can make another engine."""
         if self._closed:
             return
         self._closed = True
@@ -273,7 +272,7 @@ class Engine:
             dist_init_required=False,
         )
         if self.world_size == 1:
-            # It would flatten the gradient and reduce it with nobody, a wait for another thread.
+            # Saves flattening the gradient and a reduction over one rank, with a thread switch.
             engine.enable_backward_allreduce = False
         if self.zero_stage == 3:
             keep_shapes(trainable)
@@ -284,8 +283,8 @@ class Engine:
     ) -> dict[str, float]:
         """Means over ranks and micro-batches, and the global norm of the gradient.
 
-        One reduction and one transfer serve metrics, clipping and the finite check: NaN and
-        infinity survive a sum.
+        One reduction and one transfer serve metrics, clipping and the finite check, since NaN and
+        infinity propagate through a sum.
         """
         norms = torch._foreach_norm(gradients) if gradients else ()
         scalars, num = [*norms, *totals.values()], len(norms)
@@ -295,8 +294,8 @@ class Engine:
             dist.all_reduce(packed)
             first, *rest = packed.tolist()
         else:
-            # Behind a backward each kind of operation costs a CPU 20 to 40 us, whatever it does:
-            # its code is out of the caches.
+            # After a backward, the first call of any operation costs a CPU 20 to 40 us, because its
+            # code is not in the caches. So few kinds of operation are used here.
             on_cpu = self.device.type == "cpu"
             numbers = [s.item() for s in scalars] if on_cpu else torch.stack(scalars).tolist()
             first, rest = sum(x * x for x in numbers[:num]), numbers[num:]
@@ -309,7 +308,7 @@ class Engine:
 
     @torch.no_grad()
     def _gather_ranks(self, vector: Tensor) -> Tensor:
-        """(k,) of this rank -> (world_size, k), the vectors of all."""
+        """All-gathers a vector (k,) into (world_size, k)."""
         out = [torch.empty_like(vector) for _ in range(self.world_size)]
         dist.all_gather(out, vector.detach().contiguous())
         return torch.stack(out)
@@ -317,7 +316,7 @@ class Engine:
     def _gathered(
         self, parameters: list[nn.Parameter], *, modified: bool = False
     ) -> AbstractContextManager[Any]:
-        """Within it every parameter is whole, and may be written if `modified`."""
+        """Context in which every parameter is unsharded, and may be written if `modified`."""
         if self.zero_stage != 3:
             return nullcontext()
         return self._group.deepspeed.zero.GatheredParameters(

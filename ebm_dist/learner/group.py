@@ -1,4 +1,4 @@
-"""The process group of the learner ranks, and DeepSpeed as it is imported into it."""
+"""The process group of the learner ranks, and the import of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PO
 
 
 def numbered(device: torch.device | str) -> torch.device:
-    """`device` as tensors on it name it: CUDA's with an index, without which nothing can be set."""
+    """`device` with its index, for CUDA: `torch.cuda.set_device` refuses a device without one."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -27,7 +27,7 @@ def numbered(device: torch.device | str) -> torch.device:
 
 
 class Group:
-    """This process's place among the ranks, from `join` to `leave`."""
+    """Membership of this process in the group of ranks, from `join` to `leave`."""
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
         self.rank = rank
@@ -39,7 +39,7 @@ class Group:
         self.deepspeed = quiet_deepspeed(device)
 
     def join(self, master_addr: str, master_port: int, timeout_s: float) -> None:
-        """Make the group, with a timeout: a lost rank must be an error, not a hang.
+        """Join the group. Collectives get a timeout, so that a lost rank is an error, not a hang.
 
         Raises:
             RunFailed: the ranks did not find each other within `timeout_s`.
@@ -53,7 +53,7 @@ class Group:
         timeout = timedelta(seconds=timeout_s)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        # A single rank needs nobody's port.
+        # A single rank needs no port.
         where: dict[str, Any] = (
             {"store": dist.HashStore()}
             if self.world_size == 1
@@ -70,7 +70,7 @@ class Group:
                 "that the port is free, that every rank runs, and GLOO_SOCKET_IFNAME"
             ) from error
         self._joined = True
-        # DeepSpeed reads them wherever it is asked for a rank.
+        # DeepSpeed reads the rank from these variables.
         os.environ.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.world_size),
@@ -83,7 +83,7 @@ class Group:
         )
 
     def leave(self) -> None:
-        """Undo `join`, so that another group can be made in this process."""
+        """Undo `join`, so that this process can join another group."""
         if not self._joined:
             return
         self._joined = False
@@ -92,9 +92,9 @@ class Group:
             comm.destroy_process_group()
         else:
             dist.destroy_process_group()
-        # DeepSpeed would hold the dead group and refuse to make another.
+        # Otherwise DeepSpeed keeps the old group and refuses to make another.
         comm.comm.cdb = None
-        # Torch's would begin every later traceback of this process with a rank.
+        # Torch installs a hook that prefixes every later traceback of this process with a rank.
         sys.excepthook = self._excepthook
         for name, value in self._environment.items():
             if value is None:
@@ -107,11 +107,11 @@ def quiet_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed without its banner, and without its compiled collective on CPU.
 
     Raises:
-        RunFailed: this process has used it on another kind of device.
+        RunFailed: this process has used DeepSpeed on another kind of device.
     """
-    # Outright: a value that the environment has for another program would win over runtime.device.
+    # Overwritten, because a value meant for another program would override runtime.device.
     os.environ["DS_ACCELERATOR"] = device.type
-    # DeepSpeed's calls of torch's older names are not the user's to change.
+    # DeepSpeed calls deprecated torch functions; users cannot change that.
     warnings.filterwarnings(
         "ignore", category=FutureWarning, message="`?torch.distributed.* is deprecated"
     )
@@ -121,15 +121,15 @@ def quiet_deepspeed(device: torch.device) -> Any:
         import deepspeed
         import deepspeed.ops
     logger.setLevel(logging.ERROR)
-    accelerator = deepspeed.accelerator.get_accelerator()  # looks at the environment once a process
+    accelerator = deepspeed.accelerator.get_accelerator()  # reads the environment once a process
     assert accelerator is not None
     if (used := accelerator.device_name()) != device.type:
         raise RunFailed(
             f"this process has used DeepSpeed on {used} already, the learner is to run on "
             f"{device.type}; start it in a process of its own"
         )
-    # A shared-memory collective would be compiled at first use, for 30 to 60 s; gloo does the same
-    # work. DeepSpeed reads this dict for it, and by itself runs a compiler to fill the dict.
+    # Avoids compiling a shared-memory collective at first use, which takes 30 to 60 s; gloo does
+    # the same work. Without this entry DeepSpeed runs a compiler to find the answer.
     known = deepspeed.ops.__dict__.setdefault("__compatible_ops__", defaultdict(bool))
     known["deepspeed_shm_comm"] = False
     return deepspeed

@@ -1,4 +1,4 @@
-"""A rank's batch and negatives, moved to its device and cut for gradient accumulation."""
+"""Moves a rank's batch and negatives to its device and splits them into micro-batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def micro_batches(
     """`count` equal parts of `batch` and `negatives` on `device`.
 
     Raises:
-        ValueError: `count` does not divide one of them.
+        ValueError: `count` does not divide the batch or the negatives.
     """
     batch = _to(batch, device)
     negatives = None if negatives is None else _to(negatives, device)
@@ -28,7 +28,7 @@ def micro_batches(
 
 
 def _to(item: Any, device: torch.device) -> Any:
-    """A dataclass of tensors on `device`: itself if it is there."""
+    """A dataclass of tensors, on `device`; the same object if it is there already."""
     if item.x.device == device:
         return item
     moved = {
@@ -40,7 +40,7 @@ def _to(item: Any, device: torch.device) -> Any:
 
 
 def _cut(item: Any, count: int, what: str) -> list[Any]:
-    """A dataclass of tensors cut into `count` equal parts along the first dim."""
+    """Splits a dataclass of tensors into `count` equal parts along the first dim."""
     num = item.x.shape[0]
     if num % count:
         raise ValueError(

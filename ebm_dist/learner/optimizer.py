@@ -13,9 +13,9 @@ from ebm_dist.learner.config import LearnerConfig
 def make_optimizer(config: LearnerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Torch's own Adam, AdamW or SGD.
 
-    DeepSpeed's are compiled at first use, which takes minutes on a CPU.
+    DeepSpeed compiles its optimisers at first use, which takes minutes on a CPU.
     """
-    # Fused: one pass over the weights in place of ten.
+    # "fused" makes one pass over the weights instead of ten.
     common: dict[str, Any] = {
         "lr": config.lr,
         "weight_decay": config.weight_decay,

@@ -1,4 +1,4 @@
-"""The weights of one update, copied where the model is, for another thread to take from there."""
+"""A copy of the weights on the model's device, which another thread moves to the CPU."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class PackedWeights:
-    """Flat weights (N,) float32 that no later update touches."""
+    """Flat weights (N,) float32 of one update; later updates do not change them."""
 
     def __init__(self, flat: Tensor) -> None:
         """
         Args:
-            flat: a copy, made on the current stream of its device.
+            flat: a copy that was made on the current stream of its device.
         """
         self._flat = flat
         self._made: torch.cuda.Event | None = None
@@ -22,11 +22,11 @@ class PackedWeights:
             self._made.record(torch.cuda.current_stream(flat.device))
 
     def on_host(self) -> np.ndarray:
-        """The same (N,) on the CPU; to be called once, in any thread."""
+        """The weights (N,) on the CPU. Call it once, from any thread."""
         if self._made is None:
             return self._flat.numpy()
-        # All threads share a device's default stream: there the transfer would come after
-        # whatever the next update has put into it by now.
+        # All threads share the default stream of a device. On it, the transfer would queue behind
+        # the kernels of the next update.
         stream = torch.cuda.Stream(self._flat.device)
         with torch.cuda.stream(stream):
             stream.wait_event(self._made)

@@ -1,6 +1,6 @@
-"""Where DeepSpeed keeps gradients and optimiser state at each ZeRO stage.
+"""Access to gradients and optimiser state in DeepSpeed, at each ZeRO stage.
 
-The one place that knows the insides of DeepSpeed's optimisers. Weights are float32 at every
+Only this module depends on the internals of DeepSpeed's optimisers. Weights are float32 at every
 stage, so a module's parameters and the optimiser's master copies hold the same numbers.
 """
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 
 class Partition:
-    """Stage 0: every rank holds everything, and the optimiser is torch's own."""
+    """Stage 0: every rank holds the full state, and the optimiser is torch's own."""
 
     sharded = False
-    """Whether `gradients` are this rank's part alone."""
+    """Whether `gradients` holds this rank's part only."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -26,18 +26,18 @@ class Partition:
 
     @property
     def inner(self) -> torch.optim.Optimizer:
-        """The torch optimiser that moves the master weights."""
+        """The torch optimiser that updates the master weights."""
         return self._optimizer
 
     def masters(self) -> list[Tensor]:
-        """The tensors that `inner` keeps its state for."""
+        """The tensors for which `inner` keeps state."""
         return [p for group in self.inner.param_groups for p in group["params"]]
 
     def gradients(self) -> list[Tensor]:
-        """The averaged gradient after the last backward of an update, to be changed in place.
+        """The averaged gradients after the last backward of an update, writable for clipping.
 
-        A weight that the loss does not read has a gradient of zero, as at every other stage: it
-        is decayed like the others, whatever the number of ranks.
+        A weight that the loss does not use has gradient zero, as at every other stage. So weight
+        decay applies to it, whatever the number of ranks.
         """
         gradients = []
         for master in self.masters():
@@ -48,35 +48,35 @@ class Partition:
         return gradients
 
     def discard(self) -> None:
-        """Forget the gradient, as if the backward had not run."""
+        """Drop the gradient, as if the backward had not run."""
         self._optimizer.zero_grad(set_to_none=True)
 
     def moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """The optimiser's `key` of `parameter`, whole. Collective where it is sharded."""
+        """The full tensor `key` of the optimiser for `parameter`. Collective if it is sharded."""
         return self.inner.state[parameter][key]
 
     def set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        """Overwrite this rank's part of `key` of `parameter` from the whole `value`."""
+        """Set this rank's part of the tensor `key` for `parameter` from the full `value`."""
         self.inner.state[parameter][key].copy_(value)
 
     def refresh(self) -> None:
-        """Take over weights that were written into the module's parameters."""
+        """Copy the module's parameters into the master weights."""
 
     def moment_names(self) -> tuple[str, ...]:
-        """Names of the optimiser's tensors for each weight, e.g. exp_avg; () for plain SGD."""
+        """Names of the optimiser's tensors per weight, e.g. exp_avg; () for plain SGD."""
         for master in self.masters():
             state = self.inner.state[master]
             return tuple(k for k, v in state.items() if k != "step" and torch.is_tensor(v))
         return ()
 
     def step_count(self) -> int:
-        """Updates that the optimiser has counted; 0 where it does not count."""
+        """The optimiser's count of updates; 0 if it keeps none."""
         counts = {int(s["step"]) for m in self.masters() if "step" in (s := self.inner.state[m])}
         assert len(counts) <= 1, f"weights disagree on the number of updates: {counts}"
         return counts.pop() if counts else 0
 
     def set_step_count(self, count: int) -> None:
-        """Make every weight's count of updates `count`."""
+        """Set the count of updates of every weight."""
         for master in self.masters():
             state = self.inner.state[master]
             if "step" in state:
@@ -95,7 +95,7 @@ class FlatPartition(Partition):
 
     def __init__(self, optimizer: Any) -> None:
         super().__init__(optimizer)
-        # DeepSpeed finds the state by parameter only after a first step; ours exists already.
+        # DeepSpeed maps parameters to state after the first step; our state exists before it.
         optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
@@ -147,8 +147,8 @@ class GatheredPartition(Partition):
 
     def discard(self) -> None:
         optimizer = self._optimizer
-        # What `step` does before it looks at a gradient: without it the next backward would add
-        # to the gradient that is to be forgotten.
+        # `step` makes these calls before it reads a gradient. Without them the next backward would
+        # add to the dropped gradient.
         optimizer._pre_step()
         optimizer._partition_all_parameters()
         optimizer.zero_grad(set_to_none=True)
@@ -160,7 +160,7 @@ class GatheredPartition(Partition):
 
     def set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        # DeepSpeed's own setter of whole values does not pad the last rank's slice.
+        # DeepSpeed's own setter of full values does not pad the slice of the last rank.
         flat = value.new_zeros(size * (self._rank + 1))
         end = min(flat.numel(), value.numel())
         flat[:end] = value.flatten()[:end]
@@ -172,12 +172,12 @@ class GatheredPartition(Partition):
 
 
 def keep_shapes(parameters: Iterable[nn.Parameter]) -> None:
-    """Give a parameter that ZeRO-3 has emptied its shape back while its gradient is stored.
+    """Restore the shape of parameters that ZeRO-3 has emptied, while their gradient is stored.
 
-    An inner `autograd.grad` uses up the module hooks by which ZeRO-3 gathers weights for the outer
+    An inner `autograd.grad` consumes the module hooks by which ZeRO-3 gathers weights for the outer
     backward, so a weight can be empty when its gradient arrives. Torch then compares the layout
     of the gradient with that of a (0,) tensor: an error, or a read past the end of its strides.
-    The stand-in has the shape and no memory.
+    The placeholder has the right shape and takes no memory.
     """
 
     def fill(parameter: nn.Parameter) -> Callable[[Tensor], None]:
@@ -211,14 +211,14 @@ def _flat(groups: Iterable[Iterable[Tensor] | None]) -> list[Tensor]:
 
 
 def _start_state(inner: torch.optim.Optimizer, master: Tensor) -> None:
-    """The state that torch would make at the first step, made now.
+    """Create now the state that torch creates at the first step.
 
-    So a checkpoint before the first update has the form of every other, and one can be loaded
-    into an optimiser that has not stepped.
+    So a checkpoint before the first update has the same keys as a later one, and a checkpoint can
+    be loaded into an optimiser that has not stepped.
     """
     state = inner.state[master]
     if isinstance(inner, torch.optim.SGD):
-        # Torch starts from the first gradient, which is what a zero buffer becomes.
+        # Torch sets the buffer to the first gradient; a zero buffer gives the same result.
         if inner.defaults["momentum"]:
             state["momentum_buffer"] = torch.zeros_like(master)
         return

@@ -1,9 +1,9 @@
-"""One loss: the module that DeepSpeed wraps.
+"""The module that DeepSpeed wraps: its forward computes the whole loss.
 
-Gradients in x taken through a DeepSpeed engine are wrong: its output hooks divide them by the
-accumulation steps (stages 1 and 3 silently, 0 and 2 with an error). So the objective, with every
-inner `autograd.grad` that it needs, runs inside this one forward, and only a scalar loss leaves it.
-`tests/distributed/test_engine_deepspeed_facts.py` keeps both sides of that.
+Gradients with respect to x are wrong if they pass through a DeepSpeed engine: its output hooks
+divide them by the accumulation steps (silently at stages 1 and 3, with an error at 0 and 2). So the
+objective runs inside this forward, with every inner `autograd.grad` that it needs, and returns a
+scalar loss only. `tests/distributed/test_engine_deepspeed_facts.py` tests both facts.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class LearningStep(nn.Module):
         Args:
             energy: (B, *event) -> (B,).
             objective: `objective(energy, batch, negatives, generator) -> (loss, metrics)`.
-            autocast_dtype: networks compute in it; None leaves them in float32. Weights stay
-                float32 either way, so spectral norm's vectors, which are buffers, do too.
-            keep_gathered: hold on to weights that are gathered for the forward (ZeRO-3) until the
-                backward has used them. The sharding of optimiser state and gradients remains.
+            autocast_dtype: the dtype in which networks compute; None means float32. Weights stay
+                float32 either way, and so do buffers such as spectral norm's vectors.
+            keep_gathered: keep the weights gathered for the forward (ZeRO-3) in memory until the
+                backward has used them. Optimiser state and gradients remain sharded.
         """
         super().__init__()
         self.energy = energy
@@ -49,14 +49,14 @@ class LearningStep(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached scalar metrics with `loss/total` among them."""
         device = batch.x.device
-        # Behind an update to seed one takes a CPU .18 ms, a hundredth of a small network's next.
+        # Seeding takes a CPU .18 ms right after an update: 1% of a small network's update.
         draws = not isinstance(self.objective, Objective) or self.objective.needs_generator
         generator = seeded(seed, device) if draws else None
         autocast = torch.autocast(
             device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
         )
-        # Under ZeRO-3 a parameter is emptied when its module's forward ends. Convolutions save
-        # the parameter itself for the second backward; a detached alias keeps the numbers.
+        # ZeRO-3 empties a parameter when its module's forward ends. Convolutions save the parameter
+        # itself for the second backward; a detached alias keeps its storage alive.
         kept = (
             torch.autograd.graph.saved_tensors_hooks(_keep_storage, _unchanged)
             if self.keep_gathered

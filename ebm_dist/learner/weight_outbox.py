@@ -1,4 +1,4 @@
-"""Weights on their way from an update to those who read them: averaged once and sent once."""
+"""Queue of weights between the thread that makes updates and the thread that publishes them."""
 
 from __future__ import annotations
 
@@ -17,42 +17,43 @@ from ebm_dist.learner.packed import PackedWeights
 class _Waiting:
     packed: PackedWeights
     flat: np.ndarray | None = None
-    """On the CPU, and in the average; None until then."""
+    """The weights on the CPU, once they are part of the average; None before."""
 
 
-class Outbox:
-    """Filled by the thread that makes the updates, emptied by the one that publishes.
+class WeightOutbox:
+    """Weights to publish, and their moving average.
 
-    Both may come to read the average: whoever is first brings what waits into it, in the order of
-    the updates, so that it has the same bits whatever the timing.
+    One thread makes updates and adds their weights, another publishes them. Both may read the
+    average: the first reader adds all queued weights to it, in the order of the updates, so its
+    bits do not depend on timing.
     """
 
     def __init__(self, decay: float, flat: np.ndarray, *, num_averaged: int) -> None:
         """
         Args:
-            decay, flat, num_averaged: as `Ema` takes them; `flat` (N,) are the first weights.
+            decay, flat, num_averaged: the arguments of `Ema`; `flat` (N,) are the first weights.
         """
         self._ema = Ema(decay, flat, num_averaged=num_averaged)
         self._waiting: deque[_Waiting] = deque()
         self._lock = threading.Lock()
 
     def add(self, packed: PackedWeights) -> None:
-        """The weights after one more update."""
-        # Without the lock, which the other thread holds for a whole transfer.
+        """Append the weights of one more update."""
+        # Does not take the lock, which the other thread holds during a whole transfer.
         self._waiting.append(_Waiting(packed))
 
     def take(self, average: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        """The oldest weights that wait and, if asked for, the average up to them."""
+        """The oldest queued weights and, if `average`, the average up to them."""
         with self._lock:
             assert self._waiting, "no update was made since the last weights were taken"
             flat = self._include(self._waiting.popleft())
-            # A copy: whoever sends it may read it when the next update is in the average.
+            # A copy, since the next update may enter the average while this one is being sent.
             return flat, self._ema.flat.clone().numpy() if average else None
 
     def begin(self, flat: np.ndarray, average: dict[str, Tensor] | None) -> None:
-        """Average from the weights `flat` on, or from `average`, which `state` returned.
+        """Restart the average from the weights `flat`, or from `average`, a result of `state`.
 
-        Weights that still wait are sent as they are, and have no part in it.
+        Weights that are queued now are still published, but do not enter the new average.
         """
         with self._lock:
             self._include_all()

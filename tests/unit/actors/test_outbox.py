@@ -12,13 +12,13 @@ import torch
 
 from ebm_dist.learner import Ema
 from ebm_dist.learner.packed import PackedWeights
-from ebm_dist.learner.weight_outbox import Outbox
+from ebm_dist.learner.weight_outbox import WeightOutbox
 
 FLAT = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
 
 
-def outbox() -> Outbox:
-    return Outbox(0.9, FLAT[0].numpy(), num_averaged=35)
+def outbox() -> WeightOutbox:
+    return WeightOutbox(0.9, FLAT[0].numpy(), num_averaged=35)
 
 
 def averages() -> list[torch.Tensor]:
