@@ -1,1 +1,1 @@
-"""A run's state on the disk."""
+"""Checkpoints: the state of a run on disk."""

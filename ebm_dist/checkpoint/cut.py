@@ -1,4 +1,4 @@
-"""The consistent cut of a graph: what it holds, how it is written, how chains come back from it."""
+"""A consistent cut of a run: its content, how it is written, and how shards are restored."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from ebm_dist.files.safe_open import read_bytes
 log = logging.getLogger("ebm_dist")
 
 _RETRY_STRIDE = 1 << 40
-"""Lease ids of each attempt after a roll-back start this much higher."""
+"""The offset between the lease ids of successive attempts, one attempt per rollback."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """What a checkpoint remembers of the controller."""
+    """The controller's state in a checkpoint."""
 
     step: int = 0
     version: int = 0
-    """Of the weights; counts on when the learner goes back, so that versions are monotone."""
+    """Version of the weights; keeps increasing after a rollback, so versions are monotone."""
     epoch: int = 0
-    """Times that the run went back to a checkpoint."""
+    """Number of times that the run was restored from a checkpoint."""
     next_lease: int = 0
     updates: int = 0
-    """Made so far, those repeated after a fault included; the limiter's count of one side."""
+    """Updates so far, with those repeated after a fault; for the bounds on steps per update."""
     extra_steps: int = 0
-    """Chain steps beyond those of consumed negatives; its count of the other."""
+    """Chain steps other than those of consumed negatives; for the same bounds."""
     wall_s: float = 0.0
     rollbacks: int = 0
-    """Times that the run went back from numbers that were not finite. Names the noise of the
-    attempt: unlike `epoch` it does not count what a kill repeats, which must be as it was."""
+    """Number of rollbacks because of non-finite numbers. Part of the noise seed. Unlike `epoch`
+    it does not change after a kill, since the repeat must be identical."""
     lr_factor: float = 1.0
-    """Of the learning rate, after those."""
+    """Product of the rollbacks' factors on the learning rate."""
 
     def lease_of(self, number: int) -> int:
-        """The id of lease `number` of this attempt. Its noise follows from the id alone."""
+        """The id of lease `number` of this attempt. The id alone seeds the noise of the lease."""
         return self.rollbacks * _RETRY_STRIDE + number
 
     def remembered(self) -> dict[str, Any]:
-        """What checkpoints and the manifest both hold."""
+        """The fields that a checkpoint and the manifest both hold."""
         return {
             "version": self.version,
             "epoch": self.epoch,
@@ -57,9 +57,9 @@ class Progress:
         }
 
     def resume(self, step: int, meta: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Continue at `step` from what a checkpoint and the newest manifest hold."""
+        """Continue at `step` from the content of a checkpoint and of the newest manifest."""
         self.step, self.wall_s = step, float(meta["wall_s"])
-        # Those of the manifest were given out by an attempt that then went back.
+        # The manifest may hold newer numbers, used by an attempt that was then rolled back.
         self.version = max(int(meta["version"]), manifest.get("version", 0))
         self.epoch = max(int(meta["epoch"]), manifest.get("epoch", 0)) + 1
         newer = max(meta, manifest, key=lambda content: content.get("rollbacks", 0))
@@ -83,11 +83,11 @@ def write_cut(
     """Write the states of all ranks and shards, taken between two updates, as one checkpoint.
 
     Args:
-        bases: of the shards that are differences, by file stem.
+        bases: the full file of each incremental shard file, by file stem.
 
     Raises:
-        NonFinite: what is to be written is not finite, so nothing could go on from it.
-        OSError: the disk refused; the checkpoints before this one are untouched.
+        NonFinite: a state is not finite, so no run could continue from it.
+        OSError: the write failed; earlier checkpoints are unchanged.
     """
     tensors = {"learner": ranks[0]["learner"], "ema": ranks[0]["ema"] or {}}
     tensors |= {shard_file(i): shard["arrays"] for i, shard in enumerate(shards)}
@@ -109,13 +109,13 @@ def write_cut(
 
 
 def shard_file(index: int) -> str:
-    """The stem of the file that shard `index` has in a checkpoint."""
+    """The stem of the checkpoint file of shard `index`."""
     return f"shard_{index:04d}"
 
 
 def _refuse_non_finite(file: str, entries: Mapping[str, Any]) -> None:
-    """Weights, optimiser state and chains are finite or worthless. A buffer may hold an infinity
-    of its own, such as a mask, and a log-weight of minus infinity is a chain of no weight."""
+    """Check weights, optimiser state and chains. Infinities are valid elsewhere: in a buffer such
+    as a mask, and in a log-weight, where minus infinity means weight zero."""
     for key, value in entries.items():
         if not (key == "position" or key.startswith(("param/", "optim/"))):
             continue
@@ -127,9 +127,9 @@ def _refuse_non_finite(file: str, entries: Mapping[str, Any]) -> None:
 
 
 def write_manifest(run_dir: Path, latest: str, progress: Progress, name: str) -> None:
-    """Say which checkpoint the run goes on from, and the newest version and epoch given out.
+    """Record the checkpoint to resume from, and the newest version and epoch in use.
 
-    A full disk costs the manifest and not the run, which the checkpoints are enough to go on from.
+    If the disk is full, the run continues without a manifest: the checkpoints suffice to resume.
     """
     content = {
         "format": checkpoint.FORMAT,
@@ -145,7 +145,7 @@ def write_manifest(run_dir: Path, latest: str, progress: Progress, name: str) ->
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
-    """The manifest, or nothing: a checkpoint can be resumed from without one."""
+    """The manifest; empty if it is missing or damaged, since a resume works without it."""
     try:
         content = json.loads(read_bytes(run_dir / "manifest.json"))
     except (OSError, ValueError):
@@ -160,16 +160,16 @@ def restore_shards(
     *,
     only: int | None = None,
 ) -> list[Ref]:
-    """Deal the chains of the checkpoint out to today's shards, none lost and none doubled.
+    """Distribute the chains of the checkpoint over the current shards, each chain exactly once.
 
     Args:
-        only: the one shard that is given its part; all when left out.
+        only: restore this shard only; all when left out.
 
     Returns:
-        References of the calls; none if the checkpoint holds no chains.
+        References of the calls; empty if the checkpoint holds no chains.
 
     Raises:
-        RunFailed: they do not fit.
+        RunFailed: the chains do not fit.
     """
     names = [name for name in found.names if name.startswith("shard_")] if found else []
     if found is None or not names:
@@ -183,7 +183,7 @@ def restore_shards(
             f"set buffer.capacity to {total} or more"
         )
     metas = found.meta["shards"]
-    # Room for more chains than there were is numbered on from them, over all shards.
+    # If the capacity has grown, new chains get the next identities, over all shards.
     merged.setdefault("chain_id", np.arange(total))
     next_chain = int(merged["chain_id"].max()) + 1
     refs, start = [], 0

@@ -1,15 +1,15 @@
-"""Checkpoints: one consistent cut of a run, of which a crash at any moment leaves a valid one.
+"""Checkpoint files. A crash at any moment leaves at least one valid checkpoint.
 
 A checkpoint is a directory of safetensors files and JSON. It is written under a temporary
 name, every file is fsynced and checksummed, the directory is renamed, and only then does
-`manifest.json` name it. The loader trusts neither name: it takes the newest directory whose
-checksums hold. A directory with another name than `name_of` gives is somebody else's, such as a
-copy that was put aside: it is neither read nor removed. Tensors are whole, not per rank, so the
-number of ranks, shards and workers may differ on resume.
+`manifest.json` name it. The loader trusts no name: it takes the newest directory whose
+checksums match. Directories with other names than `name_of` gives, such as a user's copies, are
+neither read nor removed. Tensors are stored unsharded, so the number of ranks, shards and workers
+may differ on resume.
 
-A file may be a difference: some rows of the arrays, with the numbers of those rows, and in
-`meta.json` the checkpoint that holds the same file whole and that file's checksum. Differences
-never refer to differences, so two files at most make one set of arrays.
+A file may be incremental: it then holds some rows of the arrays and their row numbers, and
+`meta.json` names the checkpoint with the full file and that file's checksum. An incremental file
+never refers to another one, so at most two files make one set of arrays.
 """
 
 from __future__ import annotations
@@ -35,36 +35,36 @@ from ebm_dist.files.safe_open import make_directory, read_bytes, sha256
 from ebm_dist.files.tensor_file import save_tensors, tensors_or_refuse
 
 FORMAT = 2
-_READABLE = (1, FORMAT)  # format 1 has no differences
+_READABLE = (1, FORMAT)  # format 1 has no incremental files
 
 ROWS = "row"
-"""In a file that is a difference: the numbers of the rows that it holds, (M,) int64."""
+"""Key of the row numbers, (M,) int64, in an incremental file."""
 
 _NAME = re.compile(r"step_(\d{8,18})")
 
 
 class CheckpointConfig(Section):
-    """When a cut is taken and how many are kept."""
+    """How often a checkpoint is written, and how many are kept."""
 
     every: PositiveInt = 500
-    """Updates between checkpoints; one more is written when the run ends or is told to stop."""
+    """Updates between checkpoints; another one is written when the run ends or is stopped."""
 
     keep: PositiveInt = 3
-    """Newest checkpoints that stay on disk, with those that they refer to."""
+    """Number of newest checkpoints to keep, besides those to which they refer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The whole file that a difference refers to."""
+    """The full file to which an incremental file refers."""
 
     checkpoint: str
-    """Name of the checkpoint directory, beside the one that refers to it."""
+    """Name of its checkpoint directory, in the same folder."""
     sha256: str
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointDir:
-    """A checkpoint whose checksums held when it was opened."""
+    """A checkpoint that matched its checksums when it was opened."""
 
     path: Path
     meta: dict[str, Any]
@@ -77,7 +77,7 @@ class CheckpointDir:
 
     @property
     def names(self) -> list[str]:
-        files = (Path(name) for name in _checksums(self.path))  # others are not the checkpoint's
+        files = (Path(name) for name in _checksums(self.path))  # ignores foreign files
         return sorted(file.stem for file in files if file.suffix == ".safetensors")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ class CheckpointDir:
         return tensors_or_refuse(self.path / f"{name}.safetensors")
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """The arrays of `<name>.safetensors`, whole also where the file is a difference."""
+        """All rows of the arrays of `<name>.safetensors`, also if the file is incremental."""
         own = {key: tensor.numpy() for key, tensor in self.tensors(name).items()}
         if name not in (bases := _bases(self.meta)):
             return own
@@ -98,10 +98,10 @@ class CheckpointDir:
 
     @contextmanager
     def of_a_run(self) -> Iterator[None]:
-        """Within, what is read must be what a run wrote: checksums hold for a stranger's file too.
+        """Context for reading the content, which may not be a run's: checksums do not prove that.
 
         Raises:
-            UserError: in place of what a missing entry or one of another kind would raise.
+            UserError: replaces the exceptions of missing entries and of entries of another type.
         """
         try:
             yield
@@ -124,27 +124,27 @@ def save(
     keep: int,
     bases: Mapping[str, Base] | None = None,
 ) -> Path:
-    """Write the cut of `step` atomically and prune old ones; returns its directory.
+    """Write the checkpoint of `step` atomically and prune old ones; returns its directory.
 
     Args:
-        tensors: file stem -> tensors, each whole or a difference.
-        meta: JSON-able state of everything that is no tensor.
-        keep: newest checkpoints that stay, with what they refer to; see `prune`.
-        bases: file stem -> what it differs from, of those that are differences. Not the
-            checkpoint of this step itself, which is replaced.
+        tensors: file stem -> tensors, full or incremental.
+        meta: the rest of the state, for JSON.
+        keep: the number of newest checkpoints to keep; see `prune`.
+        bases: file stem -> the full file, for incremental files. It is never in the checkpoint of
+            this step, which is replaced.
 
     Raises:
-        OSError: the disk refused. The checkpoints before this one are untouched.
+        OSError: the write failed. Earlier checkpoints are unchanged.
     """
     root = run_dir / "checkpoints"
     make_directory(root)
     final = root / name_of(step)
-    for path in root.glob(".tmp-step_*"):  # of killed writers of earlier versions
+    for path in root.glob(".tmp-step_*"):  # left by killed writers of earlier versions
         if re.fullmatch(r"\.tmp-step_\d{8,}-\d+", path.name) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
     refers = {name: asdict(base) for name, base in (bases or {}).items()}
     assert all(base["checkpoint"] != final.name for base in refers.values())
-    # It replaces that of a run that was resumed from before this step and came to it again.
+    # A run that resumed from an earlier step replaces its own checkpoint of this step.
     with new_directory(final, replace=True, family=_NAME.pattern) as part:
         for name, entries in tensors.items():
             save_tensors(entries, part / f"{name}.safetensors")
@@ -162,21 +162,21 @@ def name_of(step: int) -> str:
 
 
 def checksum(path: Path, name: str) -> str:
-    """What `<name>.safetensors` was when the checkpoint at `path` was written."""
+    """The recorded checksum of `<name>.safetensors` in the checkpoint at `path`."""
     return _checksums(path)[f"{name}.safetensors"]
 
 
 def newest_name(run_dir: Path) -> str | None:
-    """The name of the newest checkpoint, whole or not; None where there is none."""
+    """The name of the newest checkpoint, valid or not; None if there is none."""
     paths = _by_age(run_dir / "checkpoints")
     return paths[0].name if paths else None
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints under `root` and what those refer to.
+    """Remove all but the `keep` newest checkpoints under `root` and those to which they refer.
 
-    With `keep` of 2 or more one stays, if there is one, that shares no file with the newest: a
-    damaged file that many refer to must not be the end of all of them.
+    If `keep` is 2 or more, it also keeps a checkpoint that shares no file with the newest one, if
+    any exists: a damaged file to which several refer must not invalidate all of them.
     """
     everything = _by_age(root)
     files = {path.name: {path.name, *_referred(path)} for path in everything}
@@ -203,9 +203,9 @@ def _bases(meta: Mapping[str, Any]) -> dict[str, Base]:
 
 
 def latest(run_dir: Path | str) -> CheckpointDir | None:
-    """The newest valid checkpoint of a run, or None if it has none.
+    """The newest valid checkpoint of a run, or None if the run has no checkpoint.
 
-    Damaged ones are passed over; `skipped` says which and why.
+    Damaged ones are skipped; `skipped` has a line for each.
     """
     root = Path(run_dir) / "checkpoints"
     skipped: list[str] = []
@@ -230,7 +230,7 @@ def open_checkpoint(path: Path) -> CheckpointDir:
     """Open `path` and verify every checksum.
 
     Raises:
-        UserError: a file is missing, truncated or altered, or the format is another one.
+        UserError: a file is missing, truncated or altered, or the format is not readable.
     """
     try:
         sums = _checksums(path)
@@ -265,7 +265,7 @@ def open_checkpoint(path: Path) -> CheckpointDir:
 
 
 def _check_base(path: Path, name: str, base: Base) -> None:
-    """Raises UserError unless the file that `name` of `path` differs from is as it was."""
+    """Raise UserError unless the full file to which `name` of `path` refers is unchanged."""
     if Path(base.checkpoint).name != base.checkpoint or base.checkpoint == "..":
         raise UserError(f"{path.name}: meta.json names a file outside the checkpoints")
     file = path.parent / base.checkpoint / f"{name}.safetensors"

@@ -1,1 +1,1 @@
-"""What a run is told: every section, read, checked and written."""
+"""The config of a run: its sections, and how they are read, checked and written."""

@@ -1,4 +1,4 @@
-"""What sections of a config that are each right get wrong together, one line for each problem."""
+"""Checks across config sections, and of the config against the data; one line per problem."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def check(config: RunConfig) -> Iterator[str]:
-    """What sections that are each right get wrong together, one line for each problem.
+    """Conflicts between sections that are valid on their own, one line for each.
 
-    Only what the file alone decides; `check_event` does the rest once the data is known.
+    Covers what the config file alone determines; `check_event` needs the data as well.
     """
     yield from _check_batch(config)
     yield from _check_buffer(config)
-    yield from _check_band(config)
+    yield from _check_step_budget(config)
     yield from _check_temperature(config)
     yield from _check_jarzynski(config)
     yield from _check_recompute(config)
@@ -75,7 +75,7 @@ def _check_buffer(config: RunConfig) -> Iterator[str]:
             f"set it to {shards * chains} or more, or lower workers.num_chains"
         )
         return
-    # An update's negatives are ready all together, in whole leases, spread over the shards.
+    # All negatives of an update are ready at once: whole leases, spread evenly over the shards.
     leases = -(-batch // chains)
     needed = -(-leases // shards) * chains
     if each < needed:
@@ -86,8 +86,8 @@ def _check_buffer(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _check_band(config: RunConfig) -> Iterator[str]:
-    """Bounds on MCMC steps per update that no schedule could keep."""
+def _check_step_budget(config: RunConfig) -> Iterator[str]:
+    """Bounds on MCMC steps per update that no schedule can meet."""
     low, high = config.flow.min_steps_per_update, config.flow.max_steps_per_update
     if low is None and high is None:
         return
@@ -109,8 +109,8 @@ def _check_band(config: RunConfig) -> Iterator[str]:
         )
     if low is None or low <= needed:
         return
-    # Spare rounds need chains that are neither leased nor ready: in sync mode beside those of the
-    # whole update, in async mode one lease of every shard.
+    # Extra rounds need chains that are neither leased nor ready. In sync mode they run besides the
+    # whole update's; in async mode one free lease per shard suffices.
     spare = math.ceil((low - needed) / (chains * steps)) if config.flow.mode == "sync" else 0
     shards = config.buffer.num_shards
     leases = -(-(batch // chains + spare) // shards) + (config.flow.mode == "async")
@@ -123,7 +123,7 @@ def _check_band(config: RunConfig) -> Iterator[str]:
 
 
 def _check_temperature(config: RunConfig) -> Iterator[str]:
-    """One T: that of the model exp(-E/T)/Z, which the chains move at and the objective fits."""
+    """Objective and sampler must have the same T, that of the model exp(-E/T)/Z."""
     objective, temperature = config.objective, config.sampler.build().temperature
     reweights = config.flow.mode == "async" and (
         config.flow.stale == "reweight" or config.buffer.jarzynski
@@ -256,12 +256,12 @@ def _nearest_multiple(number: int, step: int) -> str:
 
 
 def check_event(config: RunConfig, spec: EventSpec) -> None:
-    """Refuse sections that cannot work with the data's events.
+    """Refuse sections that do not fit the events of the data.
 
     Raises:
-        UserError: the energy, sampler or objective is not for such events, the objective reads
-            labels that the data does not have or logits that the energy does not have, or
-            nothing can be trained.
+        UserError: the energy, sampler or objective does not support these events; the objective
+            needs labels that the data lacks or logits that the energy lacks; or the model has
+            nothing to train.
     """
     _check_storage(config, spec)
     _check_sizes(config, spec)
@@ -292,7 +292,7 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
 
 
 def _check_sizes(config: RunConfig, spec: EventSpec) -> None:
-    """Refuse counts of events that no machine holds, before anything is started."""
+    """Refuse numbers of events that do not fit into memory, before anything starts."""
     numbers = math.prod(spec.shape)
     if numbers > MAX_EVENT_NUMBERS:
         raise UserError(
@@ -310,7 +310,7 @@ def _check_sizes(config: RunConfig, spec: EventSpec) -> None:
         "evaluation.num_ais_chains": (config.evaluation.num_ais_chains, 4),
         "evaluation.audit_chains": (config.evaluation.audit_chains, 4),
     }
-    # Of a cluster the driver's memory says nothing, but for what the driver holds itself.
+    # On a cluster the shards lie on other machines, so only the driver's own memory is checked.
     local = config.runtime.address == "local" and not os.environ.get("RAY_ADDRESS")
     if config.runtime.backend == "inline" or local:
         counts["buffer.capacity"] = (config.buffer.capacity, stored)

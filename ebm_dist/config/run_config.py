@@ -1,4 +1,4 @@
-"""The run's config: one frozen object composed of the sections that each module owns."""
+"""The config of a run: one frozen object of sections, each defined by the module that uses it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_FILE_BYTES = 2**20
 
 
 class RunConfig(Section):
-    """Everything that decides what a run computes; `load` is the only way in from a file."""
+    """The complete config of a run. `load` reads it from a file."""
 
     run: RunSection = RunSection()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -49,7 +49,7 @@ class RunConfig(Section):
 
     @property
     def num_negatives(self) -> int:
-        """Negatives of an update."""
+        """Number of negatives per update."""
         return self.buffer.num_negatives or self.data.batch_size
 
     @model_validator(mode="after")
@@ -60,11 +60,11 @@ class RunConfig(Section):
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
-    """The config at `source`, a YAML file or a mapping, with `a.b=value` overrides applied.
+    """The config from `source`, a YAML file or a mapping, with `a.b=value` overrides applied.
 
     Raises:
-        UserError: one line for each fault: the key's path in the user's file, what was
-            expected, what came, what to change.
+        UserError: one line for each fault: the key's path in the user's file, the expected value,
+            the actual value, and what to change.
     """
     if isinstance(source, Mapping):
         prefix, data = "", dict(source)
@@ -79,12 +79,12 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
 
 
 def dump(config: RunConfig) -> str:
-    """`config` as YAML, complete, every default written out; `load` reads it back equal."""
+    """`config` as complete YAML with every default; `load` of the result equals `config`."""
     return write_yaml(_names_first(config.model_dump(mode="json")))
 
 
 def _names_first(value: Any) -> Any:
-    """Sections with `name` as their first key, as people write them."""
+    """Move `name` to the front of every section, as people write them."""
     if isinstance(value, list):
         return [_names_first(item) for item in value]
     if not isinstance(value, dict):
@@ -94,7 +94,7 @@ def _names_first(value: Any) -> Any:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a config file, for editors that complete and check YAML."""
+    """The JSON schema of a config file, with which editors complete and check YAML."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **RunConfig.model_json_schema(),

@@ -1,4 +1,4 @@
-"""The sections that belong to no one part: the run, where it runs, its workers, and its order."""
+"""Config sections that no single part owns: `run`, `runtime`, `workers` and `flow`."""
 
 from __future__ import annotations
 
@@ -10,70 +10,70 @@ from ebm_dist.core.section import Section, UserPath
 
 
 class RunSection(Section):
-    """What the run is called, how long it is and where it is kept."""
+    """Name, length and directory of the run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "run"
-    """Letters, digits, dot, dash and underscore: it names a directory and the W&B run."""
+    """Name of the run's directory and of the W&B run: letters, digits, dot, dash, underscore."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Every stream of noise in the run is derived from it."""
+    """Seed of the run; every stream of noise derives its own from it."""
 
     steps: PositiveInt = 1000
-    """Learner updates in all, those before a resume included."""
+    """Total number of learner updates, including those before a resume."""
 
     dir: Annotated[UserPath, Field(min_length=1)] = "runs"
-    """The run is kept in dir/name unless --run-dir says otherwise."""
+    """Parent of the run directory dir/name; --run-dir overrides both."""
 
 
 class RuntimeConfig(Section):
-    """Where the graph runs."""
+    """Processes, machines and devices of the run."""
 
     backend: Literal["inline", "ray"] = "ray"
-    """inline: every part in this process, no Ray. ray: actors on a Ray cluster."""
+    """inline: every part runs in this process, without Ray. ray: actors on a Ray cluster."""
 
     address: str = "local"
-    """local: start a Ray on this machine; auto: the running cluster of this machine;
-    HOST:PORT: that cluster. RAY_ADDRESS wins where set."""
+    """local: start Ray on this machine; auto: join the cluster that runs on this machine;
+    HOST:PORT: join that cluster. The environment variable RAY_ADDRESS overrides it."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where there is a GPU at the start; cuda waits for the cluster's, as long as
+    """auto: CUDA if the cluster has a GPU at the start, else CPU. cuda: wait for a GPU, up to
     start_timeout_s."""
 
     start_timeout_s: PositiveFloat = 300.0
-    """Seconds without another actor coming up after which a run that starts gives up, and what a
-    worker that joins later may take. Eight processes that import torch from one network disk have
-    taken more than 120."""
+    """A starting run gives up when no further actor has started for this many seconds. A worker
+    that joins later has the same time. Eight processes that imported torch from one network disk
+    took more than 120 s."""
 
     cpus_per_worker: PositiveFloat = 1.0
-    """Ray CPUs that a worker claims on a cluster; on a local Ray nothing is claimed."""
+    """Ray CPUs that a worker requests on a cluster; a local Ray has no requests."""
 
     object_store_mb: PositiveInt | None = None
-    """Size of a local Ray's object store in MiB; sized from the config when left out."""
+    """Size of a local Ray's object store in MiB; computed from the config when left out."""
 
 
 class WorkersConfig(Section):
-    """The pool that moves the chains."""
+    """The pool of workers that move the chains."""
 
     num_workers: PositiveInt = Field(default=1, le=100_000)
-    """Worker actors; where an elastic pool begins."""
+    """Number of worker actors; the initial number if the pool is elastic."""
 
     min_workers: PositiveInt | None = None
-    """The pool shrinks to this while workers have nothing to do; num_workers when left out."""
+    """The pool shrinks to this number while workers are idle; num_workers when left out."""
 
     max_workers: PositiveInt | None = None
-    """The pool grows to this while the learner waits for negatives and Ray has room for another
-    worker; num_workers when left out. One process (runtime.backend inline) has num_workers."""
+    """The pool grows to this number while the learner waits for negatives and Ray has resources
+    for another worker; num_workers when left out. runtime.backend inline ignores both bounds."""
 
     num_chains: PositiveInt = 64
-    """Chains a worker moves in one round; the negatives of an update are a multiple of it."""
+    """Chains that a worker moves in one round; divides the negatives of an update."""
 
     num_threads: PositiveInt | None = None
-    """Torch threads of a worker; the cores shared out when left out. Pin it alike on every
-    machine where deterministic runs are to agree bit for bit."""
+    """Torch threads of a worker; the cores are divided among the processes when left out. For runs
+    that agree bit for bit, set the same number on every machine."""
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """Fewest and most workers."""
+        """The smallest and the largest number of workers."""
         return self.min_workers or self.num_workers, self.max_workers or self.num_workers
 
     @model_validator(mode="after")
@@ -88,33 +88,36 @@ class WorkersConfig(Section):
 
 
 class FlowConfig(Section):
-    """The order in which sampling and learning take turns."""
+    """How sampling and learning are coordinated."""
 
     mode: Literal["sync", "async"] = "async"
-    """sync: every update uses chains moved under its own weights, bit for bit the same however
-    many workers there are. async: workers run ahead, within max_lag."""
+    """sync: every update uses chains moved under its own weights; the result is the same bit for
+    bit for any number of workers. async: workers sample while the learner updates, and negatives
+    lag by at most max_lag."""
 
     max_lag: PositiveInt = 8
-    """Largest version(learner) - version(negatives) at consumption, in updates."""
+    """Largest version(learner) - version(negatives) when an update uses them, in updates."""
 
     stale: Literal["repair", "reweight", "drop"] = "repair"
-    """What happens to negatives past max_lag: a few more steps under today's weights, truncated
-    self-normalised importance weights, or nothing but a count."""
+    """How to treat negatives beyond max_lag. repair: move them a few more steps under the current
+    weights. reweight: use truncated self-normalised importance weights. drop: discard and count
+    them."""
 
     repair_steps: PositiveInt | None = None
     """MCMC steps of a repair; a quarter of sampler.num_steps when left out."""
 
     min_steps_per_update: PositiveFloat | None = None
-    """The learner waits until the workers have taken this many MCMC steps (chains x steps) for each
-    update, as flow/mcmc_steps_per_update counts them. What its negatives do not take goes to
-    chains that stay in the buffer. Negatives of an update * sampler.num_steps when left out."""
+    """MCMC steps (chains x steps) that workers take at least per update, as
+    flow/mcmc_steps_per_update counts them; the learner waits for them. Steps beyond those of the
+    update's negatives move chains that stay in the buffer. When left out: negatives of an update *
+    sampler.num_steps."""
 
     max_steps_per_update: PositiveFloat | None = None
-    """Workers take no more MCMC steps than this for each update, on the average of the run. Where
-    repairs and drops would, the learner waits for late rounds instead. No limit when left out."""
+    """MCMC steps that workers take at most per update, on average over the run. Where repairs and
+    drops would exceed it, the learner waits for late rounds instead. No limit when left out."""
 
     stall_timeout_s: PositiveFloat = 300.0
-    """Seconds without progress after which the run stops and names what it waited for."""
+    """Seconds without progress after which the run stops and reports what it waited for."""
 
     @model_validator(mode="after")
     def _ordered(self) -> FlowConfig:

@@ -1,4 +1,4 @@
-"""A config as the user wrote it: plain values, overrides, faults in the path of the user's file."""
+"""Config text: overrides, plain values, strict validation, and errors by the key's path."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MAX_FAULTS = 50
 def apply_override(
     data: dict[str, Any], override: str, model: type[BaseModel] | None = None
 ) -> dict[str, Any]:
-    """`data` with `a.b=value` set, `value` read as YAML; the input is left alone.
+    """`data` with `a.b=value` set, where `value` is YAML; the input is not changed.
 
-    Where `model` takes text alone at that key, a number is text as written: a run may be named
-    by a date, a job or a commit, and `007` and `1e5` are not 7 and 100000 then.
+    If `model` accepts only text at that key, a number stays text as written: the name of a run may
+    be a date, a job id or a commit, and `007` and `1e5` must not become 7 and 100000.
     """
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
@@ -53,7 +53,7 @@ def _takes_text(model: type[BaseModel], path: list[str], data: Any) -> bool:
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """The types of a union, without what `Annotated` says of them."""
+    """The member types of a union, without their `Annotated` metadata."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _kinds(get_args(annotation)[0])
@@ -77,11 +77,11 @@ def _with(data: dict[str, Any], path: list[str], value: Any, key: str) -> dict[s
 
 
 def validate(model: type[BaseModel], data: dict[str, Any]) -> Any:
-    """`model` built from plain `data`, types taken strictly.
+    """`model` built from plain `data`, with strict types.
 
-    Strict, so that `steps: true` is not 1 and `lr: "fast"` not parsed; JSON's rules, so
-    that a list may fill a tuple and 1 a float. A float without a fraction may fill an
-    integer: `capacity: 1e6` is how people write it.
+    Types are strict, so `steps: true` is not 1 and text is not parsed as a number. The rules of
+    JSON apply, so a list may fill a tuple and 1 may fill a float. A whole float may fill an
+    integer, since people write `capacity: 1e6`.
 
     Raises:
         UserError: one line for every fault, each beginning with the key's path.
@@ -100,10 +100,10 @@ def validate(model: type[BaseModel], data: dict[str, Any]) -> Any:
 
 
 def plain(value: Any, path: tuple[str, ...] = ()) -> Any:
-    """`value` of JSON's types: paths become text, numbers and arrays of numpy plain ones.
+    """Convert `value` to JSON types: paths become text, numpy values become numbers and lists.
 
     Raises:
-        UserError: with the path of a value that is no plain one, or a key that is no text.
+        UserError: a value cannot be converted or a key is not text; the line names its path.
     """
     where = ".".join(path) or "(file)"
     if len(path) > MAX_DEPTH:
@@ -120,7 +120,7 @@ def plain(value: Any, path: tuple[str, ...] = ()) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist(), path)
     if isinstance(value, str):
-        # No path, name or address can hold them, and the system says so without the key.
+        # No path, name or address can hold them, and the system's own error would not name the key.
         if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
             raise UserError(f"{where}: {short(value)} holds a NUL or a surrogate; take it out")
         return value
@@ -133,24 +133,24 @@ def plain(value: Any, path: tuple[str, ...] = ()) -> Any:
 
 
 def _is_forgiven(fault: Any) -> bool:
-    """Strict rules refuse it, and the looser ones of the second pass read it rightly."""
+    """Whether the strict rules refuse a value that the lax second pass converts correctly."""
     value = fault["input"]
     if fault["type"] == "tuple_type":
-        # Behind a `before` validator pydantic no longer knows that the list came from JSON.
+        # After a `before` validator pydantic has lost the fact that the list came from JSON.
         return isinstance(value, list)
     return fault["type"] == "int_type" and isinstance(value, float) and value.is_integer()
 
 
 def faults(error: ValidationError, model: type[BaseModel], data: Any) -> list[str]:
-    """Each fault as `path: what was expected, what came`, in the path of the user's file."""
+    """Each fault as `path: what was expected, what came`, with the path in the user's file."""
     by_path: dict[tuple[str, ...], list[str]] = {}
     across: list[str] = []
     found = [fault for fault in error.errors(include_url=False) if not _is_forgiven(fault)]
-    # What a line suggests takes a search through all keys, and nobody reads 100,000 lines.
+    # Limited because each suggestion searches all keys, and nobody reads 100,000 lines.
     for fault in found[:MAX_FAULTS]:
         path = _user_path(fault["loc"], data)
         if fault["type"] == "value_error" and not path:
-            # A check across sections: each of its lines brings its own path.
+            # A check across sections; each of its lines includes its path.
             across += fault["msg"].removeprefix("Value error, ").splitlines()
             continue
         if fault["type"].startswith("union_tag"):
@@ -166,7 +166,7 @@ def faults(error: ValidationError, model: type[BaseModel], data: Any) -> list[st
 
 
 def _join(texts: list[str]) -> str:
-    # Branches of a union fail one by one; the user wrote one value.
+    # Each branch of a union reports a fault; they become one line, as the user wrote one value.
     if len(texts) > 1 and all(text.startswith("expected ") for text in texts):
         wanted = [text.removeprefix("expected ").rpartition(", got ")[0] for text in texts]
         return f"expected {' or '.join(wanted)}, got {texts[0].rpartition(', got ')[2]}"
@@ -180,7 +180,7 @@ def _user_path(loc: tuple[str | int, ...], data: Any) -> tuple[str, ...]:
     for index, part in enumerate(loc):
         last = index == len(loc) - 1
         if isinstance(here, dict) and part in here:
-            # The tag of a union follows the key that holds it.
+            # pydantic puts the tag of a union after the key that holds the union.
             path.append(str(part))
             here = here[part]
         elif isinstance(part, int) and isinstance(here, list):
@@ -254,7 +254,7 @@ def _suggestion(path: tuple[str, ...], model: type[BaseModel], data: Any) -> str
 
 
 def models_at(model: type[BaseModel], path: Iterable[str], data: Any) -> list[type[BaseModel]]:
-    """The sections that may stand at `path` of a `model`, chosen by `name` where data has one."""
+    """The section types allowed at `path` of `model`, narrowed by `name` where `data` has one."""
     here = [model]
     for part in path:
         data = data.get(part) if isinstance(data, dict) else None

@@ -1,1 +1,1 @@
-"""The nouns that cross every boundary: events, weights, sections, seeds and errors."""
+"""Types that every other folder uses: events, weights, config sections, seeds and errors."""

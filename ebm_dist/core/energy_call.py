@@ -1,4 +1,4 @@
-"""Calling an energy that somebody else wrote: it must leave the events that it is given alone."""
+"""Calls a user's energy, and checks that it does not change its argument in place."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def energy_at(energy: EnergyFn, x: Tensor) -> Tensor:
     """`energy(x)` for x (B, *event).
 
     Raises:
-        ValueError: the energy changed `x` in place. Chains would then stand where nobody moved
-            them, and the law would be wrong without a word.
+        ValueError: the energy changed `x` in place. That would move chains outside the sampler,
+            which silently changes the sampled law.
     """
-    # torch counts the changes of every tensor, except of those made in inference mode.
+    # torch counts the in-place changes of every tensor, except of those made in inference mode.
     before = None if x.is_inference() else x._version
     try:
         out = energy(x)

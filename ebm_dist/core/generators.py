@@ -1,8 +1,8 @@
-"""Generators of noise that every bit of a seed decides.
+"""Random generators that use every bit of their seed.
 
-torch's own on the CPU is a Mersenne Twister, and `manual_seed` gives it the low 32 bits: of 77,000
-leases two would draw the same numbers at even odds. Its state takes 19,937 bits, which are spread
-from the whole seed here. On a GPU torch's Philox takes 64 bits as they are.
+torch's CPU generator is a Mersenne Twister, and `manual_seed` reads only the low 32 bits of a seed:
+among 77,000 leases, two would share their noise with probability 1/2. So its 19,937 bits of state
+are filled here from the whole seed. On a GPU, torch's Philox uses all 64 bits.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-# torch keeps the state as one block of bytes: the seed as given, how many of the words are left
-# and whether it was seeded, which one is next, and then the 624 words, each in 64 bits.
+# torch keeps the state as one block of bytes, in units of 64 bits: the seed; the number of words
+# left, with a flag for seeded; the index of the next word; and then the 624 words.
 _FIRST_WORD, _NUM_WORDS = 3, 624
 
 
 def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator on `device` whose numbers `seed`, 63 bits from `derive_seed`, decides."""
+    """A generator on `device` with `seed`, the 63 bits that `derive_seed` returns."""
     generator = torch.Generator(device).manual_seed(seed)
     if generator.device.type != "cpu":
         return generator

@@ -1,4 +1,4 @@
-"""How this installation is called, and what to install where a part of it is missing."""
+"""The command that runs this installation, and the pip command for missing packages."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NO_FCNTL = (
 def command(name: str = "ebm-dist", module: str = "ebm_dist") -> str:
     """The start of a command line that runs this installation from the working directory.
 
-    `name` alone where the shell finds this one, else the path of the script beside the
-    interpreter, or the module.
+    It is `name` if the shell finds this installation under it, otherwise the path of the script
+    beside the interpreter, or `python -m module`.
     """
     script = Path(sys.executable).parent / name
     found = shutil.which(name)
@@ -40,7 +40,7 @@ def _near(path: Path) -> str:
 
 
 def how_to_install(extra: str) -> str:
-    """The pip command for what `extra` adds; by its requirements, for no registry has ebm_dist."""
+    """The pip command for the packages of `extra`, by name, since no registry has ebm_dist."""
     try:
         requirements = importlib.metadata.requires("ebm_dist") or []
     except importlib.metadata.PackageNotFoundError:
@@ -56,7 +56,7 @@ def how_to_install(extra: str) -> str:
 
 
 def require(*packages: str) -> None:
-    """Raise UserError in one line where one of `packages`, which training needs, is missing."""
+    """Raise UserError in one line if one of `packages`, which training needs, is missing."""
     for name in packages:
         if importlib.util.find_spec(name) is None:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Paths as people write them in a config or behind an option, where no shell reads them."""
+"""Expands `~` in the paths of a config or an option, which no shell expands."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 
 
 def user_path(path: str | os.PathLike[str]) -> str:
-    """`path` with the home directory for a leading `~`.
+    """`path` with a leading `~` replaced by the home directory.
 
     Raises:
-        ValueError: it is empty, or names variables or an unknown user. Variables are not filled in:
-            a config from elsewhere could put a secret of the environment into a name, and the name
-            into every record of the run.
+        ValueError: it is empty, or names variables or an unknown user. Variables are not expanded:
+            a stranger's config could put a secret of the environment into a path, and the run
+            records its paths.
     """
     text = os.fspath(path)
     if not text:

@@ -1,4 +1,4 @@
-"""Config sections, and families of them: what `make(name, **params)` and a YAML section share."""
+"""Config sections, and registries of them for `make(name, **params)` and for YAML."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UserPath = Annotated[str, AfterValidator(user_path)]
 
 
 class Section(BaseModel):
-    """A frozen part of the run's config that refuses keys it does not know."""
+    """A frozen part of the run's config, which refuses unknown keys."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -31,11 +31,11 @@ S = TypeVar("S", bound=Section)
 
 
 class Family(Generic[T]):
-    """Named constructors of one kind of thing.
+    """A registry of named constructors of one kind: energies, samplers or objectives.
 
     A member is a `Section` with a `name: Literal["..."] = "..."` field and a `build`
-    method that returns the thing. Registering it is all it takes for the Python API,
-    the YAML section, the JSON schema and the protocol tests to know it.
+    method that returns the object. Once registered, it is part of the Python API, the YAML config,
+    the JSON schema and the protocol tests.
     """
 
     def __init__(self, kind: str) -> None:

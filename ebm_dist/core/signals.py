@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and SIGHUP do to a command: undo what is half done, or ask it to stop."""
+"""Handlers of SIGINT, SIGTERM and SIGHUP: raise KeyboardInterrupt, or ask a run to stop."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _AGAIN_S = 0.05
 
 @contextlib.contextmanager
 def interrupting() -> Iterator[None]:
-    """Within it each of the signals raises KeyboardInterrupt, so that every `finally` runs."""
+    """Context in which each of the signals raises KeyboardInterrupt, so every `finally` runs."""
     num_imports = _num_imports(sys._getframe())
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        # An import that is cut short leaves half a module behind, and torch, for one, goes on with
-        # half of numpy. So the signal is sent again, until no import is under way.
+        # An interrupted import leaves an incomplete module behind; torch, for one, continues with
+        # an incomplete numpy. So the signal is sent again until no import is running.
         if _num_imports(frame) > num_imports:
             again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
             again.daemon = True
@@ -37,7 +37,7 @@ def interrupting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def asking(stop: threading.Event) -> Iterator[None]:
-    """Within it the first of the signals sets `stop`; further ones raise KeyboardInterrupt."""
+    """Context in which the first signal sets `stop`; further ones raise KeyboardInterrupt."""
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
@@ -51,10 +51,10 @@ def asking(stop: threading.Event) -> Iterator[None]:
 @contextlib.contextmanager
 def _handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield  # no other thread may set handlers
+        yield  # Python allows handlers in the main thread only
         return
     before = {number: signal.getsignal(number) for number in STOPPING}
-    if before[signal.SIGHUP] is signal.SIG_IGN:  # by `nohup`
+    if before[signal.SIGHUP] is signal.SIG_IGN:  # set by `nohup`
         del before[signal.SIGHUP]
     for number in before:
         signal.signal(number, handler)
@@ -67,7 +67,7 @@ def _handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
 
 
 def _num_imports(frame: FrameType | None) -> int:
-    """How many frames of the import system lie at and below `frame`."""
+    """The number of frames of the import system from `frame` outwards."""
     count = 0
     while frame is not None:
         count += frame.f_code.co_filename.startswith("<frozen importlib")

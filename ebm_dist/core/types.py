@@ -1,4 +1,4 @@
-"""The nouns that cross a boundary: events, batches, leases, chains on their way, negatives."""
+"""Types that cross process boundaries: events, batches, leases, moved chains and negatives."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ EnergyFn = Callable[[Tensor], Tensor]
 """Maps x (B, *event) to energies (B,) in float32; lower is likelier."""
 
 MAX_EVENT_NUMBERS = 2**24
-"""Of one event: 64 chains then take 4 GiB."""
+"""Largest size of one event, in numbers: 64 chains of it take 4 GiB."""
 
 EventKind = Literal["image", "real", "binary", "categorical"]
 
 
 @dataclass(frozen=True, slots=True)
 class EventSpec:
-    """What one configuration x looks like.
+    """Shape and kind of one event x.
 
     image: float32 in [-1, 1], shape (C, H, W); real: unbounded float32; binary: {0, 1}
     floats; categorical: one-hot float32 in the last axis.
@@ -37,7 +37,7 @@ class EventSpec:
         return self.kind in ("binary", "categorical")
 
     def noise(self, num: int, generator: torch.Generator, *, std: float = 1.0) -> Tensor:
-        """`num` events (num, *shape) from the reference law that chains start from.
+        """`num` events (num, *shape) from the reference distribution from which chains start.
 
         image: uniform on [-1, 1]; real: N(0, std^2); binary: fair coins; categorical:
         uniform over the classes.
@@ -71,27 +71,27 @@ class Negatives:
     log_weight: Tensor  # (M,), Jarzynski log-weight; zeros when not in use
 
 
-# What goes with every lease is not frozen: a frozen one sets each field by a call, 5 of the 80
-# microseconds that 64 chains take there and back.
+# The classes below are not frozen: `__init__` of a frozen dataclass makes a call per field, which
+# takes 5 of the 80 microseconds of a checkout and checkin of 64 chains.
 
 
 @dataclass(slots=True)
 class RowGrant:
-    """Rows of a shard's mapped files that a worker may read, and others that it may write.
+    """Rows of a shard's mapped files that a worker may read, and rows that it may write.
 
-    `buffer.rows` opens them, and refuses the writing once the shard has taken the grant back.
+    `buffer.rows` opens them, and refuses to write once the shard has revoked the grant.
     """
 
     directory: str
     files: int
-    """Inode of position.bin: a shard that began anew has other files of the same names."""
+    """Inode of position.bin: a restarted shard has new files under the same names."""
     event_shape: tuple[int, ...]
     dtype: str
     source: np.ndarray  # (M,), int64, rows of the chains to move
     target: np.ndarray  # (M,), int64, rows for the moved chains
     index: int
     token: int
-    """Of this grant and no other, in shared memory for as long as it holds."""
+    """Unique to this grant; shared memory holds it as long as the grant is valid."""
 
 
 @dataclass(slots=True)
@@ -107,24 +107,24 @@ class Lease:
     slots: np.ndarray  # (M,), int64
     generations: np.ndarray  # (M,), int64
     chain_id: np.ndarray  # (M,), int64
-    """Who the chains are, over the whole run; comes back as it went out."""
+    """Identities of the chains within the run; the worker returns them unchanged."""
     seed: int
-    """Seeds the noise of the round: the chains do not depend on who moves them."""
+    """Seeds the noise of the round, so the result does not depend on the worker."""
     deadline: float
     """Wall-clock seconds on the shard's own clock."""
     position: np.ndarray | None
-    """(M, *event), as `buffer.storage` keeps them; None where they are to be read by `grant`."""
+    """(M, *event), in the format of `buffer.storage`; None if `grant` names rows to read."""
     log_weight: np.ndarray  # (M,), float32
     version: np.ndarray  # (M,), int64
-    """Version of the weights that moved each chain last; -1 for a new chain."""
+    """Version of the weights that last moved each chain; -1 for a new chain."""
     energy: np.ndarray | None = None
-    """(M,), float32, under those weights; what Jarzynski weights are carried on from."""
+    """(M,), float32, under those weights; the Jarzynski weight update needs it."""
     grant: RowGrant | None = None
 
 
 @dataclass(slots=True)
 class MovedChains:
-    """What a worker returns for a lease; the shard commits it or refuses it."""
+    """The worker's result for a lease; the shard commits or refuses it."""
 
     lease_id: int
     shard: int
@@ -133,26 +133,26 @@ class MovedChains:
     generations: np.ndarray  # (M,), int64
     chain_id: np.ndarray  # (M,), int64, of the lease
     position: np.ndarray | None
-    """(M, *event), as `buffer.storage` keeps them; None where they are in the rows granted."""
+    """(M, *event), in the format of `buffer.storage`; None if they are in the granted rows."""
     energy: np.ndarray  # (M,), float32
     log_weight: np.ndarray  # (M,), float32
     version: int
     num_steps: int
     negatives: dict[str, np.ndarray] | None = None
-    """What the learner gets in place of the chains, keys as in `Negatives`: the chains as they
-    were before they moved, with the Jarzynski weights that make them samples of `version`."""
+    """Replaces the moved chains as negatives; keys as in `Negatives`. Jarzynski rounds use it: the
+    chains before their move, with weights that make them samples under `version`."""
     ancestors: np.ndarray | None = None
-    """(M,), int64: the chain of the lease that each one continues, where it was resampled."""
+    """(M,), int64, after resampling: the index in the lease of the chain that each continues."""
     stats: dict[str, float] = field(default_factory=dict)
     """Sampler and chain diagnostics of the round, named as in `metrics/names.py`."""
     token: int | None = None
-    """Of the grant, where the chains are in its rows."""
+    """The token of the grant, if the chains are in its rows."""
     notes: tuple[str, ...] = ()
-    """What the worker has to say since its last round, for the log of the run."""
+    """Messages of the worker since its last round, for the run's log."""
 
     @classmethod
     def of(cls, lease: Lease, **moved: Any) -> MovedChains:
-        """The answer to `lease`: its own fields as they went out, the others as given."""
+        """The result for `lease`: copies the lease's own fields and adds `moved`."""
         return cls(
             lease_id=lease.lease_id,
             shard=lease.shard,

@@ -1,4 +1,4 @@
-"""The weights of an energy as one flat float32 array, the form in which they travel."""
+"""The weights of an energy as one flat float32 array, the form in which actors exchange them."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _CACHE_LINE = 64
 
 @dataclass(frozen=True, slots=True)
 class FlatLayout:
-    """Where each parameter and floating buffer of a module lies in the flat array.
+    """Positions of a module's parameters and floating-point buffers in the flat array.
 
-    One array, because a state dict of many tensors costs Ray an order of magnitude more
+    It is one array because a state dict of many tensors costs Ray an order of magnitude more
     to send than the same bytes in one piece.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     num_parameters: int
-    """Numbers at the front of the array that are parameters; buffers follow."""
+    """How many leading numbers of the array are parameters; buffers follow."""
 
     @classmethod
     def of(cls, module: nn.Module) -> FlatLayout:
-        """The layout of `module`: parameters, then persistent floating buffers.
+        """The layout of `module`: parameters, then persistent floating-point buffers.
 
-        Buffers travel too: spectral norm keeps its power-iteration vectors there, and a
+        Buffers are included because spectral norm keeps its power-iteration vectors there; a
         worker without them would sample another energy.
         """
         tensors = flat_tensors(module)
@@ -56,7 +56,7 @@ class FlatLayout:
         return flat
 
     def load_(self, module: nn.Module, flat: Tensor | np.ndarray) -> None:
-        """Copy `flat` (size,), `as_sent` or not, into the parameters and buffers of `module`."""
+        """Copy `flat` (size,), float32 or from `as_sent`, into the tensors of `module`."""
         flat = self._checked(flat)
         tensors = flat_tensors(module)
         with torch.no_grad():
@@ -64,17 +64,16 @@ class FlatLayout:
                 tensors[name].copy_(view)
 
     def bind_(self, module: nn.Module, flat: np.ndarray) -> int:
-        """Let the parameters of `module` be views of `flat` (size,), for a module that only reads.
+        """Make the parameters of a frozen `module` views of `flat` (size,), without a copy.
 
-        On a node the weights then lie in memory once, however many workers it has: `flat` is
-        Ray's own shared memory. It may be read-only, and writing to a parameter afterwards would
-        end the process: for frozen modules. Copied are buffers, what is not on the CPU or not
-        laid out as the view is, and views that do not begin on a cache line: torch's own memory
-        does, and kernels may round otherwise where it does not. Weights in bfloat16 are unpacked
-        into memory of this process first.
+        `flat` is in Ray's shared memory, so all workers of a node share one copy of the weights. It
+        may be read-only: writing to a parameter afterwards would crash the process. Some weights
+        are copied all the same: buffers; parameters on a GPU or with other strides than the view;
+        and views that do not begin on a cache line, since torch's own memory does and kernels may
+        round differently otherwise. Weights in bfloat16 are first converted to float32.
 
         Returns:
-            How many numbers were copied.
+            The number of copied numbers.
         """
         tensors = flat_tensors(module)
         device = next(iter(tensors.values())).device if tensors else None
@@ -88,7 +87,7 @@ class FlatLayout:
                     assert not tensor.requires_grad, f"{name} is trained: it cannot be bound"
                     tensor.data = view
                     continue
-                if ours:  # it may be bound to the weights before
+                if ours:  # it may still be a view of the previous weights
                     tensor.data = torch.empty_like(tensor)
                 tensor.copy_(view)
                 num_copied += view.numel()
@@ -96,7 +95,7 @@ class FlatLayout:
 
     def _checked(self, flat: Tensor | np.ndarray) -> Tensor:
         with warnings.catch_warnings():
-            # Arrays of Ray's object store are read-only, and nobody here writes to them.
+            # Arrays of Ray's object store are read-only, and nothing here writes to them.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             flat = torch.as_tensor(flat)
         if flat.dtype == torch.uint16:
@@ -119,9 +118,9 @@ class FlatLayout:
 
 
 def as_sent(flat: np.ndarray, wire: WireName) -> np.ndarray:
-    """`flat` (N,) float32 as it crosses to the workers: itself, or bfloat16's bits as uint16.
+    """`flat` (N,) float32 in the format for workers: unchanged, or bfloat16 bits as uint16.
 
-    To the nearest bfloat16, a relative error of at most 2^-9 a weight.
+    Rounds to the nearest bfloat16, with a relative error of at most 2^-9 per weight.
     """
     if wire == "float32":
         return flat
@@ -129,10 +128,10 @@ def as_sent(flat: np.ndarray, wire: WireName) -> np.ndarray:
 
 
 def flat_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent floating buffers of `module`, by state-dict name.
+    """Parameters and persistent floating-point buffers of `module`, by state-dict name.
 
     Raises:
-        ValueError: a persistent buffer is not floating point and so cannot travel.
+        ValueError: a persistent buffer is not floating point, which the flat array cannot hold.
     """
     parameters = dict(module.named_parameters())
     tensors: dict[str, Tensor] = dict(parameters)

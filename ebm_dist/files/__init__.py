@@ -1,1 +1,1 @@
-"""The disk: what is written appears whole, what is read is bounded and never runs."""
+"""File access: atomic writes, and reads that are bounded in size and never execute content."""

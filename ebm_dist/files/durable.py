@@ -1,4 +1,5 @@
-"""Files and directories that appear whole, and stay when the power fails, or do not appear."""
+"""Atomic and durable writes of files and directories: they survive a power failure, or do not
+appear at all."""
 
 from __future__ import annotations
 
@@ -21,28 +22,28 @@ _OF_A_RUN = {
     *("config.yaml", "manifest.json", "metrics.jsonl", "histograms.jsonl", "run.log", _LOCK),
     *("config.json", "model.safetensors", "chains.safetensors", "checksums.json", "meta.json"),
 }
-"""Names that no output of another command may take from what is there."""
+"""Names of existing files that the output of a command may not replace."""
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
-"""What file systems answer that do not know a call at all: CIFS, FUSE, Lustre, some NFS."""
+"""Errors of file systems that do not support a call: CIFS, FUSE, Lustre, some NFS."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file, which takes the place of `path` when the block ends without an exception.
+    """A new file, which replaces `path` when the block ends without an exception.
 
-    A reader sees the old content or the new. After an exception the old one is there, and nothing
-    beside it.
+    A reader sees either the old content or the new. After an exception the old content remains, and
+    no temporary file.
 
     Raises:
-        NotRegular: a directory, FIFO or device is in the way.
-        OSError: the disk refuses.
+        NotRegular: `path` is a directory, FIFO or device.
+        OSError: the write fails.
     """
     with contextlib.suppress(FileNotFoundError):
         mode = path.lstat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
             raise NotRegular(f"{path}: expected a file, found a directory, FIFO or device")
     part = _beside(path, "part")
-    # O_EXCL: nobody can have laid a link where the new content goes.
+    # Exclusive creation: no one else can have put a link at this name.
     file = open(part, "xb")  # noqa: SIM115
     try:
         with file:
@@ -60,14 +61,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def replace_text(path: Path, text: str) -> None:
     """Make `text` the content of `path`, in UTF-8 whatever the locale."""
     with replacing(path) as file:
-        file.write(text.encode(errors="replace"))  # half of a surrogate pair has no bytes
+        file.write(text.encode(errors="replace"))  # a lone surrogate has no encoding
 
 
 def write_output(path: Path, text: str, option: str = "--out") -> None:
-    """Write what a command was asked for to `path`, its folders included.
+    """Write the output of a command to `path`, and create its parent directories.
 
     Raises:
-        UserError: it cannot be written, and nothing is left there; or it is a run's own file.
+        UserError: the write fails, and leaves no file behind; or `path` is a file of a run.
     """
     if path.name in _OF_A_RUN and path.exists():
         raise UserError(f"{option}: {path} is a file that a run or an export needs; name another")
@@ -80,14 +81,14 @@ def write_output(path: Path, text: str, option: str = "--out") -> None:
 
 @contextlib.contextmanager
 def new_directory(final: Path, *, replace: bool, family: str | None = None) -> Iterator[Path]:
-    """A directory to fill, which becomes `final` when the block ends without an exception.
+    """A temporary directory, renamed to `final` when the block ends without an exception.
 
-    Its files are on the disk before it has its name.
+    Its files are synced to disk before the rename.
 
     Args:
-        replace: whether it may take the place of another; else only that of an empty one.
-        family: a pattern of names, that of `final` alone when left out. What killed writers of
-            such directories left beside `final` is removed.
+        replace: whether it may replace a directory that is not empty.
+        family: a pattern of names; the name of `final` when left out. Temporary directories that
+            killed writers of such names left beside `final` are removed.
     """
     refuse_link(final)
     family = family or re.escape(final.name)
@@ -100,11 +101,12 @@ def new_directory(final: Path, *, replace: bool, family: str | None = None) -> I
             yield part
             mode = (part / _LOCK).stat().st_mode
             for path in part.iterdir():
-                path.chmod(mode)  # safetensors makes its files for their owner alone
+                path.chmod(mode)  # safetensors creates files readable by their owner only
                 sync(path)
             sync(part)
             _install(part, final, replace)
-            # Only now: what is killed before has its lock, by which the next writer knows it.
+            # Removed last: a writer killed earlier leaves its lock, which marks the directory as
+            # abandoned for the next writer.
             (final / _LOCK).unlink()
         sync(final.parent)
     finally:
@@ -114,16 +116,16 @@ def new_directory(final: Path, *, replace: bool, family: str | None = None) -> I
 
 
 def refuse_link(path: Path) -> None:
-    """Raise `NotRegular` where `path` is a link, in whose place a new directory would come."""
+    """Raise `NotRegular` if `path` is a link, which a new directory would replace."""
     if path.is_symlink():
         raise NotRegular(f"{path}: is a link; name the directory that it leads to, or remove it")
 
 
 def lock(file: IO[bytes]) -> bool | None:
-    """Take the exclusive lock of `file`, held until it is closed.
+    """Take the exclusive lock of `file`, until it is closed.
 
     Returns:
-        False where another process has it, None where the file system knows no locks.
+        True on success, False if another process holds it, None if the file system has no locks.
     """
     import fcntl
 
@@ -139,10 +141,10 @@ def lock(file: IO[bytes]) -> bool | None:
 
 
 def sync(path: Path) -> None:
-    """Have the file or the names in the directory `path` on the disk."""
+    """Sync `path` to disk: the content of a file, or the entries of a directory."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a directory in which we may write and not look
+    except PermissionError:  # a directory that we may write and not read
         return
     try:
         _sync(descriptor)
@@ -154,7 +156,7 @@ def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # There a rename is as durable as it gets; checksums tell what a crash has torn.
+        # Without fsync a rename may not be durable; checksums detect files torn by a crash.
         if error.errno not in _UNSUPPORTED:
             raise
 
@@ -164,7 +166,7 @@ def _beside(path: Path, kind: str) -> Path:
 
 
 def _siblings(final: Path, family: str, kind: str) -> list[Path]:
-    """What `new_directory` made beside `final` for directories called `family`, a pattern."""
+    """Temporary directories of `new_directory` beside `final`, for names that match `family`."""
     ours = re.compile(rf"\.(?:{family})\.[0-9a-f]{{8}}\.{kind}")
     with contextlib.suppress(OSError):
         return [path for path in final.parent.iterdir() if ours.fullmatch(path.name)]
@@ -172,10 +174,10 @@ def _siblings(final: Path, family: str, kind: str) -> list[Path]:
 
 
 def _lock_new_directory(final: Path) -> tuple[Path, IO[bytes]]:
-    """A new directory beside `final` and its lock, held.
+    """A new temporary directory beside `final`, and its lock, which is held.
 
-    Another writer may take the directory for a dead one's until the lock is there; then it is
-    made again.
+    Before the lock exists, another writer may consider the directory abandoned and remove it; then
+    this function tries again.
     """
     while True:
         part = _beside(final, "part")
@@ -188,18 +190,19 @@ def _lock_new_directory(final: Path) -> tuple[Path, IO[bytes]]:
 
 
 def _is_abandoned(part: Path) -> bool:
-    """Whether its writer is dead: a living one holds the lock. Not known where there are none."""
+    """Whether the writer of `part` is dead, so that its lock is free. False without file locks."""
     try:
         with (part / _LOCK).open("rb+") as file:
             return lock(file) is True
     except FileNotFoundError:
-        return True  # killed before it had a lock
+        return True  # the writer was killed before it made the lock
     except OSError:
         return False
 
 
 def _install(part: Path, final: Path, replace: bool) -> None:
-    """Rename `part` to `final`: a directory can only be renamed over an empty one."""
+    """Rename `part` to `final`. With `replace` an existing `final` is moved aside first, because a
+    rename replaces empty directories only."""
     if not replace or not final.exists():
         part.rename(final)
         return

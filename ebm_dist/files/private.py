@@ -1,4 +1,4 @@
-"""A directory that is this user's alone, where everybody may make names."""
+"""Private directories of this user below shared ones such as /tmp and /dev/shm."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ENTER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def open_private(path: Path) -> int:
-    """Open a directory of this user's that nobody else may look into.
+    """Open a directory that belongs to this user and is closed to others.
 
     Raises:
-        OSError: it is something else. In /tmp and /dev/shm everybody may make names, so a name
-            alone says nothing, and a link could lead anywhere.
+        OSError: `path` is anything else. In /tmp and /dev/shm any user may create any name, so the
+            name proves nothing, and a link could lead anywhere.
     """
     descriptor = os.open(path, ENTER)
     found = os.fstat(descriptor)
@@ -28,7 +28,7 @@ def open_private(path: Path) -> int:
 
 
 def is_private(path: Path) -> bool:
-    """Whether `path` is such a directory."""
+    """Whether `path` is a directory that `open_private` accepts."""
     try:
         os.close(open_private(path))
     except OSError:
@@ -37,17 +37,18 @@ def is_private(path: Path) -> bool:
 
 
 def own_directory(path: Path) -> Path:
-    """`path` as a directory of this user's alone, made if it is not there.
+    """Create `path` as a private directory of this user, unless it is one already.
 
     Raises:
-        UserError: it cannot be made, or somebody else made what has its name.
+        UserError: it cannot be created, or another user owns the name.
     """
     try:
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
         descriptor = os.open(path, ENTER)
         try:
-            # What others could only read is made private; where they could write, they may have.
+            # A directory that others could only read is made private. One that others could write
+            # is refused below, since they may have written there.
             found = os.fstat(descriptor)
             if found.st_uid == os.geteuid() and not found.st_mode & 0o022:
                 os.fchmod(descriptor, 0o700)
@@ -63,7 +64,7 @@ def own_directory(path: Path) -> Path:
 
 
 def scratch(root: Path | None = None) -> Path:
-    """This user's own directory below `root`, which is the temporary directory when left out.
+    """This user's private directory below `root`; below the temporary directory when left out.
 
     Raises:
         UserError: see `own_directory`.

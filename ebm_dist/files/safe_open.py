@@ -1,8 +1,8 @@
-"""Opening the files of a run directory, which may be a stranger's: regular files, never a link.
+"""Opens files of a run directory that a stranger may have written: regular files, never links.
 
-A link would have the run write over, or a report show, what its reader may see and its author may
-not; a FIFO or a device would hold the reader up for ever. Shared directories stay possible: files
-may belong to somebody else.
+Through a link, a run could overwrite, or a report could publish, files of the user that the
+author of the directory cannot access. A FIFO or a device could block the reader for ever. Files may
+belong to another user, so that shared directories work.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from ebm_dist.core.errors import UserError
 
 
 class NotRegular(OSError, UserError):
-    """A link, FIFO, device or directory stands where a file of a run is expected."""
+    """A link, FIFO, device or directory was found in place of a file of a run."""
 
 
 def open_to_read(path: str | os.PathLike[str], *, follow: bool = False) -> BufferedReader:
-    """The regular file at `path`.
+    """Open the regular file at `path` for reading.
 
     Args:
-        follow: links may lead to it, since the user named it himself.
+        follow: allow links, for a path that the user has given.
 
     Raises:
-        NotRegular, OSError: it is none, or cannot be opened.
+        NotRegular, OSError: it is not a regular file, or cannot be opened.
     """
     return open(_descriptor(path, os.O_RDONLY, follow), "rb")
 
 
 def open_to_append(path: str | os.PathLike[str]) -> FileIO:
-    """The regular file at `path`, made if missing, unbuffered: a returned write is the kernel's."""
+    """Open or create the regular file at `path`, unbuffered: writes reach the kernel at once."""
     return open(_descriptor(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "ab", buffering=0)
 
 
 def open_to_repair(path: str | os.PathLike[str]) -> BufferedRandom:
-    """The regular file at `path`, as it is, to read and to write anywhere in it."""
+    """Open the regular file at `path` for reading and writing at any position."""
     return open(_descriptor(path, os.O_RDWR), "rb+")
 
 
@@ -56,7 +56,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def make_directory(path: Path) -> None:
-    """Make the directory `path` of a run, unless it is there; a link to one will not do."""
+    """Create the directory `path` of a run, unless it exists; a link to one is refused."""
     path.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
         raise NotRegular(
@@ -66,7 +66,7 @@ def make_directory(path: Path) -> None:
 
 
 def _descriptor(path: str | os.PathLike[str], flags: int, follow: bool = False) -> int:
-    # Without O_NONBLOCK the call itself would wait for the other end of a FIFO.
+    # Without O_NONBLOCK, opening a FIFO would wait for its other end.
     flags |= os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
     try:
         descriptor = os.open(path, flags, 0o666)

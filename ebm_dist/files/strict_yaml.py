@@ -1,4 +1,4 @@
-"""Strict YAML: scalars of version 1.2, each key once, bounds on what a file unfolds into."""
+"""Strict YAML: scalars of YAML 1.2, no duplicate keys, and limits on depth and size."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import yaml
 from ebm_dist.core.errors import UserError
 
 MAX_DEPTH = 32
-"""Sections nest six deep; a file deeper than this is not a config."""
+"""Sections nest six levels deep; a deeper file than this is not a config."""
 MAX_NODES = 100_000
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """YAML with the scalars of version 1.2, in which a key may come once.
+    """Loads YAML with the scalars of version 1.2 and without duplicate keys.
 
-    PyYAML reads version 1.1: `1e-4` is a string, `off` and `no` are booleans, `1:30` is 90
-    and `012` is 10. Each of these has a config value that means something else.
+    PyYAML reads version 1.1, where `1e-4` is a string, `off` and `no` are booleans, `1:30` is 90
+    and `012` is 10. In a config, each of these means something else.
     """
 
     num_nodes = 0
     num_merged = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        # Here, where a node begins: reading a mebibyte of brackets to its end takes a minute.
+        # Counted at the start of a node: parsing a mebibyte of brackets to its end takes a minute.
         self.num_nodes += 1
         if self.num_nodes > MAX_NODES:
             raise yaml.YAMLError(f"more than {MAX_NODES} values, so not a config")
@@ -37,13 +37,13 @@ class ConfigLoader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (LookupError, ValueError, TypeError, AttributeError, OverflowError):
-            # A tag such as !!bool promises what the text does not hold.
+            # The text does not fit its tag, such as !!bool.
             raise yaml.constructor.ConstructorError(
                 None, None, f"{short(node.value)} is no value of {node.tag!r}", node.start_mark
             ) from None
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """PyYAML's, which copies what is merged; merges of merges multiply at every level."""
+        """As in PyYAML, with a limit: merges copy keys, so nested merges grow exponentially."""
         for key, value in node.value:
             if key.tag != "tag:yaml.org,2002:merge":
                 continue
@@ -124,7 +124,7 @@ ConfigLoader.add_constructor(cast(str, None), _construct_foreign)
 
 
 class _ConfigDumper(yaml.SafeDumper):
-    """Quotes what either version of YAML would read as something other than text."""
+    """Quotes text that YAML 1.1 or 1.2 would read as another type."""
 
 
 for _tag, _pattern, _first in _SCALARS:
@@ -132,7 +132,7 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 def read_yaml(text: str) -> Any:
-    """The value that `text` holds; raises UserError in one line with the place."""
+    """Parse `text`; raises UserError in one line that names the line and column."""
     try:
         value = yaml.load(text, Loader=ConfigLoader)
     except yaml.MarkedYAMLError as error:
@@ -152,7 +152,7 @@ def read_yaml(text: str) -> Any:
 
 
 def write_yaml(value: Any) -> str:
-    """`value` of plain types as YAML that `read_yaml` reads back equal."""
+    """`value`, of plain types, as YAML; `read_yaml` of the result equals `value`."""
     return yaml.dump(value, Dumper=_ConfigDumper, sort_keys=False, width=100)
 
 
@@ -172,7 +172,7 @@ def short(value: Any) -> str:
 
 
 def _is_reasonable(value: Any) -> bool:
-    """False where aliases make a cycle, or a small file that unfolds into a giant one."""
+    """False if the value is too deep or too large, as a cycle or nested aliases make it."""
     budget = MAX_NODES
 
     def visit(here: Any, depth: int) -> bool:

@@ -1,4 +1,4 @@
-"""Tensors as a safetensors file: a full disk and a damaged file are errors that say so."""
+"""Safetensors files, with clear errors for a full disk and for a damaged file."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def save_tensors(
     path: Path,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `entries` to `path`, in a directory of our own making.
+    """Write `entries` to `path`, in a directory that this process has created.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the write failed.
     """
     tensors = {key: _contiguous(value) for key, value in entries.items()}
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(tensors, path, metadata=dict(metadata) if metadata else None)
-        path.chmod(mode)  # safetensors makes files of its own mode, 600
+        path.chmod(mode)  # safetensors creates files with mode 600
     except SafetensorError as error:
-        # safetensors has its own type for a full disk too, with the number in its text.
+        # safetensors reports a full disk by its own type, with errno in the message.
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
@@ -43,7 +43,7 @@ def save_tensors(
 
 
 def tensors_or_refuse(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file from outside; UserError if it is not one."""
+    """The tensors of a safetensors file; UserError if it is damaged or of another format."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
