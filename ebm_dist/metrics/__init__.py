@@ -1,1 +1,1 @@
-"""What a run says about itself: names, the hub that writes them, and the live view."""
+"""Metrics of a run: their names, the hub that writes them, W&B, and the terminal view."""

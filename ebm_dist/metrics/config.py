@@ -1,4 +1,4 @@
-"""The config section of tracking: where metrics go besides the run directory."""
+"""The `tracking` section of the config: Weights & Biases, and how often metrics are logged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _short(text: str, most: int = 128) -> str:
 
 
 def _addressable(name: str) -> str:
-    """A part of a page's address, of which W&B refuses these characters."""
+    """A name that W&B uses in the URL of a page, so it refuses some characters."""
     if set(name) & set("/\\#?%:"):
         raise ValueError(
             f"expected a name without / \\ # ? % : in it, got {name!r}; drop them (a team's "
@@ -34,29 +34,29 @@ Tag = Annotated[str, AfterValidator(lambda tag: _short(tag, 64))]
 
 
 class TrackingConfig(Section):
-    """Where metrics go besides `metrics.jsonl`, which is always written."""
+    """Logging to Weights & Biases. `metrics.jsonl` is always written."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """auto: online where a key is configured (WANDB_API_KEY, netrc, an identity token), else
-    offline; WANDB_MODE decides where it is set. off: wandb is not imported."""
+    """auto: WANDB_MODE if it is set; else online if a key is configured (WANDB_API_KEY, netrc, an
+    identity token), else offline. off: wandb is not imported."""
 
     project: Addressable | None = None
-    """W&B project; left out, WANDB_PROJECT where it is set, else ebm_dist."""
+    """W&B project; when left out, WANDB_PROJECT, else ebm_dist."""
 
     entity: Addressable | None = None
-    """W&B team or user; left out, WANDB_ENTITY where it is set, else the key's own default."""
+    """W&B team or user; when left out, WANDB_ENTITY, else the default of the key."""
 
     group: Name | None = None
-    """W&B group, for runs that belong together; left out, WANDB_RUN_GROUP where it is set."""
+    """W&B group of related runs; when left out, WANDB_RUN_GROUP."""
 
     tags: tuple[Tag, ...] = ()
-    """W&B tags, of at most 64 characters each; left out, WANDB_TAGS where it is set."""
+    """W&B tags of at most 64 characters each; when left out, WANDB_TAGS."""
 
     log_every: PositiveInt = 10
     """Learner updates between two rows of metrics."""
 
     init_timeout: PositiveFloat = 20.0
-    """Seconds one attempt to reach the W&B server may take. Training does not wait for it."""
+    """Timeout of one attempt to connect to W&B, in seconds. Training does not wait for it."""
 
     finish_timeout: PositiveFloat = 60.0
-    """Seconds the end of a run waits for W&B; what is left then can be sent by `wandb sync`."""
+    """Seconds for which the end of a run waits for W&B; `wandb sync` can send the rest later."""

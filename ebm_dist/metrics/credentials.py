@@ -1,4 +1,5 @@
-"""What the environment says about W&B, without importing it and without reading a key out."""
+"""W&B settings and credentials of the environment, found without importing wandb; text that is
+shown or logged has its secrets removed."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from ebm_dist.metrics.config import TrackingConfig
 
 Mode = Literal["online", "offline", "off"]
 
-# The hosted service's names; a key for either serves the client.
+# Host names of the hosted service; the client accepts a key for either.
 _HOSTED = ("api.wandb.ai", "api.forge.coreweave.com")
 _WANDB_MODES: dict[str, Mode] = {
     "disabled": "off",
@@ -43,10 +44,10 @@ _VARIABLES = {
 
 
 def with_environment(config: TrackingConfig) -> TrackingConfig:
-    """`config` with the names that it leaves out as W&B's own variables and settings have them.
+    """`config` with missing names filled in from W&B's environment variables and settings files.
 
     Raises:
-        UserError: W&B would not take a name that they hold.
+        UserError: W&B would refuse one of these names.
     """
     found: dict[str, Any] = {}
     for key, variable in _VARIABLES.items():
@@ -63,22 +64,22 @@ def with_environment(config: TrackingConfig) -> TrackingConfig:
 
 
 def first_fault(error: ValidationError) -> str:
-    """What a name of `TrackingConfig` lacks."""
+    """The message of the first fault, without pydantic's prefix."""
     return error.errors()[0]["msg"].removeprefix("Value error, ")
 
 
 def run_name(name: str) -> str:
-    """The name of the run on its page: WANDB_NAME, or else `name`."""
+    """The name of the run on W&B: WANDB_NAME, or else `name`."""
     return os.environ.get("WANDB_NAME") or name
 
 
 def resolve_mode(config: TrackingConfig) -> tuple[Mode, str]:
-    """The mode that `config` means here, and one line that says so.
+    """The W&B mode of this run, and one line that explains it.
 
-    `auto` follows WANDB_MODE where it is set, then goes online where a key is configured.
+    `auto` follows WANDB_MODE if it is set; otherwise it is online if a key is configured.
 
     Raises:
-        UserError: `online` was asked for and no key is configured.
+        UserError: the mode is `online` and no key is configured.
     """
     asked, why = config.wandb, "tracking.wandb"
     if asked == "off":
@@ -106,13 +107,14 @@ def resolve_mode(config: TrackingConfig) -> tuple[Mode, str]:
 
 
 def find_key() -> str | None:
-    """Where a W&B key is configured ("WANDB_API_KEY", a file), or None; never the key."""
+    """The source of the W&B key ("WANDB_API_KEY" or a file), never the key itself; None if
+    there is none."""
     if os.environ.get("WANDB_API_KEY"):
         return "WANDB_API_KEY"
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return "WANDB_IDENTITY_TOKEN_FILE"
     base = _setting("base_url", "WANDB_BASE_URL")
-    # W&B looks its key up under host:port, other programs under the host.
+    # W&B stores its key under host:port, other programs under the host.
     address = urlsplit(base)
     hosts = [address.netloc, address.hostname or ""] if base else list(_HOSTED)
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
@@ -128,7 +130,7 @@ def find_key() -> str | None:
 
 
 def _setting(key: str, variable: str) -> str:
-    """A W&B setting: the environment first, then the local and the user's settings file."""
+    """A W&B setting, from the environment, else the local, else the user's settings file."""
     if os.environ.get(variable):
         return os.environ[variable]
     home = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
@@ -143,12 +145,12 @@ def _setting(key: str, variable: str) -> str:
 
 
 def scrub(text: str) -> str:
-    """`text` with keys and passwords hidden; for messages that others wrote."""
+    """`text` with keys and passwords hidden; for messages of other libraries."""
     return _LIKE_A_KEY.sub(_HIDDEN, scrub_known(text))
 
 
 def scrub_known(text: str) -> str:
-    """`text` with this environment's key, and passwords in addresses, hidden."""
+    """`text` with the environment's key and the passwords in URLs hidden."""
     key = os.environ.get("WANDB_API_KEY")
     if key and len(key) >= 8:
         text = text.replace(key, _HIDDEN)
@@ -156,7 +158,7 @@ def scrub_known(text: str) -> str:
 
 
 def scrub_config(value: Any) -> Any:
-    """A copy of a run's config fit to be shown to others: secrets hidden, plain types only."""
+    """A copy of a run's config that is safe to publish: plain types, secrets hidden."""
     if isinstance(value, dict):
         return {
             str(key): _HIDDEN
@@ -168,5 +170,5 @@ def scrub_config(value: Any) -> Any:
         return [scrub_config(item) for item in value]
     if value is None or isinstance(value, bool | int | float):
         return value
-    # Not by the look of a key here: a commit's hash has that look too.
+    # Does not use the pattern of a key, which also matches the hash of a commit.
     return scrub_known(str(value))

@@ -1,4 +1,4 @@
-"""The metric hub: the one writer of a run's metrics, whoever measured them."""
+"""The metric hub: the only writer of a run's metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ebm_dist.metrics.sink import WandbSink, first_run_id
 from ebm_dist.metrics.tile import enlarge, tile
 
 MAX_WAITING = 10_000
-"""Items that may wait for the disk; beyond it rows are dropped and counted."""
+"""Capacity of the queue to the disk; when it is full, rows are dropped and counted."""
 
 NUM_BINS = 64
 HISTOGRAMS_FILE = "histograms.jsonl"
@@ -38,21 +38,21 @@ _log = logging.getLogger(__name__)
 class MetricHub:
     """Writes `metrics.jsonl`, `histograms.jsonl`, `samples/*.png` and the W&B run.
 
-    A plain class: an actor hosts it, or a process uses it directly. After the constructor
-    no method raises, and none but `flush` and `close` waits: items go through a bounded
-    queue to a thread that writes files, and from there through a spool file to another that
-    speaks to W&B. Trouble is said once, in `notices`.
+    It is a plain class, hosted by an actor or used directly. After the constructor no method
+    raises, and only `flush` and `close` wait: items go through a bounded queue to a thread that
+    writes files, and then through a spool file to another thread that sends them to W&B. Each kind
+    of failure is reported once, in `notices`.
 
-    **Resume.** With `resume_step` s, rows beyond s are moved to `metrics.superseded.jsonl`:
-    `metrics.jsonl` always holds one history. W&B takes nothing back: there the updates that a
-    resumed run repeats keep the rows that were logged first. `rewind` moves rows in a live run
-    that goes back to a checkpoint, and so does a row of a newer epoch than any before; what it
-    went back from may not be finite, so W&B gets the newer rows as well, with the greater `epoch`.
+    **Resume.** With `resume_step` s, rows beyond s move to `metrics.superseded.jsonl`, so
+    `metrics.jsonl` always holds one history. W&B cannot delete rows: for updates that a
+    resumed run repeats, it keeps the rows that were logged first. In a live run that returns to a
+    checkpoint, `rewind` moves the rows, and so does the first row of a newer epoch. The old rows
+    may not be finite, so W&B then gets the newer rows as well, with the greater `epoch`.
 
     Args:
         run_config: shown on W&B, with secrets hidden.
         resume_id: the W&B run to continue, from `info()["id"]` of the earlier attempt.
-        resume_step: the learner update of the checkpoint that the run goes on from.
+        resume_step: the learner update of the checkpoint from which the run resumes.
 
     Raises:
         UserError: the run directory cannot be written, or `online` has no key.
@@ -104,7 +104,7 @@ class MetricHub:
         self._thread.start()
 
     def log(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
-        """Log scalars of learner update `step`; what is no number is left out."""
+        """Log scalars of learner update `step`; values that are not numbers are left out."""
         try:
             plain = {str(name): _scalar(value) for name, value in values.items()}
             for name in [name for name, value in plain.items() if value is None]:
@@ -122,13 +122,13 @@ class MetricHub:
             if isinstance(images, str | os.PathLike):
                 value: Any = Path(images)
             else:
-                value = np.array(images, dtype=np.float32)  # a copy: the caller may go on in it
+                value = np.array(images, dtype=np.float32)  # a copy: the caller may change its own
             self._put("image", {"step": int(step), "name": str(name), "value": value})
         except Exception as error:
             self._trouble("images", error)
 
     def histogram(self, name: str, step: int, values: np.ndarray) -> None:
-        """Log the histogram of `values` (any shape); those that are not finite are left out."""
+        """Log the histogram of `values` (any shape); non-finite values are left out."""
         try:
             flat = np.asarray(values, dtype=np.float64).ravel()
             flat = flat[np.isfinite(flat)]
@@ -152,17 +152,17 @@ class MetricHub:
             self._trouble("summary", error)
 
     def rewind(self, step: int) -> None:
-        """Supersede rows beyond `step`: the run goes back to its checkpoint there."""
+        """Supersede rows beyond `step`, because the run returns to its checkpoint of that step."""
         self._put("rewind", int(step))
 
     def info(self) -> dict[str, Any]:
-        """Where metrics go; nothing here waits for W&B.
+        """Where metrics go. Does not wait for W&B.
 
         Returns:
             id: W&B run id or None; mode: online, offline or off; dir: the run's W&B directory
-            or None; url: of the run's page, None until it is known; line: one line for people;
-            sync: the command that sends an offline run, else None;
-            metrics: the path of metrics.jsonl; notices: trouble so far, a line each.
+            or None; url: of the run's page, None until it is known; notice: a line for people;
+            sync: the command that uploads an offline run, else None;
+            metrics: the path of metrics.jsonl; notices: one line for each failure so far.
         """
         wandb = self._wandb
         line = self._line
@@ -184,13 +184,13 @@ class MetricHub:
         }
 
     def notices(self) -> list[str]:
-        """Lines about trouble since the start, oldest first; each kind is said once."""
+        """One line for each kind of failure since the start, oldest first."""
         return list(self._notices)
 
     def flush(self, timeout: float = 10.0) -> bool:
-        """Wait until all that was logged is in the files; False where that took too long.
+        """Wait until all logged items are in the files; False after `timeout` seconds.
 
-        W&B may still have to be sent its part, which is on the disk too by then.
+        Items for W&B are then on disk too, but perhaps not yet sent.
         """
         if self._closed.is_set():
             return True
@@ -202,7 +202,7 @@ class MetricHub:
         return written.wait(timeout)
 
     def close(self) -> None:
-        """Write what waits, end the W&B run, close the files. Later calls do nothing."""
+        """Write all queued items, end the W&B run, close the files. Later calls do nothing."""
         if self._closed.is_set():
             return
         self.flush()
@@ -223,7 +223,7 @@ class MetricHub:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # Below: the writer thread.
+    # Below, `_work` and its `_write...` methods run in the writer thread.
 
     def _put(self, kind: str, item: Any) -> None:
         if self._closed.is_set():
@@ -231,8 +231,7 @@ class MetricHub:
         try:
             self._waiting.put_nowait((kind, item))
         except queue.Full:
-            # The newest is dropped, not the oldest: waiting here would make training wait
-            # for a disk.
+            # The new item is dropped, since waiting would make training wait for the disk.
             self._num_dropped += 1
             self._tell("full", "metrics come faster than the disk takes them; some are dropped")
 
@@ -277,12 +276,12 @@ class MetricHub:
         if self._num_dropped:
             values["hub/dropped"] = float(self._num_dropped)
         if epoch > self._epoch:
-            # A new attempt. It repeats what lies beyond its first step.
+            # A new attempt, which repeats the updates after its first step.
             if self._last_step > step:
                 self._rewind(step)
             self._epoch = epoch
         self._last_step = max(self._last_step, step)
-        # W&B first: a full disk below `run_dir` need not end the curves on its page.
+        # W&B comes first, so that a full disk below `run_dir` does not end its curves.
         self._pass_on({**item, "kind": "row", "values": values})
         self._jsonl.append([{"step": step, "epoch": epoch, **values}])
 
@@ -294,7 +293,7 @@ class MetricHub:
         if self._wandb is None:
             return
         if "values" in item:
-            # JSON lines know no NaN; the spool's null is turned back into one on the way out.
+            # JSON has no NaN; the sink turns the spool's null back into one.
             item["values"] = {
                 name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in item["values"].items()
@@ -333,7 +332,7 @@ class MetricHub:
 
 
 def _scalar(value: Any) -> float | int | None:
-    """`value` as a plain number, or None: numpy and one-element tensors are accepted."""
+    """`value` as a plain number, or None; accepts numpy scalars and one-element tensors."""
     if isinstance(value, bool | np.bool_):
         return int(value)
     if isinstance(value, int | np.integer):
@@ -347,7 +346,7 @@ def _scalar(value: Any) -> float | int | None:
 
 
 def _newest(path: Path) -> tuple[int, int]:
-    """The greatest epoch and step in the file, (-1, -1) where it holds none."""
+    """The greatest epoch and step in the file, (-1, -1) if it holds none."""
     epoch = step = -1
     for row in read_rows(path):
         if all(isinstance(row.get(name), int) for name in FRAME):

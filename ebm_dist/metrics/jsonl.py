@@ -1,4 +1,4 @@
-"""A file of JSON lines that survives the death of its writer at any byte."""
+"""JSON-lines files that stay readable if their writer is killed at any byte."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ebm_dist.files.safe_open import open_to_append, open_to_read, open_to_repai
 
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
-"""Rows of an attempt that died after its last checkpoint; no curve uses them."""
+"""Rows after the checkpoint from which a run was resumed; no curve uses them."""
 
 
 def encode(row: Mapping[str, Any]) -> bytes:
-    """`row` as one line of strict JSON: what is not finite becomes null, which JSON has."""
+    """`row` as one line of strict JSON; non-finite numbers become null."""
     plain = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
@@ -27,7 +27,7 @@ def encode(row: Mapping[str, Any]) -> bytes:
 
 
 def decode(line: bytes | str) -> dict[str, Any] | None:
-    """The row of one line, or None where it is torn, empty, no object, or its step no number."""
+    """The row of one line; None if it is torn, empty, not an object, or has a bad `step`."""
     try:
         row = json.loads(line, parse_int=_whole)
     except (ValueError, RecursionError):
@@ -38,16 +38,15 @@ def decode(line: bytes | str) -> dict[str, Any] | None:
 
 
 def _whole(digits: str) -> int | float:
-    # A number of hundreds of digits is no float, and fails wherever one is made of it.
+    # An integer of hundreds of digits does not fit a float, and would fail wherever it is used.
     return int(digits) if len(digits) < 19 else float(digits)
 
 
 class JsonlSink:
-    """Appends rows to `path`, a whole line in one write.
+    """Appends rows to `path`, each call in one write.
 
-    Opening repairs the file: a last line that a crash cut short is removed, one that lacks
-    only its newline gets it. A write that fails leaves no half line, and the next one is
-    tried as if it had not been.
+    Opening repairs the file: a last line that a crash truncated is removed, or completed if only
+    its newline is missing. A failed write leaves no partial line and does not affect later ones.
 
     Raises:
         OSError: the file cannot be opened or written.
@@ -64,13 +63,13 @@ class JsonlSink:
         self._size = os.fstat(self._file.fileno()).st_size
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write `rows` at the end."""
+        """Append `rows`."""
         data = b"".join(encode(row) for row in rows)
         if not data:
             return
         try:
             written = self._file.write(data)
-            if written != len(data):  # a full disk takes what fits
+            if written != len(data):  # a full disk accepts a part
                 raise OSError(f"{self.path}: wrote {written} of {len(data)} bytes; disk full?")
         except OSError:
             os.ftruncate(self._file.fileno(), self._size)
@@ -78,10 +77,10 @@ class JsonlSink:
         self._size += len(data)
 
     def rewind(self, step: int) -> int:
-        """Move rows beyond `step` to `metrics.superseded.jsonl`; return how many.
+        """Move rows beyond `step` to `metrics.superseded.jsonl`; returns their number.
 
-        A resumed run repeats those updates, and a curve must not hold both attempts. The file
-        is replaced in one rename: a crash leaves the old one or the new one.
+        A resumed run repeats those updates, and a curve must not mix both attempts. The file
+        is replaced atomically: a crash leaves the old one or the new one.
         """
         kept, gone = [], []
         for row in read_rows(self.path):
@@ -96,7 +95,7 @@ class JsonlSink:
         return len(gone)
 
     def sync(self) -> None:
-        """Return when the rows are on the disk."""
+        """Sync the rows to disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -104,7 +103,7 @@ class JsonlSink:
 
 
 def repair(path: Path) -> None:
-    """Give `path` a last line that is whole; do nothing where there is no file."""
+    """Complete or remove a truncated last line of `path`; does nothing if there is no file."""
     if not os.path.lexists(path):
         return
     with open_to_repair(path) as file:
@@ -126,15 +125,15 @@ def repair(path: Path) -> None:
 
 
 def replace_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Make `rows` the whole content of `path`, in one rename."""
+    """Replace the content of `path` by `rows`, atomically."""
     with replacing(path) as file:
         file.write(b"".join(map(encode, rows)))
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The rows of `path` in order; lines that are torn or no object are passed over.
+    """The rows of `path` in order, without lines that `decode` refuses.
 
-    Yields nothing where the file is missing or empty.
+    Yields nothing if the file is missing or empty.
     """
     try:
         file = open_to_read(path)

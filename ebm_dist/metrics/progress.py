@@ -1,4 +1,4 @@
-"""What the driver's terminal shows: a live view while training, one screen at the end."""
+"""Terminal output of the driver: a live view while training, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ PLAIN_EVERY = 10.0
 """Seconds between two lines where the output is not a terminal."""
 
 RATE_WINDOW = 60.0
-"""Seconds of updates that the time left is reckoned from: a run speeds up and slows down."""
+"""Seconds of recent updates from which the time left is estimated."""
 
 NUM_EVENTS = 4
 QUIET_AFTER = 20.0
-"""Seconds without an update before the view says so."""
+"""Seconds without an update after which the view reports it."""
 
 
 class Progress:
     """A live view of a run, as a context manager.
 
-    On a terminal a panel that redraws itself: update, time left, energy gap, MCMC steps/s,
-    lag, what waits, and the last events. Elsewhere (a pipe, a batch system's log) one plain
-    line about every ten seconds. No method raises, and the terminal is given back whatever
-    ends the block.
+    On a terminal it is a panel that redraws itself: update, time left, energy gap, MCMC steps/s,
+    lag, waiting parts, and the last events. Elsewhere (a pipe, a batch system's log) it prints one
+    plain line about every ten seconds. No method raises, and the terminal is always restored at the
+    end of the block.
 
     Args:
         total: the update at which the run ends.
@@ -68,7 +68,7 @@ class Progress:
             try:
                 live.start()
                 self._live = live
-            except Exception:  # a view that cannot be drawn must not stop a run
+            except Exception:  # a failure of the view must not stop a run
                 self._live = None
         return self
 
@@ -91,14 +91,14 @@ class Progress:
     def update(
         self, step: int, metrics: Mapping[str, float] | None = None, waits: str = ""
     ) -> None:
-        """Show learner update `step`, the newest `metrics` and what `waits` (free text)."""
+        """Show learner update `step`, the newest `metrics`, and `waits`, a text on waiting parts."""
         try:
             now = time.monotonic()
             with self._lock:
                 self._step = int(step)
                 self._metrics.update(metrics or {})
                 self._waits = waits
-                # After a roll-back the old pairs would give a negative rate.
+                # After a rollback the old pairs would give a negative rate.
                 if self._seen and self._seen[-1][1] > self._step:
                     self._seen.clear()
                 self._seen.append((now, self._step))
@@ -111,7 +111,7 @@ class Progress:
             return
 
     def say(self, line: str) -> None:
-        """Show an event: the last few in the view, each as a line of its own elsewhere."""
+        """Show an event: in the panel with the last few, elsewhere as a line of its own."""
         text = one_line(" ".join(str(line).split()))
         if self._live is not None:
             with self._lock:
@@ -131,12 +131,12 @@ class Progress:
             (start, first), (end, last) = self._seen[0], self._seen[-1]
             if last <= first or end <= start:
                 return None
-            # Counted down between updates too, so that a slow run's clock does not stand still.
+            # Also counts down between updates, so that the display of a slow run does not freeze.
             left = (self.total - last) * (end - start) / (last - first)
             return max(0.0, left - (time.monotonic() - end))
 
     def line(self) -> str:
-        """The view in one plain line."""
+        """The view as one plain line."""
         step = self._step or 0
         parts = [f"{self.title}: update {step:,}/{self.total:,} ({step / self.total:.0%})"]
         parts += [f"{label} {text}" for label, text in self._facts()]
@@ -148,7 +148,7 @@ class Progress:
         return ", ".join(parts)
 
     def render(self) -> RenderableType:
-        """The view as something rich can draw."""
+        """The view as a rich renderable."""
         step = self._step or 0
         head = Table.grid(expand=True, padding=(0, 2, 0, 0))
         head.add_column(no_wrap=True)
@@ -221,7 +221,7 @@ class Progress:
 
     def _print(self, text: str) -> None:
         try:
-            # Never wrapped or coloured: these lines are read with grep.
+            # Not wrapped and not coloured, so that grep works on these lines.
             self._console.print(
                 Text(text), soft_wrap=True, highlight=False, markup=False, no_wrap=True
             )
@@ -239,7 +239,7 @@ def number(value: float) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """`seconds` as 1:05 or 2:03:04; `--:--` where not known."""
+    """`seconds` as 1:05 or 2:03:04; `--:--` if unknown."""
     if seconds is None or not math.isfinite(seconds):
         return "--:--"
     whole = int(seconds)
@@ -261,18 +261,18 @@ def final_screen(
     next_commands: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print where everything is that the run left, and what can be done next.
+    """Print the paths of the run's outputs, and the commands to run next.
 
     Args:
         steps: the last learner update.
         wall_time: seconds of this attempt.
         samples: the newest sample grid.
         metrics: `run_dir/metrics.jsonl` when left out.
-        wandb: what `MetricHub.info()` gave.
+        wandb: the result of `MetricHub.info()`.
         export: the export's directory.
-        quality: a few last metrics worth a line.
-        interrupted: the run stopped before its end; the resume command comes first.
-        next_commands: replaces the commands suggested.
+        quality: a few final metrics to show.
+        interrupted: whether the run stopped early; the resume command then comes first.
+        next_commands: replaces the suggested commands.
     """
     console = console if console is not None else Console()
     run_dir = Path(run_dir)
@@ -299,8 +299,8 @@ def final_screen(
             border_style="yellow" if interrupted else "green",
         )
     )
-    # Outside of the box and in one piece each, to be copied; a terminal may wrap them, as it does
-    # what is typed.
+    # Printed outside the panel and unwrapped, so that they can be copied; only the terminal itself
+    # may wrap them.
     console.print("next", style="dim")
     for command in next_commands:
         console.print(Text(command, style="green"), soft_wrap=True)
@@ -309,13 +309,13 @@ def final_screen(
 def suggested_commands(
     run_dir: Path, export: str | Path | None, *, steps: int, interrupted: bool = False
 ) -> list[str]:
-    """Commands that follow a run of `steps` updates, ready to paste."""
+    """Commands to run after a run of `steps` updates, ready to paste."""
     ebm_dist = installed.command()
     run = shlex.quote(shown(run_dir).plain)
     config = shlex.quote(shown(run_dir / "config.yaml").plain)
     resume = f"{ebm_dist} train {config} --run-dir {run} --resume must"
     if not interrupted:
-        resume += f" run.steps={2 * max(steps, 1)}"  # train on, for as long again
+        resume += f" run.steps={2 * max(steps, 1)}"  # train for the same time again
     if export:
         model = shlex.quote(shown(export).plain)
         sample = f"{ebm_dist} sample {model} --num 64 --steps 500 --out more.png"
@@ -326,7 +326,7 @@ def suggested_commands(
 
 
 def shown(path: str | Path) -> Text:
-    """`path` as a user would type it: relative where it lies below the working directory."""
+    """`path` as a user would type it: relative if it is below the working directory."""
     path = Path(path)
     with contextlib.suppress(ValueError, OSError):
         path = path.resolve().relative_to(Path.cwd().resolve())

@@ -1,4 +1,4 @@
-"""The W&B run: the only place that imports wandb."""
+"""Sends metrics to a W&B run. Only this module imports wandb."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from ebm_dist.metrics.spool import Continuity, Spool
 
 FIRST_RETRY = 1.0
 LAST_RETRY = 60.0
-"""Seconds between attempts to reach W&B: doubled from the first to the last."""
+"""Pauses in seconds between attempts to reach W&B: they double from the first to the last."""
 
 
 def new_run_id() -> str:
-    """A W&B run id nobody else has."""
+    """A unique W&B run id."""
     return uuid.uuid4().hex[:10]
 
 
 def first_run_id(resume_id: str | None) -> str:
-    """The id to begin with: an agent's, else that of the checkpoint, WANDB_RUN_ID or a new one."""
+    """The initial run id: an agent's, else the checkpoint's, else WANDB_RUN_ID, else a new one."""
     said = os.environ.get("WANDB_RUN_ID")
     if said and _under_an_agent():
-        return said  # a sweep's run is the agent's to name: the client takes no other id there
+        return said  # under a sweep agent the client accepts no other id
     return resume_id or said or new_run_id()
 
 
@@ -45,23 +45,23 @@ def _under_an_agent() -> bool:
 
 
 def default_entity() -> str | None:
-    """The team or user that the configured key logs to; asks the server."""
+    """The default team or user of the configured key, from the server."""
     import wandb
 
     return wandb.Api().default_entity
 
 
 class WandbSink:
-    """Sends items to one W&B run from a thread of its own; no call of it waits for a server.
+    """Sends items to one W&B run in a background thread; only `close` waits for the server.
 
-    Where the server cannot be reached the thread tries again, with pauses that double up to a
-    minute. If it is still away at the end, an offline run of the same id holds what no service was
-    given. `notice` is called once for each kind of trouble, in one line.
+    If the server cannot be reached, the thread retries with pauses that double up to a minute. If
+    it is still unreachable at the end, the items that were not sent go into an offline run of the
+    same id. `notice` is called with one line, once for each kind of failure.
 
-    Resume is by `run_id` with resume="allow", and goes on after the last line that the server has,
-    so that it gets every item once. A run that was deleted on its page is replaced by another,
-    which gets all of them. Rows hold `step`, and every metric is drawn against it: W&B's own
-    counter would refuse the rows of a run that went back to a checkpoint.
+    A resume uses `run_id` with resume="allow" and continues after the last history line on the
+    server, so the server gets every item once. A run that was deleted on the server is replaced by
+    a new run with all items. Rows hold `step`, and every metric is plotted against it: W&B's
+    own step counter would refuse the rows of a run that returned to a checkpoint.
     """
 
     def __init__(
@@ -101,14 +101,14 @@ class WandbSink:
 
     @property
     def sync_command(self) -> str:
-        """The command that sends what is kept on this disk."""
+        """The command that uploads the run from this disk."""
         kind = "offline-run" if self.mode == "offline" else "run"
-        # A pattern, since every attempt of a resumed run leaves a directory.
+        # A glob pattern, since every attempt of a resumed run has its own directory.
         wandb = installed.command("wandb", "wandb")
         return f"{wandb} sync {shlex.quote(str(self.dir))}/{kind}-*{self.run_id}"
 
     def put(self, item: Mapping[str, Any]) -> None:
-        """Hand over one item: {"kind": "row" | "image" | "histogram" | "summary", ...}.
+        """Queue one item: {"kind": "row" | "image" | "histogram" | "summary", ...}.
 
         Raises:
             OSError: the spool cannot be written.
@@ -117,7 +117,7 @@ class WandbSink:
         self._wake.set()
 
     def close(self) -> None:
-        """Send what is left and end the run, within the timeouts of the config."""
+        """Send the remaining items and end the run, within the timeouts of the config."""
         if self._closing.is_set():
             self._thread.join(1.0)
             return
@@ -125,13 +125,13 @@ class WandbSink:
         self._give_up_at = time.monotonic() + limit
         self._closing.set()
         self._wake.set()
-        # An attempt to connect that is under way cannot be called off, and the fallback to
-        # an offline run takes seconds.
+        # A running attempt to connect cannot be cancelled, and the fallback to an offline run
+        # takes seconds.
         self._thread.join(limit + self._config.init_timeout + 15.0)
         if self._thread.is_alive():
             self._tell("finish", f"W&B: not done in time; send the rest by `{self.sync_command}`")
 
-    # The thread's own part, below.
+    # The methods below run in the background thread.
 
     def _work(self) -> None:
         pause, try_at = FIRST_RETRY, 0.0
@@ -148,7 +148,7 @@ class WandbSink:
             if closing:
                 break
             if self._run is None:
-                # Woken by `close` alone: new items do not make the server come back sooner.
+                # Waits for `close` only: new items do not bring the server back sooner.
                 self._closing.wait(max(0.0, try_at - time.monotonic()))
             else:
                 self._wake.wait(1.0)
@@ -161,9 +161,9 @@ class WandbSink:
             self._run = self._init(mode)
         except Exception as error:
             self._run = None
-            # The service goes on holding the id of a run it could not start.
+            # The service keeps the id of a run that it could not start.
             self._stop_service()
-            for path in self._directories() - before:  # an attempt leaves an empty run behind
+            for path in self._directories() - before:  # a failed attempt leaves an empty run
                 shutil.rmtree(path, ignore_errors=True)
             wrong_key = type(error).__name__ in (
                 "AuthenticationError",
@@ -180,7 +180,7 @@ class WandbSink:
                 )
                 return self._connect(mode)
             if mode == "online" and wrong_key:
-                # Asking again would not mend it.
+                # A retry cannot help.
                 self.mode = "offline"
                 self._tell(
                     "key",
@@ -204,10 +204,10 @@ class WandbSink:
         return True
 
     def _num_arrived(self, mode: Literal["online", "offline"]) -> int:
-        """Items that need not be sent: lines of the run's history that the server has.
+        """The number of items that the server already has, as lines of the run's history.
 
-        Offline runs of one id are sent one after the other, so each holds what those before it
-        do not.
+        Offline runs of one id are uploaded one after another, so each holds only the items that the
+        earlier ones lack.
         """
         if mode == "online":
             self._kept.num_passed_on = self._num_lines() if self._run.resumed else 0
@@ -221,7 +221,7 @@ class WandbSink:
             api = wandb.Api(overrides=where, timeout=math.ceil(self._config.init_timeout))
             return int(api.run(self._run.id).historyLineCount)
         except Exception:
-            # Reckoned by the client from the last line or the summary, which may be ahead of it.
+            # The client computes it from the last line or from the summary, which may be newer.
             return int(self._run.starting_step)
 
     def _init(self, mode: Literal["online", "offline"]) -> Any:
@@ -235,7 +235,7 @@ class WandbSink:
             init_timeout=self._config.init_timeout,
             finish_timeout=self._config.finish_timeout,
             finish_timeout_raises=True,
-            # The remote's address and a notebook's code may hold what is nobody's business.
+            # The address of the git remote and a notebook's code may hold private information.
             disable_git=True,
             disable_code=True,
             x_disable_viewer=True,
@@ -252,19 +252,19 @@ class WandbSink:
             mode=mode,
             config=self._run_config,
             settings=settings,
-            # A run of the user's own in this process goes on undisturbed.
+            # Does not end a run that the user has opened in this process.
             reinit="create_new",
         )
         for name in FRAME:
             run.define_metric(name, hidden=True)
         run.define_metric("*", step_metric="step")
-        atexit.register(self.close)  # after wandb's own hook, so run before it
+        atexit.register(self.close)  # registered after wandb's own hook, so it runs before it
         self.url = None if mode != "online" else run.url
         self.dir = Path(run.settings.sync_dir).parent
         return run
 
     def _deliver(self) -> bool:
-        """Send all of the spool; False where the run was lost on the way."""
+        """Send the items of the spool; False if the connection was lost meanwhile."""
         while items := self._spool.take():
             for item, mark in items:
                 try:
@@ -284,13 +284,13 @@ class WandbSink:
         run, self._run = self._run, None
         with contextlib.suppress(Exception):
             run.finish()
-        self._stop_service()  # it may be dead; the next attempt starts another
+        self._stop_service()  # it may be dead; the next attempt starts a new one
 
     @staticmethod
     def _stop_service() -> None:
         import wandb
 
-        # The service is the process's: a run that the user opened in it must not end with ours.
+        # The process has one service, so it must not stop while the user has a run open.
         if wandb.run is None:
             with contextlib.suppress(Exception):
                 wandb.teardown()
@@ -303,15 +303,15 @@ class WandbSink:
         try:
             values = _logged(item)
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-            # This item's own fault: it must not stand in the way of all others. A line of the
-            # history it is all the same, for lines are what is counted.
+            # A bad item must not block the others. It still becomes a line of the history, because
+            # the number of lines identifies the items that the server has.
             self._tell("item", f"W&B: an item was left out ({_first_line(error)})")
             values = {}
         self._run.log({**frame, **values})
 
     def _end(self) -> None:
         if self._run is None and self.mode == "online" and not self._spool.empty():
-            # Never connected, or lost for good: an offline run of the same id holds the rest.
+            # Never connected, or the connection was lost: the rest goes into an offline run.
             if self._connect("offline") and self._deliver():
                 self._finish()
                 self.mode = "offline"
@@ -342,7 +342,7 @@ class WandbSink:
 
 
 def _logged(item: Mapping[str, Any]) -> dict[str, Any]:
-    """What `item` adds to a line of the history; raises where there is something wrong with it."""
+    """The values that `item` adds to a line of the history; raises if the item is invalid."""
     import wandb
 
     kind = item["kind"]
@@ -358,7 +358,7 @@ def _logged(item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_deleted(error: BaseException) -> bool:
-    """Whether the server says that a run of this id was there and is deleted."""
+    """Whether the server says that a run of this id has been deleted."""
     return "HTTP 409" in str(error) or "previously created and deleted" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""The file of everything that a W&B run is told, in order."""
+"""A file of all items for a W&B run, in order, and the record of how many were sent."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ebm_dist.files.safe_open import make_directory, open_to_append, open_to_rea
 from ebm_dist.metrics.jsonl import decode, encode, read_rows, repair
 
 RECENT = 2000
-"""Last items of the file that may come again from a hub's driver: twice what it keeps for one."""
+"""How many of the last items the driver may send again to a new hub; twice the number it keeps."""
 
 
 class Spool:
-    """Everything that a W&B run is told, in order, in a file: it outlives server, service and hub.
+    """All items for a W&B run, in order, in a file that outlives server, service and hub.
 
-    Each item but a summary makes one line of the run's history. So the number of lines that the
-    server has says which items those are, whoever died with the others, and the rest is sent.
-    Nothing is removed: a new run in place of a deleted one needs all of it.
+    Each item except a summary becomes one line of the run's history. So the number of lines on the
+    server shows which items it has, after any crash, and the rest is sent. Items are never removed,
+    since a run that replaces a deleted one needs all of them.
 
-    An item is taken in once. A resumed run repeats the updates after its checkpoint, and a new hub
-    is told again what the dead one had not confirmed; the server may have those items already, and
-    W&B takes nothing back.
+    Each item is stored once. A resumed run repeats the updates after its checkpoint, and the driver
+    sends a new hub the items that the dead one had not confirmed; the server may already have those
+    items, and W&B cannot delete rows.
 
     Args:
-        resume_step: the update from which the run goes on; None for a hub that replaces another.
+        resume_step: the update from which the run resumes; None for a hub that replaces another.
 
     Raises:
         OSError: the file cannot be read or repaired.
@@ -44,7 +44,7 @@ class Spool:
         repair(path)
         self._at_start: int | None = path.stat().st_size if path.exists() else 0
         self._taken = 0  # bytes
-        self._known: dict[int, set[str]] = {}  # names by step, of what may come again
+        self._known: dict[int, set[str]] = {}  # names by step, of items that may be repeated
         recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         for item in read_rows(path):
             recent.append(item)
@@ -55,22 +55,23 @@ class Spool:
                 self._known.setdefault(item["step"], set()).update(_names(item))
 
     def put(self, item: Mapping[str, Any]) -> None:
-        """Take `item` in, unless an earlier attempt has logged its metrics of that update."""
+        """Append `item`, unless an earlier attempt has logged its metrics for that update."""
         names = _names(item)
         known = self._known.get(item.get("step", -1), set())
         if names & known:
-            known -= names  # if it comes a third time, the run went back and means it
+            known -= names  # a third time means that the run was rolled back, so it is new
             return
         with self._lock, open_to_append(self._path) as file:
             file.write(encode(item))
 
     def start_at(self, num: int) -> dict[str, Any]:
-        """Go on after the first `num` items, which the run has; returns its summary up to there."""
+        """Continue after the first `num` items, which the server has; returns the summary of the
+        items before that point."""
         summary: dict[str, Any] = {}
         left, self._taken = num, 0
         with self._lock:
             self._path.touch()
-            # A server that is met for the first time has nothing that this attempt has put in.
+            # At the first connection the server has no item of this attempt.
             end = self._path.stat().st_size if self._at_start is None else self._at_start
             with open_to_read(self._path) as file:
                 while left and self._taken < end:
@@ -82,8 +83,8 @@ class Spool:
                     else:
                         left -= 1
             if left:
-                # The server has more than this file tells of: the machine died before its disk
-                # had the last items, or the run is older than the file. Empty items stand for them.
+                # The server has more items than this file: the machine died before the last items
+                # were on disk, or the run is older than the file. Empty items replace them.
                 data, empty = self._path.read_bytes(), encode({}) * left
                 with replacing(self._path) as file:
                     file.write(data[:end] + empty + data[end:])
@@ -92,9 +93,9 @@ class Spool:
         return summary
 
     def take(self, most: int = 500) -> list[tuple[dict[str, Any], int]]:
-        """Up to `most` items, each with the mark to hand to `advance` when it is delivered.
+        """Up to `most` items, each with the position to pass to `advance` once it is sent.
 
-        An item is empty where its line is no JSON object.
+        An item is empty if its line is not a JSON object.
         """
         items, mark = [], self._taken
         with self._lock, contextlib.suppress(FileNotFoundError), open_to_read(self._path) as file:
@@ -107,11 +108,11 @@ class Spool:
         return items
 
     def advance(self, mark: int) -> None:
-        """All up to `mark` is delivered."""
+        """Record that all items up to `mark` are sent."""
         self._taken = mark
 
     def empty(self) -> bool:
-        """Whether all of it is delivered."""
+        """Whether all items are sent."""
         with self._lock:
             try:
                 return os.path.getsize(self._path) <= self._taken
@@ -126,11 +127,11 @@ def _names(item: Mapping[str, Any]) -> set[str]:
 
 
 class Continuity:
-    """What one attempt leaves the next about the W&B run, in a file: its id, and how much it has.
+    """The id of the W&B run and its number of sent items, in a file for the next attempt.
 
     Args:
-        path: of the file; missing or torn it says nothing.
-        run_id: of the run to go on with, as the checkpoint has it.
+        path: of the file; a missing or damaged file is ignored.
+        run_id: of the run to continue, from the checkpoint.
     """
 
     def __init__(self, path: Path, run_id: str) -> None:
@@ -138,23 +139,23 @@ class Continuity:
         self._replaced: dict[str, str] = {}
         self.run_id = run_id
         self.num_passed_on = 0
-        """Items that a service of W&B was given for this run."""
+        """Items of this run that were handed to the W&B service."""
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
             content = json.loads(read_bytes(path))
             self._replaced = dict(content["replaced"])
-            for _ in self._replaced:  # the one in its place may have been deleted as well
+            for _ in self._replaced:  # the replacement may have been deleted as well
                 self.run_id = self._replaced.get(self.run_id, self.run_id)
             if content["run_id"] == self.run_id:
                 self.num_passed_on = int(content["num_passed_on"])
 
     def rename(self, run_id: str) -> None:
-        """Go on under another id, of which the server has nothing."""
+        """Continue under a new id, for which the server has no items."""
         self._replaced[self.run_id] = run_id
         self.run_id, self.num_passed_on = run_id, 0
         self.save()
 
     def save(self) -> None:
-        """Write the file, if the disk lets it: without it the run is told a little twice."""
+        """Write the file if possible; without it the server gets a few items twice."""
         content = {
             "run_id": self.run_id,
             "replaced": self._replaced,

@@ -1,4 +1,4 @@
-"""Images side by side in one array: numpy alone, so that the hub needs no plotting."""
+"""Tiles images into one picture, with numpy only, so that the hub needs no plotting library."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import math
 import numpy as np
 
 BETWEEN = (170, 180, 200)
-"""Colour of the gaps: neither black nor white, so that binary images keep their edges."""
+"""Colour of the gaps: neither black nor white, so that the edges of binary images stay visible."""
 
 
 def tile(images: np.ndarray, *, num_columns: int | None = None, gap: int = 1) -> np.ndarray:
     """One picture (H', W', 3) uint8 from `images` (N, C, H, W) in [-1, 1], row by row.
 
-    One channel is drawn grey, three as RGB; of any other number the mean over channels.
-    Values outside [-1, 1] are clipped and those that are not finite drawn magenta, so that a
-    broken chain is seen.
+    One channel is drawn grey, three as RGB; for other numbers the mean over channels is drawn.
+    Values outside [-1, 1] are clipped. Non-finite values are magenta, so that broken chains are
+    visible.
 
     Raises:
         ValueError: `images` is not (N, C, H, W) with at least one image.
@@ -44,9 +44,9 @@ def tile(images: np.ndarray, *, num_columns: int | None = None, gap: int = 1) ->
 
 
 def enlarge(picture: np.ndarray, *, at_least: int = 480) -> np.ndarray:
-    """`picture` (H, W, 3) with every pixel repeated until its longer side is `at_least` wide.
+    """`picture` (H, W, 3) enlarged until its longer side has `at_least` pixels.
 
-    Whole factors only: 8x8 digits stay sharp squares in a browser that would blur them.
+    Repeats pixels by an integer factor, so that browsers do not blur small images.
     """
     factor = max(1, math.ceil(at_least / max(picture.shape[:2])))
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
