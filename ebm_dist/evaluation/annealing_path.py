@@ -1,4 +1,4 @@
-"""The energies between a base law and the model, along which annealing moves its chains."""
+"""Interpolates between the energies of a base distribution and the model, for annealing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AnnealingPath:
         self.event = spec
 
     def __call__(self, x: Tensor) -> Tensor:
-        # At the ends one of the two may be huge or infinite where the other is at home.
+        # At each end the other energy is not evaluated: it may be huge or infinite there.
         if self.b == 0:
             return self.base(x)
         if self.b == 1:
@@ -34,25 +34,25 @@ class AnnealingPath:
         return AnnealingPath(self.base, self.target, self.temperature, self.event, b)
 
     def start(self, num: int, generator: torch.Generator) -> Tensor:
-        """Exact draws of the base law, as chains."""
+        """Exact draws from the base distribution, in the coordinates of the chains."""
         return self.enter(self.base.sample(num, generator).float())
 
     def enter(self, x: Tensor) -> Tensor:
-        """Events as chains."""
+        """Events x in the coordinates of the chains."""
         return x
 
     def draw(self) -> Any:
-        """The energy's own exact draws of the model, None where it has none."""
+        """The energy's method for exact draws from the model; None if it has none."""
         return getattr(self.target, "sample", None)
 
     def slope(self, x: Tensor) -> Tensor:
-        """dE_b/db (B,), float64: what a chain's weight gains for each step in b."""
+        """dE_b/db (B,), float64: the decrease of the log-weight per unit of b."""
         with torch.no_grad():
             return self.target(x).double() / self.temperature - self.base(x).double()
 
 
 class BoxedPath(AnnealingPath):
-    """The same between `low` and `high`, for chains u = logit((x - low) / (high - low))."""
+    """The same for x between `low` and `high`; chains are u = logit((x - low) / (high - low))."""
 
     def __init__(
         self,
@@ -68,20 +68,20 @@ class BoxedPath(AnnealingPath):
         self.box = box
 
     def __call__(self, x: Tensor) -> Tensor:
-        # -log |dx/du|, with which the density in u is that of x.
+        # -log |dx/du|, the change of variables between the densities of x and u.
         volume = math.log(self.box[1] - self.box[0])
         jacobian = F.softplus(x) + F.softplus(-x) - volume
         return super().__call__(self._leave(x)) + jacobian.flatten(1).sum(dim=1)
 
     def draw(self) -> None:
-        """None: what the energy draws is of the whole space."""
+        """None, because the energy's own draws are not confined to the box."""
 
     def at(self, b: float) -> AnnealingPath:
         return BoxedPath(self.base, self.target, self.temperature, self.event, b, box=self.box)
 
     def enter(self, x: Tensor) -> Tensor:
         low, high = self.box
-        # A pixel on the border lies at infinity; one rounding inside, it does not.
+        # A pixel on the border would be at infinity, so it moves inwards by one rounding error.
         return torch.logit((x.float() - low) / (high - low), eps=2.0**-23)
 
     def slope(self, x: Tensor) -> Tensor:

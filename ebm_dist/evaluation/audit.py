@@ -1,9 +1,9 @@
-"""The long-run audit: chains far longer than training's, and what they find that data does not.
+"""The long-run audit: runs chains much longer than training does, and compares them with data.
 
-Training raises the energy only where its short chains go. A model can therefore have minima that
-short chains never reach, or a law that short chains have not yet come to; its samples look right
-and its density is wrong. The audit runs the chains on, says which of the two it is, and hands
-back the chains so that they can serve as negatives.
+Training raises the energy only where its short chains go. So a model can have minima that short
+chains never reach, or a distribution to which they have not converged: its samples look right, but
+its density is wrong. The audit runs the chains longer, reports which of the two it finds, and
+returns the chains so that training can use them as negatives.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from ebm_dist.samplers.chain import run_chain
 from ebm_dist.samplers.kernel import Kernel
 
 SHORT_RUN_REINIT = 0.5
-"""From this buffer.reinit_prob on, what training knows of the model is its chains' first rounds:
-the audit starts where they start. Below it, the audit goes on from where the chains are."""
+"""From this buffer.reinit_prob on, training is short-run: the audit then begins at fresh starts, as
+the chains do. Below it, the audit continues from the buffer's chains."""
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What `long_run_audit` found. Chains are (B, *event), energies in the model's units."""
+    """Result of `long_run_audit`. Chains are (B, *event), energies in the model's units."""
 
     short: Tensor
-    """Chains after `short_steps`: what training sees."""
+    """Chains after `short_steps`, as training sees them."""
     long: Tensor
-    """The same chains after `num_steps` in all."""
+    """The same chains after `num_steps` in total."""
     num_steps: int
-    """Steps that the long chains have taken."""
+    """Number of steps of the long chains."""
     energy_data: float
     """Mean energy of the data."""
     energy_short: float
@@ -45,32 +45,33 @@ class Audit:
     """Mean over coordinates of the variance over chains."""
     variance_long: float
     spurious: Tensor
-    """(B,) bool: long chains below the data's energies and far from the data."""
+    """(B,) bool: long chains with lower energy than the data, and far from it."""
     spurious_fraction: float
     diverged: Tensor
-    """(B,) bool: chains whose energy or position is not finite; `long` holds their start."""
+    """(B,) bool: chains with a non-finite energy or position; `long` holds their start."""
     shift: float
-    """Largest Kolmogorov-Smirnov distance between the short and the long law, in [0, 1]."""
+    """Largest Kolmogorov-Smirnov distance between short and long chains, in [0, 1]."""
     shifted_in: str
-    """The quantity in which it is: energy, radius, or projection."""
+    """The quantity with that distance: energy, radius, or projection."""
     p_value: float
-    """Of that distance if the laws were one, corrected for the number of quantities."""
+    """p-value of that distance, corrected for the number of quantities."""
     law_differs: bool
+    """Whether short and long chains have significantly different distributions."""
     alarm: str | None
-    """One line that says what is wrong and what to change; None for a clean audit."""
+    """One line with the problem and its remedy; None if there is no problem."""
 
     @property
     def negatives(self) -> Tensor:
-        """Chains (M, *event) to feed back: the spurious ones, or all where the law differs.
+        """Chains (M, *event) to use as negatives: the spurious ones, or all if `law_differs`.
 
-        All of them where it differs: the long law is the nearer one to the model's own, and
-        likelihood training needs negatives of that.
+        Long chains are closer to the model's distribution than short ones, and likelihood training
+        needs negatives from that distribution.
         """
         keep = ~self.diverged if self.law_differs else self.spurious & ~self.diverged
         return self.long[keep]
 
     def metrics(self) -> dict[str, float]:
-        """The numbers of the audit, by the names they are logged under."""
+        """The numbers of the audit, by metric name."""
         return {
             "audit/energy": self.energy_long,
             "audit/energy_gap": self.energy_data - self.energy_long,
@@ -98,22 +99,22 @@ def long_run_audit(
     chunk: int = 500,
     persistent: bool = False,
 ) -> Audit:
-    """Run chains `num_steps` and compare them with the data and with themselves when young.
+    """Run chains for `num_steps`; compare them with the data and with their `short_steps` state.
 
     A chain is spurious if its energy is below the `energy_quantile` of the data's and its
-    nearest datum is farther than `distance_factor` times the 99% quantile of the distances
-    between data and their nearest other datum. The long law differs from the short one if a
-    two-sample Kolmogorov-Smirnov test of energy, radius or a fixed set of 16 random projections
-    says so at `significance` (Bonferroni) and by at least `min_shift`.
+    distance to the nearest datum exceeds `distance_factor` times the 99% quantile of such
+    distances within the data. Long and short chains differ if a two-sample Kolmogorov-Smirnov
+    test of energy, radius or 16 random projections rejects at `significance` (Bonferroni), with a
+    distance of at least `min_shift`.
 
     Args:
-        kernel: training's own, for an audit of what training does.
-        x: (B, *event) starts, drawn as training draws them; 50 or more for the test to see.
+        kernel: the kernel of training, to audit training.
+        x: (B, *event) starts, drawn as in training; use 50 or more for the tests to have power.
         data: (N, *event) held-out or training events; a few hundred are enough.
         short_steps: steps of training's chains.
-        num_steps: steps in all, ten or more times as many.
-        generator: noise of the chains and directions of the projections.
-        persistent: the starts are training's own persistent chains, for what the alarm says.
+        num_steps: steps in total, at least ten times as many.
+        generator: for the noise of the chains and the directions of the projections.
+        persistent: whether `x` are training's persistent chains; changes the alarm's text only.
 
     Raises:
         ValueError: shapes differ, or the long run is not longer than the short one.
@@ -136,7 +137,7 @@ def long_run_audit(
     long = short
     remaining = num_steps - short_steps
     while remaining > 0:
-        # In pieces: a chain that diverges is noticed, and set aside, within one of them.
+        # In pieces, so that a diverged chain is detected within one of them.
         piece = min(chunk, remaining)
         long, fell = _run(kernel, long, energy, piece, generator)
         diverged = diverged | fell
@@ -193,13 +194,13 @@ def _run(
     num_steps: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Chains after `num_steps`; those that left the finite numbers stay where they began."""
+    """Chains after `num_steps`, and which diverged; those keep their start."""
     lost = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     try:
         return run_chain(kernel, x, energy, num_steps, generator).position, lost
     except NonFinite:
         pass
-    # Step by step, so that the others go on from where they were.
+    # Repeats the steps one by one, so that the other chains can continue.
     state = kernel.init(x, energy)
     for _ in range(num_steps):
         new, _ = kernel.step(state, energy, generator)
@@ -209,7 +210,7 @@ def _run(
             state = new
         else:
             mask = finite.reshape(-1, *[1] * (x.ndim - 1))
-            # Back to its start, where the energy was finite: it is set aside already.
+            # A diverged chain returns to its start, where the energy is finite; it is excluded.
             state = kernel.init(torch.where(mask, new.position, x), energy)
     return state.position, lost
 
@@ -223,8 +224,8 @@ def _compare(
     generator: torch.Generator,
     num_projections: int = 16,
 ) -> tuple[float, str, float]:
-    """Largest KS distance over all quantities, which one, and its corrected p-value."""
-    # Half a second to import, which every process that measures anything would pay at its start.
+    """The most significant KS distance over all quantities, its quantity and corrected p-value."""
+    # Imported here because it takes half a second, in every process that imports this module.
     from scipy import stats
 
     a, b = short.flatten(1).double(), long.flatten(1).double()
@@ -247,7 +248,7 @@ def _compare(
     for name, first, second in quantities:
         test: Any = stats.ks_2samp(first, second, method="asymp")
         found.append((float(test.pvalue), -float(test.statistic), name))
-    # By p-value: sizes are equal, so it orders as the distance does.
+    # Sample sizes are equal, so the smallest p-value belongs to the largest distance.
     p_value, negative, name = min(found)
     return -negative, name, min(1.0, p_value * len(found))
 
@@ -282,7 +283,7 @@ def _alarm(
     name: str,
     persistent: bool,
 ) -> str | None:
-    """The gravest finding, in one line."""
+    """The most serious finding, in one line."""
     if num_diverged:
         return (
             f"audit: {num_diverged} of {num} chains diverged on a long run. Lower "
@@ -296,14 +297,14 @@ def _alarm(
         )
     if differs and persistent:
         return (
-            f"audit: the persistent chains have not come to the model's law (shift {shift:.2f} in "
-            f"{name} when they run on): its density is not to be trusted yet. Set "
+            f"audit: the persistent chains have not converged to the model's law (shift "
+            f"{shift:.2f} in {name} when they run longer), so its density is not reliable yet. Set "
             f"evaluation.audit_feedback: true, raise sampler.num_steps, or lower learner.lr."
         )
     if differs:
         return (
             f"audit: long chains have another law than training's short ones (shift {shift:.2f} "
-            f"in {name}): the model is a short-run generator, its density is not to be trusted. "
+            f"in {name}): the model is a short-run generator, and its density is not reliable. "
             f"Set evaluation.audit_feedback: true, raise sampler.num_steps, or lower "
             f"buffer.reinit_prob, so that chains persist."
         )

@@ -1,4 +1,4 @@
-"""Laws with a known Z that annealing starts from: Gaussian, coins, classes."""
+"""Base distributions of annealing, with known Z: Gaussian, Bernoulli and categorical."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ebm_dist.core.types import EventSpec
 
 
 class Base(Protocol):
-    """An energy with a known log Z and exact draws; `ebm_dist.energies` has more of them."""
+    """An energy with known log Z and exact draws; several of `ebm_dist.energies` qualify."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -43,7 +43,7 @@ class GaussianBase:
 
 
 class BoxedGaussianBase:
-    """A `GaussianBase` between `low` and `high` in every coordinate, and nothing outside."""
+    """A `GaussianBase` truncated to `low` .. `high` in every coordinate."""
 
     def __init__(self, mean: Tensor, std: Tensor, low: float, high: float) -> None:
         self.mean, self.std, self.low, self.high = mean.float(), std.float(), low, high
@@ -66,14 +66,14 @@ class BoxedGaussianBase:
         return type(self)(self.mean.to(device), self.std.to(device), self.low, self.high)
 
     def _mass(self) -> tuple[Tensor, Tensor]:
-        """Of the whole Gaussian, below `low` and between the two, (*event) float64."""
+        """The Gaussian's mass below `low`, and between `low` and `high`; (*event) float64."""
         mean, std = self.mean.double(), self.std.double()
         below = torch.special.ndtr((self.low - mean) / std)
         return below, torch.special.ndtr((self.high - mean) / std) - below
 
 
 class BernoulliBase:
-    """E(x) = -sum logit * x of independent coins; logits of shape (*event)."""
+    """E(x) = -sum logit * x of independent bits; logits of shape (*event)."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits.float()
@@ -122,16 +122,16 @@ def base_law(
     std: float = 1.0,
     box: tuple[float, float] | None = None,
 ) -> GaussianBase | BoxedGaussianBase | BernoulliBase | CategoricalBase:
-    """Independent coordinates: of standard scale, or with the moments of `data` (N, *event).
+    """A distribution of independent coordinates, fitted to `data` (N, *event) if given.
 
     Args:
-        std: of the Gaussian for real events and images when there is no data.
-        box: the range that real events and images are confined to, if they are.
+        std: of the Gaussian for real events and images without data.
+        box: the range of real events and images, if they are confined to one.
     """
     if box is not None and not spec.discrete:
         free = base_law(spec, None if data is None else data.clamp(*box), std=std)
         assert isinstance(free, GaussianBase)
-        # A mean on the border and a narrow width would leave the box next to nothing.
+        # A mean on the border with a narrow width would leave little mass inside the box.
         middle, width = sum(box) / 2, box[1] - box[0]
         mean = middle + 0.9 * (free.mean - middle)
         return BoxedGaussianBase(mean, free.std.clamp_min(0.1 * width), *box)
@@ -142,7 +142,7 @@ def base_law(
     if spec.kind == "binary":
         if data is None:
             return BernoulliBase(torch.zeros(spec.shape))
-        # One pseudo-count of each value: a pixel that was never set must not be impossible.
+        # One pseudo-count per value keeps the probability of a never-set pixel positive.
         share = (data.double().sum(dim=0) + 1) / (data.shape[0] + 2)
         return BernoulliBase(torch.logit(share))
     if spec.kind == "categorical":
@@ -153,5 +153,5 @@ def base_law(
     if data is None:
         return GaussianBase(torch.zeros(spec.shape), torch.full(spec.shape, std))
     spread = data.double().std(dim=0)
-    # Constant pixels: a width of nothing would keep every chain out of where the model is.
+    # A floor for constant pixels: with width zero no chain could reach the model's support.
     return GaussianBase(data.double().mean(dim=0), spread.clamp_min(0.05 * float(spread.max())))

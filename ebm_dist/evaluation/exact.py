@@ -18,7 +18,7 @@ from ebm_dist.energies.closed_form.quadrature import log_integral
 
 MAX_ENUMERATED = 2**20
 _NEGLIGIBLE = 45.0
-"""exp(-45) = 3e-20 of the largest density: no such place counts in float64."""
+"""exp(-45) = 3e-20 of the largest density, which is negligible in float64."""
 
 Method = Literal["auto", "enumerate", "quadrature", "closed_form"]
 
@@ -39,14 +39,14 @@ def exact_log_partition(
     real events of one or two dimensions.
 
     Args:
-        spec: what one event is; by default the energy's `event`.
+        spec: shape and kind of an event; by default the energy's `event`.
         temperature: T > 0.
-        bounds: the box of the quadrature, a pair for each dimension; found by itself when
-            left out, where the energy rises on all sides.
-        box: the same pair for every dimension of real events; not read for discrete ones.
+        bounds: the box of the quadrature, a pair for each dimension; found automatically when
+            left out, if the energy rises on all sides.
+        box: one pair for every dimension of real events; not read for discrete ones.
 
     Raises:
-        ValueError: nothing exact is known for this energy; use `log_partition`.
+        ValueError: no exact method exists for this energy; use `log_partition`.
     """
     if temperature <= 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
@@ -64,7 +64,7 @@ def exact_log_partition(
         try:
             return float(log_z(temperature))  # type: ignore[arg-type]
         except ValueError:
-            # Known for other parameters only; a plane can still be integrated.
+            # The closed form does not cover these parameters; two dimensions can be integrated.
             if method == "closed_form" or not planar:
                 raise
     if method != "closed_form" and planar:
@@ -77,15 +77,15 @@ def exact_log_partition(
 
 
 def is_exact(energy: EnergyFn, spec: EventSpec | None = None) -> bool:
-    """Whether `exact_log_partition` will give a number at temperature 1, and soon."""
+    """Whether `exact_log_partition` returns a number at temperature 1 within a second or so."""
     spec = event_of(energy, spec)
     if spec.discrete and num_states(spec) <= MAX_ENUMERATED:
         return True
     weight = getattr(energy, "weight", None)
     if hasattr(energy, "sample_hidden") and isinstance(weight, Tensor):
         return min(weight.shape) <= 20
-    # Other closed forms either cost nothing or refuse at once, but a sum over 2**22 states
-    # takes seconds: too slow for a curve.
+    # Other closed forms cost nothing or fail at once. A sum over 2**22 states takes seconds, which
+    # is too slow for a curve.
     return spec.kind == "real" and math.prod(spec.shape) <= 2
 
 
@@ -101,7 +101,7 @@ def event_of(energy: EnergyFn, spec: EventSpec | None) -> EventSpec:
 
 
 def num_states(spec: EventSpec) -> int:
-    """How many events of a discrete kind there are."""
+    """The number of events of a discrete kind."""
     if spec.kind == "categorical":
         return spec.shape[-1] ** math.prod(spec.shape[:-1])
     return 2 ** math.prod(spec.shape)
@@ -147,11 +147,11 @@ def _integrate(
     if len(bounds) != num_dims or any(low >= high for low, high in bounds):
         raise ValueError(f"bounds: expected {num_dims} pairs low < high, got {list(bounds)}")
     value = previous = math.nan
-    # Panels are doubled until two answers agree: a kink or a narrow ridge costs more panels.
+    # Panels are doubled until two results agree: a kink or a narrow ridge needs more panels.
     for panels in (16, 32, 64, 128) if num_dims == 2 else (64, 128, 256, 512, 1024, 2048):
         edges = [np.linspace(low, high, panels + 1) for low, high in bounds]
         value = log_integral(flat_energy, edges, temperature, order=8)
-        # float32 networks do not repeat beyond 1e-7.
+        # Results of float32 networks are reproducible to 1e-7 only.
         if abs(value - previous) < 1e-8:
             break
         previous = value
@@ -161,7 +161,7 @@ def _integrate(
 def _box(
     energy: EnergyFn, num_dims: int, temperature: float, num_points: int = 257
 ) -> list[tuple[float, float]]:
-    """A box outside of which exp(-E/T) is negligible, found on ever wider grids."""
+    """A box outside of which exp(-E/T) is negligible, found on successively wider grids."""
     reach = 4.0
     while reach < 1e5:
         axis = torch.linspace(-reach, reach, num_points, dtype=torch.float64)
@@ -173,7 +173,7 @@ def _box(
         for dim in range(num_dims):
             others = [other for other in range(num_dims) if other != dim]
             hit = (inside.any(dim=tuple(others)) if others else inside).nonzero().flatten()
-            # One cell of margin: the level lies between two grid points.
+            # One cell of margin, since the level set lies between two grid points.
             box.append((int(hit[0]) - 1, int(hit[-1]) + 1))
         if all(low >= 0 and high < num_points for low, high in box):
             return [(float(axis[low]), float(axis[high])) for low, high in box]
@@ -185,7 +185,7 @@ def _box(
 
 
 def _double(energy: EnergyFn, x: Tensor) -> Tensor:
-    """Energies in float64, computed in it where the energy can."""
+    """Energies in float64, also computed in float64 if the energy supports it."""
     owner = energy if isinstance(energy, torch.nn.Module) else getattr(energy, "__self__", None)
     device = x.device
     if isinstance(owner, torch.nn.Module):
@@ -194,5 +194,5 @@ def _double(energy: EnergyFn, x: Tensor) -> Tensor:
     try:
         return energy_at(energy, x.double().to(device)).double()
     except (RuntimeError, TypeError):
-        # A callable with float32 weights of its own.
+        # A callable with float32 weights.
         return energy_at(energy, x.float().to(device)).double()

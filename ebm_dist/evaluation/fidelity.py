@@ -1,8 +1,8 @@
 """Sample quality: Frechet distance in the features of a small classifier of the same data.
 
-The published measure takes Inception features, which know nothing of 8x8 digits and need a
-download. Here the features are of a classifier trained on the run's own data; the figure is
-therefore comparable within one data set only, and is read against `Fidelity.reference`.
+The published measure uses Inception features, which do not fit 8x8 digits and need a download.
+Here the classifier is trained on the run's own data. So the distance is comparable within one data
+set only; compare it with `Fidelity.reference`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def frechet_distance(first: Tensor | Moments, second: Tensor | Moments) -> float
         |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1^(1/2) C2 C1^(1/2))^(1/2))
 
     Dowson & Landau (1982); as a measure of samples, Heusel et al. (2017), arXiv:1706.08500.
-    The product under the root is symmetric, so its eigenvalues are real; `sqrtm(C1 @ C2)` turns
-    complex when a covariance is singular, as it is with fewer samples than features.
+    The product under the root is symmetric, so its eigenvalues are real; `sqrtm(C1 @ C2)` becomes
+    complex if a covariance is singular, as with fewer samples than features.
 
     Args:
         first, second: features (N, D), or their moments.
@@ -85,7 +85,7 @@ class FeatureNet(nn.Module):
             nn.SiLU(),
             nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
             nn.SiLU(),
-            # A fixed 2x2 grid keeps where a stroke is, and any image size has as many features.
+            # A fixed 2x2 grid keeps coarse positions, and gives all image sizes equal features.
             nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
             nn.Linear(8 * width, num_features),
@@ -96,7 +96,7 @@ class FeatureNet(nn.Module):
         self.scale: Tensor
 
     def features(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, num_features), of mean variance 1 on the held-out data."""
+        """(B, C, H, W) -> (B, num_features), with mean variance 1 on the held-out data."""
         return self.body(x) / self.scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,11 +119,11 @@ class Fidelity:
         self.net = net.eval().requires_grad_(False)
         self.moments = moments
         self.accuracy = accuracy
-        """Of the classifier on the held-out data, in [0, 1]."""
+        """Accuracy of the classifier on the held-out data, in [0, 1]."""
         self.spec = spec
         self.num = num
-        """Images behind each reference. The distance of few images is biased upwards, so only that
-        of as many compares with them."""
+        """Number of images for each reference. The distance is biased upwards for few images, so
+        compare distances of equal numbers only."""
         self._reference = dict(reference)
 
     @staticmethod
@@ -139,22 +139,22 @@ class Fidelity:
         """Train the classifier; the same seed, data and thread count give the same features.
 
         Args:
-            train: labelled images the classifier learns from; at most about 10,000 are worth it.
-            test: held-out images, that samples are compared with.
-            num_epochs: passes over `train`; by default as many as make about 600 updates.
-            num_reference: images behind each reference; fewer, `num`, where `train` is too small
-                to keep so many from the classifier.
+            train: labelled images for the classifier; more than about 10,000 do not help.
+            test: held-out images, with which samples are compared.
+            num_epochs: epochs of the classifier; by default enough for about 600 updates.
+            num_reference: number of images for each reference; at most a quarter of `train`, since
+                these images are kept from the classifier.
         """
         check_data(train, test, spec)
         assert train.label is not None
         num_classes = spec.num_classes or int(train.label.max()) + 1
-        # Features of images that the classifier has seen are more extreme than of any other: real
-        # images that it has not seen are the floor a model can reach.
+        # Features of images that the classifier was trained on are more extreme than of others. So
+        # the best possible distance is measured on real images that it has not seen.
         num = max(2, min(num_reference, train.x.shape[0] // 4))
         seen = Batch(train.x[num:], train.label[num:])
         unseen = train.x[:num]
         net = _train(seen, spec, num_classes, seed, num_epochs)
-        # One unit for all data sets: the total variance of real images is num_features.
+        # The same scale for all data sets: the total variance of real images is num_features.
         net.scale.fill_(Moments.of(_features(net, test.x)).covariance.diagonal().mean().sqrt())
         moments = Moments.of(_features(net, test.x))
         reference = {
@@ -170,7 +170,7 @@ class Fidelity:
         return Fidelity(net, moments, reference, accuracy, spec, num)
 
     def distance(self, x: Tensor) -> float:
-        """Frechet distance of images (N, C, H, W) to the held-out ones; give `num` of them."""
+        """Frechet distance of images (N, C, H, W) to the held-out ones; N should be `num`."""
         if tuple(x.shape[1:]) != self.spec.shape:
             raise ValueError(
                 f"Fidelity.distance: images are {tuple(x.shape[1:])}, the classifier was trained "
@@ -179,12 +179,12 @@ class Fidelity:
         return frechet_distance(_features(self.net, x), self.moments)
 
     def reference(self) -> dict[str, float]:
-        """Distances of `noise` (the chains' start), `gaussian` (one fitted to the pixels) and
-        `train` (real images kept from the classifier: the floor that no model passes)."""
+        """Distances of `noise` (the chains' start), `gaussian` (a Gaussian fitted to the pixels)
+        and `train` (real images kept from the classifier: the best possible value)."""
         return dict(self._reference)
 
     def class_shares(self, x: Tensor) -> Tensor:
-        """Share (num_classes,) of the samples given to each class: shows a collapsed model."""
+        """Fraction (num_classes,) of samples classified as each class, to detect mode collapse."""
         with torch.no_grad():
             guess = torch.cat([self.net(part).argmax(dim=1) for part in x.float().split(500)])
         count = torch.bincount(guess, minlength=self.net.head.out_features)
@@ -209,7 +209,7 @@ class Fidelity:
 
     @staticmethod
     def load(path: str | Path) -> Fidelity:
-        """Read what `save` wrote; ValueError where the file is something else."""
+        """Read a file of `save`; ValueError if it is of another format."""
         try:
             with safe_open(str(path), framework="pt") as file:
                 meta = json.loads((file.metadata() or {}).get("meta", "{}"))
@@ -257,7 +257,7 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = 3e-3 * (1 - done)
             x = train.x[chosen].float()
-            # A little noise keeps the features from keying on what only exact pixels have.
+            # A little noise keeps the features from depending on exact pixel values.
             x = x + 0.05 * torch.empty_like(x).normal_(generator=generator)
             with torch.enable_grad():
                 loss = F.cross_entropy(net(x), train.label[chosen])
@@ -285,7 +285,7 @@ def _features(net: FeatureNet, x: Tensor) -> Tensor:
 
 
 def _matrix_sqrt(covariance: Tensor) -> Tensor:
-    """The symmetric root of a positive semi-definite matrix; rounding below zero is cut."""
+    """The symmetric root of a positive semi-definite matrix; clips eigenvalues at zero."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 

@@ -1,4 +1,4 @@
-"""log Z by annealed importance sampling, from below and from above, with standard errors."""
+"""log Z by annealed importance sampling in both directions, with standard errors."""
 
 from __future__ import annotations
 
@@ -37,24 +37,25 @@ class LogPartition:
     reverse: float
     reverse_se: float
     combined: float
-    """Both directions through Bennett's acceptance ratio: better than either."""
+    """Both directions combined by Bennett's acceptance ratio; better than either alone."""
     combined_se: float
     forward_ess: float
-    """Effective share of the forward chains, in (0, 1]: near 1/num_chains, distrust everything."""
+    """Effective fraction of the forward chains, in (0, 1]. Near 1/num_chains no estimate is
+    reliable."""
     reverse_ess: float
     acceptance: float
-    """Of the moves along the path."""
+    """Mean acceptance of the moves along the path."""
     exact_start: bool
-    """Whether the reverse chains began at exact draws; else `reverse` is a bound only as far as
-    the chains that it began at have mixed."""
+    """Whether the reverse chains started from exact draws. If not, `reverse` is an upper bound only
+    if the chains at its start have mixed."""
 
 
 def log_likelihood(
     energy: EnergyFn, x: Tensor, log_z: float, *, temperature: float = 1.0
 ) -> tuple[float, float]:
-    """Mean log p(x) over events (N, *event), in nats an event, and its standard error.
+    """Mean log p(x) over events (N, *event), in nats per event, and its standard error.
 
-    The error is that of the finite N; that of log_z comes on top.
+    The error covers the finite N, not the error of log_z.
     """
     with torch.no_grad():
         value = torch.cat([energy_at(energy, part).double().cpu() for part in x.split(500)])
@@ -78,29 +79,31 @@ def log_partition(
 ) -> LogPartition:
     """Annealed importance sampling of log Z = log sum exp(-E/T), forward and reverse.
 
-    Chains move along E_b(x) = (1 - b) E_0(x) + b E(x)/T from the base law at b = 0 to the model
-    at b = 1, and their weights average to Z/Z_0 (Neal 2001, arXiv:physics/9803008); from exact
-    draws of the model back to the base they average to Z_0/Z, which bounds log Z from above
-    (Grosse et al. 2015, arXiv:1511.02543). A short pilot places the b where the law changes
-    most and finds the step sizes; then both are fixed, so that no estimate depends on them.
+    Forward chains move along E_b(x) = (1 - b) E_0(x) + b E(x)/T from the base distribution at
+    b = 0 to the model at b = 1; the mean of their weights estimates Z/Z_0 (Neal 2001,
+    arXiv:physics/9803008). Reverse chains move from exact draws of the model back to the base; the
+    mean of their weights estimates Z_0/Z, which bounds log Z from above (Grosse et al. 2015,
+    arXiv:1511.02543). A short pilot run places more values of b where the distribution changes
+    fast, and tunes the step sizes; both are then fixed, so that the estimates stay unbiased.
 
     Args:
-        spec: what one event is; by default the energy's `event`.
+        spec: shape and kind of an event; by default the energy's `event`.
         generator: on the device of the chains.
-        num_chains: in each direction.
-        num_temperatures: values of b after 0.
-        num_steps: kernel steps at each; by default 1 for real events, and enough to visit an
+        num_chains: number of chains per direction.
+        num_temperatures: number of values of b after 0.
+        num_steps: kernel steps at each b; by default 1 for real events, and enough to visit an
             eighth of the sites for discrete ones.
-        base: a law with energies, `log_z()` and `sample(num, generator)`; by default N(0, I) for
+        base: an energy with `log_z()` and `sample(num, generator)`; by default N(0, I) for
             real events and images, fair coins or uniform classes for discrete ones. `base_law`
             fits one to data, which is much better for images.
         kernel: must leave exp(-E_b) invariant at temperature 1; by default HMC or Gibbs with
-            gradients. Its step size is set by the pilot where it can be tuned.
-        samples: exact draws (N, *event) of the model at T to start the reverse chains from; by
-            default the energy's own `sample`, else the forward chains, resampled and run on.
-        box: the integral is over low <= x <= high in every coordinate, where chains that are
-            clamped live; `base` and `samples` are then of the box too. Chains move in
-            u = logit((x - low) / (high - low)), which has no border.
+            gradients. The pilot tunes its step size if it is tunable.
+        samples: exact draws (N, *event) of the model at T, as starts of the reverse chains; by
+            default from the energy's own `sample`, else the forward chains, resampled and run
+            longer.
+        box: integrate over low <= x <= high in every coordinate, for chains that are clamped;
+            `base` and `samples` must then be confined too. Chains move in
+            u = logit((x - low) / (high - low)), which is unbounded.
 
     Raises:
         ValueError: an argument does not fit the events.
@@ -173,7 +176,7 @@ def _pilot(
     num_chains: int = 64,
     max_stages: int = 400,
 ) -> _Schedule:
-    """Steps of b that each halve the pilot's effective sample, and step sizes along them."""
+    """Choose the values of b, so that each step halves the pilot's ESS, and tune step sizes."""
     name = getattr(kernel, "tunable", None)
     target = getattr(kernel, "target_acceptance", None)
     tuned = name is not None and target is not None
@@ -220,7 +223,7 @@ def _anneal(
     generator: torch.Generator,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor, float]:
-    """Log-weights (B,) of the way up, or down; where the chains end; mean acceptance."""
+    """Anneal forward or in reverse; returns log-weights (B,), positions and mean acceptance."""
     last = len(schedule.b) - 1
     log_weight = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
     accepted: list[float] = []
@@ -228,8 +231,8 @@ def _anneal(
     for k in order:
         gain = (schedule.b[k] - schedule.b[k - 1]) * path.slope(x)
         log_weight = log_weight + gain if reverse else log_weight - gain
-        # Upwards the chain then moves under the new b, downwards under the one it came to:
-        # the two are each other's reversal, which Bennett's ratio needs.
+        # Forward, the chain then moves under the larger b; in reverse, under the smaller. So the
+        # two processes are time reversals of each other, as Bennett's ratio requires.
         here = k - 1 if reverse else k
         if here in (0, last):
             continue
@@ -277,7 +280,7 @@ def _reverse_start(
 
 
 def _half_ess_step(slope: Tensor, rest: float) -> float:
-    """The step in b, at most `rest`, at which weights exp(-step * slope) halve the sample."""
+    """The step in b, at most `rest`, at which weights exp(-step * slope) halve the ESS."""
 
     def share(step: float) -> float:
         weight = (-step * slope).softmax(dim=0)
@@ -293,14 +296,14 @@ def _half_ess_step(slope: Tensor, rest: float) -> float:
 
 
 def _systematic(weight: Tensor, num: int, generator: torch.Generator) -> Tensor:
-    """Indices (num,) drawn by systematic resampling: least noise for given weights."""
+    """Indices (num,) by systematic resampling, which has the least variance."""
     offset = torch.rand(1, generator=generator, device=generator.device).to(weight)
     position = (torch.arange(num, device=weight.device).to(weight) + offset) / num
     return torch.searchsorted(weight.cumsum(dim=0), position).clamp_max(len(weight) - 1)
 
 
 def _log_mean(log_weight: Tensor) -> tuple[float, float, float]:
-    """log of the mean weight, its standard error by the delta method, and the ESS share."""
+    """log of the mean weight, its standard error by the delta method, and ESS / num."""
     num = len(log_weight)
     value = float(log_weight.logsumexp(dim=0)) - math.log(num)
     relative = (log_weight - value).exp()

@@ -1,4 +1,4 @@
-"""Out-of-distribution detection: the AUROC of a score that is always named."""
+"""Out-of-distribution detection: AUROC of several scores."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def ood_auroc(
     score: Score = "energy",
     x_reference: Tensor | None = None,
 ) -> float:
-    """Chance that a foreign event scores above a familiar one; 1/2 tells nothing.
+    """Probability that an out-of-distribution event scores above an in-distribution one.
 
-    Published figures differ by up to .2 between scores of one model, so quote the score with
-    the number; `auroc` gives the standard error as well.
+    1/2 is chance level. Published figures of one model differ by up to .2 between scores, so
+    report the score with the number; `auroc` also gives the standard error.
 
     Args:
-        x_in: (N, *event) held-out events of the training law.
-        x_out: (M, *event) foreign events.
+        x_in: (N, *event) held-out events of the training distribution.
+        x_out: (M, *event) out-of-distribution events.
         score: see `ood_score`.
         x_reference: training events, which `typicality` needs.
     """
@@ -48,12 +48,12 @@ def ood_score(
     x_reference: Tensor | None = None,
     batch_size: int = 500,
 ) -> Tensor:
-    """Scores (N,) of events (N, *event), higher for stranger ones.
+    """Scores (N,) of events (N, *event), higher for more unusual ones.
 
-    energy: E(x), so minus the log-likelihood but for a constant. grad_norm: ||dE/dx||, the
+    energy: E(x), minus the log-likelihood up to a constant. grad_norm: ||dE/dx||, the
     approximate-mass score of Grathwohl et al. (2020), arXiv:1912.03263. typicality:
     |E(x) - mean E(x_reference)|, Nalisnick et al. (2019), arXiv:1906.02994, for single events.
-    max_prob: minus the largest class probability, where the energy has `logits`.
+    max_prob: minus the largest class probability, for an energy with `logits`.
     """
     if score not in SCORES:
         raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
@@ -83,7 +83,7 @@ def ood_score(
 def auroc(familiar: Tensor, foreign: Tensor) -> tuple[float, float]:
     """P(foreign > familiar) + P(equal)/2 of scores (N,) and (M,), and its standard error.
 
-    The Mann-Whitney statistic, with the error of DeLong et al. (1988): no law is assumed.
+    The Mann-Whitney statistic, with the distribution-free error of DeLong et al. (1988).
     """
     familiar, foreign = familiar.double().cpu(), foreign.double().cpu()
     if familiar.numel() < 2 or foreign.numel() < 2:
@@ -109,7 +109,7 @@ def auroc(familiar: Tensor, foreign: Tensor) -> tuple[float, float]:
 def ood_report(
     energy: EnergyFn, x_in: Tensor, others: Mapping[str, Tensor], x_reference: Tensor | None = None
 ) -> dict[str, float]:
-    """AUROC of every score that applies against every foreign set: `auroc/SCORE/SET`."""
+    """AUROC of every applicable score for each data set of `others`: `auroc/SCORE/SET`."""
     scores: list[Score] = ["energy", "grad_norm"]
     if x_reference is not None:
         scores.append("typicality")

@@ -31,18 +31,18 @@ def robust_accuracy(
     clamp: tuple[float, float] | None = (-1.0, 1.0),
     batch_size: int = 250,
 ) -> float:
-    """Share of events still classified right after the attack, in [0, 1].
+    """Fraction of events that are classified correctly after the attack, in [0, 1].
 
-    An upper bound of the true robust accuracy: a stronger attack can only lower it. An event
-    counts as broken if any step of any restart broke it.
+    It is an upper bound of the true robust accuracy, since a stronger attack can only lower it. The
+    attack succeeds on an event if any step of any restart is misclassified.
 
     Args:
-        energy: anything with `logits(x) -> (B, num_classes)`, or such a function.
-        x: (N, *event); images are in [-1, 1], so epsilon here is twice that of [0, 1] images.
+        energy: an object with `logits(x) -> (B, num_classes)`, or such a function.
+        x: (N, *event); images are in [-1, 1], so epsilon is twice that for images in [0, 1].
         label: (N,) int64.
-        epsilon: radius of the ball, 0 for the clean accuracy.
-        step_size: by default 2.5 * epsilon / num_steps, so that any point can be reached.
-        clamp: range that events must stay in; None for unbounded ones.
+        epsilon: radius of the ball; 0 gives the clean accuracy.
+        step_size: by default 2.5 * epsilon / num_steps, so that every point can be reached.
+        clamp: the range of events; None if they are unbounded.
     """
     attacked = attack(
         energy,
@@ -87,11 +87,11 @@ def attack(
     clamp: tuple[float, float] | None = (-1.0, 1.0),
     batch_size: int = 250,
 ) -> Tensor:
-    """Events (N, *event) within epsilon of `x`, misclassified where the attack finds a way.
+    """Events (N, *event) within epsilon of `x`, misclassified where the attack succeeds.
 
-    Projected gradient ascent on the cross entropy (Madry et al. 2018, arXiv:1706.06083): the
-    first start is x itself, the others are random in the ball. Events that are not broken come
-    back as the attack's last point.
+    Projected gradient ascent on the cross entropy (Madry et al. 2018, arXiv:1706.06083). The
+    first restart starts at x, the others at random points of the ball. Where the attack fails, its
+    last point is returned.
     """
     if norm not in ("l2", "linf"):
         raise ValueError(f"norm: expected 'l2' or 'linf', got {norm!r}")
@@ -127,7 +127,7 @@ def attack(
 
 
 def _right(logits: Logits, x: Tensor, label: Tensor) -> Tensor:
-    """(B,) bool: which events the classifier gets right."""
+    """(B,) bool: whether the classifier is right."""
     with torch.no_grad():
         return logits(x).argmax(dim=1) == label
 
@@ -139,7 +139,7 @@ def _start(
     clamp: tuple[float, float] | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """`x` itself, or with a generator a point uniform in the ball around it."""
+    """`x` itself, or, with a generator, a uniform random point of the ball around it."""
     if generator is None:
         return x.detach().clone()
     if norm == "linf":
@@ -169,7 +169,7 @@ def _ascend(
     for _ in range(num_steps):
         point = here.detach().requires_grad_(True)
         with torch.enable_grad():
-            # Summed, not averaged: an event's step must not depend on the batch it is in.
+            # Summed, not averaged, so that the step of an event does not depend on its batch.
             loss = F.cross_entropy(logits(point), label, reduction="sum")
             (grad,) = torch.autograd.grad(loss, point)
         if norm == "linf":
@@ -181,10 +181,10 @@ def _ascend(
             offset = offset * _like((epsilon / _norms(offset)).clamp_max(1), x)
         here = x + offset
         if clamp is not None:
-            # The ball and the range are both convex and x is in both: clamping only shortens.
+            # x is inside the range, so clamping cannot leave the ball around it.
             here = here.clamp(*clamp)
         wrong = ~_right(logits, here, label)
-        # A broken event keeps the point that broke it; later steps may wander back.
+        # Keeps the first misclassified point, since later steps may be classified correctly again.
         found = torch.where(_like(broken, x), found, here)
         broken = broken | wrong
     return found, broken

@@ -91,7 +91,7 @@ class Progress:
     def update(
         self, step: int, metrics: Mapping[str, float] | None = None, waits: str = ""
     ) -> None:
-        """Show learner update `step`, the newest `metrics`, and `waits`, a text on waiting parts."""
+        """Show learner update `step`, the newest `metrics`, and `waits`: the parts that wait."""
         try:
             now = time.monotonic()
             with self._lock:

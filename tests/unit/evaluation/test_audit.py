@@ -128,7 +128,7 @@ def test_a_run_with_persistent_chains_is_not_told_to_use_them():
         persistent=True,
     )
     assert audit.alarm is not None
-    assert "the persistent chains have not come to the model's law" in audit.alarm
+    assert "the persistent chains have not converged to the model's law" in audit.alarm
     assert "reinit_prob" not in audit.alarm
 
 
