@@ -38,13 +38,7 @@ def open_shard(
         shared: where the chains are mapped if there is room; None for ordinary memory.
         life: those of the process before are taken over if it was of the same.
     """
-    stream = None
-    if data is not None:
-        # Another seed than the learner's stream: chains that start at the very batch they
-        # will be contrasted with would follow it through every epoch.
-        stream = DataStream(
-            data, rank=index, world_size=num_shards, seed=derive_seed(seed, "start")
-        )
+    stream = start_stream(data, index, num_shards, seed) if data is not None else None
 
     def opened(directory: Path | None, notes: tuple[str, ...]) -> Shard:
         return Shard(
@@ -84,3 +78,10 @@ def _unmapped(why: str) -> str:
         f"{why}: chains lie in the memory of their shard's process, go to workers by value, and "
         "are rolled back to the last checkpoint should it die"
     )
+
+
+def start_stream(data: DataConfig, index: int, num_shards: int, seed: int) -> DataStream:
+    """Where the chains of shard `index` start from, with `buffer.init: data`."""
+    # Another seed than the learner's stream: chains that start at the very batch they will be
+    # contrasted with would follow it through every epoch.
+    return DataStream(data, rank=index, world_size=num_shards, seed=derive_seed(seed, "start"))

@@ -24,6 +24,37 @@ class RunSection(Section):
     dir: Annotated[UserPath, Field(min_length=1)] = "runs"
     """Parent of the run directory dir/name; --run-dir overrides both."""
 
+    init_from: UserPath | None = None
+    """A new run begins with the weights found here: an export, a run directory (its newest whole
+    checkpoint) or one checkpoint directory. A run that is resumed goes on from its own checkpoints
+    and does not read it again."""
+
+    init_weights: Literal["ema", "last"] = "ema"
+    """Which weights of a checkpoint init_from takes: the averaged ones or those of the last update.
+    An export holds one kind."""
+
+    init_chains: bool = False
+    """The buffer begins with the chains of init_from, whatever its capacity and number of shards;
+    where they are fewer than buffer.capacity, the others start as buffer.init says."""
+
+    init_optimizer: bool = False
+    """Also take the optimiser's state and the objective's own parameters from the checkpoint; they
+    start afresh otherwise, and always from an export."""
+
+    init_strict: bool = True
+    """Refuse to begin where names or shapes differ from those of this run; false takes what fits
+    and names what was left out."""
+
+    @model_validator(mode="after")
+    def _init_from_something(self) -> RunSection:
+        for key in ("init_chains", "init_optimizer"):
+            if getattr(self, key) and self.init_from is None:
+                raise ValueError(
+                    f"{key}: true takes effect with init_from alone; set run.init_from to an "
+                    f"export, a run or a checkpoint, or leave {key} out"
+                )
+        return self
+
 
 class RuntimeConfig(Section):
     """Processes, machines and devices of the run."""

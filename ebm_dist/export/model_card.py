@@ -220,7 +220,8 @@ def render(
             "",
             "## Lineage",
             "",
-            *_table({k: v for k, v in lines.items() if k != "packages"}),
+            *_table({k: v for k, v in lines.items() if k not in ("packages", "init_from")}),
+            *_rows({f"init_from.{k}": v for k, v in lines.get("init_from", {}).items()}),
             "",
             "Packages: " + ", ".join(f"{k} {v}" for k, v in lines["packages"].items()) + ".",
             "",
@@ -250,7 +251,11 @@ def _inline(section: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Mapping[str, Any]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items())]
+    return ["| | |", "|---|---|", *_rows(rows)]
+
+
+def _rows(rows: Mapping[str, Any]) -> list[str]:
+    return [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()]
 
 
 def _metric_table(names: list[str], metrics: Mapping[str, tuple[float, int]]) -> list[str]:

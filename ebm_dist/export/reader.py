@@ -59,15 +59,7 @@ class Export:
 
     def chains(self) -> Tensor | None:
         """The run's last chains (N, *event), None where the export holds none."""
-        path = self.path / CHAINS
-        if not path.is_file():
-            return None
-        x = _read_tensors(path).get("x")
-        if x is None or x.dtype != torch.float32 or tuple(x.shape[1:]) != self.spec.shape:
-            raise UserError(f"{path}: expected float32 chains x of shape (N, *{self.spec.shape})")
-        if len(x) == 0 or not torch.isfinite(x).all():
-            raise UserError(f"{path}: holds no finite chains; draw with --start noise")
-        return x
+        return read_chains(self.path, self.spec)
 
 
 def load_energy(path: str | Path) -> nn.Module:
@@ -105,6 +97,19 @@ def open_export(path: str | Path) -> Export:
             f"{spec.shape}; the file was edited or mixed up: export the run again"
         )
     return Export(path, energy, spec, sampler, float(start_std), config)
+
+
+def read_chains(directory: Path, spec: EventSpec) -> Tensor | None:
+    """The last chains (N, *event) of the run in the export at `directory`, None without any."""
+    path = directory / CHAINS
+    if not path.is_file():
+        return None
+    x = _read_tensors(path).get("x")
+    if x is None or x.dtype != torch.float32 or tuple(x.shape[1:]) != spec.shape:
+        raise UserError(f"{path}: expected float32 chains x of shape (N, *{spec.shape})")
+    if len(x) == 0 or not torch.isfinite(x).all():
+        raise UserError(f"{path}: holds no finite chains; draw with --start noise")
+    return x
 
 
 def find_export(path: Path) -> Path:
@@ -209,7 +214,39 @@ def _refuse_nesting(config: Any, path: Path) -> None:
     raise UserError(f"{path}: deeper than {MAX_DEPTH} sections, so not of an export")
 
 
+def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the checked weights, by name, of the export that `path` means.
+
+    Builds no energy: for whoever has one that the weights may fit.
+
+    Raises:
+        UserError: as `load_energy`.
+    """
+    path = find_export(path)
+    config = _read_config(path / CONFIG)
+    _check_whole(path / WEIGHTS, config)
+    return config, _read_finite(path / WEIGHTS)
+
+
 def _read_energy(path: Path, section: EnergySection, config: dict[str, Any]) -> nn.Module:
+    _check_whole(path, config)
+    shapes = _read_shapes(path)
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    _refuse_giants(section.model_dump(), limit=max(2**16, numbers), path=path.parent / CONFIG)
+    try:
+        # The config may ask for any size; the weights on disk bound it, and some energies compute
+        # constants from it besides, of which the largest is a Hopfield network's matrix.
+        with limited(max_parts=2**12 + 32 * len(shapes), max_numbers=2**27 + 4 * numbers):
+            energy = section.build()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path.parent / CONFIG}: {' '.join(str(error).split())}") from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in energy.state_dict().items()}
+    _compare(shapes, wanted, path)
+    energy.load_state_dict(_read_finite(path))
+    return energy.eval().requires_grad_(False)
+
+
+def _check_whole(path: Path, config: dict[str, Any]) -> None:
     if not path.is_file():
         raise UserError(f"{path}: missing; copy the whole export")
     recorded = config.get("weights")
@@ -225,26 +262,16 @@ def _read_energy(path: Path, section: EnergySection, config: dict[str, Any]) -> 
             f"{path}: its checksum is not the one in {CONFIG}; damaged or mixed up: copy the "
             "export again"
         )
-    shapes = _read_shapes(path)
-    numbers = sum(math.prod(shape) for shape in shapes.values())
-    _refuse_giants(section.model_dump(), limit=max(2**16, numbers), path=path.parent / CONFIG)
-    try:
-        # The config may ask for any size; the weights on disk bound it, and some energies compute
-        # constants from it besides, of which the largest is a Hopfield network's matrix.
-        with limited(max_parts=2**12 + 32 * len(shapes), max_numbers=2**27 + 4 * numbers):
-            energy = section.build()
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{path.parent / CONFIG}: {' '.join(str(error).split())}") from None
-    wanted = {name: tuple(tensor.shape) for name, tensor in energy.state_dict().items()}
-    _compare(shapes, wanted, path)
+
+
+def _read_finite(path: Path) -> dict[str, Tensor]:
     tensors = _read_tensors(path)
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise UserError(f"{path}: {name} is {tensor.dtype}, an export holds float32")
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} is not finite; the run had diverged, export another")
-    energy.load_state_dict(tensors)
-    return energy.eval().requires_grad_(False)
+    return tensors
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

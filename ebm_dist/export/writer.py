@@ -83,6 +83,7 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
             f"({' '.join(str(error).split())}); the checkpoint mixes two runs"
         ) from None
     sampler = run.sampler.model_dump(mode="json")
+    began = found.meta.get("init_from")
     about = {
         "temperature": run.sampler.build().temperature,
         "temperature_source": model_card.temperature_source(sampler),
@@ -98,6 +99,7 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
                 "seed": run.run.seed,
                 "checkpoint": found.path.name,
                 "updates": found.step,
+                **({"init_from": began} if isinstance(began, dict) else {}),
             },
         ),
     }

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ebm_dist.learner.config import LearnerConfig
+from ebm_dist.learner.optimizer import make_optimizer
+
 
 class Partition:
     """Stage 0: every rank holds the full state, and the optimiser is torch's own."""
@@ -169,6 +172,18 @@ class GatheredPartition(Partition):
 
     def refresh(self) -> None:
         self._optimizer.refresh_fp32_params()
+
+
+def first_state(config: LearnerConfig, step: nn.Module) -> dict[str, Tensor]:
+    """What `Engine.state` of a `LearningStep` is before the first update, without an engine."""
+    trained = {name: p for name, p in step.named_parameters() if p.requires_grad}
+    partition = Partition(make_optimizer(config, list(trained.values())))
+    persistent = step.state_dict().keys()
+    state: dict[str, Tensor] = {f"param/{name}": p.detach() for name, p in step.named_parameters()}
+    state |= {f"buffer/{name}": b for name, b in step.named_buffers() if name in persistent}
+    for key in partition.moment_names():
+        state |= {f"optim/{key}/{name}": partition.moment(p, key) for name, p in trained.items()}
+    return state | {"optim/step": torch.tensor(0), "step": torch.tensor(0)}
 
 
 def keep_shapes(parameters: Iterable[nn.Parameter]) -> None:

@@ -178,6 +178,8 @@ class _Spawner:
         self._ranks: list[Place] = []
         self._worker_of: dict[int, Handle] = {}
         self._lives: list[tuple[Handle, int]] = []  # of each shard's process
+        lineage = found.meta.get("init_from") if found else None
+        self._lineage = {"lineage": lineage} if lineage else {}
         self.tracking: dict[str, Any] = (found.meta.get("tracking") or {}) if found else {}
         self.needs_negatives = bool(config.objective.build().needs_negatives)
         self.capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
@@ -242,7 +244,7 @@ class _Spawner:
                 # As this process is told, which the user started; a cluster's may be told nothing.
                 "config": with_environment(config.tracking),
                 "run_dir": self._run_dir.absolute(),
-                "run_config": config.model_dump(mode="json"),
+                "run_config": config.model_dump(mode="json") | self._lineage,
                 "run_name": run_name(config.run.name),
                 "resume_id": resume_id,
                 "resume_step": resume_step,

@@ -20,7 +20,7 @@ _READING = ("batch_size", "shuffle", "rank_split", "prefetch", "verify")
 _CACHE = ("cache", "cache_mib", "cache_dir")
 """Keys of `data` that change how samples are read; all others change their law."""
 
-_AROUND = ("run.dir", "run.steps", "runtime.", "tracking.", "checkpoint.")
+_AROUND = ("run.dir", "run.steps", "run.init_", "runtime.", "tracking.", "checkpoint.")
 """What a run computes does not depend on them."""
 
 _SHOWN = 60
@@ -43,6 +43,14 @@ def check_resumable(config: RunConfig, spec: EventSpec, found: CheckpointDir) ->
         raise UserError(
             f"data.source: the checkpoint at {found.path} is of events {event}, the data's are "
             f"{asdict(spec)}; restore the data, or start anew with another --run-dir"
+        )
+    path, began = config.run.init_from, found.meta["config"]["run"].get("init_from")
+    # What is gone by now, or was named from another directory, is not what is asked for here.
+    if path is not None and path != began and (began is None or os.path.lexists(path)):
+        raise UserError(
+            f"run.init_from: {path} is not read, since {found.path.parents[1]} holds a run already; "
+            "choose another run.name or --run-dir to begin a new run there, or leave run.init_from "
+            "out to go on with that one"
         )
     if config.buffer.jarzynski and not found.meta["config"]["buffer"].get("jarzynski", False):
         raise UserError(

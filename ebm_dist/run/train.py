@@ -38,6 +38,7 @@ from ebm_dist.files.durable import refuse_link, replace_text
 from ebm_dist.files.safe_open import make_directory
 from ebm_dist.metrics.progress import Progress, final_screen
 from ebm_dist.report.grid import save_grid
+from ebm_dist.run import init_from
 from ebm_dist.run.assembly import assemble
 from ebm_dist.run.object_store import check_shared_memory, store_need
 from ebm_dist.run.preflight import preflight
@@ -84,7 +85,9 @@ def train(
     if not isinstance(config, RunConfig):
         config = load(config)
     preflight(config)
-    config = config.model_copy(update={"data": located(config.data)})
+    config = config.model_copy(
+        update={"data": located(config.data), "run": init_from.located(config.run)}
+    )
     spec = describe(config.data)
     config = bind(config, spec)
     directory = Path(config.run.dir) / config.run.name
@@ -96,14 +99,21 @@ def train(
     with claimed(directory) as unguarded:
         refuse_link(directory / "export")  # which is written after the training
         found = starting_point(directory, resume)
+        beginning = None
+        if found is None and config.run.init_from is not None:
+            beginning = init_from.read_beginning(config, spec)
         with found.of_a_run() if found is not None else contextlib.nullcontext():
             if found is not None:
                 check_resumable(config, spec, found)
-            config, said = warmed_up(config, spec, found)
+            config, said = warmed_up(config, spec, found, beginning and beginning.energy)
             notices = [line for line in (unguarded, said) if line]
             notices += changes(config, found) if found is not None else []
         with writable(directory):
             replace_text(directory / "config.yaml", dump(config))
+            if beginning is not None:
+                meta = _meta(config, spec, beginning.lineage)
+                found = beginning.write(directory, config, spec, meta)
+                notices += beginning.notices
         with run_log(directory):
             console = console or Console()
             try:
@@ -179,12 +189,7 @@ def _train(
             learner=config.learner,
             run_dir=run_dir,
             view=_Logged(view),
-            meta={
-                "name": config.run.name,
-                "version_of_ebm_dist": __version__,
-                "config": config.model_dump(mode="json"),
-                "event": dataclasses.asdict(spec),
-            },
+            meta=_meta(config, spec, found.meta.get("init_from") if found else None),
             save_grid=draw,
         )
         hub = graph.hub.info(60.0)
@@ -192,7 +197,8 @@ def _train(
         if found is not None:
             with found.of_a_run():
                 controller.restore(found)
-            view.say(f"resumed from {found.path.name}")
+            if found.step > 0:  # else it begins, which its notices said
+                view.say(f"resumed from {found.path.name}")
         with asking(stop):
             finished = controller.run()
         every = config.evaluation.every
@@ -225,6 +231,21 @@ def _train(
     return RunResult(
         run_dir, controller.progress.step, finished, export_dir, dict(controller.metrics)
     )
+
+
+def _meta(config: RunConfig, spec: EventSpec, lineage: Any) -> dict[str, Any]:
+    """What every checkpoint says of its run.
+
+    Args:
+        lineage: of `run.init_from`, None for a run that began with its seed.
+    """
+    return {
+        "name": config.run.name,
+        "version_of_ebm_dist": __version__,
+        "config": config.model_dump(mode="json"),
+        "event": dataclasses.asdict(spec),
+        "init_from": lineage,
+    }
 
 
 def _interrupted(run_dir: Path, console: Console) -> RunResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.config.run_config import RunConfig
@@ -12,7 +13,10 @@ from ebm_dist.samplers import adapt_step_size
 
 
 def warmed_up(
-    config: RunConfig, spec: EventSpec, found: checkpoint.CheckpointDir | None
+    config: RunConfig,
+    spec: EventSpec,
+    found: checkpoint.CheckpointDir | None,
+    energy: nn.Module | None = None,
 ) -> tuple[RunConfig, str | None]:
     """`config` with the step size that `sampler.adapt_steps` of warm-up lead to, and what to say.
 
@@ -23,6 +27,7 @@ def warmed_up(
     Args:
         config: bound to the data.
         found: the checkpoint that the run goes on from.
+        energy: with the weights that a new run begins with; those of its seed when left out.
     """
     sampler, seed = config.sampler, config.run.seed
     if sampler.adapt_steps == 0:
@@ -33,7 +38,7 @@ def warmed_up(
         value = float(found.meta["config"]["sampler"].get(name, getattr(sampler, name)))
         said = f"sampler.{name}: {value:.4g}, as the run adapted it at its start"
     else:
-        energy = config.energy.build(seed=derive_seed(seed, "energy")).eval()
+        energy = (energy or config.energy.build(seed=derive_seed(seed, "energy"))).eval()
         generator = torch.Generator().manual_seed(derive_seed(seed, "warm_up"))
         x = spec.noise(config.workers.num_chains, generator, std=config.buffer.init_std)
         kernel = adapt_step_size(kernel, x, energy, sampler.adapt_steps, generator)
