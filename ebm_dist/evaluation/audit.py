@@ -27,6 +27,10 @@ SHORT_RUN_REINIT = 0.5
 the chains do. Below it, the audit continues from the buffer's chains."""
 
 
+MAX_HIGH = 0.05
+"""Largest share of long chains far above the data's energies without an alarm."""
+
+
 @dataclass(frozen=True, slots=True)
 class Audit:
     """Result of `long_run_audit`. Chains are (B, *event), energies in the model's units."""
@@ -47,6 +51,8 @@ class Audit:
     spurious: Tensor
     """(B,) bool: long chains with lower energy than the data, and far from it."""
     spurious_fraction: float
+    high_fraction: float
+    """Share of long chains above the fence of the data's energies, minus the share of the data."""
     diverged: Tensor
     """(B,) bool: chains with a non-finite energy or position; `long` holds their start."""
     shift: float
@@ -101,6 +107,8 @@ def long_run_audit(
 ) -> Audit:
     """Run chains for `num_steps`; compare them with the data and with their `short_steps` state.
 
+    A chain is high if its energy exceeds the third quartile of the data's by more than three times
+    the interquartile range (Tukey's outer fence, which one normal energy in 400,000 passes).
     A chain is spurious if its energy is below the `energy_quantile` of the data's and its
     distance to the nearest datum exceeds `distance_factor` times the 99% quantile of such
     distances within the data. Long and short chains differ if a two-sample Kolmogorov-Smirnov
@@ -153,6 +161,10 @@ def long_run_audit(
     far = _nearest(long, data) > distance_factor * spacing
     spurious = (e_long < e_data.quantile(energy_quantile)) & far & healthy
     fraction = float(spurious.double().mean())
+    first, third = e_data.quantile(0.25), e_data.quantile(0.75)
+    fence = third + 3 * (third - first)
+    # Energies with a heavy tail have data above the fence as well.
+    high = float(((e_long > fence) & healthy).double().mean() - (e_data > fence).double().mean())
 
     shift, shifted_in, p_value = 0.0, "energy", 1.0
     if int(healthy.sum()) >= 2:
@@ -176,13 +188,21 @@ def long_run_audit(
         variance_long=_variance(long),
         spurious=spurious,
         spurious_fraction=fraction,
+        high_fraction=high,
         diverged=diverged.cpu(),
         shift=shift,
         shifted_in=shifted_in,
         p_value=p_value,
         law_differs=differs,
         alarm=_alarm(
-            int(spurious.sum()), int(diverged.sum()), len(x), differs, shift, shifted_in, persistent
+            int(spurious.sum()),
+            int(diverged.sum()),
+            len(x),
+            high,
+            differs,
+            shift,
+            shifted_in,
+            persistent,
         ),
     )
 
@@ -278,6 +298,7 @@ def _alarm(
     num_spurious: int,
     num_diverged: int,
     num: int,
+    high: float,
     differs: bool,
     shift: float,
     name: str,
@@ -294,6 +315,12 @@ def _alarm(
             f"audit: {num_spurious} of {num} chains fell into spurious minima, below the data's "
             f"energy and far from data. Set evaluation.audit_feedback: true, or raise "
             f"sampler.num_steps or buffer.reinit_prob."
+        )
+    if high > MAX_HIGH:
+        return (
+            f"audit: {high:.0%} of long chains have energies far above the data's, beyond the third "
+            "quartile by three interquartile ranges: the model's mass does not lie where the data "
+            "are likely, the chains are hotter than T, or they have not converged. Lower sampler.step_size, raise sampler.num_steps, or train longer."
         )
     if differs and persistent:
         return (

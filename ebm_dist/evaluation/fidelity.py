@@ -294,18 +294,13 @@ def check_data(train: Batch, test: Batch, spec: EventSpec) -> None:
     """Raise ValueError for data that the classifier cannot be trained on."""
     if spec.kind != "image" or len(spec.shape) != 3:
         raise ValueError(
-            f"evaluation.fidelity: needs images (C, H, W), the data has {spec.kind} events of "
-            f"shape {spec.shape}; set evaluation.fidelity: false"
+            f"needs images (C, H, W), the data has {spec.kind} events of shape {spec.shape}"
         )
     if train.label is None:
-        raise ValueError(
-            "evaluation.fidelity: needs labels to train its classifier, the data has none; set "
-            "evaluation.fidelity: false"
-        )
+        raise ValueError("needs labels to train its classifier, the data has none")
     for name, batch in (("train", train), ("test", test)):
         if tuple(batch.x.shape[1:]) != spec.shape or batch.x.shape[0] < 4:
             raise ValueError(
-                f"evaluation.fidelity: the {name} split is {tuple(batch.x.shape)}, expected at "
-                f"least 4 images of shape {spec.shape}; add images, or set evaluation.fidelity: "
-                "false"
+                f"needs at least 4 images of shape {spec.shape} in each split, the {name} split is "
+                f"{tuple(batch.x.shape)}"
             )

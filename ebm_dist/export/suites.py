@@ -287,7 +287,8 @@ def _landscape(
     )
     metrics = {**audit.metrics(), "audit/energy_data": audit.energy_data}
     healthy = (
-        "no alarm: no chain diverged, none found energies below the data's far from them, and "
+        "no alarm: no chain diverged, none found energies below the data's far from them, few lie "
+        "far above the data's, and long and short chains agree"
     )
-    notes = [audit.alarm or healthy + "long and short chains agree"]
+    notes = [audit.alarm or healthy]
     return {k: v for k, v in metrics.items() if math.isfinite(v)}, notes

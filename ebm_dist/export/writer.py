@@ -84,13 +84,15 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
         ) from None
     sampler = run.sampler.model_dump(mode="json")
     began = found.meta.get("init_from")
+    # An objective without negatives trains without chains, whatever these sections say.
+    moved = ("buffer", "workers", "flow") if run.objective.build().needs_negatives else ()
     about = {
         "temperature": run.sampler.build().temperature,
         "temperature_source": model_card.temperature_source(sampler),
         "data": _set_keys(run.data.model_dump(mode="json")),
         "recipe": {
             key: getattr(run, key).model_dump(mode="json")
-            for key in ("objective", "buffer", "workers", "learner", "flow")
+            for key in ("objective", *moved, "learner")
         },
         "lineage": model_card.lineage(
             hashlib.sha256(config.dump(run).encode()).hexdigest(),

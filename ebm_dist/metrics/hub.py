@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ebm_dist.core.errors import UserError
-from ebm_dist.files.durable import replace_text, replacing
+from ebm_dist.files.durable import replacing
 from ebm_dist.files.safe_open import make_directory
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import resolve_mode, scrub, with_environment
@@ -30,7 +29,6 @@ MAX_WAITING = 10_000
 
 NUM_BINS = 64
 HISTOGRAMS_FILE = "histograms.jsonl"
-SUMMARY_FILE = "summary.json"
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ class MetricHub:
     **Resume.** With `resume_step` s, rows beyond s move to `metrics.superseded.jsonl`, so
     `metrics.jsonl` always holds one history. W&B cannot delete rows: for updates that a
     resumed run repeats, it keeps the rows that were logged first. In a live run that returns to a
-    checkpoint, `rewind` moves the rows, and so does the first row of a newer epoch. The old rows
+    checkpoint, the first row of a newer epoch moves the rows that it repeats. The old rows
     may not be finite, so W&B then gets the newer rows as well, with the greater `epoch`.
 
     Args:
@@ -74,7 +72,6 @@ class MetricHub:
         self._notices: list[str] = []
         self._told: set[str] = set()
         self._num_dropped = 0
-        self._summary: dict[str, Any] = {}
         try:
             self._jsonl = JsonlSink(self._run_dir / METRICS_FILE)
             self._histograms = JsonlSink(self._run_dir / HISTOGRAMS_FILE)
@@ -139,21 +136,6 @@ class MetricHub:
             self._put("histogram", {**row, "counts": counts.tolist(), "edges": edges.tolist()})
         except Exception as error:
             self._trouble("histogram", error)
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Set final figures of the run: `summary.json`, and W&B's summary."""
-        try:
-            plain: dict[str, Any] = {}
-            for name, value in values.items():
-                number = _scalar(value)
-                plain[str(name)] = str(value) if number is None else number
-            self._put("summary", plain)
-        except Exception as error:
-            self._trouble("summary", error)
-
-    def rewind(self, step: int) -> None:
-        """Supersede rows beyond `step`, because the run returns to its checkpoint of that step."""
-        self._put("rewind", int(step))
 
     def info(self) -> dict[str, Any]:
         """Where metrics go. Does not wait for W&B.
@@ -254,17 +236,6 @@ class MetricHub:
         elif kind == "histogram":
             self._pass_on({**item, "kind": "histogram"})
             self._histograms.append([item])
-        elif kind == "summary":
-            self._summary.update(item)
-            self._pass_on({"kind": "summary", "values": item})
-            finite = {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in self._summary.items()
-            }
-            text = json.dumps(finite, indent=2, sort_keys=True) + "\n"
-            replace_text(self._run_dir / SUMMARY_FILE, text)
-        elif kind == "rewind":
-            self._rewind(item)
         elif kind == "flush":
             try:
                 self._jsonl.sync()
@@ -278,16 +249,13 @@ class MetricHub:
         if epoch > self._epoch:
             # A new attempt, which repeats the updates after its first step.
             if self._last_step > step:
-                self._rewind(step)
+                self._jsonl.rewind(step)
+                self._last_step = step
             self._epoch = epoch
         self._last_step = max(self._last_step, step)
         # W&B comes first, so that a full disk below `run_dir` does not end its curves.
         self._pass_on({**item, "kind": "row", "values": values})
         self._jsonl.append([{"step": step, "epoch": epoch, **values}])
-
-    def _rewind(self, step: int) -> None:
-        self._jsonl.rewind(step)
-        self._last_step = min(self._last_step, step)
 
     def _pass_on(self, item: dict[str, Any]) -> None:
         if self._wandb is None:

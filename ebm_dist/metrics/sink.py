@@ -108,7 +108,7 @@ class WandbSink:
         return f"{wandb} sync {shlex.quote(str(self.dir))}/{kind}-*{self.run_id}"
 
     def put(self, item: Mapping[str, Any]) -> None:
-        """Queue one item: {"kind": "row" | "image" | "histogram" | "summary", ...}.
+        """Queue one item: {"kind": "row" | "image" | "histogram", ...}.
 
         Raises:
             OSError: the spool cannot be written.
@@ -195,8 +195,7 @@ class WandbSink:
             return False
         if self.run_id != self._run.id:
             self._kept.rename(self._run.id)
-        if summary := self._spool.start_at(self._num_arrived(mode)):
-            self._run.summary.update(summary)
+        self._spool.start_at(self._num_arrived(mode))
         if "away" in self._told or "lost" in self._told:
             if mode == self.mode:
                 self._notice("W&B: connected; what was kept is being sent")
@@ -273,7 +272,7 @@ class WandbSink:
                     self._lost(error)
                     return False
                 self._spool.advance(mark)
-                self._kept.num_passed_on += item.get("kind") != "summary"
+                self._kept.num_passed_on += 1
             self._kept.save()
         return True
 
@@ -296,9 +295,6 @@ class WandbSink:
                 wandb.teardown()
 
     def _send(self, item: Mapping[str, Any]) -> None:
-        if item.get("kind") == "summary":
-            self._run.summary.update(item["values"])
-            return
         frame = {name: item[name] for name in FRAME if item.get(name) is not None}
         try:
             values = _logged(item)

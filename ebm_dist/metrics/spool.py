@@ -22,9 +22,9 @@ RECENT = 2000
 class Spool:
     """All items for a W&B run, in order, in a file that outlives server, service and hub.
 
-    Each item except a summary becomes one line of the run's history. So the number of lines on the
-    server shows which items it has, after any crash, and the rest is sent. Items are never removed,
-    since a run that replaces a deleted one needs all of them.
+    Each item becomes one line of the run's history. So the number of lines on the server shows
+    which items it has, after any crash, and the rest is sent. Items are never removed, since a run
+    that replaces a deleted one needs all of them.
 
     Each item is stored once. A resumed run repeats the updates after its checkpoint, and the driver
     sends a new hub the items that the dead one had not confirmed; the server may already have those
@@ -64,10 +64,8 @@ class Spool:
         with self._lock, open_to_append(self._path) as file:
             file.write(encode(item))
 
-    def start_at(self, num: int) -> dict[str, Any]:
-        """Continue after the first `num` items, which the server has; returns the summary of the
-        items before that point."""
-        summary: dict[str, Any] = {}
+    def start_at(self, num: int) -> None:
+        """Continue after the first `num` items, which the server has."""
         left, self._taken = num, 0
         with self._lock:
             self._path.touch()
@@ -77,11 +75,7 @@ class Spool:
                 while left and self._taken < end:
                     line = file.readline()
                     self._taken += len(line)
-                    item = decode(line) or {}
-                    if item.get("kind") == "summary":
-                        summary.update(item["values"])
-                    else:
-                        left -= 1
+                    left -= 1
             if left:
                 # The server has more items than this file: the machine died before the last items
                 # were on disk, or the run is older than the file. Empty items replace them.
@@ -90,7 +84,6 @@ class Spool:
                     file.write(data[:end] + empty + data[end:])
                 self._taken = end + len(empty)
             self._at_start = None
-        return summary
 
     def take(self, most: int = 500) -> list[tuple[dict[str, Any], int]]:
         """Up to `most` items, each with the position to pass to `advance` once it is sent.

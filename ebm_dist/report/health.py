@@ -179,8 +179,8 @@ def _lag(series: Series, tails: Mapping[str, float]) -> Finding | None:
 def _leases(series: Series, tails: Mapping[str, float]) -> Finding | None:
     names = ("free", "leased", "ready", "capacity")
     parts = [_last(series, f"buffer/{name}") for name in names]
-    if any(part is None for part in parts):
-        return None
+    if any(part is None for part in parts) or not parts[-1]:
+        return None  # not logged, or a run without chains
     free, leased, ready, capacity = (part or 0.0 for part in parts)
     if free + leased + ready != capacity:
         return Finding(

@@ -88,7 +88,6 @@ def render(run_dir: Path) -> str:
         *_samples(run_dir / "samples"),
         *_curves(series),
         *_table(series),
-        *_final(run_dir / "summary.json"),
         *_config(run_dir / "config.yaml"),
         "</body></html>",
     ]
@@ -226,19 +225,6 @@ def _table(series: Mapping[str, Pairs]) -> Iterator[str]:
             f"<td>{_text('' if unit == '1' else unit)}</td><td>{_text(meaning)}</td></tr>"
         )
     yield "</table>"
-
-
-def _final(path: Path) -> Iterator[str]:
-    try:
-        summary = decode(read_bytes(path))
-    except OSError:
-        return
-    if summary:
-        yield "<h2>Final figures</h2><table>"
-        for name, value in sorted(summary.items()):
-            shown = number(value) if isinstance(value, int | float) else str(value)
-            yield f"<tr><td>{_text(name)}</td><td class='n'>{_text(shown)}</td></tr>"
-        yield "</table>"
 
 
 def _config(path: Path) -> Iterator[str]:

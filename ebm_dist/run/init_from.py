@@ -439,7 +439,7 @@ def _said(lineage: Mapping[str, Any]) -> str:
     kind = {"ema": "averaged", "last": "last"}[lineage["weights"]]
     return one_line(
         f"begins with the {kind} weights of {lineage['path']}: run {lineage['run']}, update "
-        f"{lineage['step']}, sha256 {str(lineage['sha256']):.12}"
+        f"{lineage['step']}, sha256 {lineage['sha256']!s:.12}"
     )
 
 

@@ -82,7 +82,12 @@ def check_evaluation(config: RunConfig) -> None:
         )
     test, spec = load_split(config.data, "test", 4), describe(config.data)
     if wants_fidelity(config.evaluation, spec):
-        check_data(load_split(config.data, "train", 4), test, spec)
+        try:
+            check_data(load_split(config.data, "train", 4), test, spec)
+        except ValueError as error:
+            raise UserError(
+                f"evaluation.fidelity: {error}; set evaluation.fidelity: false"
+            ) from None
 
 
 def check_compiler(config: RunConfig) -> None:

@@ -48,7 +48,7 @@ def check_resumable(config: RunConfig, spec: EventSpec, found: CheckpointDir) ->
     # What is gone by now, or was named from another directory, is not what is asked for here.
     if path is not None and path != began and (began is None or os.path.lexists(path)):
         raise UserError(
-            f"run.init_from: {path} is not read, since {found.path.parents[1]} holds a run already; "
+            f"run.init_from: {path} would not be read, since {found.path.parents[1]} holds a run; "
             "choose another run.name or --run-dir to begin a new run there, or leave run.init_from "
             "out to go on with that one"
         )

@@ -23,6 +23,10 @@ from ebm_dist.core.seeds import derive_seed
 _Found = tuple[int, dict[str, float]] | None
 
 
+_COUNTED = ("free", "leased", "ready", "capacity", "late_checkins", "expired_leases")
+"""What a shard says of itself with each round, for the metrics `buffer/*`."""
+
+
 class Lookout:
     """Looks at the parts between two updates; what takes long is started here and logged later.
 
@@ -154,8 +158,9 @@ class Lookout:
         if self._pool.num_started:
             values["flow/rounds_by_rows"] = self._pool.num_by_rows / self._pool.num_started
         counts = self._pool.counts.values()
-        for name in ("free", "leased", "ready", "capacity", "late_checkins", "expired_leases"):
-            values[f"buffer/{name}"] = float(sum(c[name] for c in counts))
+        if self._graph.needs_negatives:
+            for name in _COUNTED:
+                values[f"buffer/{name}"] = float(sum(c[name] for c in counts))
         # A shard says how it stands with each round; of one that has had none all chains are free.
         for index in range(len(self._graph.shards)):
             if index not in self._pool.counts:

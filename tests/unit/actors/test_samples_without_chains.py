@@ -14,6 +14,7 @@ from ebm_dist.controller.observers.monitor import Lookout
 from ebm_dist.core.types import EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.energies import FAMILY as ENERGIES
+from ebm_dist.report.html import render
 from ebm_dist.samplers import FAMILY as SAMPLERS
 
 FLAT = {
@@ -77,3 +78,19 @@ def test_samples_start_at_the_width_of_the_buffer_and_move_by_other_noise() -> N
     for other in (moves, noises(8, 1, 1e-6), noises(6, 1, 1e-6), noises(8, 1, 1e6) / 1e6):
         correlation = float(torch.corrcoef(torch.stack([starts, other]))[0, 1])
         assert abs(correlation) < 4 / 4000**0.5
+
+
+def test_card_and_report_of_a_run_without_chains_name_nothing_that_did_not_run(
+    tmp_path: Path,
+) -> None:
+    run(tmp_path / "run", "run.steps=5", "evaluation.every=5", base=FLAT)
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    recipe = [line.split("**")[1] for line in card.splitlines() if line.startswith("- **")]
+    assert recipe == ["energy", "sampler", "objective", "learner"]
+    page = render(tmp_path / "run")
+    assert "accounted for" not in page
+    assert "buffer/" not in page
+    run(tmp_path / "chains", "run.steps=5")
+    card = (tmp_path / "chains" / "export" / "README.md").read_text()
+    assert "- **buffer**" in card
+    assert "all 256 chains are accounted for" in render(tmp_path / "chains")

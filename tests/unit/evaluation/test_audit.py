@@ -7,7 +7,7 @@ import torch
 
 from ebm_dist import energies, samplers
 from ebm_dist.evaluation import EvaluationConfig
-from ebm_dist.evaluation.audit import long_run_audit
+from ebm_dist.evaluation.audit import MAX_HIGH, long_run_audit
 
 
 def normal(num, dim, std=1.0, seed=0):
@@ -67,6 +67,24 @@ def test_feeding_the_chains_back_removes_the_planted_minimum():
     with torch.no_grad():
         planted = float(energy(torch.tensor([[5.0, 0.0]])))
         assert planted > float(energy(data).quantile(0.5))
+
+
+def test_chains_far_above_the_datas_energies_are_an_alarm():
+    # The model is far wider than the data: its own law lies where the data never is.
+    wide = energies.quadratic(precision=[1.0, 1.0])
+    audit = audit_of(wide, data=0.1 * normal(400, 2, seed=1))
+    assert audit.high_fraction > 0.9
+    assert audit.alarm is not None
+    assert "lie far above the data's energies" in audit.alarm
+
+
+def test_energies_of_data_with_a_heavy_tail_are_not_taken_for_high():
+    # One coordinate of a quadratic has chi-squared energies: some per cent are past the fence.
+    audit = audit_of(
+        energies.quadratic(precision=[1.0]), data=normal(400, 1, seed=1), x=normal(200, 1, seed=2)
+    )
+    assert abs(audit.high_fraction) < MAX_HIGH
+    assert audit.alarm is None
 
 
 def test_a_right_model_raises_no_alarm():

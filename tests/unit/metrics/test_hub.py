@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
@@ -145,20 +144,17 @@ def test_bad_arguments_raise_nothing(tmp_path: Path) -> None:
         hub.images("samples", 1, np.zeros((2, 3)))
         hub.images("samples", 1, tmp_path / "not_there.png")
         hub.histogram("histogram/age", 1, np.array(["a"]))
-        hub.summary(None)  # type: ignore[arg-type]
         hub.log(2, 0, {"energy/gap": 1.0})
     hub.log(3, 0, {"energy/gap": 1.0})  # closed: ignored
     hub.close()
     assert [row["step"] for row in rows_of(tmp_path)] == [2]
 
 
-def test_histograms_pictures_and_summary_are_kept_in_files(tmp_path: Path) -> None:
+def test_histograms_and_pictures_are_kept_in_files(tmp_path: Path) -> None:
     images = np.linspace(-1, 1, 4 * 1 * 8 * 8, dtype=np.float32).reshape(4, 1, 8, 8)
     with opened(tmp_path) as hub:
         hub.images("samples/chains", 7, images)
         hub.histogram("histogram/age", 7, np.r_[np.arange(640), np.nan])
-        hub.summary({"likelihood/log_z": 1.5, "done": "yes"})
-        hub.summary({"likelihood/log_z": 2.5})
     with Image.open(tmp_path / "samples" / "samples-chains-00000007.png") as picture:
         pixels = np.asarray(picture)
     assert np.unique(pixels[..., 0]).size > 200
@@ -167,10 +163,6 @@ def test_histograms_pictures_and_summary_are_kept_in_files(tmp_path: Path) -> No
     assert row["counts"] == [10] * 64
     assert row["edges"][0] == 0
     assert row["edges"][-1] == 639
-    assert json.loads((tmp_path / "summary.json").read_text()) == {
-        "likelihood/log_z": 2.5,
-        "done": "yes",
-    }
 
 
 def test_a_run_directory_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:

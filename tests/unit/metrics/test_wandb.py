@@ -85,7 +85,6 @@ def test_an_offline_run_holds_rows_config_histograms_and_pictures(
         hub.log(step, 0, {"energy/gap": step / 8})
     hub.images("samples", 20, np.zeros((4, 1, 8, 8)))
     hub.histogram("histogram/age", 20, np.arange(64))
-    hub.summary({"likelihood/log_z": 4.5})
     hub.close()
 
     info = hub.info()
@@ -112,7 +111,6 @@ def test_an_offline_run_holds_rows_config_histograms_and_pictures(
     assert summary["config"]["data"] == {"token": "***", "commit": "a" * 40}
     assert summary["summary"]["histogram/age"]["values"] == [1] * 64
     assert summary["summary"]["samples"]["_type"] == "image-file"
-    assert summary["summary"]["likelihood/log_z"] == 4.5
 
 
 def test_an_online_run_arrives_whole_and_no_output_holds_the_key(
