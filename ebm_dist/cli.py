@@ -319,15 +319,17 @@ def data_prepare(
 
 @app.command(epilog="Example: ebm-dist report runs/digits --out digits.html")
 def report(
-    run_dir: Annotated[Path, _Argument(help="A run directory.")],
+    run_dir: Annotated[
+        list[Path], _Argument(help="A run directory; several are compared in one page.")
+    ],
     out: Annotated[
         Path | None, _Option(help="The page to write; RUN_DIR/report.html when left out.")
     ] = None,
 ) -> None:
-    """Write one HTML page about a run: chain health, curves, samples, config."""
+    """Write one HTML page about a run, or several: chain health, curves, samples, config."""
     from ebm_dist.report.html import write_report
 
-    print(write_report(run_dir, out))
+    print(write_report(*run_dir, out=out))
 
 
 @dashboard_app.command("write", epilog="Example: ebm-dist dashboard write --out dashboard.json")

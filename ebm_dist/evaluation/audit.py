@@ -22,11 +22,6 @@ from ebm_dist.core.types import EnergyFn
 from ebm_dist.samplers.chain import run_chain
 from ebm_dist.samplers.kernel import Kernel
 
-SHORT_RUN_REINIT = 0.5
-"""From this buffer.reinit_prob on, training is short-run: the audit then begins at fresh starts, as
-the chains do. Below it, the audit continues from the buffer's chains."""
-
-
 MAX_HIGH = 0.05
 """Largest share of long chains far above the data's energies without an alarm."""
 
@@ -318,9 +313,10 @@ def _alarm(
         )
     if high > MAX_HIGH:
         return (
-            f"audit: {high:.0%} of long chains have energies far above the data's, beyond the third "
+            f"audit: {high:.0%} of long chains lie far above the data's energies, beyond the third "
             "quartile by three interquartile ranges: the model's mass does not lie where the data "
-            "are likely, the chains are hotter than T, or they have not converged. Lower sampler.step_size, raise sampler.num_steps, or train longer."
+            "are likely, the chains are hotter than T, or they have not converged. Lower "
+            "sampler.step_size, raise sampler.num_steps, or train longer."
         )
     if differs and persistent:
         return (

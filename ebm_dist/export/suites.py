@@ -27,7 +27,7 @@ from ebm_dist.evaluation import (
     ood_report,
     robust_accuracy,
 )
-from ebm_dist.evaluation.audit import SHORT_RUN_REINIT
+from ebm_dist.evaluation.regime import SHORT_RUN_REINIT
 from ebm_dist.export.reader import Export
 from ebm_dist.export.sample import draw
 from ebm_dist.samplers import law

@@ -17,16 +17,18 @@ class Metric:
     """Meaning and unit of a metric.
 
     `unit` is "1" for ratios and other dimensionless numbers. `promised` names are part of the
-    public interface; the others may change.
+    public interface; the others may change. `healthy` is the range of a healthy run, None where
+    no number can tell.
     """
 
     meaning: str
     unit: str = "1"
     promised: bool = False
+    healthy: tuple[float, float] | None = None
 
 
-def _promised(meaning: str, unit: str = "1") -> Metric:
-    return Metric(meaning, unit, promised=True)
+def _promised(meaning: str, unit: str = "1", healthy: tuple[float, float] | None = None) -> Metric:
+    return Metric(meaning, unit, promised=True, healthy=healthy)
 
 
 METRICS: dict[str, Metric] = {
@@ -69,7 +71,9 @@ METRICS: dict[str, Metric] = {
         "Langevin; ignores clipping and clamping",
         "energy",
     ),
-    "sampler/acceptance": _promised("mean acceptance probability of proposed moves"),
+    "sampler/acceptance": _promised(
+        "mean acceptance probability of proposed moves", healthy=(0.2, 1.0)
+    ),
     "sampler/grad_norm": _promised("mean norm of dE/dx along the chains", "energy/x"),
     "sampler/displacement": Metric("mean distance that a chain moves in a round", "x"),
     "sampler/accepted": Metric("fraction of proposed moves that were accepted"),
@@ -93,9 +97,13 @@ METRICS: dict[str, Metric] = {
         "draws",
     ),
     "chain/rhat": _promised("split R-hat of energies over chains; above 1.1 they disagree"),
-    "chain/self_transition": _promised("probability that a step does not move the chain"),
+    "chain/self_transition": _promised(
+        "probability that a step does not move the chain", healthy=(0.0, 0.8)
+    ),
     "chain/age_mean": _promised("mean number of rounds since a chain was started", "rounds"),
-    "chain/stagnant": Metric("fraction of chains that are stuck by the stagnation test"),
+    "chain/stagnant": Metric(
+        "fraction of chains that are stuck by the stagnation test", healthy=(0.0, 0.2)
+    ),
     "chain/trace_autocorrelation": Metric(
         "rounds of the traced chains per effective draw of positions, in the worst coordinate; "
         "chains that differ in mean raise it",
@@ -125,7 +133,9 @@ METRICS: dict[str, Metric] = {
     "flow/repaired": _promised("stale chains moved further before use so far", "chains"),
     "flow/dropped": _promised("stale chains dropped so far", "chains"),
     "flow/lost": Metric("negatives lost so far with the node that held them", "chains"),
-    "flow/ess_ratio": _promised("effective fraction of the negatives after weighting, in (0, 1]"),
+    "flow/ess_ratio": _promised(
+        "effective fraction of the negatives after weighting, in (0, 1]", healthy=(0.3, 1.0)
+    ),
     "flow/local_rounds": Metric("fraction of rounds so far that ran on the node of their shard"),
     "flow/rounds_by_rows": Metric("fraction of rounds so far on chains in shared memory"),
     "flow/mcmc_steps_per_update": _promised("chain steps per learner update", "steps"),
@@ -165,7 +175,9 @@ METRICS: dict[str, Metric] = {
     # Auditor: very long chains off the training path.
     "audit/energy": Metric("mean energy at the end of the long chains", "energy"),
     "audit/energy_gap": Metric("mean energy of data minus that of the long chains", "energy"),
-    "audit/spurious": Metric("fraction of long chains with lower energy than data, far from it"),
+    "audit/spurious": Metric(
+        "fraction of long chains with lower energy than data, far from it", healthy=(0.0, 0.05)
+    ),
     "audit/law_distance": Metric(
         "largest Kolmogorov-Smirnov distance between long and short chains: energy, radius or "
         "projections"

@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ebm_dist.evaluation.regime import GENERATOR, is_short_run_generator
+from ebm_dist.metrics.names import METRICS
+
 Series = Mapping[str, Sequence[tuple[int, float]]]
 """Metric name to its (step, value) pairs in order of step; a value may be NaN."""
 
@@ -19,26 +22,74 @@ TAIL = 0.2
 """Share of a run, at its end, that the verdicts look at: its youth is not its state."""
 
 
+STATES = ("bad", "warn", "note", "ok")
+"""The worst first. A note says how to read the run, and asks for nothing."""
+
+OF_A_SAMPLER = frozenset({"chain/stagnant", "chain/self_transition", "chain/rhat"})
+"""Metrics that are alarming only where chains are to sample the model's law."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One verdict. `advice` says what to change, in the config's own words; empty if ok."""
 
-    state: Literal["ok", "warn", "bad"]
+    state: Literal["ok", "note", "warn", "bad"]
     what: str
     advice: str = ""
+    metric: str = ""
+    """The metric whose curve shows it."""
+    page: str = ""
+    """Where the docs explain it: file#heading."""
 
 
 def examine(series: Series, config: Mapping[str, Any] | None = None) -> list[Finding]:
     """Findings about the end of a run, the worst first; what was not logged is not judged.
 
     Args:
-        config: the run's, complete, for advice that fits it.
+        config: the run's, complete, for its regime and for advice that fits it.
     """
     tails = {name: _tail(pairs) for name, pairs in series.items()}
-    findings = [finding for rule in _RULES if (finding := rule(series, tails)) is not None]
+    generator = is_short_run_generator(*_regime(tails, config or {}))
+    findings: list[Finding] = []
+    for metric, page, rule in _RULES:
+        finding = rule(series, tails)
+        if finding is None:
+            continue
+        if generator and metric in OF_A_SAMPLER and finding.state != "ok":
+            finding = Finding("note", f"{finding.what.split(':')[0]}: {GENERATOR}")
+        findings.append(replace(finding, metric=metric, page=page if finding.advice else ""))
     if config is not None:
         findings = [replace(found, advice=_fitting(found.advice, config)) for found in findings]
-    return sorted(findings, key=lambda finding: ("bad", "warn", "ok").index(finding.state))
+    return sorted(findings, key=lambda finding: STATES.index(finding.state))
+
+
+def judged(
+    series: Series, config: Mapping[str, Any] | None = None
+) -> dict[str, tuple[float, float]]:
+    """The healthy range of every metric that has one in this run's regime."""
+    tails = {name: _tail(pairs) for name, pairs in series.items()}
+    generator = is_short_run_generator(*_regime(tails, config or {}))
+    return {
+        name: metric.healthy
+        for name, metric in METRICS.items()
+        if metric.healthy is not None and not (generator and name in OF_A_SAMPLER)
+    }
+
+
+def _regime(tails: Mapping[str, float], config: Mapping[str, Any]) -> tuple[float, float]:
+    """The temperature of the chains and buffer.reinit_prob, as far as they are known."""
+
+    def said(section: str, key: str) -> float:
+        part = config.get(section)
+        value = part.get(key) if isinstance(part, dict) else None
+        return float(value) if isinstance(value, int | float) else math.nan
+
+    temperature = _known(tails, "sampler/temperature")
+    if temperature is None:
+        temperature = said("sampler", "temperature")
+    if math.isnan(temperature) and said("sampler", "step_size") > 0:
+        temperature = said("sampler", "noise_std") ** 2 / (2 * said("sampler", "step_size"))
+    return temperature, said("buffer", "reinit_prob")
 
 
 _KEY = re.compile(r"\b(buffer|evaluation|flow|learner|objective|sampler|workers)\.(\w+)")
@@ -140,24 +191,40 @@ def _gap(series: Series, tails: Mapping[str, float]) -> Finding | None:
 
 def _between(
     name: str,
-    low: float,
-    high: float,
-    too_low: tuple[str, str],
-    too_high: tuple[str, str],
+    too_low: tuple[str, str] | None,
+    too_high: tuple[str, str] | None,
     *,
-    state: Literal["warn", "bad"] = "warn",
+    state: Literal["note", "warn", "bad"] = "warn",
 ) -> _Rule:
+    """Judges `name` by its healthy range; an end without words cannot be passed."""
+    limits = METRICS[name].healthy
+    assert limits is not None
+
     def rule(series: Series, tails: Mapping[str, float]) -> Finding | None:
         value = _known(tails, name)
         if value is None:
             return None
-        if value < low:
+        if too_low is not None and value < limits[0]:
             return Finding(state, f"{name} {value:.3g}: {too_low[0]}", too_low[1])
-        if value > high:
+        if too_high is not None and value > limits[1]:
             return Finding(state, f"{name} {value:.3g}: {too_high[0]}", too_high[1])
         return Finding("ok", f"{name} {value:.3g}")
 
     return rule
+
+
+def _waits(series: Series, tails: Mapping[str, float]) -> Finding | None:
+    share = _known(tails, "wait/learner")
+    if share is None:
+        return None
+    if share <= 0.5:
+        return Finding("ok", f"wait/learner {share:.3g}")
+    return Finding(
+        "note",
+        f"wait/learner {share:.3g}: the learner mostly waits for negatives; more workers on more "
+        "cores make the run faster, not better",
+        "raise workers.num_workers or lower sampler.num_steps",
+    )
 
 
 def _lag(series: Series, tails: Mapping[str, float]) -> Finding | None:
@@ -220,7 +287,8 @@ def _spurious(series: Series, tails: Mapping[str, float]) -> Finding | None:
     share = _known(tails, "audit/spurious")
     if share is None:
         return None
-    if share <= 0.05:
+    limits = METRICS["audit/spurious"].healthy
+    if limits is not None and share <= limits[1]:
         return Finding("ok", f"audit/spurious {share:.3g}")
     advice = "raise sampler.num_steps or lower learner.lr"
     if _last(series, "buffer/capacity"):  # else the objective takes no negatives
@@ -242,57 +310,54 @@ def _fidelity(series: Series, tails: Mapping[str, float]) -> Finding | None:
     return Finding("ok", f"fidelity/distance {distance:.3g}, one Gaussian has {gaussian:.3g}")
 
 
-_RULES: tuple[_Rule, ...] = (
-    _finite,
-    _bounded,
-    _gap,
-    _between(
+_EXPLODED = "docs/failures.md#Numbers that are not finite, and energies that explode"
+
+_RULES: tuple[tuple[str, str, _Rule], ...] = (
+    ("loss/total", _EXPLODED, _finite),
+    ("energy/positive", _EXPLODED, _bounded),
+    ("energy/gap", "docs/flow.md#Workers, negatives and updates", _gap),
+    (
         "sampler/acceptance",
-        0.2,
-        1.01,
-        ("most moves are refused", "lower sampler.step_size"),
-        ("above one", "this is a defect of the kernel: report it"),
+        "docs/gallery/README.md#Gallery",
+        _between("sampler/acceptance", ("most moves are refused", "lower sampler.step_size"), None),
     ),
-    _between(
+    (
         "chain/self_transition",
-        -0.01,
-        0.8,
-        ("below zero", "this is a defect of the diagnostics: report it"),
-        ("chains stand still", "lower sampler.step_size or raise buffer.reinit_prob"),
-        state="bad",
+        "docs/gallery/README.md#Gallery",
+        _between(
+            "chain/self_transition",
+            None,
+            ("chains stand still", "lower sampler.step_size or raise buffer.reinit_prob"),
+            state="bad",
+        ),
     ),
-    _between(
+    (
         "chain/stagnant",
-        -0.01,
-        0.2,
-        ("below zero", "this is a defect of the diagnostics: report it"),
-        (
-            "many chains are stuck",
-            "raise sampler.temperature or raise sampler.noise_std or raise sampler.num_steps or "
-            "raise buffer.reinit_prob",
+        "docs/gallery/README.md#Gallery",
+        _between(
+            "chain/stagnant",
+            None,
+            (
+                "many chains are stuck",
+                "raise sampler.temperature or raise sampler.noise_std or raise sampler.num_steps "
+                "or raise buffer.reinit_prob",
+            ),
+            state="bad",
         ),
-        state="bad",
     ),
-    _lag,
-    _between(
+    ("flow/lag_max", "docs/flow.md#Negatives that are too old", _lag),
+    (
         "flow/ess_ratio",
-        0.3,
-        1.01,
-        ("few negatives carry the weight", "lower flow.max_lag or set flow.stale: repair"),
-        ("above one", "this is a defect of the weights: report it"),
-    ),
-    _between(
-        "wait/learner",
-        -0.01,
-        0.5,
-        ("below zero", "this is a defect of the clock: report it"),
-        (
-            "the learner mostly waits for negatives",
-            "raise workers.num_workers or lower sampler.num_steps",
+        "docs/flow.md#Negatives that are too old",
+        _between(
+            "flow/ess_ratio",
+            ("few negatives carry the weight", "lower flow.max_lag or set flow.stale: repair"),
+            None,
         ),
     ),
-    _leases,
-    _restarts,
-    _fidelity,
-    _spurious,
+    ("wait/learner", "docs/flow.md#How many workers", _waits),
+    ("buffer/free", "docs/failures.md#A worker", _leases),
+    ("fault/restarts", "docs/failures.md#What happens when something dies", _restarts),
+    ("fidelity/distance", "docs/objectives.md#Weights of far modes", _fidelity),
+    ("audit/spurious", "docs/gallery/README.md#Gallery", _spurious),
 )

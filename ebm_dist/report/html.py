@@ -1,57 +1,52 @@
-"""One self-contained HTML page about a run, from whatever its directory still holds."""
+"""One self-contained HTML page about a run, or about several beside each other."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ebm_dist.config.text import read_yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from ebm_dist.core.errors import UserError
 from ebm_dist.files.durable import write_output
-from ebm_dist.files.safe_open import open_to_read, read_bytes
-from ebm_dist.metrics.credentials import scrub_known
-from ebm_dist.metrics.jsonl import METRICS_FILE, SUPERSEDED_FILE, decode
 from ebm_dist.metrics.names import describe
 from ebm_dist.metrics.progress import number
-from ebm_dist.report.health import Finding, examine
-from ebm_dist.report.plots import PANELS, Pairs, collect, draw_panel, other_panels
+from ebm_dist.report.figure import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Curve,
+    Figure,
+    figure,
+    healthy_text,
+    spans_of,
+)
+from ebm_dist.report.health import examine, judged
+from ebm_dist.report.plots import PANELS, other_panels
+from ebm_dist.report.run_files import RunFiles
 
-MAX_PICTURES = 12
-MAX_PICTURE_BYTES = 400_000
+MAX_RUNS = 8
+"""Runs on one page: there are as many colours that can be told apart."""
 
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1180px; padding: 1.5rem;
-       color: #1c2733; background: #fff; }
-h1 { margin: 0; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #d8dee6; }
-.lead { color: #5a6b7d; }
-.grid { display: flex; flex-wrap: wrap; gap: .8rem; }
-.grid figure { margin: 0; } figcaption { font-size: 12px; color: #5a6b7d; }
-.curves img { width: 372px; } .samples img { width: 270px; image-rendering: pixelated; }
-table { border-collapse: collapse; font-size: 13px; } td, th { padding: .2rem .7rem;
-       border-bottom: 1px solid #e6ebf1; text-align: left; vertical-align: top; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-ul.health { list-style: none; padding: 0; } ul.health li { margin: .3rem 0; padding: .35rem .7rem;
-       border-left: 5px solid #3a9d5d; background: #f3f9f5; }
-ul.health li.warn { border-color: #d99a1c; background: #fdf8ec; }
-ul.health li.bad { border-color: #c8372d; background: #fdf0ef; }
-.advice { display: block; color: #5a6b7d; }
-pre { background: #f5f7fa; padding: 1rem; overflow-x: auto; font-size: 12.5px; }
-"""
+_ALARMS = {
+    "chain/alarms": "chains stuck",
+    "fault/restarts": "actors restarted",
+    "fault/rollbacks": "went back to a checkpoint",
+}
 
 
 def write_report(
-    run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
+    *run_dirs: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Write the page about `run_dir` to `out` (`run_dir/report.html` when left out).
+    """Write the page about `run_dirs` to `out`; `run_dir/report.html` where there is one.
 
     Pictures are inside the file, so that it can be sent to somebody. Missing, empty or torn
     parts of the directory are left out of the page, which says so.
@@ -60,182 +55,167 @@ def write_report(
         The page's path.
 
     Raises:
-        UserError: `run_dir` is no directory of a run, or `out` cannot be written.
+        UserError: one is no directory of a run, or `out` is missing or cannot be written.
     """
-    run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise UserError(f"RUN_DIR: {run_dir} is not a directory; give the directory of a run")
-    known = (METRICS_FILE, "config.yaml", "manifest.json", "samples", "checkpoints")
-    if not any((run_dir / name).exists() for name in known):
+    if len(run_dirs) > MAX_RUNS:
         raise UserError(
-            f"RUN_DIR: {run_dir} holds none of {', '.join(known)}; give the directory of a run"
+            f"RUN_DIR: {len(run_dirs)} runs, at most {MAX_RUNS} are compared; name fewer"
         )
-    out = Path(out) if out is not None else run_dir / "report.html"
-    write_output(out, render(run_dir))
-    return out
+    runs = [Path(run) for run in run_dirs]
+    if out is None and len(runs) > 1:
+        raise UserError(
+            "--out: missing; several runs are compared in one page: name its file, e.g. --out "
+            "comparison.html"
+        )
+    path = Path(out) if out is not None else runs[0] / "report.html"
+    write_output(path, render(runs[0]) if len(runs) == 1 else compare(runs))
+    return path
 
 
 def render(run_dir: Path) -> str:
-    """The page as text."""
-    rows, num_torn = _rows(run_dir / METRICS_FILE)
-    series = collect(rows)
-    parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        f"<title>{_text(run_dir.name)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{_text(run_dir.resolve().name)}</h1>",
-        f"<p class='lead'>{_text(_lead(run_dir, series, num_torn))}</p>",
-        *_health(series, _settings(run_dir / "config.yaml")),
-        *_samples(run_dir / "samples"),
-        *_curves(series),
-        *_table(series),
-        *_config(run_dir / "config.yaml"),
-        "</body></html>",
-    ]
-    return "\n".join(parts)
-
-
-def _rows(path: Path) -> tuple[list[dict[str, object]], int]:
-    """The rows of the file, and how many lines of it were torn."""
-    rows, num_torn = [], 0
-    try:
-        with open_to_read(path) as file:
-            for line in file:
-                row = decode(line)
-                if row is not None:
-                    rows.append(row)
-                elif line.strip():
-                    num_torn += 1
-    except OSError:
-        pass
-    return rows, num_torn
-
-
-def _lead(run_dir: Path, series: Mapping[str, Pairs], num_torn: int) -> str:
-    steps = [pairs[-1][0] for pairs in series.values()]
-    parts = [
-        f"{len(series)} metrics up to update {max(steps):,}" if steps else "no metrics were found"
-    ]
-    if num_torn:
-        parts.append(f"torn lines of {METRICS_FILE} passed over: {num_torn}")
-    if (run_dir / SUPERSEDED_FILE).exists():
-        parts.append(f"an earlier attempt's rows are in {SUPERSEDED_FILE}")
-    parts.append(f"written {time.strftime('%Y-%m-%d %H:%M')} from {run_dir}")
-    return "; ".join(parts)
-
-
-def _settings(path: Path) -> Mapping[str, Any] | None:
-    """The run's config, None where it is missing or no mapping."""
-    try:
-        config = read_yaml(read_bytes(path).decode(errors="replace"))
-    except (OSError, ValueError):
-        return None
-    return config if isinstance(config, dict) else None
-
-
-def _health(series: Mapping[str, Pairs], config: Mapping[str, Any] | None) -> Iterator[str]:
-    yield "<h2>Health</h2>"
-    findings = examine(series, config)
-    if not findings:
-        yield "<p>No metric that tells it was logged.</p>"
-        return
-    yield "<ul class='health'>"
-    yield from (_finding(finding) for finding in findings)
-    yield "</ul>"
-
-
-def _finding(finding: Finding) -> str:
-    sign = {"ok": "✓", "warn": "!", "bad": "✗"}[finding.state]
-    advice = f"<span class='advice'>→ {_text(finding.advice)}</span>" if finding.advice else ""
-    return f"<li class='{finding.state}'>{sign} {_text(finding.what)}{advice}</li>"
-
-
-def _samples(directory: Path) -> Iterator[str]:
-    pictures = []
-    if directory.is_dir() and not directory.is_symlink():
-        pictures = sorted(directory.glob("*.png"), key=lambda path: (_step_of(path), path.name))
-    figures = []
-    # First, last and an even choice between: what changed is seen without every picture.
-    last = len(pictures) - 1
-    count = min(len(pictures), MAX_PICTURES)
-    for index in sorted({round(i * last / max(count - 1, 1)) for i in range(count)}):
-        source = _embedded(pictures[index])
-        if source:
-            name = _text(pictures[index].stem)
-            figures.append(
-                f"<figure><img alt='{name}' src='{source}'><figcaption>{name}</figcaption></figure>"
+    """The page about one run as text."""
+    run = RunFiles(run_dir)
+    limits = judged(run.series, run.config)
+    spans = [s for name, what in _ALARMS.items() for s in spans_of(run.series.get(name, []), what)]
+    sections = {}
+    for section, panels in {**PANELS, "Other": other_panels(run.series)}.items():
+        figures = [
+            figure(
+                panel.title,
+                [Curve(name, run.series.get(name, []), name) for name in panel.names],
+                # Of names that are a run's own two may differ in signs that an anchor cannot hold.
+                anchor=_anchor(panel.names[0]) if section in PANELS else f"figure-other-{index}",
+                log=panel.log,
+                about=panel.about,
+                spans=spans,
+                judged=limits,
             )
-    if figures:
-        yield "<h2>Samples</h2><div class='grid samples'>"
-        yield from figures
-        yield "</div>"
+            for index, panel in enumerate(panels)
+        ]
+        sections[section] = [drawn for drawn in figures if drawn]
+    return _page(
+        "run.html",
+        title=run.name,
+        run=run,
+        lead=_lead(run),
+        findings=examine(run.series, run.config),
+        sections={name: figures for name, figures in sections.items() if figures},
+        anchors=_anchors(sections),
+        spans=spans,
+        rows=list(_table(run)),
+    )
 
 
-def _step_of(path: Path) -> int:
-    numbers = re.findall(r"\d+", path.stem)
-    return int(numbers[-1]) if numbers else -1
+def compare(run_dirs: Sequence[Path]) -> str:
+    """The page about several runs as text: verdicts, samples, curves and numbers side by side."""
+    runs = [RunFiles(path) for path in run_dirs]
+    known = {name for run in runs for name in run.series}
+    sections: dict[str, list[Figure]] = {}
+    for section, panels in PANELS.items():
+        figures = [
+            figure(
+                f"{panel.title}: {name}" if len(panel.names) > 1 else panel.title,
+                [Curve(run.name, run.series.get(name, []), name) for run in runs],
+                anchor=_anchor(name),
+                log=panel.log,
+                about=panel.about,
+                judged={},
+            )
+            for panel in panels
+            for name in panel.names
+        ]
+        if drawn := [each for each in figures if each]:
+            sections[section] = drawn
+    return _page(
+        "compare.html",
+        title=" · ".join(run.name for run in runs),
+        runs=runs,
+        leads=[_lead(run) for run in runs],
+        findings=[examine(run.series, run.config) for run in runs],
+        sections=sections,
+        anchors=_anchors(sections),
+        differences=list(_differences(runs)),
+        rows=[
+            (
+                name,
+                [number(r.series[name][-1][1]) if r.series.get(name) else "" for r in runs],
+                metric.meaning if (metric := describe(name)) else "",
+            )
+            for name in sorted(known)
+        ],
+    )
 
 
-def _embedded(path: Path) -> str | None:
-    """The picture as a data URI, made smaller if it is large; None if it is no picture."""
-    from PIL import Image
-
-    try:
-        data = read_bytes(path)
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            picture.load()
-            if len(data) > MAX_PICTURE_BYTES:
-                small = picture.convert("RGB")
-                small.thumbnail((640, 640))
-                buffer = io.BytesIO()
-                small.save(buffer, format="PNG")
-                data = buffer.getvalue()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-    return _uri(data)
+def _page(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("ebm_dist.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    box = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT}
+    box |= {"top": TOP, "bottom": BOTTOM}
+    return environment.get_template(template).render(
+        **values, box=box, number=number, written=time.strftime("%Y-%m-%d %H:%M")
+    )
 
 
-def _uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _lead(run: RunFiles) -> str:
+    parts = ["no metrics were found"]
+    if run.last_step is not None:
+        parts = [f"{len(run.series)} metrics up to update {run.last_step:,}"]
+    if run.num_torn:
+        parts.append(f"torn lines of metrics.jsonl passed over: {run.num_torn}")
+    if run.superseded:
+        parts.append(f"an earlier attempt's rows are in {run.superseded}")
+    return "; ".join([*parts, f"read from {run.path}"])
 
 
-def _curves(series: Mapping[str, Pairs]) -> Iterator[str]:
-    for section, panels in {**PANELS, "Other": other_panels(series)}.items():
-        drawn = [(panel, png) for panel in panels if (png := draw_panel(panel, series))]
-        if drawn:
-            yield f"<h2>{_text(section)}</h2><div class='grid curves'>"
-            for panel, png in drawn:
-                yield f"<img alt='{_text(panel.title)}' src='{_uri(png)}'>"
-            yield "</div>"
+def _anchor(metric: str) -> str:
+    return "figure-" + re.sub(r"[^a-z0-9]+", "-", metric.lower())[:60]
 
 
-def _table(series: Mapping[str, Pairs]) -> Iterator[str]:
-    if not series:
-        return
-    yield "<h2>Last values</h2><table><tr><th>metric</th><th>last</th><th>least</th>"
-    yield "<th>greatest</th><th>unit</th><th>what it says</th></tr>"
-    for name in sorted(series):
-        values = [value for _, value in series[name]]
+def _anchors(sections: Mapping[str, Sequence[Figure]]) -> dict[str, str]:
+    """Metric name to the figure on the page that shows it."""
+    drawn = {figure.anchor for figures in sections.values() for figure in figures}
+    return {
+        name: anchor
+        for panels in PANELS.values()
+        for panel in panels
+        for name in panel.names
+        # Of a comparison every metric has a figure, of a run every panel.
+        for anchor in (_anchor(name), _anchor(panel.names[0]))
+        if anchor in drawn
+    }
+
+
+def _table(run: RunFiles) -> Iterator[tuple[str, ...]]:
+    """Name, last, least and greatest value, healthy range, unit and meaning of each metric."""
+    for name in sorted(run.series):
+        values = [value for _, value in run.series[name]]
         finite = [value for value in values if math.isfinite(value)]
         low, high = (number(min(finite)), number(max(finite))) if finite else ("", "")
         metric = describe(name)
-        unit, meaning = (metric.unit, metric.meaning) if metric else ("", "")
-        yield (
-            f"<tr><td>{_text(name)}</td><td class='n'>{number(values[-1])}</td>"
-            f"<td class='n'>{low}</td><td class='n'>{high}</td>"
-            f"<td>{_text('' if unit == '1' else unit)}</td><td>{_text(meaning)}</td></tr>"
-        )
-    yield "</table>"
+        unit, meaning, healthy = "", "", ""
+        if metric is not None:
+            unit, meaning = metric.unit if metric.unit != "1" else "", metric.meaning
+            healthy = healthy_text(metric.healthy)
+        yield name, number(values[-1]), low, high, healthy, unit, meaning
 
 
-def _config(path: Path) -> Iterator[str]:
-    try:
-        text = read_bytes(path).decode(errors="replace")
-    except OSError:
-        return
-    yield "<h2>Config</h2>"
-    yield f"<details open><summary>{path.name}</summary><pre>{_text(scrub_known(text))}</pre>"
-    yield "</details>"
+def _differences(runs: Sequence[RunFiles]) -> Iterator[tuple[str, list[str]]]:
+    """The config's keys in which the runs differ, and what each has."""
+    flat = [dict(_leaves(run.config or {})) for run in runs]
+    for key in sorted({key for each in flat for key in each}):
+        values = [each.get(key, "") for each in flat]
+        if len(set(values)) > 1:
+            yield key, values
 
 
-def _text(value: str) -> str:
-    return html.escape(value, quote=True)
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, str(value)

@@ -1,22 +1,19 @@
-"""Curves of a run's metrics, a picture for each group of names."""
+"""Which metrics are read together, and a run's rows as series."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from ebm_dist.core.errors import one_line
-from ebm_dist.metrics.names import FRAME, describe
-from ebm_dist.report.grid import new_figure
+from ebm_dist.metrics.names import FRAME
 
 Pairs = list[tuple[int, float]]
 
 MAX_OTHER_PANELS = 60
-"""Pictures of metrics that no panel knows; each takes a tenth of a second."""
+"""Figures of metrics that no panel knows: a page stays one that a browser can show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +23,24 @@ class Panel:
     title: str
     names: tuple[str, ...]
     log: bool = False
-    about: str = field(default="", compare=False)
+    about: str = ""
+    """What a healthy run's curves look like."""
 
 
 PANELS: dict[str, tuple[Panel, ...]] = {
     "Energy": (
-        Panel("Energies", ("energy/positive", "energy/negative", "energy/test", "energy/noise")),
-        Panel("Energy gap", ("energy/gap",), about="data minus negatives"),
+        Panel(
+            "Energies",
+            ("energy/positive", "energy/negative", "energy/test", "energy/noise"),
+            about="Data, negatives and held-out data stay together, and noise lies above them. A "
+            "common drift is harmless: the model leaves the constant free.",
+        ),
+        Panel(
+            "Energy gap",
+            ("energy/gap",),
+            about="Data minus negatives. It wavers about 0. Far below 0 the sampler cannot follow "
+            "the model; far above 0 chains lie in minima that no data is near.",
+        ),
         Panel(
             "Loss",
             (
@@ -43,49 +51,125 @@ PANELS: dict[str, tuple[Panel, ...]] = {
                 "loss/kl",
                 "loss/classification",
             ),
+            about="A contrastive loss wavers about 0 and says little of quality; others fall.",
         ),
     ),
     "Sampler and chains": (
-        Panel("Gradient along the chains", ("sampler/grad_norm",), log=True),
-        Panel("Acceptance", ("sampler/acceptance",)),
-        Panel("Chains that stand still", ("chain/self_transition", "chain/stagnant")),
-        Panel("Displacement in a round", ("sampler/displacement",)),
-        Panel("Autocorrelation time, steps", ("chain/autocorrelation",)),
-        Panel("Effective sample size", ("chain/ess",), log=True),
-        Panel("Split R-hat", ("chain/rhat",)),
-        Panel("Age of chains, rounds", ("chain/age_mean",)),
-        Panel("Temperature", ("sampler/temperature",), log=True),
+        Panel(
+            "Gradient along the chains",
+            ("sampler/grad_norm",),
+            log=True,
+            about="It settles. Growth without end precedes energies that run away.",
+        ),
+        Panel("Acceptance", ("sampler/acceptance",), about="Too low: the step is too long."),
+        Panel(
+            "Chains that stand still",
+            ("chain/self_transition", "chain/stagnant"),
+            about="At the temperature of a sampler, stuck chains falsify the negatives. A "
+            "short-run generator's chains keep their mode and are started anew.",
+        ),
+        Panel(
+            "Displacement in a round",
+            ("sampler/displacement",),
+            about="Above the noise alone (noise_std times the root of steps and size) chains "
+            "travel; at 0 they stand.",
+        ),
+        Panel(
+            "Autocorrelation time, steps",
+            ("chain/autocorrelation",),
+            about="Shorter than a round's steps: a round gives a new draw.",
+        ),
+        Panel("Effective sample size", ("chain/ess",), log=True, about="More is better."),
+        Panel(
+            "Split R-hat",
+            ("chain/rhat",),
+            about="Chains of one law come to about 1. Above 1.1 they disagree.",
+        ),
+        Panel(
+            "Age of chains, rounds",
+            ("chain/age_mean",),
+            about="It rises to about 1 / buffer.reinit_prob and stays there.",
+        ),
+        Panel(
+            "Temperature",
+            ("sampler/temperature",),
+            log=True,
+            about="That of the model exp(-E/T)/Z. It is constant.",
+        ),
     ),
     "Flow": (
-        Panel("Lag, updates", ("flow/lag_mean", "flow/lag_max")),
-        Panel("Stale chains so far", ("flow/repaired", "flow/dropped")),
-        Panel("Effective share of negatives", ("flow/ess_ratio",)),
-        Panel("MCMC steps per update", ("flow/mcmc_steps_per_update",)),
-        Panel("Share of time spent waiting", ("wait/learner", "wait/worker")),
         Panel(
-            "Buffer, chains", ("buffer/free", "buffer/leased", "buffer/ready", "buffer/capacity")
+            "Lag, updates",
+            ("flow/lag_mean", "flow/lag_max"),
+            about="How old the weights are that moved the negatives; at most flow.max_lag.",
         ),
-        Panel("Leases lost so far", ("buffer/late_checkins", "buffer/expired_leases")),
+        Panel(
+            "Stale chains so far",
+            ("flow/repaired", "flow/dropped"),
+            about="Repairs cost time, drops cost chains. Both stay few beside the chains used.",
+        ),
+        Panel(
+            "Effective share of negatives",
+            ("flow/ess_ratio",),
+            about="With weights for stale negatives: how many still count.",
+        ),
+        Panel(
+            "MCMC steps per update",
+            ("flow/mcmc_steps_per_update",),
+            about="Constant, by flow.min_steps_per_update and max_steps_per_update.",
+        ),
+        Panel(
+            "Share of time spent waiting",
+            ("wait/learner", "wait/worker"),
+            about="Whoever waits less is the bottleneck. It is speed, not health.",
+        ),
+        Panel(
+            "Buffer, chains",
+            ("buffer/free", "buffer/leased", "buffer/ready", "buffer/capacity"),
+            about="Free, leased and ready add up to the capacity.",
+        ),
+        Panel(
+            "Leases lost so far",
+            ("buffer/late_checkins", "buffer/expired_leases"),
+            about="0 unless workers are lost or slow.",
+        ),
     ),
     "Speed": (
-        Panel("MCMC steps per second", ("throughput/mcmc_steps_per_s",)),
-        Panel("Updates per second", ("throughput/updates_per_s",)),
-        Panel("Restarts so far", ("fault/restarts",)),
+        Panel("MCMC steps per second", ("throughput/mcmc_steps_per_s",), about="Steady."),
+        Panel("Updates per second", ("throughput/updates_per_s",), about="Steady."),
+        Panel("Restarts so far", ("fault/restarts",), about="0 on machines that stay."),
     ),
     "Learner": (
-        Panel("Gradient in the weights", ("learner/param_grad_norm",), log=True),
-        Panel("Learning rate", ("learner/lr",)),
-        Panel("Version of the weights", ("weights/version",)),
+        Panel(
+            "Gradient in the weights",
+            ("learner/param_grad_norm",),
+            log=True,
+            about="Before clipping. Single peaks are harmless; a rising level is not.",
+        ),
+        Panel("Learning rate", ("learner/lr",), about="As learner.schedule has it."),
+        Panel(
+            "Version of the weights", ("weights/version",), about="A straight line: one an update."
+        ),
     ),
     "Quality": (
         Panel(
             "Fréchet distance",
             ("fidelity/distance", "fidelity/train", "fidelity/gaussian", "fidelity/noise"),
             log=True,
+            about="Falls from noise past one fitted Gaussian towards that of training data.",
         ),
-        Panel("Log-likelihood, nats", ("likelihood/log_prob", "likelihood/log_prob_test")),
-        Panel("log Z", ("likelihood/log_z", "likelihood/log_z_exact")),
-        Panel("Long chains", ("audit/spurious", "audit/law_distance")),
+        Panel(
+            "Log-likelihood, nats",
+            ("likelihood/log_prob", "likelihood/log_prob_test"),
+            about="Rises. Held-out data stay close to training data, or the model overfits.",
+        ),
+        Panel("log Z", ("likelihood/log_z", "likelihood/log_z_exact"), about="Estimate and truth."),
+        Panel(
+            "Long chains",
+            ("audit/spurious", "audit/law_distance"),
+            about="Chains run far longer than in training: where the model's law differs from "
+            "what training shows.",
+        ),
     ),
 }
 """What the report and the dashboard draw, section by section."""
@@ -125,42 +209,6 @@ def other_panels(series: Mapping[str, Pairs]) -> tuple[Panel, ...]:
         for part in (names[i : i + 5] for i in range(0, len(names), 5))
     )
     return tuple(itertools.islice(panels, MAX_OTHER_PANELS))
-
-
-def draw_panel(panel: Panel, series: Mapping[str, Pairs], *, dpi: int = 90) -> bytes | None:
-    """`panel` as PNG bytes; None where none of its metrics was logged."""
-    names = [name for name in panel.names if series.get(name)]
-    if not names:
-        return None
-    figure = new_figure((4.4, 2.7))
-    axes = figure.add_subplot()
-    drawn: list[float] = []
-    for name in names:
-        steps, values = thin(series[name])
-        # Beyond this the ticks of an axis overflow.
-        values = [value if abs(value) < 1e100 else math.nan for value in values]
-        drawn += [value for value in values if math.isfinite(value)]
-        few = len(values) < 30
-        axes.plot(
-            steps, values, label=one_line(name)[:80], linewidth=1.2, marker="." if few else None
-        )
-    # A panel of one point on a log axis, or of zeros, would come out empty.
-    if panel.log and drawn and min(drawn) > 0:
-        axes.set_yscale("log")
-    # A dollar sign in a name would be the start of a formula.
-    axes.set_title(one_line(panel.title), fontsize=10, loc="left", parse_math=False)
-    axes.set_xlabel("update", fontsize=8)
-    units = {metric.unit for name in names if (metric := describe(name)) is not None}
-    if len(units) == 1 and units != {"1"}:
-        axes.set_ylabel(units.pop(), fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    if len(names) > 1:
-        for text in axes.legend(fontsize=7, framealpha=0.6).get_texts():
-            text.set_parse_math(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def thin(pairs: Sequence[tuple[int, float]], most: int = 1500) -> tuple[list[int], list[float]]:

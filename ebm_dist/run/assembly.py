@@ -23,7 +23,7 @@ from ebm_dist.controller.observers.hub import EvaluatorLink, HubLink
 from ebm_dist.controller.parts import Graph, Leave
 from ebm_dist.controller.workers.autoscaler import Elasticity
 from ebm_dist.core.types import EventSpec
-from ebm_dist.evaluation.audit import SHORT_RUN_REINIT
+from ebm_dist.evaluation.regime import SHORT_RUN_REINIT, is_short_run_generator
 from ebm_dist.metrics.credentials import run_name, with_environment
 from ebm_dist.metrics.hub import MetricHub
 from ebm_dist.run.placement.placer import Place
@@ -116,6 +116,9 @@ def assemble(
             backend,
             shards,
             reseed=config.evaluation.reseed_stuck,
+            generator=is_short_run_generator(
+                config.sampler.build().temperature, config.buffer.reinit_prob
+            ),
             say=say,
             timeout=config.flow.stall_timeout_s,
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from ebm_dist.cluster.backend import Backend, Handle
 from ebm_dist.cluster.stall import answer
+from ebm_dist.evaluation.regime import GENERATOR
 
 
 class ShardWatch:
@@ -19,6 +20,7 @@ class ShardWatch:
         shards: list[Handle],
         *,
         reseed: bool,
+        generator: bool,
         say: Callable[[str], None],
         timeout: float,
     ) -> None:
@@ -26,11 +28,15 @@ class ShardWatch:
         Args:
             shards: the list itself, in which successors of the dead are put.
             reseed: give stuck chains a fresh start where the alarm sounds.
+            generator: chains are a short-run generator's, which keep their mode: it is said once,
+                and is no alarm.
             say: is told an alarm when a shard falls into it, and not again before it has recovered.
         """
         self._backend = backend
         self._shards = shards
         self._reseed = reseed
+        self._generator = generator
+        self._generator_told = False
         self._say = say
         self._timeout = timeout
         self._alarmed: set[int] = set()
@@ -56,6 +62,11 @@ class ShardWatch:
             self._num_reseeded += report["num_reseeded"]
             if report["alarm"] is None:
                 self._alarmed.discard(index)
+                continue
+            if self._generator:
+                if not self._generator_told:
+                    self._generator_told = True
+                    self._say(GENERATOR)
                 continue
             self._num_alarms += 1
             if index not in self._alarmed:

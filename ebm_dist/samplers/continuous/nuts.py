@@ -23,7 +23,7 @@ from ebm_dist.samplers.kernel import (
 )
 
 _MAX_ENERGY_ERROR = 1000.0
-"""The integrator has diverged if H exceeds its first value by more, in units of T (Stan's limit)."""
+"""The integrator has diverged if H rises by more than this, in units of T (Stan's limit)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,17 @@ def test_chains_confined_to_a_well_raise_an_alarm_that_names_the_shard(tmp_path:
     assert curve(tmp_path / "r", "chain/reseeded")[60] == 0
 
 
+def test_a_short_run_generators_chains_keep_their_mode_and_that_is_said_once(
+    tmp_path: Path,
+) -> None:
+    cold = {"name": "langevin", "step_size": 0.01, "temperature": 5e-6, "num_steps": 10}
+    _, screen = run(tmp_path / "r", base={**TWO_WELLS, "sampler": cold})
+    assert curve(tmp_path / "r", "chain/stagnant")[60] > 0.9
+    assert curve(tmp_path / "r", "chain/alarms")[60] == 0
+    assert screen.count("chains keep their mode, as usual at this temperature") == 1
+    assert "parallel_tempering" not in screen
+
+
 def test_healthy_chains_raise_none(tmp_path: Path) -> None:
     _, screen = run(tmp_path / "r", "run.steps=60", "tracking.log_every=10")
     assert curve(tmp_path / "r", "chain/stagnant")[60] < 0.1

@@ -13,18 +13,12 @@ from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventSpec
 from ebm_dist.export.model_card import last_metrics
 from ebm_dist.metrics.jsonl import encode
+from ebm_dist.report import health
+from ebm_dist.report.figure import HEIGHT, WIDTH, Curve, Figure, figure, spans_of
 from ebm_dist.report.grid import save_grid
-from ebm_dist.report.health import examine
-from ebm_dist.report.html import write_report
-from ebm_dist.report.plots import (
-    MAX_OTHER_PANELS,
-    PANELS,
-    Panel,
-    collect,
-    draw_panel,
-    other_panels,
-    thin,
-)
+from ebm_dist.report.health import GENERATOR, examine, judged
+from ebm_dist.report.html import MAX_RUNS, write_report
+from ebm_dist.report.plots import MAX_OTHER_PANELS, PANELS, collect, other_panels, thin
 
 
 class Page(HTMLParser):
@@ -32,15 +26,22 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.sources: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.figures = 0
         self.text: list[str] = []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
-        assert tag not in ("script", "link", "iframe")
+        self.sources += [value or "" for name, value in attrs if name in ("src", "srcset")]
+        self.links += [value or "" for name, value in attrs if name in ("href", "xlink:href")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.figures += tag == "svg"
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form")
+        assert not any(name.startswith("on") for name, _ in attrs)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -54,6 +55,10 @@ def page_of(path: Path) -> tuple[str, Page]:
     page = Page(text)
     assert page.open == []
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert all(link.removeprefix("#") in page.ids for link in page.links)
+    assert len(page.ids) == len(set(page.ids))
+    assert "url(" not in text
+    assert "@import" not in text
     return text, page
 
 
@@ -74,11 +79,12 @@ def a_run(run_dir: Path) -> Path:
 
 
 def test_the_page_holds_curves_samples_config_table_and_health(tmp_path: Path) -> None:
-    path = write_report(a_run(tmp_path / "digits"), tmp_path / "out" / "page.html")
+    path = write_report(a_run(tmp_path / "digits"), out=tmp_path / "out" / "page.html")
     text, page = page_of(path)
     words = " ".join(page.text)
     # 3 curves (one of a metric that no panel knows), 11 pictures of 12 (one is torn).
-    assert len(page.sources) == 3 + 11
+    assert page.figures == 3
+    assert len(page.sources) == 11
     assert "step_00000000" in words
     assert "run: {name: <b>bold</b>}" in words
     assert "<b>" not in text
@@ -138,7 +144,11 @@ def test_a_directory_that_is_no_run_is_the_users_error(tmp_path: Path) -> None:
         write_report(tmp_path)
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="--out: cannot write"):
-        write_report(tmp_path, tmp_path / "metrics.jsonl" / "page.html")
+        write_report(tmp_path, out=tmp_path / "metrics.jsonl" / "page.html")
+    with pytest.raises(UserError, match="--out: missing; several runs"):
+        write_report(tmp_path, tmp_path)
+    with pytest.raises(UserError, match=f"at most {MAX_RUNS} are compared"):
+        write_report(*[tmp_path] * (MAX_RUNS + 1), out=tmp_path / "page.html")
 
 
 def test_curves_are_in_order_of_step_and_the_later_row_holds() -> None:
@@ -155,15 +165,108 @@ def test_curves_are_in_order_of_step_and_the_later_row_holds() -> None:
     assert set(series) == {"a", "b"}
 
 
-def test_a_panel_is_drawn_for_what_was_logged_only() -> None:
-    panel = Panel("Energies", ("energy/positive", "energy/negative"), log=True)
-    assert draw_panel(panel, {"loss/total": [(0, 1.0)]}) is None
-    for values in ([0.0], [math.nan, math.nan], [1.0, math.nan, 2.0], [-1.0, 1.0]):
-        pairs = list(enumerate(values))
-        png = draw_panel(panel, {"energy/positive": pairs})
-        assert png is not None
-        assert png.startswith(b"\x89PNG")
-        assert png == draw_panel(panel, {"energy/positive": pairs})
+def drawn(pairs: list[tuple[int, float]], metric: str = "energy/positive", **options) -> Figure:
+    found = figure("t", [Curve(metric, pairs, metric)], anchor="a", judged={}, **options)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("log", [True, False])
+@pytest.mark.parametrize(
+    "values",
+    [[0.0], [math.nan, math.nan], [1.0, math.nan, 2.0], [-1.0, 1.0], [1e300, 1.0], [5.0] * 40],
+)
+def test_every_series_is_a_figure_inside_its_box(values: list[float], log: bool) -> None:
+    found = drawn(list(enumerate(values)), log=log)
+    numbers = re.findall(r"-?[\d.]+(?:e[+-]?\d+)?|nan|inf", found.lines[0].path)
+    assert all(0 <= float(number) <= max(WIDTH, HEIGHT) for number in numbers)
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in found.lines[0].dots)
+    assert found.y_ticks
+    assert figure("t", [Curve("a", [], "a")], anchor="a", judged={}) is None
+
+
+def test_a_gap_of_numbers_that_are_not_finite_stays_a_gap() -> None:
+    line = drawn([(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.0), (4, 2.0)]).lines[0]
+    assert line.path.count("M") == 2
+    # Higher values stand higher, and later ones to the right.
+    (x0, y0), (x1, y1) = line.dots[:2]
+    assert x1 > x0
+    assert y1 < y0
+
+
+def test_alarms_are_drawn_where_they_sounded() -> None:
+    pairs = [(0, 0.1), (10, 0.5), (20, 0.9), (30, 0.3)]
+    limits = {"chain/self_transition": (0.0, 0.8)}
+    spans = spans_of([(0, 0.0), (10, 0.0), (20, 1.0), (30, 2.0), (40, 2.0), (50, 3.0)], "stuck")
+    assert [(span.start, span.end) for span in spans] == [(10, 30), (40, 50)]
+    curve = Curve("self", pairs, "chain/self_transition")
+    found = figure("t", [curve], anchor="a", judged=limits, spans=spans[:1])
+    assert found is not None
+    (mark,) = found.marks
+    assert mark[2] == "0.9 at update 20"
+    assert len(found.limits) == 1  # the other end is not in view
+    left, width, what = found.spans[0]
+    assert (left, what) == (found.lines[0].dots[1][0], "stuck")
+    assert left + width == pytest.approx(found.lines[0].dots[3][0])
+    assert found.lines[0].healthy == "0 to 0.8"
+
+
+def test_the_page_is_for_phones_and_for_dark_rooms(tmp_path: Path) -> None:
+    text, page = page_of(write_report(a_run(tmp_path / "digits")))
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert "@media (prefers-color-scheme: dark)" in text
+    words = " ".join(page.text)
+    assert words.index("Last values") > words.index("config.yaml")
+    assert text.count('<input type="radio"') == 11
+    assert text.count(" checked") == 1
+    assert "#figure-energy-gap" in page.links  # from the verdict to its curve
+    assert "docs/flow.md, “How many workers”" in words
+
+
+def test_what_the_verdicts_refer_to_is_in_the_docs() -> None:
+    root = Path(__file__).parents[3]
+    for _, page, _ in health._RULES:
+        file, heading = page.split("#")
+        assert re.search(rf"^#+ {re.escape(heading)}$", (root / file).read_text(), re.MULTILINE), (
+            page
+        )
+
+
+HOSTILE = "</style></pre><script>alert(1)</script><img src=http://x/ onerror=a><!--"
+
+
+def test_what_comes_from_a_runs_files_is_text_wherever_it_stands(tmp_path: Path) -> None:
+    runs = []
+    for number in range(2):
+        run = tmp_path / f"{number}<script>&'\" onload='x"
+        run.mkdir()
+        rows = [{"step": 1, HOSTILE: 1.0, "energy/gap": 0.5}, {"step": 2, "energy/gap": 0.1}]
+        (run / "metrics.jsonl").write_bytes(b"".join(map(encode, rows)))
+        config = f"'{HOSTILE}': '{number}'\nrun: '{HOSTILE}{number}'\n"
+        (run / "config.yaml").write_text(config)
+        (run / "samples").mkdir()
+        grid = save_grid(torch.zeros(4, 1, 4, 4), tmp_path / "g.png", EventSpec((1, 4, 4), "image"))
+        grid.rename(run / "samples" / "<script>alert(1)<!--.png".replace("/", ""))
+        runs.append(run)
+    for page in (write_report(runs[0]), write_report(*runs, out=tmp_path / "both.html")):
+        text, _ = page_of(page)
+        assert "<script" not in text
+        assert "<!--" not in text
+        assert "&lt;script" in text
+
+
+def test_several_runs_are_one_page_of_their_differences(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / name) for name in ("first", "second")]
+    for run, lr in zip(runs, ("0.001", "0.002"), strict=True):
+        (run / "config.yaml").write_text(f"run: {{name: a}}\nlearner: {{lr: {lr}}}\n")
+    text, page = page_of(write_report(*runs, out=tmp_path / "both.html"))
+    words = " ".join(" ".join(page.text).split())
+    assert page.figures == 2  # energy/gap and wait/learner
+    assert "learner.lr 0.001 0.002" in words
+    assert "run.name" not in words
+    assert "my/own" in words
+    assert len(page.sources) == 2  # the last grid of each
+    assert text.count("the learner mostly waits") == 2
 
 
 def test_thinned_curves_keep_both_ends() -> None:
@@ -215,6 +318,54 @@ def test_a_healthy_run_has_no_complaint_and_old_troubles_are_past() -> None:
     assert len(findings) == 4
     assert {finding.state for finding in findings} == {"ok"}
     assert examine({}) == []
+
+
+STUCK = {"chain/stagnant": 0.9, "chain/self_transition": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("logged", "config"),
+    [
+        ({"sampler/temperature": 5e-6}, None),
+        ({}, {"sampler": {"step_size": 10.0, "noise_std": 0.01}}),
+        ({"sampler/temperature": 1.0}, {"buffer": {"reinit_prob": 1.0}}),
+    ],
+)
+def test_chains_of_a_short_run_generator_keep_their_mode_and_are_no_alarm(logged, config) -> None:
+    series = {name: [(1, value)] for name, value in {**STUCK, **logged}.items()}
+    findings = examine(series, config)
+    assert {finding.state for finding in findings} == {"note"}
+    assert all(GENERATOR in finding.what and not finding.advice for finding in findings)
+    assert "landscape" in GENERATOR
+    assert not judged(series, config).keys() & STUCK.keys()
+
+
+@pytest.mark.parametrize("config", [None, {"sampler": 3, "buffer": {"reinit_prob": "much"}}])
+def test_chains_of_a_sampler_that_keep_their_mode_are_an_alarm(config) -> None:
+    series = {name: [(1, value)] for name, value in {**STUCK, "sampler/temperature": 1.0}.items()}
+    assert {finding.state for finding in examine(series, config)} == {"bad"}
+    assert judged(series, config).keys() >= STUCK.keys()
+
+
+def test_a_healthy_run_of_the_default_recipe_shows_no_warning() -> None:
+    series = constant(
+        energy__positive=0.02,
+        energy__negative=0.03,
+        energy__gap=-0.01,
+        energy__noise=0.4,
+        energy__test=0.02,
+        loss__total=0.1,
+        sampler__temperature=5e-6,
+        chain__stagnant=1.0,
+        chain__self_transition=0.0,
+        flow__lag_max=1,
+        flow__repaired=40,
+        wait__learner=0.8,
+        fault__restarts=0,
+        fidelity__distance=3.0,
+        fidelity__gaussian=12.0,
+    )
+    assert {finding.state for finding in examine(series)} == {"ok", "note"}
 
 
 def test_panels_have_titles_of_their_own() -> None:

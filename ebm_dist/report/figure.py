@@ -1,0 +1,215 @@
+"""Curves as the places of an SVG's lines, ticks and marks; the template draws them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from ebm_dist.core.errors import one_line
+from ebm_dist.metrics.names import describe
+from ebm_dist.metrics.progress import number
+from ebm_dist.report.plots import Pairs, thin
+
+WIDTH, HEIGHT = 400, 220
+LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
+MAX_POINTS = 400
+MAX_MARKS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One line: what it is called, and its points as they were logged."""
+
+    label: str
+    pairs: Pairs
+    metric: str
+    """The metric's name, for what it means and its healthy range."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    label: str
+    path: str
+    dots: list[tuple[float, float]]
+    last: str
+    meaning: str
+    healthy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What the template draws, in the coordinates of a box of WIDTH x HEIGHT."""
+
+    title: str
+    anchor: str
+    about: str
+    unit: str
+    lines: list[Line]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    limits: list[float] = field(default_factory=list)
+    """Heights of the ends of the healthy range, where they are in view."""
+    marks: list[tuple[float, float, str]] = field(default_factory=list)
+    """Points that are not healthy, and what they are."""
+    spans: list[tuple[float, float, str]] = field(default_factory=list)
+    """Left end, width and name of the times in which an alarm sounded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Updates from `start` to `end` in which something happened."""
+
+    start: int
+    end: int
+    what: str
+
+
+def spans_of(pairs: Pairs, what: str) -> list[Span]:
+    """The stretches in which a count so far rose, from row to row."""
+    found: list[Span] = []
+    for (before, low), (step, high) in pairwise(pairs):
+        if not high > low:
+            continue
+        if found and found[-1].end == before:
+            found[-1] = Span(found[-1].start, step, what)
+        else:
+            found.append(Span(before, step, what))
+    return found
+
+
+def figure(
+    title: str,
+    curves: Sequence[Curve],
+    *,
+    anchor: str,
+    log: bool = False,
+    about: str = "",
+    spans: Sequence[Span] = (),
+    judged: Mapping[str, tuple[float, float]],
+) -> Figure | None:
+    """The figure of `curves`; None where none of them has a point.
+
+    Args:
+        judged: healthy range by metric; a metric that is not in it is not judged.
+    """
+    curves = [curve for curve in curves if curve.pairs]
+    if not curves:
+        return None
+    thinned = [_plottable(curve.pairs) for curve in curves]
+    values = [v for pairs in thinned for _, v in pairs if math.isfinite(v)]
+    log = log and bool(values) and min(values) > 0
+    steps = [step for pairs in thinned for step, _ in pairs]
+    across = _Axis(min(steps), max(steps), LEFT, WIDTH - RIGHT)
+    up = _Axis(*_room(values, log), HEIGHT - BOTTOM, TOP, log=log)
+    ranges = {judged[c.metric] for c in curves if c.metric in judged}
+    limits = sorted({end for r in ranges for end in r if math.isfinite(end)})
+    units = {metric.unit for c in curves if (metric := describe(c.metric)) is not None}
+    return Figure(
+        title=one_line(title)[:60],
+        anchor=anchor,
+        about=about,
+        unit=units.pop() if len(units) == 1 and units != {"1"} else "",
+        lines=[_line(curve, pairs, across, up) for curve, pairs in zip(curves, thinned)],
+        x_ticks=[(across(t), number(t)) for t in across.ticks() if t == int(t)],
+        y_ticks=[(up(t), number(t)) for t in up.ticks()],
+        limits=[up(limit) for limit in limits if up.low <= limit <= up.high],
+        marks=list(_marks(curves, judged, across, up)),
+        spans=[
+            (across(span.start), max(1.5, across(span.end) - across(span.start)), span.what)
+            for span in spans
+        ],
+    )
+
+
+def healthy_text(limits: tuple[float, float] | None) -> str:
+    """The range in words, "" where there is none."""
+    if limits is None:
+        return ""
+    low, high = limits
+    if math.isfinite(low) and math.isfinite(high):
+        return f"{number(low)} to {number(high)}"
+    return f"at least {number(low)}" if math.isfinite(low) else f"at most {number(high)}"
+
+
+class _Axis:
+    """From numbers to places."""
+
+    def __init__(
+        self, low: float, high: float, start: float, end: float, *, log: bool = False
+    ) -> None:
+        self.low, self.high, self.log = low, high, log
+        self._start, self._end = start, end
+        self._from, self._to = self._scaled(low), self._scaled(high)
+
+    def _scaled(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+    def __call__(self, value: float) -> float:
+        # Of a single point the ends are the same.
+        size = (self._to - self._from) or 1.0
+        share = (self._scaled(value) - self._from) / size
+        return round(self._start + share * (self._end - self._start), 1)
+
+    def ticks(self) -> list[float]:
+        from matplotlib.ticker import LogLocator, MaxNLocator
+
+        locator = LogLocator(numticks=5) if self.log else MaxNLocator(4)
+        found = [float(t) for t in locator.tick_values(self.low, self.high)]
+        inside = [t for t in found if self.low <= t <= self.high]
+        return inside if len(inside) > 1 else sorted({self.low, self.high})
+
+
+def _plottable(pairs: Pairs) -> Pairs:
+    # Beyond this the ticks of an axis overflow.
+    steps, values = thin(pairs, MAX_POINTS)
+    return [(s, v if abs(v) < 1e100 else math.nan) for s, v in zip(steps, values)]
+
+
+def _room(values: Sequence[float], log: bool) -> tuple[float, float]:
+    """The ends of the axis: those of the values, with a little room."""
+    if not values:
+        return 0.0, 1.0
+    low, high = min(values), max(values)
+    if log:
+        return low / 1.1, high * 1.1
+    pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - pad, high + pad
+
+
+def _line(curve: Curve, pairs: Pairs, across: _Axis, up: _Axis) -> Line:
+    segments: list[list[tuple[float, float]]] = [[]]
+    for step, value in pairs:
+        if math.isfinite(value):
+            segments[-1].append((across(step), up(value)))
+        elif segments[-1]:
+            segments.append([])
+    path = " ".join(
+        "M" + " L".join(f"{x:g} {y:g}" for x, y in segment) for segment in segments if segment
+    )
+    few = len(pairs) < 30
+    dots = [point for s in segments if few or len(s) == 1 for point in s]
+    metric = describe(curve.metric)
+    return Line(
+        label=one_line(curve.label)[:80],
+        path=path,
+        dots=dots,
+        last=number(curve.pairs[-1][1]),
+        meaning=metric.meaning if metric else "",
+        healthy=healthy_text(metric.healthy) if metric else "",
+    )
+
+
+def _marks(
+    curves: Sequence[Curve], judged: Mapping[str, tuple[float, float]], across: _Axis, up: _Axis
+) -> Iterator[tuple[float, float, str]]:
+    """The unhealthy points, an even choice of each curve's."""
+    for curve in curves:
+        low, high = judged.get(curve.metric, (-math.inf, math.inf))
+        bad = [(s, v) for s, v in _plottable(curve.pairs) if not low <= v <= high]
+        steps, values = thin(bad, MAX_MARKS) if bad else ([], [])
+        for step, value in zip(steps, values):
+            # A value that is not finite has no height: its mark stands on the axis.
+            y = up(value) if math.isfinite(value) else float(HEIGHT - BOTTOM)
+            yield across(step), y, f"{number(value)} at update {step:,}"
