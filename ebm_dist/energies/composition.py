@@ -40,7 +40,7 @@ def _modules(members: Sequence[EnergyFn]) -> list[nn.Module]:
 
 
 def _common(members: Sequence[nn.Module], attribute: str) -> Any:
-    """What all members that know their `attribute` agree on; None if none knows."""
+    """The value of `attribute` that members agree on; None if none has one, or they differ."""
     values = {v for m in members if (v := getattr(m, attribute, None)) is not None}
     if len(values) > 1 and attribute == "event_shape":
         raise ValueError(
@@ -71,7 +71,7 @@ def _sampler(member: nn.Module) -> Callable[..., Tensor]:
 
 
 class _Composite(AnalyticEnergy):
-    """Holds its members; each of them decides its own precision under autocast."""
+    """The base of compositions. Each member decides on its own precision under autocast."""
 
     def __init__(self, members: Sequence[EnergyFn]) -> None:
         modules = _modules(members)
@@ -100,8 +100,8 @@ class Mixture(_Composite):
 
     Args:
         weights: positive; equal and summing to 1 when left out.
-        hard: take the minimum. The law then is piecewise one member's, and the mass of
-            separated wells at temperature T is that of each member at T.
+        hard: take the minimum. The law is then piecewise that of one member, and at
+            temperature T a separated well has the mass of its member at T.
         normalised: divide each exp(-E_i) by its own Z first, so that the weights are the
             members' masses; needs members with a known log Z.
     """
@@ -171,9 +171,9 @@ class Conditional(_Composite):
         E(x, y) = E(x) - guidance * log softmax(f(x))_y      which is -f_y(x) at guidance 1
 
     Args:
-        classifier: maps (B, *event) to logits (B, num_classes), or has such a `logits`.
+        classifier: maps (B, *event) to logits (B, num_classes), or has a method `logits` that does.
         label: the class to condition on.
-        guidance: how much p(y|x) counts; above 1 it sharpens towards the class.
+        guidance: weight of log p(y|x); above 1 it sharpens towards the class.
     """
 
     def __init__(
@@ -233,8 +233,8 @@ def _as_section(value: Any) -> Any:
 Member = Annotated[
     SerializeAsAny[EnergySection],
     BeforeValidator(_as_section),
-    # The union of all energies would contain itself here; editors see the one key that is
-    # always there, and the validator checks the rest.
+    # The schema of all energies would contain itself here. Editors see the one key that all of
+    # them have, and the validator checks the rest.
     WithJsonSchema(
         {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
     ),
@@ -243,7 +243,7 @@ Member = Annotated[
 
 class _MembersSection(EnergySection):
     members: tuple[Member, ...] = Field(min_length=1, max_length=256)
-    """Energy sections, `{name: ..., ...}` each."""
+    """The members, as energy sections `{name: ..., ...}`."""
 
     def parts(self) -> Iterator[EnergySection]:
         yield self
@@ -255,12 +255,12 @@ class _MembersSection(EnergySection):
         return self.model_copy(update={"members": bound})
 
     def built(self) -> list[Energy]:
-        """The members, each with weights of its own: two equal sections are two networks."""
+        """The members. Each has its own weights: two equal sections give two networks."""
         return [_build(member) for member in self.members]
 
 
 def _build(member: EnergySection) -> Energy:
-    # From the generator that `build` seeded, so equal members do not start out equal.
+    # A seed from the generator that `build` seeded, so that equal sections get different weights.
     return member.build(int(torch.randint(2**62, ()).item()))
 
 
@@ -274,7 +274,7 @@ class SumSection(_MembersSection):
     }
 
     weights: tuple[float, ...] | None = None
-    """One for each member; 1 when left out."""
+    """One weight for each member; 1 when left out."""
 
     def module(self) -> Energy:
         return Sum(self.built(), self.weights)
@@ -293,7 +293,7 @@ class MixtureSection(_MembersSection):
     }
 
     weights: tuple[PositiveFloat, ...] | None = None
-    """One for each member; equal when left out."""
+    """One weight for each member; equal when left out."""
 
     hard: bool = False
     """Take the lowest member's energy instead of the smooth minimum."""
@@ -342,10 +342,10 @@ class ConditionalSection(_MemberSection):
     }
 
     label: NonNegativeInt | None = None
-    """The class to condition on; all of them together when left out."""
+    """The class to condition on; when left out the energy sums over all classes."""
 
     guidance: float = 1.0
-    """How much p(y|x) counts; above 1 sharpens towards the class."""
+    """Weight of log p(y|x); above 1 it sharpens towards the class."""
 
     @model_validator(mode="after")
     def _member_has_classes(self) -> Self:

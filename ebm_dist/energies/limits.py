@@ -1,4 +1,4 @@
-"""Bounds on what building an energy may take: a config of one line can ask for any size."""
+"""Limits on the size of an energy while it is built: one line of config can ask for any size."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch.nn.modules import module as registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MAX_PARTS = 1_000_000
-"""Modules and parameters of an energy that a user builds: some ten seconds of Python."""
+"""Most modules and parameters of an energy that a user builds; they take some ten seconds."""
 
 
 @contextmanager
 def limited(*, max_parts: int, max_numbers: int) -> Iterator[None]:
-    """Within, energies of this thread are built as always, but for those that are too large.
+    """Inside the context, an energy that this thread builds too large raises an error.
 
-    Nothing is estimated from a config: modules and parameters are counted as they are registered,
-    and numbers before their memory is taken.
+    Nothing is estimated from the config: modules and parameters are counted when they are
+    registered, and numbers before their memory is allocated.
 
     Raises:
         ValueError: more than `max_parts` modules and parameters, or `max_numbers` numbers.
@@ -63,7 +63,7 @@ class _Numbers(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        # What makes a tensor out of nothing takes its sizes first: empty, zeros, randn, randint.
+        # A function that creates a tensor (empty, zeros, randn, randint) takes sizes, no tensors.
         if not any(isinstance(arg, Tensor) for arg in args):
             for arg in args:
                 if isinstance(arg, list | tuple) and all(isinstance(size, int) for size in arg):
@@ -77,5 +77,5 @@ class _Numbers(TorchDispatchMode):
 
 
 def numbers_in_memory() -> int:
-    """Float32 numbers that this machine's memory holds."""
+    """The number of float32 numbers that fit into this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // torch.float32.itemsize

@@ -1,1 +1,1 @@
-"""Energies whose law is known: the ground truth of tests and toys."""
+"""Energies with a known law: the ground truth of tests and toy problems."""

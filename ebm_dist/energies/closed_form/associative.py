@@ -17,7 +17,8 @@ from ebm_dist.energies.family import FAMILY, AnalyticEnergy, Energy, EnergySecti
 
 Storage = Literal["hebbian", "pseudo_inverse"]
 MAX_UNITS = 2**12
-"""Their weights are 2**24 numbers; to store as many patterns in them takes a minute."""
+"""Most units, and most patterns. So many units have 2**24 weights, and storing so many patterns
+in them takes a minute."""
 
 Patterns = Tensor | Sequence[Sequence[float]]
 
@@ -34,8 +35,8 @@ def store(spins: Tensor, storage: Storage) -> Tensor:
         weight = spins.T @ spins / spins.shape[1]
     else:
         weight = spins.T @ torch.linalg.pinv(spins.T)
-    # The diagonal adds a constant to every spin state's energy, but would make the energy
-    # of a state depend on more than the spins once x leaves {0, 1}, and slows retrieval.
+    # On spins the diagonal only adds a constant to the energy. Outside {0, 1} it would add a term
+    # that depends on x, and it slows retrieval.
     return (0.5 * (weight + weight.T)).fill_diagonal_(0.0)
 
 
@@ -91,21 +92,21 @@ class Hopfield(FiniteEnergy):
     def retrieve(
         self, x: Tensor, generator: torch.Generator | None = None, max_sweeps: int = 100
     ) -> Tensor:
-        """The memory that each state (B, *event) falls into: spins align one at a time.
+        """Descend from each state (B, *event) to a local minimum: spins align one at a time.
 
-        A spin flips only if that lowers the energy, so no sweep ever raises it, and the
-        descent ends in a state that no single flip improves.
+        A spin flips only if that lowers the energy, so no sweep raises it, and the descent ends
+        in a state that no single flip improves.
 
         Args:
-            generator: draws the order of the units anew for each sweep; in index order
-                when left out.
-            max_sweeps: sweeps over all units at most; it stops when none flips.
+            generator: draws a new order of the units for each sweep; without it they go in
+                index order.
+            max_sweeps: most sweeps over all units; the descent ends when no spin flips.
         """
         self.check(x)
         spin = (2 * x.flatten(1) - 1).double()
         weight, bias = self._symmetric().double(), self.bias.double()
         num_units = spin.shape[1]
-        # A field of rounding size is a tie: such a flip gains nothing and could raise E.
+        # A field as small as its rounding error counts as 0: a flip could raise E.
         tie = 1e-12 * (weight.abs().sum(1).max() + bias.abs().max()).item()
         for _ in range(max_sweeps):
             before = spin.clone()
@@ -122,7 +123,7 @@ class Hopfield(FiniteEnergy):
         return (0.5 * (spin + 1)).to(x.dtype).reshape(x.shape)
 
     def _symmetric(self) -> Tensor:
-        """W as the energy uses it: a learnt W keeps the part that the spins can see."""
+        """W as the energy uses it: a learnt W is symmetrised and loses its diagonal."""
         if not isinstance(self.weight, torch.nn.Parameter):
             return self.weight
         weight = 0.5 * (self.weight + self.weight.T)
@@ -169,7 +170,7 @@ class ModernHopfield(AnalyticEnergy):
 
     @torch.no_grad()
     def retrieve(self, x: Tensor, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
-        """x <- patterns^T softmax(beta patterns x), until it stands still; never raises E."""
+        """x <- patterns^T softmax(beta patterns x) until x stops changing; never raises E."""
         self.check(x)
         patterns = self.patterns.to(x.dtype)
         for _ in range(max_steps):
@@ -211,7 +212,7 @@ class HopfieldSection(EnergySection):
     example: ClassVar[dict[str, Any]] = {"num_patterns": 3, "num_units": 10}
 
     patterns: tuple[tuple[Literal[-1, 0, 1], ...], ...] | None = None
-    """What to store, (num_patterns, num_units) in {0,1} or {-1,1}; random when left out."""
+    """Patterns to store, (num_patterns, num_units) in {0,1} or {-1,1}; random when left out."""
 
     num_patterns: PositiveInt = Field(default=3, le=MAX_UNITS)
     """Random patterns to store where none are given."""
@@ -246,7 +247,7 @@ class ModernHopfieldSection(EnergySection):
     example: ClassVar[dict[str, Any]] = {"num_patterns": 2, "num_dims": 3, "beta": 1.0}
 
     patterns: tuple[tuple[float, ...], ...] | None = Field(default=None, min_length=1)
-    """What to store, (num_patterns, num_dims); random signs when left out."""
+    """Patterns to store, (num_patterns, num_dims); random signs when left out."""
 
     num_patterns: PositiveInt = Field(default=3, le=MAX_UNITS)
     """Random patterns to store where none are given."""
@@ -255,7 +256,7 @@ class ModernHopfieldSection(EnergySection):
     """Entries of the random patterns."""
 
     beta: PositiveFloat = 8.0
-    """Inverse temperature of the match: large values keep the memories apart."""
+    """Inverse temperature in the log-sum-exp over patterns; large values keep the patterns apart."""
 
     learnable: bool = False
     """Train the patterns."""

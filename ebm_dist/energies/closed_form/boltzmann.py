@@ -48,7 +48,7 @@ class Rbm(FiniteEnergy):
         return F.linear(v, self.weight.to(v.dtype), self.hidden_bias.to(v.dtype))
 
     def energy_given(self, v: Tensor, latent_input: Tensor) -> Tensor:
-        """E(v), (B,), of v (B, *event) with its `latent_input` (B, num_hidden) at hand."""
+        """E(v), (B,), from v (B, *event) and its `latent_input` (B, num_hidden)."""
         v = v.flatten(1)
         return -(v @ self.visible_bias.to(v.dtype)) - F.softplus(latent_input).sum(1)
 
@@ -64,7 +64,7 @@ class Rbm(FiniteEnergy):
 
     @torch.no_grad()
     def draw_latent(self, latent_input: Tensor, generator: torch.Generator) -> Tensor:
-        """As `sample_hidden`, with `latent_input` (B, num_hidden) at hand."""
+        """As `sample_hidden`, from `latent_input` (B, num_hidden)."""
         return _bernoulli(latent_input, generator)
 
     @torch.no_grad()
@@ -76,11 +76,11 @@ class Rbm(FiniteEnergy):
     def log_z(self, temperature: float = 1.0, side: Side = "auto") -> float:
         """Exact, by a sum over all states of one side.
 
-        At temperature 1 either side can be summed, and `auto` takes the smaller. The
-        free energy over another temperature has no hidden side: then it is the visible.
+        At temperature 1 either side can be summed, and `auto` takes the smaller. At other
+        temperatures only the visible side can: the free energy over T has no hidden units.
 
         Raises:
-            ValueError: the side has more than 2**22 states, or is not there to sum.
+            ValueError: the side has more than 2**22 states, or cannot be summed.
         """
         num_hidden, num_visible = self.weight.shape
         if side == "auto":
@@ -132,14 +132,14 @@ def _bits(index: Tensor, num: int) -> Tensor:
 
 def _bernoulli(logit: Tensor, generator: torch.Generator) -> Tensor:
     """Zeros and ones in the dtype of `logit`, a one with probability sigmoid(logit)."""
-    # Raw bits, two numbers of 32 at a time: uniform floats take 1.7 times as long, and were
-    # what a sweep's two products take together.
+    # Raw bits, two 32-bit numbers per draw: uniform floats take 1.7 times as long, as much as
+    # both matrix products of a sweep.
     num = logit.numel()
     bits = torch.empty((num + 1) // 2, dtype=torch.int64, device=logit.device)
     bits.random_(-(2**63), None, generator=generator)
-    # Uniform on [-2**31, 2**31], where sigmoid(l) = (1 + tanh(l / 2)) / 2 lies at tanh(l / 2).
-    # A float's last bit beyond the ends, so that a unit without a doubt is never drawn the
-    # other way: 6e-8 in probability, as coarse as a uniform float is.
+    # u is uniform on [-2**31, 2**31], and sigmoid(l) = (1 + tanh(l / 2)) / 2, so u must lie below
+    # 2**31 tanh(l / 2). The factor exceeds 2**31 by the last bit of a float, so that a saturated
+    # unit is never drawn the other way. That is 6e-8 in probability, the grid of uniform floats.
     u = bits.view(torch.int32)[:num].view(logit.shape).to(logit.dtype)
     # In place: zeros and ones without a pass through booleans.
     return u.lt_(logit.mul(0.5).tanh_().mul_(2.0**31 + 2.0**8))

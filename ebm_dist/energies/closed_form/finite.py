@@ -16,12 +16,12 @@ MAX_STATES = 2**22
 class FiniteEnergy(AnalyticEnergy):
     """An energy of binary events, or of one-hot events in the last axis.
 
-    Everything here visits all states: 2**22 of them at most, about four seconds.
+    All methods enumerate all states: at most 2**22, which takes about four seconds.
     """
 
     @property
     def num_states(self) -> int:
-        """How many events there are."""
+        """The number of possible events."""
         num_sites, num_values = self._sites()
         return num_values**num_sites
 

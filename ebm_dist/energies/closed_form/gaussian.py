@@ -23,12 +23,12 @@ class Quadratic(AnalyticEnergy):
         precision: P: a number (times the identity), its diagonal (D,), or symmetric (D, D).
         mean: a number, or (D,).
         offset: the energy of the minimum.
-        event_shape: (D,) for a vector or matrix when left out; a number alone takes any events.
+        event_shape: by default (D,) for a vector or matrix; with a number P takes any events.
         learnable: make `precision` a parameter.
         learnable_mean: make `mean` a parameter.
 
     Raises:
-        ValueError: P is not positive definite, or the shapes do not belong together.
+        ValueError: P is not positive definite, or the shapes do not match.
     """
 
     def __init__(
@@ -110,9 +110,9 @@ def _eigenvalues(p: Tensor) -> Tensor:
 
 
 def constant_or_parameter(module: nn.Module, name: str, value: Tensor, learnable: bool) -> Tensor:
-    """Hold `value` as a parameter, or as a constant that the config can always rebuild."""
+    """Register `value` as a parameter, or as an unsaved buffer, which the config can rebuild."""
     if learnable:
-        # Of shape (1,) at least: DeepSpeed sends weights as bytes, and a scalar has none to view.
+        # Shape (1,) at least: DeepSpeed views weights as bytes, which a 0-d tensor does not allow.
         module.register_parameter(name, nn.Parameter(value.reshape(value.shape or (1,))))
     else:
         module.register_buffer(name, value, persistent=False)
@@ -128,7 +128,7 @@ class QuadraticSection(BoundSection):
     example: ClassVar[dict[str, Any]] = {"precision": (1.0, 4.0)}
 
     precision: float | tuple[float, ...] | tuple[tuple[float, ...], ...] = 1.0
-    """A number, the diagonal, or a symmetric matrix; its start, if it is learnt."""
+    """A number, the diagonal, or a symmetric matrix; the initial value if it is learnt."""
 
     mean: float | tuple[float, ...] = 0.0
     """A number, or one for each coordinate."""

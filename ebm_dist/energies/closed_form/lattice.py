@@ -71,7 +71,7 @@ class LatticePhi4(AnalyticEnergy):
         def potential(t: float) -> float:
             return 0.5 * self.mass2 * t**2 + self.quartic * t**4
 
-        # The potential's minimum, from which 45 T upwards exp(-E/T) is negligible.
+        # Minimum of the potential; exp(-E/T) is negligible where the potential is 45 T above it.
         low = -(min(self.mass2, 0.0) ** 2) / (16 * self.quartic)
         reach = 1.0
         while potential(reach) - low < 45 * temperature or potential(reach / 1.1) > potential(

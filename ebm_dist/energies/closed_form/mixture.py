@@ -82,7 +82,7 @@ class GaussianMixture(AnalyticEnergy):
         return within * torch.eye(means.shape[1], dtype=torch.float64) + between
 
     def log_z(self, temperature: float = 1.0) -> float:
-        """0 at temperature 1; elsewhere quadrature, in one or two dimensions."""
+        """0 at temperature 1; at others by quadrature, in one or two dimensions."""
         if temperature == 1.0:
             return 0.0
         means = self.means.detach().double().cpu()
@@ -124,13 +124,13 @@ class GaussianMixtureSection(EnergySection):
         ),
         min_length=1,
     )
-    """(num_components, num_dims)."""
+    """Means of the components, (num_components, num_dims)."""
 
     stds: PositiveFloat | tuple[PositiveFloat, ...] = 0.5
-    """One for all components, or one for each."""
+    """Standard deviations: one for all components, or one for each."""
 
     weights: tuple[PositiveFloat, ...] | None = None
-    """Need not sum to 1; equal when left out."""
+    """Weights of the components, which need not sum to 1; equal when left out."""
 
     learnable: bool = False
     """Train means, stds and weights from these values."""

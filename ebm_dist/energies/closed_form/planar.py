@@ -15,7 +15,7 @@ from ebm_dist.energies.closed_form.quadrature import gauss_legendre, log_integra
 from ebm_dist.energies.family import FAMILY, AnalyticEnergy, Energy, EnergySection
 
 _NEGLIGIBLE = 45.0
-"""exp(-45) = 3e-20: what lies higher than this many T above the minimum is left out."""
+"""exp(-45) = 3e-20: energies more than this many T above the minimum are neglected."""
 
 
 class Ring(AnalyticEnergy):
@@ -43,7 +43,7 @@ class Ring(AnalyticEnergy):
             0, 2 * math.pi, generator=generator
         )
         high = self.radius + s * math.sqrt(2 * _NEGLIGIBLE)
-        # The distance has density proportional to rho exp(-E): the plane's own volume.
+        # In polar coordinates the distance rho has a density proportional to rho exp(-E).
         rho = _draw_on_grid(
             lambda t: (t - self.radius).square() / (2 * s**2) - t.log(), 0.0, high, num, generator
         )
@@ -67,7 +67,7 @@ class DoubleWell(AnalyticEnergy):
         return (wells + self.tilt * x if self.tilt else wells).sum(1)
 
     def log_z(self, temperature: float = 1.0) -> float:
-        """Quadrature, good to about 1e-12."""
+        """By quadrature, good to about 1e-12."""
         reach = self._reach(temperature)
         one = log_integral(self._one, [np.linspace(-reach, reach, 257)], temperature)
         return one * self._num_dims
@@ -95,8 +95,8 @@ class DoubleWell(AnalyticEnergy):
         return (self.depth * (x.square() - 1).square() + self.tilt * x).sum(1)
 
     def _reach(self, temperature: float) -> float:
-        # depth/2 (x^2-1)^2 alone must rise over what is negligible, while the other half
-        # outweighs the tilt, which is at most |tilt| x below zero.
+        # One half of depth (x^2-1)^2 exceeds the neglected energies, while the other half
+        # outweighs the tilt, which lowers the energy by at most |tilt| x.
         reach = 1.0
         while (
             self.depth * (reach**2 - 1) ** 2 - 2 * abs(self.tilt) * reach
@@ -107,13 +107,13 @@ class DoubleWell(AnalyticEnergy):
 
 
 class Checkerboard(AnalyticEnergy):
-    """Alternate squares of a board in the plane, low and high, x of shape (B, 2).
+    """A board of squares of alternately low and high energy, x of shape (B, 2).
 
         E(x) = barrier * sigmoid(-sharpness * sin(pi x1/side) sin(pi x2/side))
                + stiffness/2 * sum_i relu(|x_i| - limit)^2
 
-    A smooth stand-in for the uniform law on the dark squares, so that gradient samplers
-    have something to follow; it tends to that law as barrier, sharpness and stiffness grow.
+    A smooth approximation of the uniform law on the dark squares, for samplers that need a
+    gradient. It tends to that law as barrier, sharpness and stiffness grow.
     """
 
     def __init__(
@@ -137,11 +137,11 @@ class Checkerboard(AnalyticEnergy):
         return self.barrier * (-self.sharpness * self._pattern(x)).sigmoid() + self._wall(x)
 
     def dark(self, x: Tensor) -> Tensor:
-        """Which events (B, 2) lie on a low square, (B,) bool."""
+        """Whether each event (B, 2) lies on a square of low energy, (B,) bool."""
         return (self._pattern(x) > 0) & (x.abs() <= self.limit).all(1)
 
     def log_z(self, temperature: float = 1.0) -> float:
-        """Quadrature with panels that end on the squares' borders, good to about 1e-9."""
+        """By quadrature with panels that end on the squares' borders, good to about 1e-9."""
         reach = self.limit + math.sqrt(2 * _NEGLIGIBLE * temperature / self.stiffness)
         inside = np.linspace(-self.limit, self.limit, 8 * self.num_squares + 1)
         outside = np.linspace(self.limit, reach, 9)[1:]
@@ -149,7 +149,7 @@ class Checkerboard(AnalyticEnergy):
         return log_integral(self.energy, [edges, edges], temperature, order=12)
 
     def sample(self, num: int, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
-        """Exact, by rejection from the walls alone: they factor over the coordinates."""
+        """Exact, by rejection. Proposals follow the walls alone, which factor over coordinates."""
         device = generator.device
         spread = math.sqrt(temperature / self.stiffness)
         flat, tails = 2 * self.limit, spread * math.sqrt(2 * math.pi)
@@ -176,7 +176,7 @@ class Checkerboard(AnalyticEnergy):
 def _draw_on_grid(energy, low: float, high: float, num: int, generator: torch.Generator) -> Tensor:
     """`num` draws on [low, high] from exp(-energy): a cell by its mass, then uniform in it.
 
-    65,536 cells: the law's moments are off by the square of the cell's width, below 1e-7.
+    With 65,536 cells the moments are off by the square of the cell's width, below 1e-7.
     """
     edges = torch.linspace(low, high, 2**16 + 1, dtype=torch.float64)
     width = edges[1] - edges[0]
@@ -268,5 +268,5 @@ def checkerboard(**params: Any) -> Checkerboard:
 
 
 def _built(section: type[EnergySection], **params: Any) -> Any:
-    """Through the section, so that bad numbers meet the same checks as in a config."""
+    """Build through the config section, so that parameters pass the same checks."""
     return FAMILY.make(section.model_fields["name"].default, **params)

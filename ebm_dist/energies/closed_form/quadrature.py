@@ -13,7 +13,7 @@ from torch import Tensor
 def gauss_legendre(edges: Sequence[float] | np.ndarray, order: int = 16) -> tuple[Tensor, Tensor]:
     """Nodes and weights (P * order,) on the panels between `edges` (P + 1,), increasing.
 
-    Exact for polynomials of degree 2 * order - 1 on each panel; kinks belong on an edge.
+    Exact for polynomials of degree 2 * order - 1 on each panel; put kinks on an edge.
     """
     unit_node, unit_weight = np.polynomial.legendre.leggauss(order)
     edges = np.asarray(edges, dtype=np.float64)
@@ -38,7 +38,7 @@ def log_integral(
     """
     grids = [gauss_legendre(edge, order) for edge in edges]
     parts = []
-    # One slab of the first dimension after the other: a 2-D grid has millions of nodes.
+    # Slab by slab along the first dimension: a 2-D grid has millions of nodes.
     chunk = max(1, 2**18 // math.prod(len(node) for node, _ in grids[1:]))
     first_node, first_weight = grids[0]
     with torch.no_grad():

@@ -153,11 +153,11 @@ def _lattice(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _colour(lattice: tuple[int, ...]) -> Tensor:
-    """(*lattice): a number for each site that no neighbour of it has.
+    """(*lattice): a colour for each site that differs from those of its neighbours.
 
-    A ring of even length takes 0 and 1 in turn; one of odd length needs a 2 at its end. A
-    bond moves along one axis alone, so the sum over the axes changes with it, and still
-    does modulo the number of colours.
+    A ring of even length alternates 0 and 1; one of odd length has a 2 at its end. Neighbours
+    differ along one axis only, so their sums over the axes differ, also modulo the number of
+    colours.
     """
     total = torch.zeros(lattice, dtype=torch.long)
     for dim, side in enumerate(lattice):
@@ -173,8 +173,8 @@ def _num_colours(lattice: tuple[int, ...]) -> int:
 
 
 def _blocks(colour: Tensor, lattice: tuple[int, ...]) -> tuple[Tensor, ...]:
-    # Counted by the lattice and not by the tensor: reading that would wait for a GPU in every
-    # sweep, and a compiler cannot.
+    # The lattice gives the number of colours. Reading it from the tensor would synchronise with a
+    # GPU in every sweep, and cannot be compiled.
     return tuple(colour == value for value in range(_num_colours(lattice)))
 
 

@@ -1,7 +1,7 @@
 """Layers that the energy networks share: activations, convolutions, attention, the head.
 
 All of them can be differentiated twice, since penalties on the input gradient and score
-matching train through it, and none of them works in place or looks across the batch.
+matching train through that gradient. None works in place or mixes the events of a batch.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def activation(name: Activation) -> nn.Module:
 def normed(layer: nn.Module, spectral_norm: bool) -> nn.Module:
     """`layer`, its weight divided by its largest singular value if `spectral_norm`.
 
-    Miyato et al. (2018), arXiv:1802.05957. The power iteration runs in training mode
-    only, so a module that samples must be in eval mode for its energy to stand still.
+    Miyato et al. (2018), arXiv:1802.05957. Every call in training mode runs a power iteration
+    and so changes the energy; put a module in eval mode for sampling.
     """
     return parametrizations.spectral_norm(layer) if spectral_norm else layer
 
@@ -65,16 +65,16 @@ class Head(nn.Linear):
 
 
 _FUSED_TOKENS = 48
-"""Measured at 64 events, 4 heads of 32, one core: the ordinary operations take .7 of the fused
-kernel's time at 16 tokens, 1.2 times it at 64, and 2.6 times at 196."""
+"""Fewest tokens for which the fused backward is used. Measured at 64 events, 4 heads of 32, one
+core: ordinary operations take .7 of its time at 16 tokens, 1.2 at 64, and 2.6 at 196."""
 
 
 class _FusedAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(d)) v by the fused kernel, differentiable twice.
 
-    The fused kernels' own backward has no derivative. So where this gradient may be
-    differentiated again, it is made of ordinary operations; else, as in every step of a
-    sampler, long sequences take the fused kernel's, though it repeats its forward for that.
+    The backward of the fused kernel cannot be differentiated. So a gradient that may be
+    differentiated again is computed by ordinary operations. Otherwise, as in every step of a
+    sampler, long sequences use the fused backward, although it repeats the forward.
     """
 
     generate_vmap_rule = True
@@ -92,7 +92,7 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor):
         q, k, v = ctx.saved_tensors
         (grad,) = grad_outputs
-        # A backward runs under grad mode if it is itself recorded.
+        # A backward that is itself differentiated (create_graph) runs with grad mode enabled.
         if not torch.is_grad_enabled() and q.shape[-2] >= _FUSED_TOKENS:
             with torch.enable_grad():
                 inputs = [t.detach().requires_grad_(True) for t in (q, k, v)]
@@ -139,7 +139,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and a two-layer perceptron, each after a layer norm and added back."""
+    """Attention and a two-layer perceptron, each behind a layer norm and in a residual branch."""
 
     def __init__(
         self,
@@ -167,19 +167,19 @@ class TransformerBlock(nn.Module):
 
 
 class TransformerBlocks(nn.Sequential):
-    """Blocks one after the other, which a learner may ask to keep less for the backward."""
+    """Blocks in sequence; the learner may switch on activation checkpointing."""
 
     recompute: bool = False
-    """Keep each block's input alone where parameters need a gradient, and run the block again in
+    """Store only each block's input where parameters need a gradient, and run the block again in
     the backward (Chen et al. 2016, arXiv:1604.06174): memory of one block in place of all, for a
-    third more time. A sampler, whose parameters need none, is not slowed down."""
+    third more time. Samplers freeze the parameters, so they are not slowed down."""
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
         for block in self:
             if self.recompute and any(p.requires_grad for p in block.parameters()):
-                # Not the reentrant kind: it has no second derivative, which penalties on dE/dx
-                # take. Blocks draw no random numbers, so there is no generator to put back.
+                # The reentrant form has no second derivative, which penalties on dE/dx need.
+                # Blocks draw no random numbers, so no generator state has to be restored.
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x)

@@ -30,8 +30,8 @@ class NetworkEnergy(Energy):
         confinement: float = 0.0,
     ) -> None:
         super().__init__(event_shape)
-        # Every weight lies in a submodule that is called as one: ZeRO-3 gathers weights
-        # in the hooks of such calls, and `logits` does not pass through `forward`.
+        # Every weight lies in a submodule that is called as a module: ZeRO-3 gathers weights in
+        # hooks of such calls, and `logits` does not go through `forward`.
         self.body = body
         self.head = Head(num_features, num_classes or 1)
         self.num_classes = num_classes
@@ -56,7 +56,7 @@ class NetworkEnergy(Energy):
         return self._head(x)
 
     def _head(self, x: Tensor) -> Tensor:
-        # Inputs follow the weights, so a module cast to bf16 as a whole works as well.
+        # Inputs take the dtype of the weights, so a module that was cast to bf16 works as well.
         out = self.head(self.body(x.to(self.head.weight.dtype)))
         if self.confinement:
             wide = x if x.dtype == torch.float64 else x.float()
@@ -66,7 +66,7 @@ class NetworkEnergy(Energy):
 
 
 class NetworkSection(BoundSection):
-    """What the configs of all energy networks share."""
+    """The config fields that all energy networks share."""
 
     num_classes: NumClasses = None
     """Give the network class logits and E(x) = -logsumexp(logits), as a joint

@@ -42,7 +42,7 @@ class ResNetBody(nn.Module):
         super().__init__()
         width = section.width
         stride = section.stem_stride
-        # A strided stem sees overlapping patches, so no pixel is left out of the gradient.
+        # Patches of a strided stem overlap, so every pixel contributes to the gradient.
         self.stem = normed(
             nn.Conv2d(num_channels, width, 3 if stride == 1 else 2 * stride, stride, stride // 2)
             if stride > 1
@@ -71,17 +71,17 @@ class ResNetBody(nn.Module):
         self.pool = section.pool
 
     def forward(self, x: Tensor) -> Tensor:
-        # Channels last costs 3 to 24% less CPU time for an input gradient (five shapes, one
-        # thread of an AVX-512 server), and is what a GPU's tensor cores take. It is set on
-        # the activations: the weights are views of one flat array, in torch's order.
+        # Channels-last takes 3 to 24% less CPU time for an input gradient (five shapes, one
+        # thread of an AVX-512 server), and a GPU's tensor cores need it. It is set on the
+        # activations only: the weights are row-major views of one flat array.
         x = self.stem(x).contiguous(memory_format=torch.channels_last)
         for index, stage in enumerate(self.stages):
             if index and min(x.shape[2:]) > 1:
-                # ceil_mode: at odd sizes the last row would otherwise get no gradient.
+                # ceil_mode: at odd sizes the last row would get no gradient without it.
                 x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
             x = stage(x)
         x = self.act(x).flatten(2)
-        # A sum over positions in bf16 would lose what the single positions add.
+        # A sum over positions in bf16 would round small terms away.
         x = x if x.dtype == torch.float64 else x.float()
         return x.sum(2) if self.pool == "sum" else x.mean(2)
 
@@ -109,16 +109,16 @@ class ResNetSection(NetworkSection):
     resolution before its blocks."""
 
     num_blocks: PositiveInt = 1
-    """Residual blocks a stage."""
+    """Residual blocks in each stage."""
 
     stem_stride: Literal[1, 2, 4] = 1
-    """Resolution that the stem keeps: 1 all, 2 a half, 4 a quarter on each side."""
+    """Stride of the stem: 1 keeps the resolution, 2 halves and 4 quarters each side."""
 
     spectral_norm: bool = False
     """Bound each layer's gain by 1, as IGEBM does."""
 
     pool: Literal["sum", "mean"] = "sum"
-    """How positions are joined. A sum lets each of them add its own energy."""
+    """How positions are pooled. With sum, each position adds its own energy."""
 
     def module(self) -> Energy:
         body = ResNetBody(self, image_channels("resnet", self.shape))

@@ -17,8 +17,8 @@ from ebm_dist.energies.networks.network import NetworkSection
 class TokenBody(nn.Module):
     """One-hot tokens (B, L, V) -> hidden tokens (B, L, width).
 
-    Linear in x up to the first block, so the energy has a gradient in the one-hot events
-    that gradient-informed discrete samplers can follow.
+    The embedding is linear in x, so the energy has a gradient in the one-hot events, which
+    gradient-informed discrete samplers use.
     """
 
     def __init__(self, section: TransformerLmSection, shape: tuple[int, ...]) -> None:
@@ -45,7 +45,7 @@ class TokenBody(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.embed(x)
         if self.causal:
-            # Token t is predicted from those before it: the start token stands for none.
+            # Token t is predicted from the tokens before it, the first one from a start token.
             start = self.start.to(tokens.dtype).expand(len(x), 1, -1)
             tokens = torch.cat([start, tokens[:, :-1]], 1)
         return self.norm(self.blocks(tokens + self.position))
@@ -65,8 +65,8 @@ class MeanToken(nn.Module):
 class LanguageModel(AnalyticEnergy):
     """E(x) = -sum_t log p(x_t | x_<t), x one-hot of shape (B, L, V): log Z = 0.
 
-    A normalised energy: its own exact sampler, and a base for energies that reweight it
-    (`sum` of this one and another).
+    A normalised energy with an exact sampler, and a base for energies that reweight it (`sum`
+    of this one and another).
     """
 
     def __init__(self, body: TokenBody, width: int, shape: tuple[int, ...]) -> None:
@@ -76,7 +76,7 @@ class LanguageModel(AnalyticEnergy):
         self.head = Head(width, shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        # A network, so autocast stays on; the head and the energies are float32 all the same.
+        # Autocast stays on, as for every network; the head and the energies are float32 anyway.
         return Energy.forward(self, x)
 
     def energy(self, x: Tensor) -> Tensor:
@@ -122,11 +122,11 @@ class TransformerLmSection(NetworkSection):
     }
 
     causal: bool = False
-    """True: a normalised language model, whose energy is minus the log-likelihood. False:
-    every token sees every other, and the mean token gives the energy."""
+    """True: a normalised language model, whose energy is minus the log-likelihood. False: every
+    token attends to every other, and the mean token gives the energy."""
 
     width: PositiveInt = 128
-    """Numbers in one token."""
+    """Dimension of one token."""
 
     depth: PositiveInt = 4
     """Transformer blocks."""
@@ -138,7 +138,7 @@ class TransformerLmSection(NetworkSection):
     """Hidden units of a block's perceptron, in units of `width`."""
 
     activation: Activation = "gelu"
-    """Of the perceptrons."""
+    """Activation of the perceptrons."""
 
     @model_validator(mode="after")
     def _causal_has_no_classes(self) -> Self:

@@ -60,7 +60,7 @@ class VitSection(NetworkSection):
     """Side of one patch; must divide the image's sides. Small images want 2."""
 
     width: PositiveInt = 128
-    """Numbers in one token."""
+    """Dimension of one token."""
 
     depth: PositiveInt = 4
     """Transformer blocks."""
@@ -72,7 +72,7 @@ class VitSection(NetworkSection):
     """Hidden units of a block's perceptron, in units of `width`."""
 
     activation: Activation = "gelu"
-    """Of the perceptrons."""
+    """Activation of the perceptrons."""
 
     def module(self) -> Energy:
         image_channels("vit", self.shape)

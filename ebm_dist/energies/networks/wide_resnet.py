@@ -63,8 +63,8 @@ class WideResNetBody(nn.Module):
 
 
 def _norm(name: Norm, num_channels: int) -> nn.Module:
-    # Only norms of one event: with batch statistics a chain's gradient would depend on
-    # the other chains, and the energy of a chain on who shares its batch.
+    # Only norms within one event: with batch statistics the energy and the gradient of a chain
+    # would depend on the other chains of its batch.
     if name == "none":
         return nn.Identity()
     return nn.GroupNorm(min(8, num_channels) if name == "group" else num_channels, num_channels)
@@ -78,7 +78,7 @@ class WideResNetSection(NetworkSection):
     example: ClassVar[dict[str, Any]] = {"event_shape": (3, 8, 8), "depth": 10, "widen": 1}
 
     depth: PositiveInt = 28
-    """Layers, 6n + 4."""
+    """Number of layers, 6n + 4."""
 
     widen: PositiveInt = 10
     """Channels in units of (16, 32, 64)."""
@@ -87,7 +87,7 @@ class WideResNetSection(NetworkSection):
     """Normalisation within one event."""
 
     activation: Activation = "leaky_relu"
-    """leaky_relu with slope .2 is JEM's."""
+    """Activation; JEM uses leaky_relu with slope .2."""
 
     spectral_norm: bool = False
     """Bound each layer's gain by 1."""
