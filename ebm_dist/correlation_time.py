@@ -1,4 +1,4 @@
-"""How many steps a chain takes to forget where it was, also where a round is shorter than that."""
+"""The integrated autocorrelation time of chains, also from traces that are shorter than it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 LONGEST = 10
-"""Lengths of the trace that a time may be at most: a slower chain looks like one that drifts."""
+"""Upper limit of a time, in lengths of the trace: slower chains look like drifting ones."""
 
 
 def within_chain_time(autocovariance: Tensor) -> Tensor:
@@ -18,9 +18,10 @@ def within_chain_time(autocovariance: Tensor) -> Tensor:
         autocovariance: sums over t of products at each lag, divided by R, of chains centred each
             on its own mean; averaged over chains.
 
-    Centred so, chains that differ in mean add nothing, but a short trace loses what is slower
-    than itself. So Geyer's sum is compared with the one that an AR(1) chain has in a trace of
-    this length, and its time is the answer: exact for AR(1), and for any chain as R grows.
+    With this centring a difference between the means of chains adds nothing, but a short trace
+    loses correlations that are longer than itself. So Geyer's sum is compared with its expectation
+    for AR(1) chains in a trace of this length, and the result is the time of the AR(1) chain with
+    the same sum. This is exact for AR(1), and for any chain as R grows.
     """
     num_records = autocovariance.shape[0]
     time, expected = (value.to(autocovariance) for value in _ar1_sums(num_records))
@@ -29,7 +30,7 @@ def within_chain_time(autocovariance: Tensor) -> Tensor:
     low, high = expected[above - 1], expected[above]
     part = ((measured - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     answer = time[above - 1] * (time[above] / time[above - 1]) ** part
-    # A chain that never moves.
+    # The autocovariance of a chain that never moves is 0.
     return torch.where(autocovariance[0] > 0, answer, time[-1])
 
 
@@ -44,7 +45,7 @@ def geyer_sum(rho: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _ar1_sums(num_records: int, num_times: int = 256) -> tuple[Tensor, Tensor]:
-    """Times (num_times,) of AR(1) chains, and what `geyer_sum` expects of each in R records."""
+    """Times (num_times,) of AR(1) chains, and the expected `geyer_sum` of each in R records."""
     longest = float(LONGEST * num_records)
     time = torch.logspace(-1, torch.tensor(longest).log10().item(), num_times, dtype=torch.float64)
     phi = (time - 1) / (time + 1)

@@ -21,15 +21,15 @@ LADDER = (
     "a ladder such as {name: parallel_tempering, kernel: {name: mala, step_size: 0.1}, "
     "temperatures: [1, 2, 4], num_steps: 20}"
 )
-"""The advice for chains that do not mix; a whole section, since the keys of others do not fit."""
+"""Advice for chains that do not mix; a complete section, since other samplers have other keys."""
 
 
 def autocorrelation(trace: Tensor, max_lag: int | None = None) -> Tensor:
     """Autocorrelation (max_lag + 1,) at lags 0, 1, ..., in [-1, 1]; entry 0 is 1.
 
-    Variances are pooled over chains and coordinates: the mean is that of all chains, so chains
-    stuck in different modes read 1, where each chain's own mean would read noise. Of a constant
-    trace every entry is 1, the value of a chain that never moves.
+    Variances are pooled over chains and coordinates, about the mean of all chains. So chains stuck
+    in different modes give 1; about each chain's own mean they would give noise. A constant trace
+    gives 1 at every lag, as a chain does that never moves.
 
     Args:
         trace: (R, B, *event) or (R, B).
@@ -54,10 +54,10 @@ def autocorrelation_time(trace: Tensor) -> Tensor:
     """Integrated autocorrelation time of a chain about its own mean, in records, (*event).
 
     (1 + rho) / (1 - rho) for an AR(1) chain: 39 at rho = .95, 1 for independent draws, below 1
-    where the chain swings from side to side. Chains that differ in mean do not lengthen it,
-    which `effective_sample_size` and `split_rhat` see, and a trace that is shorter than the time
-    shows it all the same, with more noise: see `within_chain_time`. At most 10 R, which is also
-    the answer for chains that never move.
+    for antithetic chains. A difference between the means of chains does not lengthen it, but
+    shows in `effective_sample_size` and `split_rhat`. A trace that is shorter than the time still
+    gives an estimate, with more noise: see `within_chain_time`. The result is at most 10 R, also
+    for chains that never move.
 
     Args:
         trace: (R, B, *event) or (R, B), R >= 4.
@@ -70,13 +70,13 @@ def autocorrelation_time(trace: Tensor) -> Tensor:
 def effective_sample_size(trace: Tensor) -> Tensor:
     """Effective number of independent draws among the R * B of the trace, per coordinate.
 
-    Vehtari et al. (2021), arXiv:1903.08008, eqs. 10 to 13, of chains cut in half: the
-    autocorrelation is measured against the variance between and within half chains, and summed
-    over Geyer's initial monotone positive sequence. Chains that disagree about the mean, and a
-    chain that drifts away from its own, therefore lower it. The numbers are those of
-    `arviz.ess(method="mean")` from 10 records on. It exceeds R * B where chains swing from side
-    to side, up to R * B * log10(R * B). A trace that never moves counts as one draw per chain at
-    most, and as one if all chains coincide. Fewer than 8 records are not cut.
+    Vehtari et al. (2021), arXiv:1903.08008, eqs. 10 to 13, with every chain split in half. The
+    autocorrelation is relative to the variance between and within half chains, and summed over
+    Geyer's initial monotone positive sequence. So chains that disagree about the mean lower the
+    result, and so does a chain that drifts. From 10 records on the numbers are those of
+    `arviz.ess(method="mean")`. The result exceeds R * B for antithetic chains, up to
+    R * B * log10(R * B). A trace that never moves counts as at most one draw per chain, and as one
+    draw if all chains coincide. Traces of fewer than 8 records are not split.
 
     Args:
         trace: (R, B, *event) or (R, B), R >= 4.
@@ -88,7 +88,7 @@ def effective_sample_size(trace: Tensor) -> Tensor:
     values = _halves(whole) if len(whole) >= 8 else whole
     num_records, num_chains, _ = values.shape
     means = values.mean(dim=0, keepdim=True)
-    covariance = _autocovariance(values - means).mean(dim=1)  # (R, D), over R - lag or R alike
+    covariance = _autocovariance(values - means).mean(dim=1)  # (R, D), divided by R at every lag
     within = covariance[0] * num_records / (num_records - 1)
     variance = covariance[0].clone()
     if num_chains > 1:
@@ -120,9 +120,9 @@ def effective_sample_size(trace: Tensor) -> Tensor:
 def split_rhat(trace: Tensor, *, rank_normalize: bool = False) -> Tensor:
     """Potential scale reduction of split chains, per coordinate; 1 where chains agree.
 
-    Each chain is cut in half, so one drifting chain disagrees with itself. Gelman et al. (2013);
-    with `rank_normalize`, ranks in place of values (arXiv:1903.08008, eq. 14), which is right
-    for heavy tails. Infinite where chains are constant and differ; 1 where all are one constant.
+    Each chain is split in half, so one drifting chain disagrees with itself. Gelman et al. (2013).
+    `rank_normalize` uses ranks in place of values (arXiv:1903.08008, eq. 14), which suits heavy
+    tails. Infinite where chains are constant and differ; 1 where all are the same constant.
 
     Args:
         trace: (R, B, *event) or (R, B), R >= 4.
@@ -148,7 +148,7 @@ def self_transition_probability(trace: Tensor, *, per_chain: bool = False) -> Te
     """Share of moves that leave the chain exactly where it was, in [0, 1].
 
     One minus the acceptance rate where the kernel has an accept step and the trace records
-    every step; 0 for an unadjusted chain, of which displacement says more.
+    every step. 0 for an unadjusted chain; use its displacement instead.
 
     Args:
         trace: (R, B, *event) or (R, B), R >= 2, one record a step.
@@ -164,9 +164,9 @@ def energy_gap(
 ) -> tuple[Tensor, Tensor]:
     """mean E(data) - mean E(negatives) and its standard error, in units of energy.
 
-    Near zero for a good model, and also for chains that never left the data: read it beside
-    displacement. Strongly negative: the sampler has not found the model's own low energies;
-    positive and growing: negatives sit in minima that data does not.
+    Near zero for a good model, and also for chains that never left the data: read it together
+    with displacement. If it is strongly negative, the sampler has not found the low energies of
+    the model. If it is positive and grows, negatives lie in minima that hold no data.
 
     Args:
         energy_pos: (B,) energies of data.
@@ -186,19 +186,20 @@ def energy_gap(
 
 @dataclass(frozen=True, slots=True)
 class Stagnation:
-    """What `stagnation` found; `alarm` is None while the chains are healthy."""
+    """The result of `stagnation`; `alarm` is None while the chains are healthy."""
 
     stuck: Tensor
     """(B,) bool: chains to re-seed."""
     fraction: float
     """Share of chains that are stuck."""
     self_transition: float
+    """Share of moves that leave a chain where it was, mean over chains."""
     autocorrelation: float
-    """At the longest lag asked for: 1 means no chain forgot where it was."""
+    """At the requested lag; 1 means that chains are fully correlated with their past."""
     rhat: float
-    """Largest over coordinates."""
+    """Split R-hat, the largest over coordinates."""
     energy_rhat: float
-    """Of the energy; 1 where no energies were given."""
+    """Split R-hat of the energy; 1 where no energies were given."""
     alarm: str | None
     """One line: where, what is wrong, what to change."""
 
@@ -216,30 +217,30 @@ def stagnation(
 ) -> Stagnation:
     """Find chains that no longer represent the model, and say what to change.
 
-    A chain is stuck if it rejects more than `max_self_transition` of its moves, or if over the
-    trace it explores less than `1 - max_autocorrelation` of the spread that all chains have
-    together: the sign of a chain confined to one mode. The alarm sounds when more than
-    `max_fraction` of the chains are stuck, or when the split R-hat of any one coordinate or of the
-    energy exceeds `max_rhat`: chains that move freely in most coordinates, and never in one, are
-    not stuck, and do not represent the model either.
+    A chain is stuck if it rejects more than `max_self_transition` of its moves, or if its variance
+    over the trace is less than `1 - max_autocorrelation` of the variance of all chains together,
+    which means that it is confined to one mode. There is an alarm if more than `max_fraction` of
+    the chains are stuck, or if the split R-hat of any coordinate or of the energy exceeds
+    `max_rhat`: chains that move freely in all coordinates but one are not stuck, but do not
+    represent the model either.
 
     Args:
         trace: (R, B, *event) or (R, B), R >= 4. Take it over enough rounds for a healthy chain
             to cross between modes: within one short round every image chain looks confined.
         energies: (R, B), of the same records, all under one set of weights.
-        where: what the alarm names, e.g. "shard 3".
+        where: the name of these chains in the alarm, e.g. "shard 3".
         max_rhat: 1.2, below which Brooks & Gelman (1998) call chains mixed. White noise of 20
             records exceeds it once in 10,000 times with 4 chains and never with 32.
-        lag: of the reported autocorrelation; by default a quarter of the trace.
+        lag: lag of the reported autocorrelation; by default a quarter of the trace.
     """
     values = _flat(trace, "stagnation", at_least=4)
     num_records, num_chains, _ = values.shape
     rejects = self_transition_probability(trace, per_chain=True)
     within = values.var(dim=0).sum(dim=-1)  # (B,)
-    # With one chain there is no second opinion about the spread: only rejection is judged.
+    # With one chain there is no other estimate of the variance: only rejection is judged.
     pooled = values.flatten(0, 1).var(dim=0).sum() if num_chains > 1 else within.max()
-    # The within-chain variance of a healthy chain of short trace is itself small by chance;
-    # the limit is far enough below 1 for R >= 20 or so.
+    # In a short trace the variance of a healthy chain can be small by chance. From R of about 20
+    # on the limit is far enough below 1.
     confined = within < (1 - max_autocorrelation) * pooled
     rejecting = rejects > max_self_transition
     frozen = within <= 0
@@ -280,8 +281,8 @@ def stagnation(
 def basin_occupancy(x: Tensor, minima: Tensor, log_weight: Tensor | None = None) -> Tensor:
     """Share (M,) of the samples `x` (N, *event) that lie nearest to each of `minima` (M, *event).
 
-    `log_weight` (N,) makes it the share under another law, e.g. the negative energy times
-    (1/T' - 1/T) for samples drawn at T.
+    `log_weight` (N,) gives the share under another law, e.g. (1/T - 1/T') E for the law at T' from
+    samples drawn at T.
     """
     if x.shape[1:] != minima.shape[1:]:
         raise ValueError(
@@ -365,7 +366,7 @@ def _flat(trace: Tensor, caller: str, at_least: int = 1) -> Tensor:
 
 
 def _halves(values: Tensor) -> Tensor:
-    """(R, B, D) -> (R // 2, 2B, D): each chain cut in two, without the middle one of odd R."""
+    """(R, B, D) -> (R // 2, 2B, D): chains split in half, without the middle record of odd R."""
     half = values.shape[0] // 2
     return torch.cat([values[:half], values[-half:]], dim=1)
 

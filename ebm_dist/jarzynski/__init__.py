@@ -1,1 +1,1 @@
-"""Weights of chains whose energy changes beneath them."""
+"""Importance weights of persistent chains while training changes their energy."""

@@ -1,15 +1,16 @@
-"""A worker's round on chains with Jarzynski weights: from each chain's version to today's.
+"""A worker's round on chains with Jarzynski weights: from each chain's version to the current one.
 
-Two steps. The chains stand and the weights move, in one jump however many versions it skips:
-A' = A + (E_recorded - E_now)/T. Then the weights stand and the chains move: a kernel that keeps
-exp(-E/T) changes no weight; an unadjusted Langevin step changes it by the ratio of its forward
-and backward densities.
+A round has two steps. First the positions are fixed and the energy changes, over any number of
+versions at once: A' = A + (E_recorded - E_now)/T. Then the energy is fixed and the chains move. A
+kernel that keeps exp(-E/T) invariant changes no log-weight; an unadjusted Langevin step changes it
+by the ratio of its forward and backward densities.
 
-The learner is shown the chains between the two, weighted, and they are resampled there where the
-weights have degenerated, so that copies part again before anybody sees them. All the moves of the
-round then lie between what the learner saw and where the next jump is measured. A jump measured
-at the very places where the learner has just raised the energy is too low for every chain, and
-log Z drifts off by about lr * (variance of dE/dtheta that the moves leave) / capacity an update.
+The learner gets the chains with their weights as they are between the two steps. If the weights
+have degenerated, the chains are resampled there, and the moves of the round separate the copies
+before anybody uses them. So all moves of a round lie between the positions that the learner used
+and those where the next change of energy is measured. Measured at the positions where the learner
+has just raised the energy, the change would be too low for every chain, and log Z would drift by
+about lr * (variance of dE/dtheta that the moves leave) / capacity per update.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ GAIN = "log_weight_gain"
 
 @dataclass(frozen=True, slots=True)
 class WeightedInfo:
-    """What one weighted Langevin move reports."""
+    """Reported for each weighted Langevin move."""
 
     grad_norm: Tensor  # (B,)
-    log_weight_gain: Tensor  # (B,), what the move adds to A
+    log_weight_gain: Tensor  # (B,), the change of A by the move
 
 
 @dataclass(frozen=True, slots=True)
 class WeightedLangevin:
-    """Langevin moves, the same bit for bit, that report what they add to the log-weight."""
+    """`Langevin`, with the same moves bit for bit, that also reports the change of log-weights."""
 
     kernel: Langevin
 
@@ -68,7 +69,7 @@ class WeightedLangevin:
 
 
 def weighted(kernel: Kernel) -> Kernel:
-    """`kernel` with the gain in its info where its moves change weights."""
+    """`kernel`; if its moves change log-weights, then with that change in its info."""
     return WeightedLangevin(kernel) if isinstance(kernel, Langevin) else kernel
 
 
@@ -76,12 +77,12 @@ def weighted(kernel: Kernel) -> Kernel:
 def carried(
     log_weight: Tensor, recorded: Tensor, x: Tensor, energy: EnergyFn, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Energies and log-weights, (M,) float64, of chains x (M, *event) under today's weights.
+    """Energies and log-weights, (M,) float64, of chains x (M, *event) under the current weights.
 
     Args:
-        log_weight: (M,), A under the weights that moved each chain last.
-        recorded: (M,), the energies under those; 0 for a chain that nothing has moved.
-        energy: holds today's weights.
+        log_weight: (M,), A under the weights that each chain last moved under.
+        recorded: (M,), the energies under those weights; 0 for a chain that has never moved.
+        energy: has the current weights.
     """
     now = energy_at(energy, x).double().cpu()
     moved = weights_moved(log_weight.double(), recorded.double(), now, temperature=temperature)

@@ -1,21 +1,22 @@
-"""Jarzynski correction: log-weights that keep persistent chains exact while the weights move.
+"""Jarzynski correction: log-weights that keep persistent chains exact while the energy changes.
 
-A chain carries A. At version k the chains X with weights exp A represent p_k = exp(-E_k/T)/Z_k
-however far they are from equilibrium: sum exp(A) f(X) / sum exp(A) estimates E_k[f], and the
-mean of exp A estimates Z_k / Z_0, if the chains started from p_0 with A = 0. Carbone et al.
-(2023), arXiv:2305.19414; it is annealed importance sampling along the path of training.
+Each chain has a log-weight A. At version k the chains X with weights exp A represent
+p_k = exp(-E_k/T)/Z_k however far they are from equilibrium: sum exp(A) f(X) / sum exp(A) estimates
+E_k[f], and the mean of exp A estimates Z_k / Z_0, if the chains started from p_0 with A = 0.
+Carbone et al. (2023), arXiv:2305.19414. It is annealed importance sampling along the path of
+training.
 
-The path may be cut in two kinds of step, in any order:
+The path consists of two kinds of step, in any order:
 
-    the weights move, the chain stands     `weights_moved`: needs recorded and new energy only
-    the chain moves, the weights stand     `run_weighted`; no correction for an exact kernel
+    the energy changes, the chain is fixed     `weights_moved`: needs recorded and new energy only
+    the chain moves, the energy is fixed       `run_weighted`; no correction for an exact kernel
 
-or both together (`ula_step`, the paper's form). A chain that skipped versions takes one step
-of the first kind from its own version to today's.
+or of both together (`ula_step`, the paper's form). A chain that skipped versions takes one step
+of the first kind from its own version to the current one.
 
-Clipped gradients and clamped positions have other kernel densities than `ula_step` knows,
-and a chain that is started anew has not come the path: `check_sampler` and `check_buffer`
-refuse them.
+`ula_step` does not hold for clipped gradients and clamped positions, whose kernel densities
+differ, and a chain that starts anew has not followed the path. `check_sampler` and `check_buffer`
+refuse these.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def ula_step(
 
         A' = A + alpha_k(X, X') - alpha_{k+1}(X', X)
 
-    With k + 1 = k it corrects the discretisation alone; a kernel that keeps exp(-E/T) would
-    change nothing.
+    If both versions have the same energy, this corrects the discretisation alone; a kernel that
+    keeps exp(-E/T) needs no correction.
 
     Args:
         log_weight: (M,), A.
@@ -91,7 +92,7 @@ def ula_step(
 def weights_moved(
     log_weight: Tensor, energy: Tensor, new_energy: Tensor, *, temperature: float = 1.0
 ) -> Tensor:
-    """Log-weights (M,) after the energy moved under chains that stood, by one version or many.
+    """Log-weights (M,) after the energy changed, by one version or many, at fixed positions.
 
         A' = A + [E_old(X) - E_new(X)] / T
 
@@ -111,7 +112,7 @@ def run_weighted(
     num_steps: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Move weighted chains x (M, *event) `num_steps` times while the weights stand.
+    """Move weighted chains x (M, *event) `num_steps` times under a fixed energy.
 
     Returns:
         Positions (M, *event), their energies (M,) and log-weights (M,). The positions are those
@@ -151,8 +152,8 @@ def run_weighted(
 def log_z_ratio(log_weight: Tensor) -> Tensor:
     """Estimate of log(Z_now / Z_0) from log-weights (M,), 0-d, in nats.
 
-    The mean weight is unbiased; its log lies below by about half its relative variance. It
-    holds through resampling, because `resample` leaves the mean weight as it was.
+    The mean weight is unbiased; its log is too low by about half its relative variance. The
+    estimate stays valid after resampling, because `resample` keeps the mean weight.
     """
     return log_weight.logsumexp(0) - math.log(log_weight.shape[0])
 
@@ -160,8 +161,8 @@ def log_z_ratio(log_weight: Tensor) -> Tensor:
 def log_z_standard_error(log_weight: Tensor) -> Tensor:
     """Standard error of `log_z_ratio` by the delta method, 0-d, for independent chains.
 
-    sqrt((1/ESS ratio - 1) / (M - 1)); after a resampling the chains have ancestors in common
-    and it is too small.
+    sqrt((1/ESS ratio - 1) / (M - 1)). It is too small after resampling, when chains have common
+    ancestors.
     """
     count = log_weight.shape[0]
     return ((1 / ess_ratio(log_weight) - 1).clamp_min(0) / max(count - 1, 1)).sqrt()
@@ -177,18 +178,18 @@ def systematic_resample(log_weight: Tensor, generator: torch.Generator) -> Tenso
     cumulative = torch.softmax(log_weight.double(), 0).cumsum(0)
     start = torch.rand((), dtype=torch.float64, generator=generator, device=generator.device)
     points = (torch.arange(count, device=log_weight.device) + start.to(log_weight.device)) / count
-    # The last sum may fall short of 1 by rounding, and a point beyond it would name no chain.
+    # By rounding the last sum may be below 1, and a point above it would belong to no chain.
     return torch.searchsorted(cumulative, points).clamp(max=count - 1)
 
 
 def resample(
     log_weight: Tensor, generator: torch.Generator, *, min_ess_ratio: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """Resample where the weights have degenerated: which chain each slot copies, and A'.
+    """Resample if the weights have degenerated: which chain each slot copies, and A'.
 
-    Where ESS/M is below `min_ess_ratio` in (0, 1]: systematic resampling, and every A' is the
-    log of the mean weight, so that `log_z_ratio` goes on from where it was. Otherwise each
-    slot keeps its chain and its weight.
+    If ESS/M is below `min_ess_ratio` in (0, 1], chains are resampled systematically and every A'
+    is the log of the mean weight, so that `log_z_ratio` keeps its value. Otherwise each slot keeps
+    its chain and its weight.
 
     Returns:
         Indices (M,) int64 and log-weights (M,).
@@ -202,7 +203,7 @@ def resample(
 
 
 def check_sampler(sampler: KernelSection) -> None:
-    """Refuse samplers whose moves the correction has no density for.
+    """Refuse samplers for whose moves the correction knows no density.
 
     Raises:
         UserError: the key to change and why.
@@ -240,7 +241,7 @@ def check_langevin(kernel: Langevin) -> None:
 
 
 def check_buffer(reinit_prob: float) -> None:
-    """Refuse chains that start anew: their log-weight would belong to a path they never took.
+    """Refuse chains that start anew: their log-weight would belong to a path they did not follow.
 
     Raises:
         UserError: the key to change and why.
@@ -255,10 +256,10 @@ def check_buffer(reinit_prob: float) -> None:
 def resampling(
     log_weight: np.ndarray, threshold: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Which chain each one becomes and the new log-weights (M,); None while the ESS is enough.
+    """Which chain each slot copies and the new log-weights (M,); None if the ESS is large enough.
 
-    For chains of one version: across versions log-weights differ by what log Z has moved, and
-    it would be the old chains that are replaced, not the unlikely ones.
+    All chains must be of one version. Between versions log-weights also differ by the change of
+    log Z, and resampling would replace old chains rather than unlikely ones.
     """
     generator = seeded(seed)
     old = torch.from_numpy(log_weight.astype(np.float64))
