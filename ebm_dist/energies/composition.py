@@ -342,7 +342,7 @@ class ConditionalSection(_MemberSection):
     }
 
     label: NonNegativeInt | None = None
-    """The class to condition on; when left out the energy sums over all classes."""
+    """The class to condition on; when left out, E(x) is the marginal over the classes."""
 
     guidance: float = 1.0
     """Weight of log p(y|x); above 1 it sharpens towards the class."""

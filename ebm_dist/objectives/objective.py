@@ -21,12 +21,12 @@ class Objective(nn.Module):
     """`objective(energy, batch, negatives, generator) -> (loss, metrics)`.
 
     The loss is the scalar to minimise. Metrics are detached 0-d tensors on the device of
-    the data, named as in `metrics/names.py`; nothing here waits for that device. Networks
-    that an objective needs beside the energy (a critic, a normaliser) are its parameters.
+    the data, named as in `metrics/names.py`; nothing here waits for that device. Whatever an
+    objective trains beside the energy (a critic, log Z) is among its parameters.
 
     Every gradient in x that the loss needs is taken inside `forward`. A training engine
-    that wraps the module (DeepSpeed) rescales gradients that pass its own hooks, so one
-    taken through the engine from outside comes out wrong without an error.
+    that wraps the module (DeepSpeed) rescales gradients in its own hooks, so a gradient
+    taken through the engine from outside is wrong, without an error.
     """
 
     needs_negatives: bool = False
@@ -36,19 +36,19 @@ class Objective(nn.Module):
     """Whether `forward` reads `batch.label`."""
 
     needs_generator: bool = False
-    """Whether the loss is random given its inputs; a trainer hands over no generator otherwise."""
+    """Whether the loss draws noise; only then does the trainer pass a generator."""
 
     estimates_log_z: bool = False
     """Whether the metrics hold `likelihood/log_z`, learnt beside the energy; the evaluator then
     makes no estimate of its own."""
 
     reweight: bool = False
-    """Set by the trainer under `flow.stale: reweight`: correct negatives that older weights
-    moved by importance weights."""
+    """Set by the trainer under `flow.stale: reweight`: negatives that were moved under older
+    weights get importance weights."""
 
     gather_ranks: Callable[[Tensor], Tensor] | None = None
     """Set by the trainer when it has several learner ranks: maps (k,) to (num_ranks, k), the
-    vectors of all ranks. Self-normalised weights are those of the global batch only with it."""
+    vectors of all ranks. Without it self-normalised weights are those of the rank's own batch."""
 
     step: int | None = None
     """The update that comes next, counted from 0; None until `begin_update` is called."""
@@ -108,7 +108,7 @@ class Objective(nn.Module):
         temperature: float,
         truncation: float | Literal["inf"] | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """Normalised weights (M,) of the negatives, detached, and how many samples they are worth.
+        """Normalised weights (M,) of the negatives, detached, and metrics about them.
 
         Proportional to exp(negatives.log_weight), times the staleness weight of each where
         `reweight` is set.
@@ -151,8 +151,8 @@ class ObjectiveSection(Section):
     "seen ..." or "not seen ...", for the model card and docs/objectives.md."""
 
     temperature: PositiveFloat | None = None
-    """T of the law exp(-E/T)/Z that is fitted, and that negatives are drawn from: the sampler's,
-    which a run fills in; another one is refused. 1 where there is no sampler."""
+    """T of the fitted law exp(-E/T)/Z, which negatives are drawn from. A run fills in the sampler's
+    temperature and refuses any other; 1 where there is no sampler."""
 
     @property
     def fitted_temperature(self) -> float:
@@ -160,18 +160,18 @@ class ObjectiveSection(Section):
         return 1.0 if self.temperature is None else self.temperature
 
     def at_temperature(self, temperature: float) -> Self:
-        """This section for a model of that temperature, unless it states its own."""
+        """This section with that temperature, unless it has one already."""
         if self.temperature is not None or temperature == 0:
             return self
         return self.model_copy(update={"temperature": temperature})
 
     def reads_temperature(self, *, reweights: bool) -> bool:
-        """Whether the loss depends on T; `reweights` for stale negatives with weights."""
+        """Whether the loss depends on T; `reweights`: stale negatives get importance weights."""
         return True
 
     adjustable: ClassVar[frozenset[str]] = frozenset()
-    """Keys that may change when a run is resumed: they hold the training down, and neither the law
-    that is fitted nor any learnt number depends on them."""
+    """Keys that may change when a run is resumed: they regularise training, and neither the fitted
+    law nor the meaning of any learnt parameter depends on them."""
 
     def build(self, seed: int = 0) -> Objective:
         """The module on the CPU; the same seed gives the same weights anywhere.
@@ -187,7 +187,7 @@ class ObjectiveSection(Section):
         raise NotImplementedError
 
     def bind(self, spec: EventSpec) -> Self:
-        """This section with what was left to the data filled in.
+        """This section, completed with what it leaves to the data.
 
         Raises:
             ValueError: the objective cannot take the data's events.
@@ -205,7 +205,7 @@ FAMILY: Family[Objective] = Family("objective")
 
 
 def as_batch(batch: Batch | Tensor) -> Batch:
-    """`batch` as a Batch, refused where no objective could read it."""
+    """`batch` as a Batch; refuses a batch that no objective can read."""
     if isinstance(batch, Tensor):
         batch = Batch(batch)
     _check_events("batch.x", batch.x)
@@ -221,7 +221,7 @@ def as_negatives(negatives: Negatives | Tensor, batch: Batch) -> Negatives:
     """`negatives` as Negatives without gradient; bare tensors count equally and are not stale."""
     if isinstance(negatives, Tensor):
         x = negatives.detach()
-        # NaN, since nobody recorded an energy: whoever reads one finds out.
+        # NaN, since no worker recorded an energy: a loss that reads one becomes NaN.
         negatives = Negatives(
             x=x,
             energy=x.new_full(x.shape[:1], float("nan"), dtype=torch.float32),
@@ -261,7 +261,7 @@ def energies_of(energy: nn.Module | EnergyFn, x: Tensor) -> Tensor:
 
     Raises:
         ValueError: the energy returned another shape. (B, 1) would broadcast against (B,) to
-            (B, B) further on, and the loss would still be a number.
+            (B, B) later, and the loss would be a wrong number without an error.
     """
     out = energy_at(energy, x)
     if out.shape != x.shape[:1]:
@@ -299,7 +299,7 @@ def input_grad(values: Tensor, leaf: Tensor, *, create_graph: bool = True) -> Te
 
 
 def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise shaped like x, drawn where the generator lives."""
+    """Standard normal noise in the shape of x, drawn on the generator's device."""
     generator = given(generator)
     noise = torch.empty(x.shape, dtype=x.dtype, device=generator.device)
     return noise.normal_(generator=generator).to(x.device)

@@ -14,23 +14,22 @@ Gather = Callable[[Tensor], Tensor]
 
 Truncation = Annotated[
     Annotated[float, Field(ge=1.0)] | Literal["inf"] | None,
-    # YAML's .inf too. Kept as a word, since JSON has no number for it.
+    # YAML's .inf is accepted too, and stored as a word, since JSON has no infinity.
     BeforeValidator(lambda value: "inf" if value == math.inf else value),
 ]
-"""The `truncation` of a section; of `staleness_log_weight`."""
+"""The type of a section's `truncation`; see `staleness_log_weight`."""
 
 
 def normalised_weights(log_weight: Tensor, gather: Gather | None = None) -> Tensor:
-    """Weights (M,) with which this rank's sum is its share of the global weighted mean.
+    """Weights (M,) for a weighted sum that is this rank's share of the global weighted mean.
 
-    One rank: softmax, so they sum to 1. R ranks: R * exp(A_i) / (sum of exp A over all
-    ranks), so that the mean over ranks of the weighted sums is the global weighted mean;
-    weights that each rank normalises for itself would make the gradient depend on how the
-    chains were dealt out.
+    One rank: softmax, so they sum to 1. R ranks: R * exp(A_i) / (sum of exp A over all ranks), so
+    that the mean over ranks of the weighted sums is the global weighted mean. If each rank
+    normalised its weights alone, the gradient would depend on which rank got which chains.
     """
     if gather is None:
         return torch.softmax(log_weight, 0)
-    # In double: float32 log-weights of -1000 are 6e-5 apart, and these are differences.
+    # In float64: float32 log-weights near -1000 are 6e-5 apart, and these are differences.
     wide = log_weight.double()
     parts = gather(wide.logsumexp(0).reshape(1))
     return (parts.shape[0] * torch.exp(wide - parts.logsumexp(0))).to(log_weight.dtype)
@@ -39,7 +38,7 @@ def normalised_weights(log_weight: Tensor, gather: Gather | None = None) -> Tens
 def ess_ratio(log_weight: Tensor, gather: Gather | None = None) -> Tensor:
     """Effective sample size over sample size, (sum w)^2 / (M sum w^2): in [1/M, 1], 0-d.
 
-    With `gather` over the chains of all ranks. Kong (1992).
+    With `gather` it is over the chains of all ranks. Kong (1992).
     """
     wide = log_weight.double()
     first, second = wide.logsumexp(0), (2 * wide).logsumexp(0)
@@ -58,20 +57,21 @@ def staleness_log_weight(
     truncation: float | Literal["inf"] | None = None,
     gather: Gather | None = None,
 ) -> Tensor:
-    """Log-weights (M,) of chains that follow older weights, detached.
+    """Log-weights (M,) of chains that moved under older weights, detached.
 
         log w = -(E_now - E_recorded) / T,   cut at log(truncation * mean w)
 
     Truncated importance sampling (Ionides 2008): the cut bounds the variance, and its bias
-    vanishes with M. They are defined up to a constant; use `normalised_weights`.
+    vanishes as M grows. Log-weights are defined up to a constant; normalise them with
+    `normalised_weights`.
 
     Args:
         energy_now: (M,) under today's weights.
         energy_recorded: (M,) under the weights that moved the chains.
         temperature: of the sampler, T.
-        truncation: largest weight in units of the mean one; None is sqrt(M), Ionides' choice;
+        truncation: largest weight in units of the mean weight; None is sqrt(M), Ionides' choice;
             inf cuts nothing.
-        gather: makes mean and M those of all ranks.
+        gather: if given, the mean and M are those of all ranks.
     """
     log_weight = (energy_recorded - energy_now).detach() / temperature
     count = log_weight.shape[0]

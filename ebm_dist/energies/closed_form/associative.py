@@ -256,7 +256,7 @@ class ModernHopfieldSection(EnergySection):
     """Entries of the random patterns."""
 
     beta: PositiveFloat = 8.0
-    """Inverse temperature in the log-sum-exp over patterns; large values keep the patterns apart."""
+    """Inverse temperature in the log-sum-exp; large values keep the patterns apart."""
 
     learnable: bool = False
     """Train the patterns."""

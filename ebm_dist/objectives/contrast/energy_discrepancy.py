@@ -25,7 +25,7 @@ from ebm_dist.objectives.objective import (
 
 @FAMILY.register
 class EnergyDiscrepancySection(ObjectiveSection):
-    """Contrast each datum with points from which, and to which, the same noise leads."""
+    """Contrast each datum with points made from it by adding noise twice."""
 
     name: Literal["energy_discrepancy"] = "energy_discrepancy"
     kinds: ClassVar[tuple[EventKind, ...]] = ("real", "image", "binary")
@@ -36,8 +36,8 @@ class EnergyDiscrepancySection(ObjectiveSection):
     )
 
     noise_std: PositiveFloat = 0.5
-    """Standard deviation of the noise on real data: near 0 the loss is score matching, large
-    it is likelihood, and its variance grows."""
+    """Standard deviation of the noise on real data. Near 0 the loss is score matching; for large
+    values it approaches likelihood, and its variance grows."""
 
     flip_prob: float = Field(default=0.1, gt=0.0, lt=0.5)
     """Probability that the noise flips a bit, on binary data."""
@@ -46,10 +46,11 @@ class EnergyDiscrepancySection(ObjectiveSection):
     """Whether noise flips bits; taken from the data when left out."""
 
     num_samples: PositiveInt = 16
-    """Contrasted points for each datum, M."""
+    """M, the number of contrasted points for each datum."""
 
     stabiliser: NonNegativeFloat = 1.0
-    """w: weight of the datum itself among them. It bounds the loss from below at finite M."""
+    """w, the weight of the datum itself among these points. It bounds the loss from below at finite
+    M."""
 
     def bind(self, spec: EventSpec) -> Self:
         bound = super().bind(spec)
@@ -72,8 +73,8 @@ class EnergyDiscrepancySection(ObjectiveSection):
 class EnergyDiscrepancy(Objective):
     """mean over data of log( w/M + 1/M sum_j exp(U(x) - U(x_j)) ), U = E/T.
 
-    x_j = x + s xi + s xi_j: the noise xi is the datum's, xi_j its own. Schroeder et al.
-    (2023), arXiv:2307.06431, eq. 8; bits flip twice in place of the sums.
+    x_j = x + s xi + s xi_j: all points of a datum share xi, and xi_j is drawn for each point. For
+    bits both sums are random flips. Schroeder et al. (2023), arXiv:2307.06431, eq. 8.
 
     Sees the weights of far modes where the noise reaches from one to the next, not below.
     """
@@ -108,7 +109,7 @@ class EnergyDiscrepancy(Objective):
         }
 
     def perturb(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """x with one dose of noise."""
+        """x with noise added once."""
         if not self.flips:
             return x + self.config.noise_std * normal_like(x, generator)
         flip = uniform(x.shape, x, generator) < self.config.flip_prob

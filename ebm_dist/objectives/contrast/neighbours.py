@@ -24,15 +24,15 @@ from ebm_dist.objectives.objective import (
 
 
 class NeighbourSection(ObjectiveSection):
-    """What the objectives on neighbours share."""
+    """The config that objectives on neighbours share."""
 
     far_modes: ClassVar[str] = (
         "not seen: states that differ in many sites at once are never compared with each other"
     )
 
     num_sites: PositiveInt | None = None
-    """Sites compared for each datum, drawn without replacement; all when left out. A site costs
-    one energy for each other state, so all of 28x28 cost 784 a datum."""
+    """Sites compared for each datum, drawn without replacement; all when left out. A site costs one
+    evaluation of the energy for each other state: 784 per datum for all bits of 28x28."""
 
 
 @FAMILY.register
@@ -112,7 +112,7 @@ class NeighbourObjective(Objective):
         values = energies_of(energy, torch.cat([x, others.flatten(0, 2)]))
         here, there = values[: len(x)], values[len(x) :].reshape(others.shape[:3])
         log_ratio = (rearrange(here, "b -> b 1 1") - there) / self.temperature
-        # Sites left out are made up for, so the loss has the scale of all of them.
+        # Scaled up for the sites left out: the mean of the loss is that over all sites.
         loss = self.of_log_ratios(log_ratio).sum(1).mean() * (num / sites.shape[1])
         return loss, {"energy/positive": here.detach().mean(), "loss/total": loss.detach()}
 
@@ -160,7 +160,7 @@ def neighbours(x: Tensor, sites: Tensor, *, one_hot: bool) -> Tensor:
     flat = x.reshape(len(x), -1, num_states)
     copies = repeat(flat, "b d k -> b s m d k", s=num_chosen, m=num_states - 1).clone()
     state = flat.gather(1, repeat(sites, "b s -> b s k", k=num_states)).argmax(2)
-    # The other states: m steps further round the cycle of states, m = 1 .. K - 1.
+    # The other states, in cyclic order: m states after the current one, m = 1 .. K - 1.
     shift = torch.arange(1, num_states, device=x.device)
     other = (rearrange(state, "b s -> b s 1") + shift) % num_states
     new = F.one_hot(other, num_states).to(x.dtype)

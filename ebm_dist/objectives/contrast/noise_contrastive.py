@@ -1,4 +1,4 @@
-"""Noise-contrastive estimation: tell data from noise of known density, and learn log Z by it."""
+"""Noise-contrastive estimation: classifies data against noise of known density; learns log Z."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ class NoiseContrastiveSection(ObjectiveSection):
     far_modes: ClassVar[str] = "seen, where the noise covers all of them"
 
     noise: NoiseLaw | None = None
-    """Law of the noise; by the data when left out: gaussian for real, uniform for images,
-    coins for binary (fair ones), classes for categorical (uniform over them)."""
+    """Law of the noise. When left out it follows the data: gaussian for real events, uniform for
+    images, coins (fair bits) for binary, classes (uniform over them) for categorical events."""
 
     noise_mean: float = 0.0
     """Mean of gaussian noise, the same in every coordinate."""
 
     noise_std: PositiveFloat = 1.0
-    """Standard deviation of gaussian noise; above the data's, or the estimate has no variance."""
+    """Standard deviation of gaussian noise. It should exceed the data's, or the variance of the
+    estimate is infinite."""
 
     low: float = -1.0
     """Lower end of uniform noise."""
@@ -55,7 +56,7 @@ class NoiseContrastiveSection(ObjectiveSection):
     """Noise events for each datum."""
 
     log_z: float = 0.0
-    """Where the learnt log Z starts."""
+    """Initial value of the learnt log Z."""
 
     @field_validator("high")
     @classmethod
@@ -95,8 +96,8 @@ class NoiseContrastive(Objective):
 
         G(x) = -E(x)/T - log Z - log q(x) - log nu
 
-    nu noise events a datum, q their density. At the optimum E and log Z are those of the
-    data's law, for any q that covers it. Gutmann & Hyvarinen (2012), JMLR 13, eq. 8.
+    There are nu noise events for each datum, of density q. At the optimum E and log Z are those of
+    the data's law, for any q that covers it. Gutmann & Hyvarinen (2012), JMLR 13, eq. 8.
 
     Sees the weights of far modes where the noise covers all of them.
     """
@@ -126,7 +127,8 @@ class NoiseContrastive(Objective):
         on_data, on_noise = logit[: len(data)], logit[len(data) :]
         # Sum over the noise of a datum, mean over data: nu times the mean over noise.
         loss = F.softplus(-on_data).mean() + ratio * F.softplus(on_noise).mean()
-        # At equal odds: with nu noise events a datum, calling all of them noise is often right.
+        # Accuracy at equal odds: with nu noise events for each datum, a classifier that always
+        # answers noise is right in nu of nu + 1 cases.
         fair = -math.log(ratio)
         balanced = 0.5 * ((on_data > fair).float().mean() + (on_noise < fair).float().mean())
         return loss, {
@@ -158,7 +160,7 @@ class NoiseContrastive(Objective):
             square = sum_event(((x - self.config.noise_mean) / std).square())
             return -0.5 * square - size * (math.log(std) + 0.5 * math.log(2 * math.pi))
         if self.noise == "uniform":
-            # Constant outside its support too: a datum on the rim must not make it -inf.
+            # Constant outside the support too: it must not be -inf for a datum on the border.
             return x.new_full(x.shape[:1], -size * math.log(self.config.high - self.config.low))
         if self.noise == "coins":
             return x.new_full(x.shape[:1], -size * math.log(2))

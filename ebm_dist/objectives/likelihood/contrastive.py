@@ -1,6 +1,7 @@
-"""Contrastive maximum likelihood: data against negatives, wherever their chains start.
+"""Contrastive maximum likelihood: data against negatives.
 
-Chains from data make it CD-k, persistent ones PCD, from noise short-run: the buffer decides.
+The buffer decides where the chains of the negatives start: at data (CD-k), where they ended
+(persistent, PCD), or at noise (short-run).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Evaluate = Callable[[nn.Module | EnergyFn, Tensor], Tensor]
 
 
 class ContrastiveFields(ObjectiveSection):
-    """What every objective with a contrastive part can be told about it."""
+    """The config fields of every objective with a contrastive part."""
 
     adjustable: ClassVar[frozenset[str]] = frozenset(
         {
@@ -62,20 +63,20 @@ class ContrastiveFields(ObjectiveSection):
     )
 
     energy_l2: NonNegativeFloat = 0.0
-    """Weight of mean E(x+)^2 + mean E(x-)^2, which holds the constant the energy leaves free."""
+    """Weight of mean E(x+)^2 + mean E(x-)^2, which bounds the free additive constant of E."""
 
     gradient_penalty: NonNegativeFloat = 0.0
-    """lambda of lambda/2 * E|dE/dx|^2."""
+    """lambda of the penalty lambda/2 * E|dE/dx|^2."""
 
     gradient_penalty_at: PenaltyPoints = "data"
-    """Where the gradient is held down: data | gaussian | negatives | interpolation."""
+    """Points of the gradient penalty: data | gaussian | negatives | interpolation."""
 
     gradient_penalty_std: PositiveFloat = 1.0
     """Standard deviation of the points of `gradient_penalty_at: gaussian`."""
 
     spectral_penalty: NonNegativeFloat = 0.0
     """Weight of the sum of the largest singular values of the energy's weight matrices (VAEBM:
-    0.2). Not for ZeRO stage 3, which takes the matrices apart."""
+    0.2). Not for ZeRO stage 3, which partitions the matrices."""
 
     truncation: Truncation = None
     """Largest weight of a stale negative in units of the mean one, `inf` for no limit; sqrt(M)
@@ -85,7 +86,7 @@ class ContrastiveFields(ObjectiveSection):
     """Weight of the KL term that contrastive divergence drops (Du et al. 2021)."""
 
     kl_step_size: PositiveFloat | None = Field(default=None, validate_default=True)
-    """Step size of the differentiable Langevin step of the KL term; the sampler's, as a rule.
+    """Step size of the differentiable Langevin step of the KL term, usually that of the sampler.
     Required with `kl_weight`."""
 
     repel_weight: NonNegativeFloat = 0.3
@@ -124,9 +125,9 @@ class Contrastive(Objective):
         mean E(x+) - sum_i w_i E(x-_i) + energy_l2 * (mean E(x+)^2 + mean E(x-)^2)
             + gradient_penalty/2 * E|dE/dx|^2 + kl_weight * KL term
 
-    w is proportional to exp(negatives.log_weight), with the staleness weights on top where
-    `reweight` is set, and sums to 1. Du & Mordatch (2019), arXiv:1903.08689; CD: Hinton
-    (2002); PCD: Tieleman (2008).
+    w is proportional to exp(negatives.log_weight), times the staleness weights where `reweight`
+    is set, and sums to 1. Du & Mordatch (2019), arXiv:1903.08689; CD: Hinton (2002); PCD:
+    Tieleman (2008).
 
     Sees the weights of far modes only as far as chains cross between them (`parallel_tempering`).
     """
@@ -161,8 +162,8 @@ class Contrastive(Objective):
     ) -> tuple[Tensor, Metrics]:
         """Loss and metrics for data (B, *event) against negatives (M, *event).
 
-        `evaluate(energy, x)` runs once on all of them together: three passes through a small
-        network cost nearly three times one, and spectral norm would see three batches.
+        `evaluate(energy, x)` runs once on all events together: three passes through a small
+        network cost nearly three times as much, and spectral norm would update three times.
         """
         config = self.config
         num_pos, num_neg = data.shape[0], negatives.x.shape[0]
@@ -220,8 +221,8 @@ class Contrastive(Objective):
             loss = loss + spectral
             metrics["loss/spectral"] = spectral.detach()
         metrics["loss/contrastive"] = gap.detach()
-        # The gap is not a likelihood: near zero for a good model, and for chains that never
-        # left the data.
+        # The gap is not a likelihood: it is near zero for a good model, and also for chains that
+        # never left the data.
         metrics |= {
             "energy/positive": energy_pos.mean().detach(),
             "energy/negative": mean_neg.detach(),

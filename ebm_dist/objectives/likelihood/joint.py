@@ -16,7 +16,7 @@ from ebm_dist.objectives.objective import FAMILY, Metrics, Objective
 
 @FAMILY.register
 class JointSection(ContrastiveFields):
-    """Cross entropy of the logits, and contrastive for E(x) = -logsumexp(logits)."""
+    """Cross entropy of the logits, and the contrastive loss of E(x) = -logsumexp(logits)."""
 
     name: Literal["joint"] = "joint"
     example: ClassVar[dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""The KL term that contrastive divergence drops: how the sampler itself follows the weights."""
+"""The KL term that contrastive divergence drops: the law of the chains depends on the weights."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def kl_term(
 
         x' = x - h dE/dx + sqrt(2 T h) xi        one Langevin step from each negative
 
-    Contrastive divergence is KL(p_data | p) - KL(q | p), whose gradient has a third part:
-    that of KL(q | p) through q, the law of the chains. Here the last step carries it. The
-    energy of the first term counts as fixed. H is the nearest-neighbour estimate, the mean
+    Contrastive divergence is KL(p_data | p) - KL(q | p). Its gradient has a third part: that of
+    KL(q | p) through q, the law of the chains. Here only the last step contributes to it. E_stop
+    is the energy with fixed weights. H is the nearest-neighbour estimate of the entropy: the mean
     log distance to the nearest other negative, up to a constant. Du et al. (2021),
     arXiv:2012.01316, eq. 5 to 8.
 
@@ -42,9 +42,9 @@ def kl_term(
         start, _, grad = energy_and_grad(energy, negatives)
         noise = (2 * temperature * step_size) ** 0.5 * normal_like(start, generator)
         moved = start.detach() - step_size * grad + noise
-        # The gradient of E(x'(weights)) with the weights of E held fixed is dE/dx' . dx'. Held
-        # fixed by hand: a copy of the energy with detached weights is what everybody else
-        # takes, and weights that an engine has partitioned cannot be copied.
+        # With the weights of E fixed the gradient of E(x'(weights)) is dE/dx' . dx'. It is written
+        # out here: the usual way is a copy of the energy with detached weights, but weights that
+        # an engine has partitioned cannot be copied.
         _, end, slope = energy_and_grad(energy, moved, create_graph=False)
         along = (slope * (moved - moved.detach())).flatten(1).sum(1)
         energy_end = end.detach() + along
@@ -63,5 +63,5 @@ def _nearest_distance(moved: Tensor, negatives: Tensor) -> Tensor:
         distance = torch.cdist(flat, others)
         distance.fill_diagonal_(float("inf"))
         nearest = distance.argmin(1)
-    # Floored: two chains in one place would push each other with infinite force.
+    # Clamped: the gradient would be infinite for two chains at the same position.
     return (flat - others[nearest]).square().sum(1).clamp_min(1e-12).sqrt()

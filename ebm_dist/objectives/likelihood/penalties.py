@@ -1,4 +1,4 @@
-"""Penalties that hold an energy down: its magnitude, and its slope at chosen points."""
+"""Penalties on an energy: its magnitude, its gradient at chosen points, its spectral norms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PenaltyPoints = Literal["data", "gaussian", "negatives", "interpolation"]
 def energy_l2(energy_pos: Tensor, energy_neg: Tensor) -> Tensor:
     """mean E(x+)^2 + mean E(x-)^2, for energies (B,) and (M,); 0-d.
 
-    Holds the additive constant that the likelihood leaves free. Du & Mordatch (2019),
+    Bounds the additive constant that the likelihood leaves free. Du & Mordatch (2019),
     arXiv:1903.08689, section 3.3.
     """
     return energy_pos.square().mean() + energy_neg.square().mean()
@@ -39,7 +39,7 @@ def penalty_points(
     *,
     std: float = 1.0,
 ) -> Tensor:
-    """Where the gradient penalty is taken, (N, *event), detached.
+    """The points of the gradient penalty, (N, *event), detached.
 
     data: the batch; negatives: the chains; gaussian: N(0, std^2), one for each datum;
     interpolation: u x+ + (1-u) x- with u uniform and x+, x- paired in their order, as many as
@@ -64,9 +64,9 @@ def spectral_norms(energy: nn.Module | EnergyFn, num_iterations: int = 8) -> Ten
     """Sum of the largest singular values of all weight matrices, 0-d.
 
     A parameter with two or more dims counts as the matrix (dim 0, all others), as in Vahdat &
-    Kautz (2020), arXiv:2007.03898. Power iteration from the matrix's own column of greatest
-    norm, so that no state is kept between updates; the value is a lower bound and its
-    gradient u v^T has unit norm.
+    Kautz (2020), arXiv:2007.03898. Power iteration starts from the matrix's column of largest
+    norm, so it keeps no state between updates. The value is a lower bound and its gradient u v^T
+    has unit norm.
 
     Raises:
         ValueError: the energy is no module, has no matrix, or its weights are partitioned.

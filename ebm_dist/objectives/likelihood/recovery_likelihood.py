@@ -28,19 +28,19 @@ from ebm_dist.objectives.objective import (
 
 @FAMILY.register
 class RecoveryLikelihoodSection(ObjectiveSection):
-    """Contrastive for p(x | x~), x~ = x + noise: a law so narrow that short chains mix."""
+    """Contrastive loss of p(x | x~), x~ = x + noise, a law so narrow that short chains mix."""
 
     name: Literal["recovery_likelihood"] = "recovery_likelihood"
     kinds: ClassVar[tuple[EventKind, ...]] = ("real", "image")
     example: ClassVar[dict[str, Any]] = {"noise_std": (0.2, 0.5), "num_steps": 3}
     far_modes: ClassVar[str] = (
-        "not seen: chains start at the noisy datum and stay in its mode, and what they get "
-        "wrong there can even drive a weight away"
+        "not seen: chains start at the noisy datum and stay in its mode, and their errors there "
+        "can even shift a weight"
     )
 
     noise_std: PositiveFloat | tuple[PositiveFloat, ...] = Field()
-    """Standard deviation of the noise to recover from in data units, or several, one drawn for
-    each datum. No default: it depends on the data's scale."""
+    """Standard deviation of the noise in data units; if several are given, one is drawn for each
+    datum. No default: it depends on the data's scale."""
 
     conditioning: Literal["none", "level"] = "none"
     """none: one energy, which recovers clean data from every level. level: a diffusion; the
@@ -48,17 +48,17 @@ class RecoveryLikelihoodSection(ObjectiveSection):
     diffused t times, and level t is recovered from level t + 1."""
 
     num_steps: PositiveInt = 30
-    """Langevin steps, inside the loss, from the noisy event."""
+    """Langevin steps inside the loss, which start from the noisy event."""
 
     step_size: PositiveFloat = Field(default=0.1, lt=2.0)
     """h in units of 1/precision of p(x|x~), so that one value serves every level: the noise
     variance s^2, or s^2 (1 - s^2) under `level`, whose data have about unit variance."""
 
     adjusted: bool = False
-    """Metropolis accept step, which removes the bias of the step size."""
+    """Use a Metropolis accept step, which removes the bias of the step size."""
 
     loss_scale: Literal["none", "inverse_std"] = "inverse_std"
-    """Weight of a level: inverse_std is smallest noise over its own (Gao et al.)."""
+    """Weight of a level; inverse_std: the smallest noise_std over the level's own (Gao et al.)."""
 
     @field_validator("conditioning")
     @classmethod
@@ -127,7 +127,7 @@ class RecoveryLikelihood(Objective):
         return loss, metrics
 
     def diffuse(self, x: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
-        """What is to be recovered: the data, or sqrt(1 - s^2) x_t under `level`."""
+        """The events to recover: the data, or sqrt(1 - s^2) x_t under `level`."""
         if self.config.conditioning == "none":
             return x.detach()
         stds = torch.tensor(self.noise_stds, dtype=x.dtype)
@@ -205,9 +205,9 @@ class RecoveryLikelihood(Objective):
     ) -> Tensor:
         """Events (B, *event) from standard normal noise, recovered level by level.
 
-        Under `level`: the diffusion run backwards. The last level starts from N(0, I), so
-        the noise levels together must have erased the data: the product of sqrt(1 - s^2)
-        near 0.
+        Under `level` this runs the diffusion backwards. The last level starts from N(0, I), so
+        the noise of all levels together must erase the data: the product of sqrt(1 - s^2) must
+        be near 0.
 
         Raises:
             ValueError: the objective is not conditioned on levels; sample exp(-E/T) itself.

@@ -1,4 +1,4 @@
-"""Reverse KL through a Donsker-Varadhan critic: mode-seeking, where likelihood is covering."""
+"""Reverse KL by a Donsker-Varadhan critic: mode-seeking, while likelihood is mode-covering."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class ReverseKlSection(ObjectiveSection):
     """Units of each hidden layer of the critic; () is a linear critic."""
 
     critic_l2: NonNegativeFloat = 0.0
-    """Weight of mean c(x+)^2 + mean c(x-)^2 in the critic's loss. A few events that only the
-    model visits let an unregularised critic grow without bound."""
+    """Weight of mean c(x+)^2 + mean c(x-)^2 in the critic's loss. At 0 the critic can grow without
+    bound on a few events that only the model visits."""
 
     energy_weight: NonNegativeFloat = 1.0
-    """Weight of the energy's part beside the critic's; 0 trains the critic alone."""
+    """Weight of the energy's loss relative to the critic's; 0 trains the critic alone."""
 
     truncation: Truncation = None
     """Largest weight of a stale negative in units of the mean one, `inf` for no limit; sqrt(M)
@@ -78,7 +78,7 @@ class Critic(nn.Module):
         for width in widths:
             layers += [nn.Linear(size, width), nn.SiLU()]
             size = width
-        # The supremum does not depend on a constant in c: a bias would drift.
+        # The supremum does not depend on a constant in c, so a bias would drift.
         self.layers = nn.Sequential(*layers, nn.Linear(size, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,15 +90,15 @@ class Critic(nn.Module):
 class ReverseKl(Objective):
     """KL(p | p_data) = sup over c of E_p[c(x-)] - log E_data[exp c(x+)].
 
-    The critic climbs the estimate, the energy descends it. Chains cannot be differentiated
-    through, so the energy's part is the score-function form: with p = exp(-E/T)/Z,
+    The critic maximises the estimate, the energy minimises it. No gradient passes through chains,
+    so the energy's gradient is a score-function estimate: with p = exp(-E/T)/Z,
 
         d/dw E_p[c] = -Cov_p(c, dE/dw) / T
 
     and the second term does not depend on p. Donsker & Varadhan (1983); as a critic:
     Belghazi et al. (2018), arXiv:1801.04062, eq. 5 and 6.
 
-    The loss has the value of the estimate, in nats, and the gradients of both parts.
+    The value of the loss is the estimate, in nats; its gradient is that of both parts.
 
     Sees the weights of far modes only as far as chains cross between them.
     """
@@ -135,7 +135,7 @@ class ReverseKl(Objective):
             critic_loss = critic_loss + config.critic_l2 * (
                 magnitude[: len(data)].mean() + magnitude[len(data) :].mean()
             )
-        # Centred: E_p[dE/dw] times a constant is zero in mean, and most of the variance.
+        # The gradient is a covariance, so the critic is centred.
         advantage = (critic_neg - _over_ranks(mean_neg, self.gather_ranks)).detach()
         energy_loss = -(weight * advantage * energy_neg).sum() / config.fitted_temperature
         gradients = config.energy_weight * energy_loss + critic_loss
@@ -150,7 +150,7 @@ class ReverseKl(Objective):
         return loss, metrics
 
     def estimate(self, critic_data: Tensor, mean_neg: Tensor) -> tuple[Tensor, Tensor]:
-        """The estimate in nats (detached), and a loss whose gradient is minus its own."""
+        """The estimate in nats (detached), and a loss with minus the gradient of the estimate."""
         gather = self.gather_ranks
         total = critic_data.detach().logsumexp(0).reshape(1)
         count = len(critic_data)

@@ -31,17 +31,17 @@ class DenoisingSection(ObjectiveSection):
     kinds: ClassVar[tuple[EventKind, ...]] = ("real", "image")
     example: ClassVar[dict[str, Any]] = {"noise_std": 0.3}
     far_modes: ClassVar[str] = (
-        "seen only where objective.noise_std reaches from one to the next, and what is fitted "
-        "is then the data blurred by as much"
+        "seen only where objective.noise_std reaches from one to the next, and the fitted law is "
+        "then that of the data blurred by as much"
     )
 
     noise_std: PositiveFloat | tuple[PositiveFloat, ...] = Field()
-    """Standard deviation s of the noise in data units, or several, one drawn for each datum.
-    No default: the fitted law is the data blurred by it, so it depends on the data's scale."""
+    """Standard deviation s of the noise in data units; if several are given, one is drawn for each
+    datum. No default: the fitted law is the data blurred by it, so it depends on their scale."""
 
     conditioning: Literal["none", "scale"] = "none"
-    """What one energy means at several levels. none: the same energy at each, a compromise
-    between the blurred laws; scale: E/s at level s (Song & Ermon 2020, technique 3)."""
+    """The energy at several levels. none: E at every level, a compromise between the blurred laws;
+    scale: E/s at level s (Song & Ermon 2020, technique 3)."""
 
     def module(self) -> Objective:
         return Denoising(self)
@@ -50,9 +50,8 @@ class DenoisingSection(ObjectiveSection):
 class Denoising(Objective):
     """mean[ 1/2 |s dU/dx(x + s xi) - xi|^2 ], xi ~ N(0, 1), U = E/T, or E/(T s) under `scale`.
 
-    The level-weighted loss s^2 * (Fisher divergence to the blurred data): levels count
-    alike. Vincent (2011), eq. 11; several levels: Song & Ermon (2019), arXiv:1907.05600,
-    eq. 6.
+    This is s^2 * (Fisher divergence to the blurred data); the factor gives all levels equal weight.
+    Vincent (2011), eq. 11; several levels: Song & Ermon (2019), arXiv:1907.05600, eq. 6.
 
     Does not see the weights of far modes unless the noise reaches from one to the next.
     """
@@ -81,7 +80,7 @@ class Denoising(Objective):
             factor = wide_std if self.config.conditioning == "none" else torch.ones_like(wide_std)
             residual = factor / self.config.fitted_temperature * grad - noise
             loss = 0.5 * sum_event(residual.square()).mean()
-        # No energy/positive: the energies at hand are those of blurred data.
+        # No energy/positive: the energies computed here are those of blurred data.
         return loss, {"loss/total": loss.detach()}
 
 

@@ -1,4 +1,4 @@
-"""Energy matching: far from the data the energy transports noise to it, near it is Boltzmann's."""
+"""Energy matching: -dE/dx is a flow from noise to the data, and near the data E is an energy."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class EnergyMatchingSection(ObjectiveSection):
     """Weight of the flow part."""
 
     time_cutoff: float = Field(default=1.0, gt=0.0, le=1.0)
-    """tau*: the flow part counts fully before it, and falls linearly to 0 at time 1. The authors
-    warm up at 1 and then train at 0.9."""
+    """tau*: the weight of the flow part is 1 before this time and falls linearly to 0 at time 1.
+    The authors warm up at 1 and then train at 0.9."""
 
     coupling: Literal["ot", "independent"] = "ot"
-    """How noise and data are paired: optimal transport inside each rank's batch, or as they
-    come."""
+    """How noise and data are paired: by optimal transport inside each rank's batch (ot), or
+    independently."""
 
     noise_std: PositiveFloat = 1.0
     """Standard deviation of the noise that the flow starts from."""
@@ -55,13 +55,13 @@ class EnergyMatchingSection(ObjectiveSection):
     """lambda_CD, weight of the contrastive part; 0 needs no negatives."""
 
     contrastive_clamp: PositiveFloat | None = 0.02
-    """Floor at minus this for the weighted contrastive part; below it, the part has no gradient."""
+    """The weighted contrastive part is clamped to at least minus this, with no gradient below."""
 
     trim_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of the negatives left out, those of highest energy."""
+    """Share of the negatives that is left out, those of highest energy."""
 
     warmup_steps: NonNegativeInt = 0
-    """Updates of the flow part alone. The trainer announces each update by `begin_update`."""
+    """Number of first updates that train the flow part alone."""
 
     truncation: Truncation = None
     """Largest weight of a stale negative in units of the mean one, `inf` for no limit; sqrt(M)
@@ -77,9 +77,9 @@ class EnergyMatchingSection(ObjectiveSection):
 class EnergyMatching(Objective):
     """flow_weight * mean w(t) |-dE/dx(x_t) - (x1 - x0)|^2 + max(lambda * gap, -clamp).
 
-    x_t = (1-t) x0 + t x1, x0 noise, x1 data, t uniform; |.|^2 is the mean over the event's
-    numbers, on which the authors' lambda rests; gap is mean E(x+) - trimmed mean E(x-).
-    Balcerak et al. (2025), arXiv:2504.10612, algorithms 1 and 2.
+    x_t = (1-t) x0 + t x1, x0 noise, x1 data, t uniform; gap is mean E(x+) - trimmed mean E(x-).
+    |.|^2 is the mean over the event's numbers, as the authors' value of lambda assumes. Balcerak
+    et al. (2025), arXiv:2504.10612, algorithms 1 and 2.
 
     The flow part does not see the weights of far modes, the contrastive one does if chains cross.
     """
@@ -127,7 +127,7 @@ class EnergyMatching(Objective):
 
     @property
     def warming_up(self) -> bool:
-        """Whether the next update is one of the flow part alone."""
+        """Whether the next update trains the flow part alone."""
         if self.config.warmup_steps == 0:
             return False
         if self.step is None:
@@ -160,9 +160,9 @@ def flow_weight(time: Tensor, cutoff: float) -> Tensor:
 
 
 def trimmed(weight: Tensor, energy: Tensor, fraction: float) -> Tensor:
-    """weight * energy (M,) with the `fraction` of highest energy left out, its weight shared out.
+    """weight * energy (M,) without the `fraction` of highest energy; the others get its weight.
 
-    Negatives that a step threw far out would dominate the mean.
+    Otherwise negatives that one step moved far away would dominate the mean.
     """
     num_kept = energy.shape[0] - int(fraction * energy.shape[0])
     if num_kept == energy.shape[0]:

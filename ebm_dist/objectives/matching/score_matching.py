@@ -39,7 +39,7 @@ class ScoreMatchingSection(ObjectiveSection):
 class ScoreMatching(Objective):
     """mean[ 1/2 |dU/dx|^2 - Laplacian U ] over the data, U = E/T.
 
-    The Fisher divergence to the data, less a constant that the data alone decides.
+    The Fisher divergence to the data, minus a constant that depends on the data alone.
     Hyvarinen (2005), JMLR 6, eq. 4.
 
     Does not see the weights of far modes: the score within a mode does not depend on its weight.
@@ -74,6 +74,6 @@ class ScoreMatching(Objective):
 def laplacian(leaf: Tensor, grad: Tensor) -> Tensor:
     """Trace (B,) of the Hessian, from the gradient (B, *event) at the leaf."""
     flat = grad.flatten(1)
-    # Events do not interact, so the sum over the batch keeps their Hessians apart.
+    # Events do not interact, so the gradient of a sum over the batch gives each one's own Hessian.
     rows = [input_grad(flat[:, i], leaf).flatten(1)[:, i] for i in range(flat.shape[1])]
     return torch.stack(rows, 1).sum(1)

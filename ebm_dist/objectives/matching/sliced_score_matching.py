@@ -36,10 +36,10 @@ class SlicedScoreMatchingSection(ObjectiveSection):
     """Directions for each datum."""
 
     projection: Literal["rademacher", "gaussian"] = "rademacher"
-    """Law of a direction; both have unit covariance, random signs the smaller variance."""
+    """Law of a direction. Both have unit covariance; random signs give the smaller variance."""
 
     variance_reduced: bool = True
-    """Take |dU/dx|^2 itself, and not its square along the direction."""
+    """Use |dU/dx|^2 itself in place of the squared slope along the direction."""
 
     def module(self) -> Objective:
         return SlicedScoreMatching(self)
@@ -48,7 +48,7 @@ class SlicedScoreMatchingSection(ObjectiveSection):
 class SlicedScoreMatching(Objective):
     """mean[ 1/2 |dU/dx|^2 - v.(Hessian U).v ], E[v v^T] = 1, U = E/T.
 
-    The explicit loss in mean over v. Song et al. (2019), arXiv:1905.07088, eq. 7 and 8
+    Its mean over v is the explicit loss. Song et al. (2019), arXiv:1905.07088, eq. 7 and 8
     (variance reduced).
 
     Does not see the weights of far modes: the score within a mode does not depend on its weight.
