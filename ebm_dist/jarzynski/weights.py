@@ -203,7 +203,7 @@ def resample(
 
 
 def check_sampler(sampler: KernelSection) -> None:
-    """Refuse samplers for whose moves the correction knows no density.
+    """Refuse samplers whose transition density the correction does not know.
 
     Raises:
         UserError: the key to change and why.

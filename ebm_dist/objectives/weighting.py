@@ -66,7 +66,7 @@ def staleness_log_weight(
     `normalised_weights`.
 
     Args:
-        energy_now: (M,) under today's weights.
+        energy_now: (M,) under the current weights.
         energy_recorded: (M,) under the weights that moved the chains.
         temperature: of the sampler, T.
         truncation: largest weight in units of the mean weight; None is sqrt(M), Ionides' choice;

@@ -102,7 +102,7 @@ def prepared_weights(energy: EnergyFn, *, bf16: bool, channels_last: bool) -> It
 def _evaluate_parametrized(
     layer: nn.Module, bf16: bool, channels_last: bool
 ) -> Iterator[Callable[[], object]]:
-    """Replace the parametrizations of `layer` by their weights; yields what undoes each."""
+    """Replace the parametrizations of `layer` by their weights; yields functions that undo it."""
     parametrizations = layer.parametrizations
     assert isinstance(parametrizations, nn.ModuleDict)
     # torch gives a parametrized layer a class of its own, derived from the original one.
@@ -118,7 +118,7 @@ def _evaluate_parametrized(
 
 
 def _convert(layer: nn.Module, bf16: bool, channels_last: bool) -> Iterator[Callable[[], object]]:
-    """Cast and lay out the weights of `layer`; yields what undoes each."""
+    """Cast and lay out the weights of `layer`; yields functions that undo it."""
     for p in layer.parameters(recurse=False):
         original = p.data
         p.data = _converted(original, bf16, channels_last)

@@ -48,7 +48,7 @@ class Kernel(Protocol[S]):
         """Start chains at `x` (B, *event).
 
         Raises:
-            ValueError: x or the energy is not what the kernel can move.
+            ValueError: x or the energy does not fit the kernel.
             NonFiniteEnergy: an energy is NaN or infinite at x.
         """
         ...
@@ -92,7 +92,7 @@ class DepartingKernel(Protocol):
         *,
         first: bool = False,
     ) -> tuple[Tensor, Any]:
-        """Move the chains at `position` (B, *event) in place; overwrites `noise`, as large.
+        """Move the chains at `position` (B, *event) in place; overwrites `noise` (B, *event).
 
         The same move, bit for bit, as `init` at `position` and then `step`.
 
@@ -115,7 +115,7 @@ class KernelSection(Section):
     """Small parameters that work on a target of unit scale; the protocol tests use them."""
 
     num_steps: PositiveInt = Field(default=60, le=1_000_000)
-    """Steps of a chain in one round. A chain gets new weights between rounds only."""
+    """Steps that a chain makes in one round; the weights change between rounds only."""
 
     adapt_steps: NonNegativeInt = Field(default=0, le=1_000_000)
     """Warm-up steps before a new run that adapt the step size to a target acceptance rate, starting
@@ -171,8 +171,8 @@ def start(x: Tensor, energy: EnergyFn) -> Tensor:
     Langevin moves would round to no move at all.
 
     Raises:
-        ValueError: x is no floating-point tensor with a batch dimension, or is not the
-            shape of event that the energy names.
+        ValueError: x is no floating-point tensor with a batch dimension, or its events do not
+            have the shape that the energy states.
     """
     if not isinstance(x, Tensor):
         raise ValueError(f"x: expected a tensor (B, *event), got {type(x).__name__}")
@@ -202,7 +202,7 @@ _SHAPE_FAULT = re.compile(r"shape|size|dimension|channels|numel", re.IGNORECASE)
 
 
 def first_energy(energy: EnergyFn, position: Tensor) -> Tensor:
-    """`energy(position)`, checked as only the first evaluation of a round needs to be.
+    """`energy(position)`, with the checks that only the first evaluation of a round needs.
 
     Raises:
         ValueError: the energy cannot take such events, changes them in place, or does not return
@@ -330,6 +330,6 @@ def select(accepted: Tensor, new: S, old: S) -> S:
     chosen = {}
     for name in (f.name for f in fields(new)):
         a, b = getattr(new, name), getattr(old, name)
-        # The rest says what kind of event it is, the same for every chain.
+        # Other fields say what kind of event it is, which is the same for every chain.
         chosen[name] = torch.where(per_chain(accepted, a), a, b) if isinstance(a, Tensor) else b
     return type(old)(**chosen)

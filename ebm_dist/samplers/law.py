@@ -14,7 +14,7 @@ from ebm_dist.samplers.traits import UnadjustedKernel
 
 
 def unadjusted(kernel: Kernel[Any]) -> UnadjustedKernel | None:
-    """The kernel, or the one that moves its coldest copies, if it has no accept step."""
+    """The kernel that moves the chains (or coldest copies) if it has no accept step, else None."""
     kernel = getattr(kernel, "coldest", kernel)
     return kernel if isinstance(kernel, UnadjustedKernel) else None
 

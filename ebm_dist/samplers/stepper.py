@@ -3,7 +3,7 @@
 Most kernels return a state: the position after the move with its energy and gradient. A
 `DepartingKernel` evaluates the energy before it moves, so the energy of a position is known one
 step later. A round of K such steps computes K gradients and, at the final position, one energy
-without a gradient. A round of K steps with states computes K + 1 gradients, the last for nobody.
+without a gradient. K steps with states compute K + 1 gradients, of which nobody uses the last.
 """
 
 from __future__ import annotations

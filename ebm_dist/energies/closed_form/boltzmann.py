@@ -77,7 +77,7 @@ class Rbm(FiniteEnergy):
         """Exact, by a sum over all states of one side.
 
         At temperature 1 either side can be summed, and `auto` takes the smaller. At other
-        temperatures only the visible side can: the free energy over T has no hidden units.
+        temperatures only the visible side can: the free energy divided by T does not factor.
 
         Raises:
             ValueError: the side has more than 2**22 states, or cannot be summed.

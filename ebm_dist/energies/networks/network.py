@@ -14,7 +14,7 @@ from ebm_dist.energies.networks.layers import Head
 
 
 class NetworkEnergy(Energy):
-    """E(x) = head(body(x)) + confinement/2 ||x||^2.
+    """E(x) = -head(body(x)) + confinement/2 ||x||^2.
 
     With `num_classes` the head gives logits f_y(x) and E(x) = -logsumexp_y f_y(x), the
     joint energy-classifier of Grathwohl et al. (2020), arXiv:1912.03263.

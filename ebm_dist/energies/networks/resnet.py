@@ -72,7 +72,7 @@ class ResNetBody(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Channels-last takes 3 to 24% less CPU time for an input gradient (five shapes, one
-        # thread of an AVX-512 server), and a GPU's tensor cores need it. It is set on the
+        # thread of an AVX-512 server), and suits a GPU's tensor cores. It is set on the
         # activations only: the weights are row-major views of one flat array.
         x = self.stem(x).contiguous(memory_format=torch.channels_last)
         for index, stage in enumerate(self.stages):

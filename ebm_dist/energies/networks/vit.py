@@ -57,7 +57,7 @@ class VitSection(NetworkSection):
     }
 
     patch_size: PositiveInt = 4
-    """Side of one patch; must divide the image's sides. Small images want 2."""
+    """Side of one patch; must divide the image's sides. Use 2 for small images."""
 
     width: PositiveInt = 128
     """Dimension of one token."""

@@ -135,7 +135,7 @@ class ReverseKl(Objective):
             critic_loss = critic_loss + config.critic_l2 * (
                 magnitude[: len(data)].mean() + magnitude[len(data) :].mean()
             )
-        # The gradient is a covariance, so the critic is centred.
+        # Centred, since the gradient is a covariance: a constant in the critic has no effect.
         advantage = (critic_neg - _over_ranks(mean_neg, self.gather_ranks)).detach()
         energy_loss = -(weight * advantage * energy_neg).sum() / config.fitted_temperature
         gradients = config.energy_weight * energy_loss + critic_loss

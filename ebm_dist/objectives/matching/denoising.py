@@ -37,7 +37,7 @@ class DenoisingSection(ObjectiveSection):
 
     noise_std: PositiveFloat | tuple[PositiveFloat, ...] = Field()
     """Standard deviation s of the noise in data units; if several are given, one is drawn for each
-    datum. No default: the fitted law is the data blurred by it, so it depends on their scale."""
+    datum. No default: the fitted law is the data blurred by s, so s depends on the data's scale."""
 
     conditioning: Literal["none", "scale"] = "none"
     """The energy at several levels. none: E at every level, a compromise between the blurred laws;

@@ -1,4 +1,4 @@
-"""Energy matching: -dE/dx is a flow from noise to the data, and near the data E is an energy."""
+"""Energy matching: flow matching of -dE/dx from noise to the data, and contrast near the data."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ def pair(source: Tensor, target: Tensor) -> Tensor:
     the assignment runs on the CPU.
     """
     if source[0].numel() == 1:
-        # On the line the sorted pair up.
+        # In one dimension the optimal pairing is that of the sorted values.
         rank = target.flatten().argsort().argsort()
         return source[source.flatten().argsort()[rank]]
-    # Here: of all the mathematics this alone needs more than torch.
+    # Imported here: nothing else in the mathematics needs more than torch, einops and pydantic.
     from scipy.optimize import linear_sum_assignment
 
     with torch.no_grad():

@@ -1,9 +1,9 @@
 """Records a block as a CUDA graph and replays it as one launch.
 
 torch's compiler can do this itself (`triton.cudagraphs`), but not in a form that fits here: its
-recordings belong to the thread that compiled, which is a background thread, and each call
-overwrites the results of the last, which chains between two blocks must not be. The need here is
-simpler: one function, one shape, inputs at changing addresses.
+recordings belong to the thread that compiled, here a background thread, and a call overwrites the
+results of the call before, which are chains still in use. The need here is simpler: one function,
+one shape, inputs at changing addresses.
 """
 
 from __future__ import annotations

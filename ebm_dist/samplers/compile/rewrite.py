@@ -134,7 +134,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 
 
 def share_sigmoids(graph: GraphModule) -> None:
-    """Compute SiLU and its derivative at one input from one sigmoid, the costliest part of both.
+    """Compute SiLU and its derivative at one input from one sigmoid: it costs as much as the rest.
 
     Nothing overwrites the input in between: autograd guarantees that for the derivative.
     """
