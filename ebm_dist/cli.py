@@ -1,4 +1,4 @@
-"""The command line: each command calls something in the package and turns failure into one line."""
+"""The command line: each command calls a function of the package; failures become one line."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ebm_dist.core.errors import RunFailed, UserError, one_line
 from ebm_dist.core.paths import user_path
 from ebm_dist.core.signals import interrupting
 
+# Everything else is imported inside the command that needs it: `--help` answers within a
 # second, and sampling an export works where Ray and DeepSpeed are not installed.
 
 app = typer.Typer(
@@ -37,21 +38,21 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Prepare data as shards.", no_args_is_help=True)
 dashboard_app = typer.Typer(help="The W&B workspace, written as code.", no_args_is_help=True)
-config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
+config_app = typer.Typer(help="Show a config, or the schema of configs.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(dashboard_app, name="dashboard")
 app.add_typer(config_app, name="config")
 
 CommandLineError = typer.BadParameter.__mro__[2]
-"""ClickException: typer carries its own copy of click, under a path that varies by version."""
+"""ClickException: typer bundles a copy of click, at a path that varies by version."""
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Keys to set over the file, e.g. learner.lr=1e-4.")
+    list[str] | None, typer.Argument(help="Keys that override the file, e.g. learner.lr=1e-4.")
 ]
 
 
 def _path(text: str | Path) -> Path:
-    """A path behind an argument or option: `~` is the home directory, variables are refused."""
+    """A path of an argument or option: `~` is the home directory, variables are refused."""
     try:
         return Path(user_path(text))
     except ValueError as error:
@@ -62,7 +63,7 @@ _Argument = partial(typer.Argument, parser=_path, show_default=False)
 _Option = partial(typer.Option, parser=_path, metavar="PATH")
 
 ConfigFile = Annotated[Path, _Argument(help="The YAML config.")]
-ExportDir = Annotated[Path, _Argument(help="An export, or a run directory that holds one.")]
+ExportDir = Annotated[Path, _Argument(help="An export, or a run directory with one.")]
 
 
 def _version(asked: bool) -> None:
@@ -80,7 +81,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Options of no command."""
+    """Options without a command."""
 
 
 STOPPED = 75
@@ -90,13 +91,13 @@ STOPPED = 75
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv` (sys.argv when None) and return its exit code.
 
-    0 done, 2 the user's input is wrong, 1 the run failed, 75 a signal stopped the training and
-    there is a checkpoint to go on from, 130 a signal came before there was one, or stopped another
-    command. `EBM_DIST_DEBUG=1` lets exceptions through with their traceback.
+    0 done, 2 the user's input is wrong, 1 the run failed, 75 a signal stopped the training after a
+    checkpoint, 130 a signal stopped it before any checkpoint, or stopped another command.
+    `EBM_DIST_DEBUG=1` raises exceptions with their traceback.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a locale may lack the sign of a square
+        if isinstance(stream, io.TextIOWrapper):  # a locale may lack a character, such as ²
             stream.reconfigure(errors="backslashreplace")
     try:
         with interrupting():
@@ -120,14 +121,14 @@ _OF_THE_PATH = {
     errno.ELOOP,
     errno.EROFS,
 }
-"""What the system says of a path that cannot be used, whatever the disk holds."""
+"""Errors of a path that the user gave, as opposed to errors of the disk."""
 
 
 def _explain(error: Exception) -> int:
     if isinstance(error, typer.Abort):
         return _say("interrupted", 130)
     if isinstance(error, CommandLineError):
-        # A group without a command has shown its help, and has no message.
+        # A command group without a command has already shown its help; the message is empty.
         text = error.format_message().replace("Value error, ", "")  # type: ignore[attr-defined]
         message = " ".join(text.split())
         return _say(f"{message} (see ebm-dist --help)", 2) if message else 2
@@ -155,7 +156,7 @@ def _explain(error: Exception) -> int:
 
 
 def _say(message: str | UserError, code: int) -> int:
-    # Line by line as raised, not as split here: a name with a newline would forge a line.
+    # One line per argument of the error. Splitting text at newlines would let a name forge a line.
     for line in message.args if isinstance(message, UserError) else [message]:
         print(f"error: {one_line(line)}", file=sys.stderr)
     return code
@@ -183,17 +184,20 @@ def _failures_say_how_to_resume(run_dir: Path) -> Iterator[None]:
 @app.command(
     epilog="Example: ebm-dist train configs/digits.yaml learner.lr=2e-4 --run-dir runs/digits\n\n"
     "Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped by Ctrl-C, SIGTERM or "
-    "SIGHUP after a checkpoint (the same command goes on), 130 stopped before there was one."
+    "SIGHUP after a checkpoint (the same command resumes), 130 stopped before any checkpoint."
 )
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
     run_dir: Annotated[
-        Path | None, _Option(help="Where the run is kept; run.dir/run.name when left out.")
+        Path | None, _Option(help="The run directory; run.dir/run.name when left out.")
     ] = None,
     resume: Annotated[
         Literal["auto", "never", "must"],
-        typer.Option(help="Go on from the newest checkpoint: if there is one, never, or only so."),
+        typer.Option(
+            help="auto: resume from the newest checkpoint, if any; never: start a new run; must: "
+            "fail without a checkpoint."
+        ),
     ] = "auto",
 ) -> None:
     """Train the energy that CONFIG describes."""
@@ -219,12 +223,12 @@ def sample(
     ),
     start: Annotated[
         Literal["noise", "chains"],
-        typer.Option(help="Begin at noise, or go on from the run's last chains."),
+        typer.Option(help="Start from noise, or from the run's last chains."),
     ] = "noise",
-    seed: Annotated[int, typer.Option(min=0, help="Seeds the starts and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the starts and the noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Draw samples from an exported model by the sampler that it was trained with."""
+    """Draw samples from an exported model with its training sampler."""
     from ebm_dist.export.reader import open_export
     from ebm_dist.export.sample import check_suffix, draw, save_samples
 
@@ -249,16 +253,16 @@ def evaluate(
     checkpoint: ExportDir,
     suite: Annotated[
         Literal["density", "ood", "robustness", "fidelity", "landscape"],
-        typer.Option(help="What to measure.", show_default=False),
+        typer.Option(help="The measurements to run.", show_default=False),
     ],
     out: Annotated[Path | None, _Option(help="Write the result here as JSON.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     data: Annotated[
-        str | None, typer.Option(help="Where the model's data is, if no longer at data.source.")
+        str | None, typer.Option(help="The model's data, if no longer at data.source.")
     ] = None,
 ) -> None:
-    """Measure an exported model on one suite of tests."""
+    """Evaluate an exported model on one suite."""
     import json
 
     from ebm_dist.export.reader import open_export
@@ -305,13 +309,13 @@ def data_prepare(
         ),
     ],
     out_dir: Annotated[Path, _Argument(help="The directory to write.")],
-    source: Annotated[Path | None, _Option(help="Where the originals are.")] = None,
+    source: Annotated[Path | None, _Option(help="The original files.")] = None,
     resize: Annotated[
         int | None,
-        typer.Option(help="Cut imagefolder's images to squares and scale them to this side."),
+        typer.Option(help="For imagefolder: crop images to squares and resize to this side."),
     ] = None,
 ) -> None:
-    """Write webdataset shards from a data set's originals, and say how many of each class."""
+    """Write a data set as webdataset shards, and print the number of events per class."""
     from ebm_dist.data import prepare
 
     prepare(name, out_dir, source=source, resize=resize, say=lambda line: print(one_line(line)))
@@ -350,7 +354,7 @@ def dashboard_publish(
     ] = None,
     entity: Annotated[
         str | None,
-        typer.Option(help="The W&B team or user; WANDB_ENTITY or the key's own when left out."),
+        typer.Option(help="The W&B team or user; WANDB_ENTITY or the key's default when left out."),
     ] = None,
 ) -> None:
     """Save the workspace in a W&B project."""
@@ -361,9 +365,9 @@ def dashboard_publish(
 
 @app.command(epilog="Example: ebm-dist doctor")
 def doctor(
-    directory: Annotated[Path, _Option(help="Where runs will be written.")] = Path("."),
+    directory: Annotated[Path, _Option(help="Parent directory of future runs.")] = Path("."),
 ) -> None:
-    """Check what this machine has of what a run needs; each line is ok or says what to do."""
+    """Check whether this machine can run training; each line is ok or says what to do."""
     from ebm_dist.run.doctor import examine
 
     healthy = True
@@ -378,7 +382,7 @@ def doctor(
 
 @config_app.command("show", epilog="Example: ebm-dist config show configs/digits.yaml run.steps=10")
 def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Print CONFIG complete, with every default written out."""
+    """Print the complete CONFIG, with every default."""
     from ebm_dist.config.run_config import dump, load
 
     print(dump(load(config, overrides or [])), end="")
@@ -396,7 +400,7 @@ def config_schema() -> None:
 
 @contextlib.contextmanager
 def _progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """`advance(done, text)`: a bar on a terminal, else a line every ten seconds, on stderr."""
+    """`advance(done, text)`: a bar on a terminal, else a line every ten seconds; on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

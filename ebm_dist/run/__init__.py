@@ -1,1 +1,1 @@
-"""RunConfig to a running graph."""
+"""Builds a running graph of parts from a RunConfig."""

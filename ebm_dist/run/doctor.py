@@ -1,4 +1,4 @@
-"""What a machine has of what a run needs: each finding is ok, or says what to do."""
+"""Checks whether a machine has what a run needs; each finding is ok or says what to do."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ebm_dist.core.installed import NO_FCNTL, how_to_install
 GIB = 2**30
 MIN_PYTHON = (3, 11)
 MIN_SHARED_MEMORY = 1 * GIB
-"""Ray's object store of a local run holds weights and negatives; its own floor is 75 MiB,
-below 1 GiB it falls back to slow disk files."""
+"""Shared memory for the object store of a local Ray, which holds weights and negatives. Ray's
+minimum is 75 MiB; below 1 GiB it uses slow disk files."""
 MIN_DISK = 2 * GIB
 RAY_PORTS = {6379: "Ray head", 8265: "Ray dashboard"}
 
@@ -36,11 +36,11 @@ class Finding:
     ok: bool
     text: str
     todo: str = ""
-    """What to do, in one sentence; empty where nothing needs doing."""
+    """What to do, in one sentence; empty if there is nothing to do."""
 
 
 def examine(directory: str | Path = ".") -> Iterator[Finding]:
-    """Check everything, cheapest first; `directory` is where runs will be written."""
+    """Run all checks, cheapest first; `directory` is the parent of future runs."""
     checks: list[Callable[[], Finding]] = [
         check_python,
         check_system,
@@ -59,8 +59,7 @@ def examine(directory: str | Path = ".") -> Iterator[Finding]:
         try:
             yield check()
         except Exception as error:
-            # A machine in an unknown state is what this command is for: a check that
-            # cannot run is a finding too.
+            # This command is for machines in an unknown state, so a failing check is a finding.
             name = getattr(check, "__name__", "check").removeprefix("check_")
             yield Finding(name, False, f"could not be checked: {error}", "see the message")
 
@@ -129,9 +128,9 @@ def check_ray_address() -> Finding:
         require_token(address)
         check_address(address)
         check_agreement(address)
-    except UserError as error:  # what to do is in it
+    except UserError as error:  # its text says what to do
         return Finding("ray address", False, str(error), "or unset RAY_ADDRESS for a local Ray")
-    # In a process of its own: joining a cluster of another version can kill the process.
+    # In a separate process, since joining a cluster of another version can kill the process.
     script = (
         "import json, ray; ray.init(log_to_driver=False, logging_level=40); "
         "print(json.dumps({'nodes': sum(n['Alive'] for n in ray.nodes()), "
@@ -155,7 +154,7 @@ def check_deepspeed() -> Finding:
     found = check_package("deepspeed", "train")
     if not found.ok:
         return found
-    # In a process of its own: importing it takes seconds, prints, and sets up logging.
+    # In a separate process, since importing deepspeed takes seconds, prints, and sets up logging.
     script = (
         "import json, deepspeed; from deepspeed.ops import __compatible_ops__ as ops; "
         "print(json.dumps(sorted(k for k, v in ops.items() if v)))"
@@ -283,7 +282,7 @@ def available_cores() -> int:
 
 
 def run_script(script: str, timeout: float) -> Any:
-    """The JSON that `script` prints last, or one line saying why it did not."""
+    """The JSON value on the last line of the script's output, or a line of text on failure."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout

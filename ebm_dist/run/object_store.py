@@ -1,4 +1,4 @@
-"""How much of a node's shared memory a run's objects may take: what Ray sends between parts."""
+"""Estimates the shared memory that Ray's object store needs for a run."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ebm_dist.core.types import EventSpec
 from ebm_dist.core.weights import WireName
 
 FLOOR = 128 << 20
-"""For metrics, pictures and what Ray keeps for itself."""
+"""For metrics, images and Ray's own objects."""
 WIRE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class StoreNeed:
-    """Bytes by what they are of."""
+    """Bytes in the object store, by purpose."""
 
     chains: int
-    """Copies of the buffer: of a checkpoint, and of a shard that moves."""
+    """Copies of the buffer, for a checkpoint and for a shard that moves to another node."""
     rounds: int
-    """Leases and negatives on their way."""
+    """Leases and negatives in transit."""
     weights: int
-    """Those that rounds still use, and the learner's state in a checkpoint."""
+    """Versions that running rounds use, and the learner's state in a checkpoint."""
 
     @property
     def total(self) -> int:
@@ -47,15 +47,15 @@ def store_need(
     wire: WireName,
     needs_negatives: bool = True,
 ) -> StoreNeed:
-    """What the objects of a run may take at a time.
+    """The largest size of the run's objects at any time.
 
-    The chains themselves do not count: they lie in memory beside Ray's, or in their process.
+    The shards' own chains do not count, since they lie outside Ray's object store.
     """
     event = math.prod(spec.shape)
     row = event * Codec.of(buffer.storage, spec).dtype.itemsize + ROW.itemsize
-    # Rounds keep the weights that they began with; as many as are in flight, or as lag allows.
+    # A round keeps its version of the weights: at most one per round in flight, or as lag allows.
     versions = min(flow.max_lag + 2, 2 * num_workers + 2)
-    # In a checkpoint: weights, two moments of the optimiser, their average.
+    # A checkpoint holds the weights, two moments of the optimiser, and the moving average.
     weights = num_weights * (versions * WIRE_BYTES[wire] + 4 * 4)
     if not needs_negatives:
         return StoreNeed(0, 0, weights)
@@ -64,10 +64,10 @@ def store_need(
 
 
 def check_shared_memory(size: int, need: StoreNeed, shared: Path = Path("/dev/shm")) -> None:
-    """Refuse a local run whose object store of `size` bytes this machine has no memory for.
+    """Refuse a local run if its object store of `size` bytes exceeds the free shared memory.
 
     Raises:
-        UserError: Ray would keep the objects on disk.
+        UserError: Ray would then keep objects on disk.
     """
     if not shared.is_dir() or (free := shutil.disk_usage(shared).free) >= size:
         return

@@ -1,4 +1,4 @@
-"""What would fail minutes later, inside an actor, checked before anything is started."""
+"""Checks before the start that find faults which would otherwise appear minutes later in actors."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from ebm_dist.metrics.credentials import with_environment
 from ebm_dist.samplers.compile.compiler import missing
 
 MAX_CHECKSUM_BYTES = 256 * 2**20
-"""Shards up to this total are read through before the start, in about a second; the readers
-check larger ones as they open them."""
+"""Shards up to this total size are verified before the start, in about a second; readers verify
+larger ones when they open them."""
 CONNECT_TIMEOUT_S = 5.0
 
 log = logging.getLogger("ebm_dist")
 
 
 def preflight(config: RunConfig) -> None:
-    """Refuse a run whose shards, Ray cluster or compiler are not there, or whose names W&B refuses.
+    """Refuse a run with faults in its data shards, Ray cluster, compiler or W&B names.
 
     Raises:
-        UserError: a shard is missing, cut short or altered, there is nothing to evaluate on,
-            nothing answers at the address, it is one that must not be joined without a token or
-            means another one, or deterministic chains are to be compiled without a compiler.
+        UserError: a data shard is missing, truncated or altered; there is no test split to
+            evaluate on; no Ray cluster answers at the address, or it needs a token, or other
+            settings name another cluster; or sync mode needs a compiler that is missing.
     """
     require("deepspeed", *(["ray"] if config.runtime.backend == "ray" else []))
     check_shards(config.data)
@@ -58,7 +58,7 @@ def preflight(config: RunConfig) -> None:
 
 
 def check_shards(config: DataConfig) -> None:
-    """Every shard's presence and size, and of a small data set the checksums or the samples."""
+    """Check every shard's presence and size, and the checksums of a small data set."""
     dataset = open_dataset(config)
     shards = list(dict.fromkeys((*dataset.train, *(dataset.test or ()))))
     for shard in shards:
@@ -71,7 +71,7 @@ def check_shards(config: DataConfig) -> None:
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """Whether there is a test split, and what the classifier of `fidelity` needs."""
+    """Check that there is a test split, and that the data suits the classifier of `fidelity`."""
     if (every := config.evaluation.every) is None:
         return
     if open_dataset(config.data).test is None:
@@ -91,9 +91,9 @@ def check_evaluation(config: RunConfig) -> None:
 
 
 def check_compiler(config: RunConfig) -> None:
-    """Of this machine; a worker on another one checks its own, with the same message."""
+    """Check the compiler of this machine; workers elsewhere check theirs, with the same message."""
     if config.sampler.engine != "compiled" or config.flow.mode != "sync":
-        return  # else rounds fall back to single steps
+        return  # without a compiler, rounds fall back to single steps
     if (why := missing()) is not None:
         raise UserError(
             "sampler.engine: compiled, with flow.mode: sync, needs a compiler on every machine, "
@@ -102,9 +102,9 @@ def check_compiler(config: RunConfig) -> None:
 
 
 def check_address(configured: str) -> None:
-    """Whether something answers where Ray is said to be; Ray itself would retry for minutes.
+    """Check that a server answers at Ray's address, since Ray itself would retry for minutes.
 
-    Of a local Ray: whether it has a place for its sockets.
+    For a local Ray, check that its socket directory can be created.
     """
     address, key = chosen_address(configured)
     if address == "local":

@@ -1,4 +1,4 @@
-"""What may change of a run's config when it goes on from a checkpoint, and what is said of it."""
+"""Compares the config of a resumed run with its checkpoint: refuses or reports changes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ebm_dist.learner.config import LearnerConfig, learning_rate
 _PLACES = ("source", "shards", "test_source")
 _READING = ("batch_size", "shuffle", "rank_split", "prefetch", "verify")
 _CACHE = ("cache", "cache_mib", "cache_dir")
-"""Keys of `data` that change how samples are read; all others change their law."""
+"""The keys of `data` above change how samples are read; all others change their distribution."""
 
 _AROUND = ("run.dir", "run.steps", "run.init_", "runtime.", "tracking.", "checkpoint.")
-"""What a run computes does not depend on them."""
+"""Keys that do not affect the result of a resumed run."""
 
 _SHOWN = 60
 
 
 def check_resumable(config: RunConfig, spec: EventSpec, found: CheckpointDir) -> None:
-    """Refuse to continue weights or chains of another model, or with other data.
+    """Refuse to continue from a checkpoint of another model or with other data.
 
     Args:
-        config: bound to the data, whose events are `spec`.
+        config: already bound to the data, whose events are `spec`.
     """
     for key, (old, new) in changed_keys(config, found).items():
         if _is_fixed(key, old, config):
@@ -65,10 +65,10 @@ def check_resumable(config: RunConfig, spec: EventSpec, found: CheckpointDir) ->
 
 
 def changes(config: RunConfig, found: CheckpointDir) -> list[str]:
-    """Lines that say what changed since the checkpoint.
+    """Lines that report the changes since the checkpoint.
 
     Raises:
-        UserError: the run is finished, so that a changed key would train nothing.
+        UserError: the run is finished, so a changed key would have no effect.
     """
     changed = changed_keys(config, found)
     if found.step == config.run.steps:
@@ -95,12 +95,12 @@ def changes(config: RunConfig, found: CheckpointDir) -> list[str]:
 
 
 def changed_keys(config: RunConfig, found: CheckpointDir) -> dict[str, tuple[Any, Any]]:
-    """Key -> its value in the checkpoint and now, of all that differ; names come first."""
+    """Key -> (value in the checkpoint, value now) for all keys that differ; names come first."""
     then = dict(found.meta["config"])
-    # Of a checkpoint whose paths were relative, to where we are.
+    # Relative paths of the checkpoint are resolved from the current directory.
     then["data"] = located(DataConfig.model_validate(then["data"])).model_dump(mode="json")
     old, new = _flat(then), _flat(config.model_dump(mode="json"))
-    # A key that the checkpoint lacks is of a newer version, and was then as its default is.
+    # A key that the checkpoint lacks is newer than it; its default is the old behaviour.
     differ = [key for key in new if key in old and old[key] != new[key]]
     return {key: (old[key], new[key]) for key in sorted(differ, key=_names_first)}
 
@@ -114,7 +114,7 @@ def _is_fixed(key: str, old: Any, config: RunConfig) -> bool:
     if section == "objective":
         return name not in config.objective.adjustable
     if section == "data" and name in _PLACES and old is not None:
-        # Data that was moved is the same data, as far as its events tell.
+        # Data that has moved counts as the same; the events are compared as well.
         moved = os.path.isabs(old) and "{" not in old and not os.path.lexists(old)
         return not moved and old != config.data.location
     if section == "data":

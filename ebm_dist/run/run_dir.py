@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, where it stands, and what it logs."""
+"""The run directory: its lock, the checkpoint to resume from, and run.log."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ebm_dist.files.safe_open import make_directory, open_to_append
 Resume = Literal["auto", "never", "must"]
 
 _DIRECTORIES = ("checkpoints", "samples", "wandb")
-"""Where a run writes below its directory."""
+"""Subdirectories that a run writes."""
 
 log = logging.getLogger("ebm_dist")
 
 
 def starting_point(run_dir: Path, resume: Resume) -> checkpoint.CheckpointDir | None:
-    """The checkpoint that a run in `run_dir` goes on from, None for a new run."""
+    """The checkpoint from which a run in `run_dir` resumes; None for a new run."""
     holds_run = (run_dir / "checkpoints").is_dir() or (run_dir / "metrics.jsonl").exists()
     if resume == "never":
         if holds_run:
@@ -41,10 +41,10 @@ def starting_point(run_dir: Path, resume: Resume) -> checkpoint.CheckpointDir | 
 
 @contextlib.contextmanager
 def claimed(run_dir: Path) -> Iterator[str | None]:
-    """Make `run_dir` ours for the time of a run; two writers would tear each other's files.
+    """Lock `run_dir` for the duration of a run, since two writers would corrupt its files.
 
     Yields:
-        A line to say where the file system cannot keep a second run out.
+        A line of warning if the file system has no locks, else None.
     """
     with writable(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def claimed(run_dir: Path) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def writable(run_dir: Path) -> Iterator[None]:
-    """What the disk refuses within it is a UserError."""
+    """Turn an OSError within the block into a UserError."""
     try:
         yield
     except UserError:
@@ -78,7 +78,7 @@ def writable(run_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def run_log(run_dir: Path) -> Iterator[None]:
-    """Write what happens, tracebacks included, to `run.log`."""
+    """Write log records, including tracebacks, to `run.log`."""
     with writable(run_dir):
         handler = _LogFile(run_dir / "run.log")
     log.addHandler(handler)
@@ -92,8 +92,8 @@ def run_log(run_dir: Path) -> Iterator[None]:
 
 
 class _LogFile(logging.Handler):
-    """Appends records to a file. What a full disk refuses is lost, and the next record says so:
-    the run goes on, and its terminal is not flooded with tracebacks of `logging`."""
+    """Appends records to a file. If the disk is full, records are lost and the next one reports
+    their number, so that `logging` does not flood the terminal with tracebacks."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The start of a run: its parts come up, the ranks meet, and what dies on the way is replaced."""
+"""The start of a run: waits for the parts and the ranks' rendezvous, and replaces dead parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ebm_dist.core.errors import RunFailed
 
 
 class Link(Protocol):
-    """A part that no update waits for."""
+    """A part on which no update depends, such as the evaluator."""
 
     handle: Handle
 
@@ -28,14 +28,15 @@ def await_parts(
     kinds: Sequence[tuple[list[Handle], Callable[[int], Handle]]],
     say: Callable[[str], None],
 ) -> None:
-    """Wait until every part has started, with another one for each that dies on the way.
+    """Wait until every part has started; a part that dies meanwhile is started again.
 
     Args:
-        kinds: parts of one kind, and what starts the one of a number; successors are put in place.
-        say: is told what died.
+        kinds: for each kind, the list of parts and a function that starts the part of an index;
+            successors replace the dead in the list.
+        say: reports deaths.
 
     Raises:
-        RunFailed: one died too often.
+        RunFailed: one part died too often.
     """
     deaths: Counter[str] = Counter()
     while True:
@@ -61,7 +62,7 @@ def await_parts(
 
 
 def meet(backend: Backend, learners: LearnerGroup, say: Callable[[str], None]) -> None:
-    """Have the ranks meet; a group that loses one meanwhile is replaced, as it is later on."""
+    """Let the ranks form their group; if one dies meanwhile, all are replaced."""
 
     def wait(
         refs: Sequence[Ref], timeout: float, *, each: Callable[[Ref], Any] | None = None

@@ -1,4 +1,4 @@
-"""The step size of a run, chosen before its first round where the config asks for it."""
+"""Adapts the sampler's step size before the first round, if the config asks for it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def warmed_up(
     found: checkpoint.CheckpointDir | None,
     energy: nn.Module | None = None,
 ) -> tuple[RunConfig, str | None]:
-    """`config` with the step size that `sampler.adapt_steps` of warm-up lead to, and what to say.
+    """`config` with the step size after `sampler.adapt_steps` of warm-up, and a line to report.
 
-    The warm-up moves chains from noise under the weights that the run starts with, and throws
-    them away. The step size then stays for the whole run: workers, export and model card have it,
-    and a run that goes on has the one that it began with.
+    The warm-up moves chains from noise under the run's initial weights, and discards them. The step
+    size then stays fixed: workers, export and model card use it, and a resumed run takes it from
+    its checkpoint.
 
     Args:
-        config: bound to the data.
-        found: the checkpoint that the run goes on from.
-        energy: with the weights that a new run begins with; those of its seed when left out.
+        config: already bound to the data.
+        found: the checkpoint from which the run resumes.
+        energy: with the weights of a new run's start; built from the run's seed when left out.
     """
     sampler, seed = config.sampler, config.run.seed
     if sampler.adapt_steps == 0:

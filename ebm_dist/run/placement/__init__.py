@@ -1,1 +1,1 @@
-"""Which part goes on which node, with which share of its GPUs."""
+"""Placement of parts on nodes, with threads and fractions of GPUs."""

@@ -1,8 +1,8 @@
-"""How workers share the GPUs that the learner ranks leave.
+"""Divides the GPUs that the learner ranks leave among the workers.
 
-A claim of a whole GPU is a device of its own. With fractions Ray fills one device before it opens
-the next (best fit), so the size of the claims decides how many devices have work: with halves, 64
-workers would keep 32 of 63 devices busy.
+A request for a whole GPU gets a device to itself. Fractional requests are packed: Ray fills one
+device before it uses the next (best fit), so the size of the requests determines how many devices
+are used. With requests of 1/2, 64 workers would use 32 of 63 devices.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from ebm_dist.core.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Claims of GPUs: of a rank, and of the workers, which are of one kind or of two.
+    """GPU requests of a rank and of the workers, in one or two sizes.
 
-    Of two kinds the `small` claim is half of the `large` one. Sizes of which one divides the other
-    leave no gap, in whatever order they come; thirds beside halves would.
+    `small` is half of `large` if they differ. If one size divides the other, packing leaves no
+    gaps in any order; thirds and halves would.
     """
 
     rank: float = 0.0
     large: float = 0.0
     num_large: int = 0
-    """Workers that claim `large`, where all of them are there."""
+    """Number of workers that request `large` in the full pool."""
     small: float = 0.0
 
     def next(self, held: Sequence[float]) -> float:
-        """What a worker claims beside the others, which hold `held`."""
+        """The request of another worker if the existing ones hold `held`."""
         return self.large if held.count(self.large) < self.num_large else self.small
 
 
 def share_out(num_gpus: int, num_ranks: int, num_workers: int) -> Shares:
-    """Share `num_gpus` devices out: a whole one for each rank, what is left for the workers.
+    """Divide `num_gpus` devices: a whole one for each rank, the rest for the workers.
 
     Raises:
-        UserError: there are too few.
+        UserError: there are too few devices.
     """
     left = num_gpus - num_ranks
     if num_gpus == num_ranks == 1:
@@ -52,7 +52,7 @@ def share_out(num_gpus: int, num_ranks: int, num_workers: int) -> Shares:
     if num_workers <= left:
         return Shares(1.0, 1.0, num_workers, 1.0)
     of_device = num_workers // left
-    # Devices that hold twice as many, until there is room for all workers.
+    # As many devices take twice as many workers as the full pool requires.
     num_crowded = -(-(num_workers - of_device * left) // of_device)
     return Shares(
         1.0,
@@ -63,5 +63,5 @@ def share_out(num_gpus: int, num_ranks: int, num_workers: int) -> Shares:
 
 
 def _fraction(parts: int) -> float:
-    """A share of which `parts` fit on a device; Ray counts in steps of 1e-4."""
+    """The largest fraction of a device that fits `parts` times; Ray counts in steps of 1e-4."""
     return (10_000 // parts) / 10_000

@@ -1,4 +1,4 @@
-"""Which part goes on which node of a cluster: learner ranks first, then workers on what is left."""
+"""Chooses the node of each part: learner ranks first, then workers on the remaining resources."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from ebm_dist.run.placement.gpu_shares import Shares, share_out
 from ebm_dist.run.placement.plan import Plan
 
 VIEW_S = 5.0
-"""Ray's view of free resources is some 0.1 s old: within this time we keep our own account."""
+"""Seconds between queries of Ray's view, which lags by about 0.1 s; in between we keep our own
+account of free resources."""
 SPARE = 1e-6
-"""Ray counts in steps of 1e-4; sums of floats are off by less."""
+"""Tolerance for sums of floats; Ray itself counts in steps of 1e-4."""
 
 
 class Place(NamedTuple):
-    """Where a part runs, and what it has there."""
+    """The node of a part, and its resources there."""
 
     node: str | None
-    """None where Ray chooses."""
+    """None lets Ray choose."""
     num_gpus: float
     num_threads: int
 
 
 class Ranks(NamedTuple):
-    """Where the learner ranks go."""
+    """Places of the learner ranks."""
 
     places: list[Place]
     yielding: list[Handle]
-    """Workers that have to go first."""
+    """Workers that must stop first, to free GPUs."""
 
 
 class Placer:
-    """Puts shards on the nodes of a cluster in turn, and each worker beside the fewest others.
+    """Spreads shards over the nodes of a cluster, and puts each worker on the least loaded node.
 
-    Reserving a placement group for every node would do the same for a pool of fixed size; a group
-    cannot grow, and says only afterwards on which node it is.
+    A placement group per node would do the same for a pool of fixed size. But a group cannot grow,
+    and its nodes are known only after it is created.
     """
 
     def __init__(
@@ -56,10 +57,10 @@ class Placer:
     ) -> None:
         """
         Args:
-            look: Ray's view of the nodes, empty where there is nothing to choose from.
-            shards, workers: those there are, kept up to date by whoever owns the lists.
-            plan: of one machine, for what is not on a known node.
-            num_workers: the most there will be.
+            look: returns Ray's view of the nodes; empty if there is only one machine.
+            shards, workers: the current parts; the owner of these lists updates them.
+            plan: of one machine, for parts whose node is not known.
+            num_workers: the largest size of the pool.
         """
         self._look = look
         self._shards = shards
@@ -76,18 +77,18 @@ class Placer:
         self._rank_gpus = 0.0
         self._expected: Counter[str] = Counter()
         self.clustered = False
-        """Whether there are nodes to choose from."""
+        """Whether there are several nodes to choose from."""
 
     # --- shards ---------------------------------------------------------------------------------
 
     def for_shard(self, home: str | None = None) -> str | None:
-        """The node with the fewest shards; of equals the one with room for more workers.
+        """The node with the fewest shards; among equals, the one with room for most workers.
 
         Args:
-            home: where its predecessor has its chains mapped; it goes there if the node is there.
+            home: the node where the predecessor's chains are mapped; preferred if it is alive.
         """
         if home is not None:
-            self._look_again()  # it may have died with its node a moment ago
+            self._look_again()  # the node may have died a moment ago, with the shard
         free = self._view()
         if home in free:
             return home
@@ -98,13 +99,13 @@ class Placer:
     # --- workers --------------------------------------------------------------------------------
 
     def for_worker(self, instead_of: Handle | None = None) -> Place | None:
-        """A node with room for one more worker: the one with the fewest for each of its shards.
+        """A node with room for another worker: the one with the fewest workers per shard.
 
         Args:
-            instead_of: a worker that died; where it was is taken only if there is no other.
+            instead_of: a worker that died; its node is used only if no other has room.
 
         Returns:
-            None where no node has room.
+            None if no node has room.
         """
         free = self._view()
         others = [worker for worker in self._workers if worker is not instead_of]
@@ -116,7 +117,7 @@ class Placer:
         room = self._left(free, others)
         workers = Counter(worker.node for worker in others)
         home = instead_of.node if instead_of is not None else None
-        if instead_of is not None and home in room:  # what it claimed may not be free yet
+        if instead_of is not None and home in room:  # Ray may not have freed its resources yet
             _claim(room[home], -self._cpus, -instead_of.num_gpus)
             left = self._total[home].get("CPU", 0.0) - self._cpus * workers[home]
             room[home]["CPU"] = min(room[home]["CPU"], left)
@@ -130,7 +131,7 @@ class Placer:
         return None
 
     def anywhere(self) -> Place:
-        """For a worker that waits until Ray has room for it."""
+        """A place without a node, for a worker that waits until Ray has room."""
         return Place(None, self.shares().small, self._plan.worker_threads)
 
     def _choose(
@@ -143,7 +144,7 @@ class Placer:
         shards = Counter(shard.node for shard in self._shards)
 
         def crowd(node: str) -> tuple[bool, float, float]:
-            # Where no shard is, chains come over the network: such nodes fill up last.
+            # Workers on a node without shards read chains over the network, so it fills up last.
             ratio = (workers[node] + 1) / (shards[node] or 0.1)
             return node in avoid, ratio, -self._room(room[node], num_gpus)
 
@@ -151,7 +152,7 @@ class Placer:
         return min(open_, key=crowd, default=None)
 
     def _expect(self, free: Mapping[str, Mapping[str, float]]) -> Counter[str]:
-        """How many workers each node will have when all are there."""
+        """The number of workers that each node will have in the full pool."""
         room = {node: dict(left) for node, left in self._left(free, ()).items()}
         expected: Counter[str] = Counter()
         held: list[float] = []
@@ -173,16 +174,17 @@ class Placer:
     # --- learner ranks --------------------------------------------------------------------------
 
     def for_ranks(self, held: Sequence[str | None] | None = None) -> Ranks | None:
-        """A node that stays for each learner rank: its own, or the fewest nodes that hold them.
+        """Places of the learner ranks on nodes that are not draining.
 
-        Ranks without GPUs are spread, so that each has more cores.
+        A rank stays on its node if possible; the others go on as few nodes as possible. Ranks
+        without GPUs are spread instead, so that each has more cores.
 
         Args:
-            held: where they are; what they claim there is free before their successors start.
-                Where they were put last, if left out.
+            held: the current nodes of the ranks, whose GPUs are free before their successors start;
+                the last placement when left out.
 
         Returns:
-            None where they do not all fit, whatever yields.
+            None if they do not all fit, even without workers.
         """
         before = self._ranks if held is None else list(held)
         places = self._place_ranks(before, self._workers)
@@ -192,18 +194,18 @@ class Placer:
         return Ranks(places, self._in_the_way(places, before)) if places is not None else None
 
     def ranks_anywhere(self) -> list[Place]:
-        """For ranks that wait until Ray has room for them."""
+        """Places without nodes, for ranks that wait until Ray has room."""
         return [Place(None, self.shares().rank, self._plan.learner_threads)] * self._num_ranks
 
     def _in_the_way(self, places: Sequence[Place], held: Sequence[str | None]) -> list[Handle]:
-        """Workers that have to go before ranks can be in their places."""
+        """Workers that must stop before ranks fit in their places."""
         yielding: list[Handle] = []
         for node in {place.node for place in places if place.node is not None}:
             there = [worker for worker in self._workers if self._node_of(worker) == node]
             there.sort(key=lambda worker: -worker.num_gpus)
             needed = sum(place.num_gpus for place in places if place.node == node)
             room = self._gpus_for_ranks(node, held, self._workers)
-            # Which fractions share a device is not known here, so of those all have to go.
+            # It is unknown which fractions share a device, so all workers with fractions must stop.
             for worker in there:
                 if room + SPARE >= needed and (not yielding or yielding[-1].num_gpus >= 1):
                     break
@@ -214,7 +216,7 @@ class Placer:
     def _place_ranks(
         self, held: Sequence[str | None], workers: Sequence[Handle]
     ) -> list[Place] | None:
-        self._look_again()  # they may have died with their node a moment ago
+        self._look_again()  # their node may have died a moment ago
         free, num_gpus = self._view(), self.shares().rank
         if num_gpus:
             room = {n: self._gpus_for_ranks(n, held, workers) + SPARE for n in free}
@@ -234,24 +236,24 @@ class Placer:
     # --- nodes ----------------------------------------------------------------------------------
 
     def shares(self) -> Shares:
-        """Claims of GPUs that suit the nodes that are there."""
+        """GPU requests for the current nodes."""
         if not self.clustered or not self._plan.shares.rank:
             return self._plan.shares
         num_gpus = sum(int(total.get("GPU", 0)) for total in self._total.values())
         try:
             return share_out(num_gpus, self._num_ranks, self._num_workers)
-        except UserError:  # nodes were lost, and others may come
+        except UserError:  # nodes were lost; others may join
             return self._plan.shares
 
     def draining(self) -> set[str]:
-        """Nodes that are about to leave."""
+        """Nodes that are being drained."""
         leaving = {node.id for node in self._look() if node.draining}
-        for node in leaving:  # whatever comes now goes elsewhere, however old the view is
+        for node in leaving:  # removed at once, even if the cached view is not due for an update
             self._free.pop(node, None)
         return leaving
 
     def _computing(self) -> list[str]:
-        """The nodes that have CPUs: a head is often started without, for the driver alone."""
+        """The nodes with CPUs: a head node is often started without, for the driver alone."""
         free = self._view()
         return [n for n in free if self._total[n].get("CPU", 0) > 0] or list(free)
 
@@ -259,7 +261,7 @@ class Placer:
         return part.node or getattr(part, "runs_on", None)
 
     def _gpus_for_workers(self, node: str, workers: Sequence[Handle]) -> float:
-        """GPUs of a node without those of the ranks and of `workers`."""
+        """GPUs of a node that neither the ranks nor `workers` hold."""
         claimed = sum(worker.num_gpus for worker in workers if self._node_of(worker) == node)
         ranks = self._ranks.count(node) * self._rank_gpus
         return self._total[node].get("GPU", 0.0) - ranks - claimed
@@ -267,7 +269,7 @@ class Placer:
     def _gpus_for_ranks(
         self, node: str, held: Sequence[str | None], workers: Sequence[Handle]
     ) -> float:
-        """GPUs of a node without those of `workers`, and of other programs than this run."""
+        """GPUs of a node that neither `workers` nor other programs hold."""
         ours = [w.num_gpus for w in self._workers if self._node_of(w) == node]
         kept = [w.num_gpus for w in workers if self._node_of(w) == node]
         free = self._free[node].get("GPU", 0.0) + held.count(node) * self.shares().rank
@@ -277,7 +279,7 @@ class Placer:
     def _left(
         self, free: Mapping[str, Mapping[str, float]], workers: Sequence[Handle]
     ) -> dict[str, dict[str, float]]:
-        """`free` without what ranks and `workers` have been given and Ray may not know of yet."""
+        """`free`, less the GPUs given to ranks and `workers` that Ray may not count yet."""
         return {
             node: {
                 **resources,
@@ -311,7 +313,7 @@ def _claim(free: dict[str, float], cpus: float, gpus: float) -> None:
 
 
 def _kept(held: Sequence[str | None], room: dict[str, float], need: float) -> list[str | None]:
-    """Of each rank its own node if it stays and holds it, which takes from `room`."""
+    """The node of each rank if it has room for the rank, else None; reduces `room`."""
     out: list[str | None] = []
     for node in held:
         stays = node in room and room[node] >= need
@@ -322,7 +324,7 @@ def _kept(held: Sequence[str | None], room: dict[str, float], need: float) -> li
 
 
 def _packed(held: Sequence[str | None], room: dict[str, float], need: float) -> list[str] | None:
-    """A node for each rank: where its like is, else the smallest that holds all that are left."""
+    """A node for each rank: one that has ranks already, else the smallest that holds the rest."""
     nodes = _kept(held, room, need)
     for index in range(len(nodes)):
         if nodes[index] is not None:

@@ -1,4 +1,4 @@
-"""A run takes its place on a machine or a cluster: the GPUs that it waits for, what it says."""
+"""Makes the plan and the placer of a run, after waiting for the cluster's GPUs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def placed(
     parts: tuple[Sequence[Handle], Sequence[Handle]],
     say: Callable[[str], None],
 ) -> tuple[Plan, Placer]:
-    """The plan of a run on what there is now, and the placer of its `parts`, shards and workers.
+    """The plan for the current resources, and the placer of `parts` (shards, workers).
 
     Raises:
-        UserError: there are not the GPUs that the run needs.
+        UserError: the run needs more GPUs than there are.
     """
     num_workers = workers.bounds[1]
 
@@ -69,10 +69,10 @@ def await_gpus(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-    """The GPUs of a cluster, once there are enough for `num_ranks` ranks and their workers.
+    """The number of GPUs of a cluster, once they suffice for `num_ranks` ranks and a worker.
 
-    Nodes of a cluster come one by one, those with GPUs often last. Waited for are the first of
-    them under `runtime.device: cuda`, and what is missing where there are some under either.
+    Nodes of a cluster join one by one, often those with GPUs last. If there are some GPUs, but too
+    few, this waits for more; if there are none, only under `runtime.device: cuda`.
     """
     needed = num_ranks + 1 if num_ranks > 1 else 1
     num = count()
@@ -96,10 +96,10 @@ def await_gpus(
 
 
 def shard_notice(num_shards: int, num_workers: int, nodes: set[str | None]) -> str | None:
-    """What to say of shards that are too few for the workers.
+    """A line of advice if there are too few shards for the workers, else None.
 
     Args:
-        nodes: those with workers.
+        nodes: the nodes with workers.
     """
     if num_shards and num_shards < len(nodes):
         return (

@@ -1,4 +1,4 @@
-"""Which device a run computes on, and the threads and GPU shares of its parts on one machine."""
+"""Chooses the device of a run, and the threads and GPU requests of its parts on one machine."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ebm_dist.run.placement.gpu_shares import Shares, share_out
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Threads and GPU shares by role."""
+    """Device, threads and GPU requests of workers and learner ranks."""
 
     device: str
     worker_threads: int
     learner_threads: int
     learner_share: float
-    """What the ranks of a machine take of its cores."""
+    """Fraction of a machine's cores for its ranks."""
     shares: Shares
 
 
 def available_cores() -> int:
-    """Cores this process may run on (a container's share, not the machine's count)."""
+    """Cores that this process may use; in a container, fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -39,15 +39,14 @@ def plan(
     num_cores: int,
     num_gpus: int,
 ) -> Plan:
-    """Share `num_cores` cores and `num_gpus` GPUs out among workers and learner ranks.
+    """Divide `num_cores` cores and `num_gpus` GPUs among workers and learner ranks.
 
-    Sampling and learning alternate in `sync` and inline, so each may use every core while
-    the other waits. In `async` the workers are always busy and take all cores between them;
-    a learner rank's short step borrows from them, which costs less than cores set aside
-    for it would.
+    In `sync` mode and inline, sampling and learning alternate, so each may use every core while
+    the other waits. In `async` mode the workers are always busy and use all cores. The learner
+    shares cores with them for its short steps, which costs less than reserving cores for it.
 
     Raises:
-        UserError: runtime.device asks for CUDA where there is none.
+        UserError: runtime.device is cuda, and there is no GPU.
     """
     device = runtime.device
     if device == "auto":
@@ -57,17 +56,17 @@ def plan(
             "runtime.device: expected a machine with a CUDA device, found none; "
             "set runtime.device to cpu or auto"
         )
-    # Inline parts run one after the other, whatever their number.
-    lanes = 1 if runtime.backend == "inline" else num_workers
+    # Inline, parts run one after another, whatever their number.
+    concurrent = 1 if runtime.backend == "inline" else num_workers
     ranks = 1 if runtime.backend == "inline" else num_ranks
     shares = Shares()
     if device == "cuda" and runtime.backend == "ray":
         shares = share_out(num_gpus, num_ranks, num_workers)
-    # In async mode what they take is borrowed from workers that are busy.
+    # In async mode ranks share the cores with busy workers.
     learner_share = 1.0 if mode == "sync" else 0.5
     return Plan(
         device=device,
-        worker_threads=worker_threads or max(1, num_cores // lanes),
+        worker_threads=worker_threads or max(1, num_cores // concurrent),
         learner_threads=learner_threads or max(1, int(num_cores * learner_share) // ranks),
         learner_share=learner_share,
         shares=shares,
