@@ -330,7 +330,7 @@ def report(
         Path | None, _Option(help="The page to write; RUN_DIR/report.html when left out.")
     ] = None,
 ) -> None:
-    """Write one HTML page about a run, or several: chain health, curves, samples, config."""
+    """Write one HTML page about one or several runs: chain health, curves, samples, config."""
     from ebm_dist.report.html import write_report
 
     print(write_report(*run_dir, out=out))

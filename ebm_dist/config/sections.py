@@ -25,25 +25,25 @@ class RunSection(Section):
     """Parent of the run directory dir/name; --run-dir overrides both."""
 
     init_from: UserPath | None = None
-    """A new run begins with the weights found here: an export, a run directory (its newest whole
-    checkpoint) or one checkpoint directory. A run that is resumed goes on from its own checkpoints
-    and does not read it again."""
+    """Path from which a new run takes its initial weights: an export, a run directory (its newest
+    valid checkpoint) or a checkpoint directory. A resumed run uses its own checkpoints and does not
+    read it."""
 
     init_weights: Literal["ema", "last"] = "ema"
-    """Which weights of a checkpoint init_from takes: the averaged ones or those of the last update.
-    An export holds one kind."""
+    """The weights to take from a checkpoint: the moving average, or those of the last update. An
+    export holds the average only."""
 
     init_chains: bool = False
-    """The buffer begins with the chains of init_from, whatever its capacity and number of shards;
-    where they are fewer than buffer.capacity, the others start as buffer.init says."""
+    """Also take the chains of init_from, for any capacity and number of shards. If they are fewer
+    than buffer.capacity, the others start as buffer.init says."""
 
     init_optimizer: bool = False
-    """Also take the optimiser's state and the objective's own parameters from the checkpoint; they
-    start afresh otherwise, and always from an export."""
+    """Also take the optimiser's state and the objective's own parameters. Requires a checkpoint, as
+    an export holds neither."""
 
     init_strict: bool = True
-    """Refuse to begin where names or shapes differ from those of this run; false takes what fits
-    and names what was left out."""
+    """Refuse weights whose names or shapes differ from this run's. false takes those that fit, and
+    the log names the others."""
 
     @model_validator(mode="after")
     def _init_from_something(self) -> RunSection:

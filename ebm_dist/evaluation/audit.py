@@ -23,7 +23,7 @@ from ebm_dist.samplers.chain import run_chain
 from ebm_dist.samplers.kernel import Kernel
 
 MAX_HIGH = 0.05
-"""Largest share of long chains far above the data's energies without an alarm."""
+"""Fraction of long chains far above the data's energies that raises the alarm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Audit:
     """(B,) bool: long chains with lower energy than the data, and far from it."""
     spurious_fraction: float
     high_fraction: float
-    """Share of long chains above the fence of the data's energies, minus the share of the data."""
+    """Fraction of long chains with outlying high energies, minus that fraction of the data."""
     diverged: Tensor
     """(B,) bool: chains with a non-finite energy or position; `long` holds their start."""
     shift: float
@@ -103,7 +103,7 @@ def long_run_audit(
     """Run chains for `num_steps`; compare them with the data and with their `short_steps` state.
 
     A chain is high if its energy exceeds the third quartile of the data's by more than three times
-    the interquartile range (Tukey's outer fence, which one normal energy in 400,000 passes).
+    the interquartile range (Tukey's outer fence; one normal energy in 400,000 exceeds it).
     A chain is spurious if its energy is below the `energy_quantile` of the data's and its
     distance to the nearest datum exceeds `distance_factor` times the 99% quantile of such
     distances within the data. Long and short chains differ if a two-sample Kolmogorov-Smirnov
@@ -158,7 +158,7 @@ def long_run_audit(
     fraction = float(spurious.double().mean())
     first, third = e_data.quantile(0.25), e_data.quantile(0.75)
     fence = third + 3 * (third - first)
-    # Energies with a heavy tail have data above the fence as well.
+    # If energies have a heavy tail, some data are above the fence as well.
     high = float(((e_long > fence) & healthy).double().mean() - (e_data > fence).double().mean())
 
     shift, shifted_in, p_value = 0.0, "energy", 1.0

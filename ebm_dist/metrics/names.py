@@ -17,8 +17,8 @@ class Metric:
     """Meaning and unit of a metric.
 
     `unit` is "1" for ratios and other dimensionless numbers. `promised` names are part of the
-    public interface; the others may change. `healthy` is the range of a healthy run, None where
-    no number can tell.
+    public interface; the others may change. `healthy` is the range of a healthy run, None if
+    there is no such range.
     """
 
     meaning: str

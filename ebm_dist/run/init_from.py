@@ -1,8 +1,8 @@
 """A new run that begins with the weights of another: `run.init_from`.
 
-What is taken over is written as the checkpoint of update 0, and the run then goes on from it as a
-run goes on from any checkpoint. So ZeRO stages, numbers of ranks and shards, and parts that die
-before the first update have no code of their own here.
+The initial state is written as the checkpoint of update 0, and the run then resumes from it as from
+any checkpoint. So this module needs no code for ZeRO stages, numbers of ranks and shards, or parts
+that die before the first update.
 """
 
 from __future__ import annotations
@@ -44,35 +44,35 @@ from ebm_dist.learner.partition import first_state
 from ebm_dist.learner.step import LearningStep
 
 _MAX_NAMED = 20
-"""Weights that one line names."""
+"""Largest number of weights that one line names."""
 
 _ENERGY = ("param/energy.", "buffer/energy.")
-"""How the keys of the energy's weights begin in the learner's state."""
+"""Prefixes of the energy's weights in the learner's state."""
 
 Chains = dict[str, np.ndarray]
-"""Rows of chains; `position` always, the other fields of a shard where they are known."""
+"""Fields of chains by name: always `position`, and a shard's other fields if they are known."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What `run.init_from` names, as far as the config asks for it."""
+    """The content of `run.init_from` that the config requests."""
 
     lineage: dict[str, Any]
     section: Mapping[str, Any]
-    """Of the energy, as recorded."""
+    """The recorded `energy` section."""
     state: dict[str, Tensor]
-    """Keys as in the learner's state."""
+    """Weights, with the keys of the learner's state."""
     chains: Chains | None
 
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """Update 0 of a run, to be written as its first checkpoint."""
+    """The state of a run at update 0, to be written as its first checkpoint."""
 
     energy: nn.Module
-    """With the weights that the run begins with."""
+    """The energy with its initial weights."""
     lineage: dict[str, Any]
-    """Where they come from: path, kind, run, step, weights and their sha256."""
+    """The origin of the weights: path, kind, run, step, weights and their sha256."""
     notices: list[str]
     _state: dict[str, Tensor] = field(repr=False)
     _chains: Chains | None = field(repr=False)
@@ -83,12 +83,12 @@ class Beginning:
         """Write the checkpoint of update 0 of the run in `run_dir`, and open it.
 
         Args:
-            meta: what every checkpoint of the run says of it.
+            meta: the fields that every checkpoint of the run holds.
         """
         flat = FlatLayout.of(self.energy).pack(self.energy)
         average = {"flat": flat, "num_updates": torch.tensor(0)}
         ranks = [{"learner": self._state, "ema": average, "data": None}]
-        # Whoever opens it counts one more time that the run went back, which has not happened yet.
+        # Resuming from this checkpoint adds 1 to the epoch, which must then be 0.
         progress = Progress(epoch=-1)
         shards = _shards(config, spec, self._chains)
         keep = config.checkpoint.keep
@@ -98,7 +98,7 @@ class Beginning:
 
 
 def located(section: RunSection) -> RunSection:
-    """`section` with a relative `init_from` made absolute, as it is recorded."""
+    """`section` with an absolute `init_from`, as the run records it."""
     if section.init_from is None:
         return section
     whole = os.path.join(os.getcwd(), section.init_from)
@@ -106,13 +106,13 @@ def located(section: RunSection) -> RunSection:
 
 
 def read_beginning(config: RunConfig, spec: EventSpec) -> Beginning:
-    """What the run of `config` begins with, from `run.init_from`.
+    """The initial state of the run, from `run.init_from`.
 
     Args:
-        config: bound to the data, whose events are `spec`.
+        config: already bound to the data, whose events are `spec`.
 
     Raises:
-        UserError: nothing to begin from is there, it is damaged, or it does not fit this run.
+        UserError: `run.init_from` is missing or damaged, or does not fit this run.
     """
     assert config.run.init_from is not None
     path, seed = Path(config.run.init_from), config.run.seed
@@ -129,7 +129,7 @@ def read_beginning(config: RunConfig, spec: EventSpec) -> Beginning:
             found = _open_checkpoint(path, config, spec, step.energy)
         left_out = _take_over(state, found.state, step, config.run)
     modules = {k.partition("/")[2]: v for k, v in state.items() if not k.startswith("optim/")}
-    # Not strict: `step` is no weight, and a weight with two names is here once.
+    # Not strict, because `step` is not a weight, and a weight with two names occurs once.
     step.load_state_dict(modules, strict=False)
     notices = [_said(found.lineage)]
     if left_out:
@@ -145,7 +145,7 @@ def read_beginning(config: RunConfig, spec: EventSpec) -> Beginning:
 
 @contextlib.contextmanager
 def _named() -> Iterator[None]:
-    """Errors within say which key of the config they come from."""
+    """Put the key `run.init_from` in front of errors within the block."""
     try:
         yield
     except UserError as error:
@@ -156,7 +156,8 @@ def _named() -> Iterator[None]:
 
 
 def _is_export(path: Path) -> bool:
-    """Whether `path` is an export or a file of one; an export within a run is the run's."""
+    """Whether `path` is an export or a file of one. A run directory with an export counts as a
+    run."""
     if path.is_file() or (path / CONFIG).is_file():
         return True
     inside = (path / "export" / CONFIG).is_file()
@@ -258,7 +259,7 @@ def _find_checkpoint(path: Path) -> checkpoint.CheckpointDir:
     try:
         found = checkpoint.latest(path)
     except UserError as error:
-        why = str(error).rpartition("; ")[0]  # without its advice, which is for a resume
+        why = str(error).rpartition("; ")[0]  # drops the advice, which concerns a resume
         raise UserError(f"{why}; name an export of this run, or another run") from None
     if found is None:
         raise UserError(
@@ -276,11 +277,11 @@ def _section_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
 def _layout(
     section: Mapping[str, Any], config: RunConfig, energy: nn.Module, learner: dict[str, Tensor]
 ) -> FlatLayout:
-    """Where each weight lies in the averaged weights of a checkpoint."""
+    """The layout of the averaged weights of a checkpoint."""
     if section == config.energy.model_dump(mode="json"):
         return FlatLayout.of(energy)
     if section.get("target") != getattr(config.energy, "target", None):
-        # Only the order of its weights is missing, and to learn it the module had to be imported.
+        # The order of its weights is unknown without importing the module.
         raise UserError(
             f"its averaged weights are of {section.get('target')!r:.80}, which this run does not "
             "name; set energy.target to it, or run.init_weights: last"
@@ -316,17 +317,18 @@ def _check_jarzynski(config: RunConfig, weighted: bool, path: Path) -> None:
 def _take_over(
     state: dict[str, Tensor], came: Mapping[str, Tensor], step: LearningStep, run: RunSection
 ) -> list[str]:
-    """Put what fits of `came` into `state`; returns what does not, a phrase each.
+    """Copy the tensors of `came` that fit into `state`; returns a phrase for each other one.
 
     Raises:
-        UserError: something does not fit and `run.init_strict`, nothing fits, or it is not finite.
+        UserError: a tensor does not fit and `run.init_strict` is true, none fits, or one is not
+            finite.
     """
     came = dict(came)
-    for name in step.energy.state_dict():  # an export does not tell buffers from parameters
+    for name in step.energy.state_dict():  # an export does not distinguish buffers from parameters
         parameter, buffer = (f"{kind}{name}" for kind in _ENERGY)
         if parameter in came and parameter not in state:
             tensor = came.pop(parameter)
-            if buffer in state:  # else it is the second name of a weight
+            if buffer in state:  # otherwise it is the second name of a weight
                 came[buffer] = tensor
     wanted = [k for k in state if k.startswith(_ENERGY) or (run.init_optimizer and k != "step")]
     faults = [f"{_shown(key)} is missing there" for key in wanted if key not in came]
@@ -356,7 +358,7 @@ def _take_over(
     if num_taken == 0:
         raise UserError(f"no weight of {run.init_from} fits this run: {faults[0]}; name another")
     if any(fault.startswith("optim/") for fault in faults):
-        # A count of many updates would have Adam take moments that begin at zero for settled ones.
+        # Some moments are zero, so Adam's bias correction must restart as well.
         state["optim/step"] = torch.zeros_like(state["optim/step"])
     return faults
 
@@ -371,7 +373,7 @@ def _names(faults: list[str]) -> str:
 
 
 def _differences(theirs: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """One line on keys of the energy that differ: weights can fit another function."""
+    """A line on the energy's keys that differ, since weights may fit a different function."""
     ours = config.energy.model_dump(mode="json")
     keys = [key for key in ours if key in theirs and theirs[key] != ours[key]]
     if not keys:
@@ -395,21 +397,21 @@ def _chains_of(found: checkpoint.CheckpointDir, spec: EventSpec) -> Chains:
     chains = {name: np.concatenate([part[name] for part in parts]) for name in names}
     if chains["position"].shape[1:] != spec.shape or len({len(v) for v in chains.values()}) > 1:
         raise ValueError(f"its chains have shape {chains['position'].shape}")
-    # Versions count this run's weights: 0 for what another run's moved, -1 for a chain that has
-    # not moved yet.
+    # Versions count this run's weights: 0 for chains that another run has moved, -1 for unmoved
+    # ones.
     return {**chains, "version": np.minimum(chains["version"], 0)}
 
 
 def _shards(
     config: RunConfig, spec: EventSpec, chains: Chains | None
 ) -> list[dict[str, dict[str, Any]]]:
-    """What the shards hold at update 0, as they would describe it to a checkpoint."""
+    """Snapshots of the shards at update 0."""
     buffer, seed = config.buffer, config.run.seed
     if not config.objective.build().needs_negatives:
         return []
     capacities = shard_capacities(buffer.capacity, buffer.num_shards)
     num = len(chains["position"]) if chains is not None else 0
-    # Even steps over all of them where there is no room for all.
+    # Evenly spaced chains if there are more than fit.
     rows = np.linspace(0, num - 1, min(num, buffer.capacity)).round().astype(np.int64)
     shares = np.split(rows, np.cumsum(shard_capacities(len(rows), buffer.num_shards))[:-1])
     shards = []
@@ -432,7 +434,7 @@ def _shards(
     return shards
 
 
-# --- what is said --------------------------------------------------------------------------------
+# --- notices -------------------------------------------------------------------------------------
 
 
 def _said(lineage: Mapping[str, Any]) -> str:

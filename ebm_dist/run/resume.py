@@ -45,7 +45,7 @@ def check_resumable(config: RunConfig, spec: EventSpec, found: CheckpointDir) ->
             f"{asdict(spec)}; restore the data, or start anew with another --run-dir"
         )
     path, began = config.run.init_from, found.meta["config"]["run"].get("init_from")
-    # What is gone by now, or was named from another directory, is not what is asked for here.
+    # A path that no longer exists, or was relative to another directory, is ignored.
     if path is not None and path != began and (began is None or os.path.lexists(path)):
         raise UserError(
             f"run.init_from: {path} would not be read, since {found.path.parents[1]} holds a run; "
