@@ -12,8 +12,8 @@ is already 100 T high. The recipes for images have a T of 1e-6 to 1e-5."""
 
 GENERATOR = (
     "chains keep their mode, as usual at this temperature; coverage comes from restarts "
-    "(buffer.reinit_prob). Do not trust the model's density: run `ebm-dist evaluate` with "
-    "`--suite landscape`"
+    "(buffer.reinit_prob). Do not trust the model's density: ebm-dist evaluate --suite landscape "
+    "shows where it is wrong"
 )
 """Replaces the alarm for a short-run generator."""
 

@@ -6,6 +6,7 @@ refuses names that are not listed here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ METRICS: dict[str, Metric] = {
         "energy",
     ),
     "sampler/acceptance": _promised(
-        "mean acceptance probability of proposed moves", healthy=(0.2, 1.0)
+        "mean acceptance probability of proposed moves", healthy=(0.2, math.inf)
     ),
     "sampler/grad_norm": _promised("mean norm of dE/dx along the chains", "energy/x"),
     "sampler/displacement": Metric("mean distance that a chain moves in a round", "x"),
@@ -98,11 +99,11 @@ METRICS: dict[str, Metric] = {
     ),
     "chain/rhat": _promised("split R-hat of energies over chains; above 1.1 they disagree"),
     "chain/self_transition": _promised(
-        "probability that a step does not move the chain", healthy=(0.0, 0.8)
+        "probability that a step does not move the chain", healthy=(-math.inf, 0.8)
     ),
     "chain/age_mean": _promised("mean number of rounds since a chain was started", "rounds"),
     "chain/stagnant": Metric(
-        "fraction of chains that are stuck by the stagnation test", healthy=(0.0, 0.2)
+        "fraction of chains that are stuck by the stagnation test", healthy=(-math.inf, 0.2)
     ),
     "chain/trace_autocorrelation": Metric(
         "rounds of the traced chains per effective draw of positions, in the worst coordinate; "
@@ -134,7 +135,7 @@ METRICS: dict[str, Metric] = {
     "flow/dropped": _promised("stale chains dropped so far", "chains"),
     "flow/lost": Metric("negatives lost so far with the node that held them", "chains"),
     "flow/ess_ratio": _promised(
-        "effective fraction of the negatives after weighting, in (0, 1]", healthy=(0.3, 1.0)
+        "effective fraction of the negatives after weighting, in (0, 1]", healthy=(0.3, math.inf)
     ),
     "flow/local_rounds": Metric("fraction of rounds so far that ran on the node of their shard"),
     "flow/rounds_by_rows": Metric("fraction of rounds so far on chains in shared memory"),
@@ -176,7 +177,8 @@ METRICS: dict[str, Metric] = {
     "audit/energy": Metric("mean energy at the end of the long chains", "energy"),
     "audit/energy_gap": Metric("mean energy of data minus that of the long chains", "energy"),
     "audit/spurious": Metric(
-        "fraction of long chains with lower energy than data, far from it", healthy=(0.0, 0.05)
+        "fraction of long chains with lower energy than data, far from it",
+        healthy=(-math.inf, 0.05),
     ),
     "audit/law_distance": Metric(
         "largest Kolmogorov-Smirnov distance between long and short chains: energy, radius or "

@@ -13,9 +13,9 @@ from ebm_dist.metrics.progress import number
 from ebm_dist.report.plots import Pairs, thin
 
 WIDTH, HEIGHT = 400, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
+LEFT, RIGHT, TOP, BOTTOM = 54, 8, 8, 22
 MAX_POINTS = 400
-MAX_MARKS = 40
+MAX_MARKS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,12 @@ class Span:
 
 
 def spans_of(pairs: Pairs, what: str) -> list[Span]:
-    """The stretches in which a count so far rose, from row to row."""
+    """The stretches in which a count so far rose, over single rows in which it did not."""
     found: list[Span] = []
     for (before, low), (step, high) in pairwise(pairs):
         if not high > low:
             continue
-        if found and found[-1].end == before:
+        if found and before - found[-1].end <= step - before:
             found[-1] = Span(found[-1].start, step, what)
         else:
             found.append(Span(before, step, what))
@@ -155,10 +155,13 @@ class _Axis:
     def ticks(self) -> list[float]:
         from matplotlib.ticker import LogLocator, MaxNLocator
 
-        locator = LogLocator(numticks=5) if self.log else MaxNLocator(4)
-        found = [float(t) for t in locator.tick_values(self.low, self.high)]
-        inside = [t for t in found if self.low <= t <= self.high]
-        return inside if len(inside) > 1 else sorted({self.low, self.high})
+        # Within a decade the powers of ten leave an axis without a tick.
+        for locator in [LogLocator(numticks=5), MaxNLocator(4)] if self.log else [MaxNLocator(4)]:
+            found = [float(t) for t in locator.tick_values(self.low, self.high)]
+            inside = [t for t in found if self.low <= t <= self.high]
+            if len(inside) > 1:
+                return inside
+        return [self.low]
 
 
 def _plottable(pairs: Pairs) -> Pairs:

@@ -315,15 +315,15 @@ _EXPLODED = "docs/failures.md#Numbers that are not finite, and energies that exp
 _RULES: tuple[tuple[str, str, _Rule], ...] = (
     ("loss/total", _EXPLODED, _finite),
     ("energy/positive", _EXPLODED, _bounded),
-    ("energy/gap", "docs/flow.md#Workers, negatives and updates", _gap),
+    ("energy/gap", "docs/gallery/README.md#Regularisation against mixing", _gap),
     (
         "sampler/acceptance",
-        "docs/gallery/README.md#Gallery",
+        "docs/gallery/README.md#Discretisation bias",
         _between("sampler/acceptance", ("most moves are refused", "lower sampler.step_size"), None),
     ),
     (
         "chain/self_transition",
-        "docs/gallery/README.md#Gallery",
+        "docs/gallery/README.md#Regularisation against mixing",
         _between(
             "chain/self_transition",
             None,
@@ -333,7 +333,7 @@ _RULES: tuple[tuple[str, str, _Rule], ...] = (
     ),
     (
         "chain/stagnant",
-        "docs/gallery/README.md#Gallery",
+        "docs/gallery/README.md#Short run and long run",
         _between(
             "chain/stagnant",
             None,
@@ -359,5 +359,5 @@ _RULES: tuple[tuple[str, str, _Rule], ...] = (
     ("buffer/free", "docs/failures.md#A worker", _leases),
     ("fault/restarts", "docs/failures.md#What happens when something dies", _restarts),
     ("fidelity/distance", "docs/objectives.md#Weights of far modes", _fidelity),
-    ("audit/spurious", "docs/gallery/README.md#Gallery", _spurious),
+    ("audit/spurious", "docs/gallery/README.md#Short run and long run", _spurious),
 )

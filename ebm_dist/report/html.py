@@ -36,8 +36,11 @@ from ebm_dist.report.run_files import RunFiles
 MAX_RUNS = 8
 """Runs on one page: there are as many colours that can be told apart."""
 
+STUCK, CHAINS = "chains stuck", "Sampler and chains"
+"""The alarm about chains, and the section whose figures it is drawn on."""
+
 _ALARMS = {
-    "chain/alarms": "chains stuck",
+    "chain/alarms": STUCK,
     "fault/restarts": "actors restarted",
     "fault/rollbacks": "went back to a checkpoint",
 }
@@ -76,7 +79,7 @@ def render(run_dir: Path) -> str:
     """The page about one run as text."""
     run = RunFiles(run_dir)
     limits = judged(run.series, run.config)
-    spans = [s for name, what in _ALARMS.items() for s in spans_of(run.series.get(name, []), what)]
+    spans = {what: spans_of(run.series.get(name, []), what) for name, what in _ALARMS.items()}
     sections = {}
     for section, panels in {**PANELS, "Other": other_panels(run.series)}.items():
         figures = [
@@ -87,21 +90,26 @@ def render(run_dir: Path) -> str:
                 anchor=_anchor(panel.names[0]) if section in PANELS else f"figure-other-{index}",
                 log=panel.log,
                 about=panel.about,
-                spans=spans,
+                spans=[
+                    span
+                    for what, found in spans.items()
+                    for span in found
+                    if what != STUCK or section == CHAINS
+                ],
                 judged=limits,
             )
             for index, panel in enumerate(panels)
         ]
         sections[section] = [drawn for drawn in figures if drawn]
     return _page(
-        "run.html",
+        "one_run.html",
         title=run.name,
         run=run,
         lead=_lead(run),
         findings=examine(run.series, run.config),
         sections={name: figures for name, figures in sections.items() if figures},
         anchors=_anchors(sections),
-        spans=spans,
+        alarms=[what for what, found in spans.items() if found],
         rows=list(_table(run)),
     )
 
@@ -127,7 +135,7 @@ def compare(run_dirs: Sequence[Path]) -> str:
         if drawn := [each for each in figures if each]:
             sections[section] = drawn
     return _page(
-        "compare.html",
+        "several_runs.html",
         title=" · ".join(run.name for run in runs),
         runs=runs,
         leads=[_lead(run) for run in runs],
