@@ -155,8 +155,11 @@ class _Axis:
     def ticks(self) -> list[float]:
         from matplotlib.ticker import LogLocator, MaxNLocator
 
-        # Within a decade the powers of ten leave an axis without a tick.
-        for locator in [LogLocator(numticks=5), MaxNLocator(4)] if self.log else [MaxNLocator(4)]:
+        locators: list[LogLocator | MaxNLocator] = [MaxNLocator(4)]
+        if self.log:
+            # Within a decade or two the powers of ten leave an axis without a tick.
+            locators = [LogLocator(numticks=6), LogLocator(subs=(1, 2, 5)), *locators]
+        for locator in locators:
             found = [float(t) for t in locator.tick_values(self.low, self.high)]
             inside = [t for t in found if self.low <= t <= self.high]
             if len(inside) > 1:
