@@ -21,8 +21,11 @@ GENERATOR = (
 def is_short_run_generator(temperature: float, reinit_prob: float) -> bool:
     """Whether the recipe implies that chains stay in their mode, so that this is not a fault.
 
+    Frozen chains without restarts cover nothing: they are stuck in this regime too.
+
     Args:
         temperature: T of the law exp(-E/T) of the chains; NaN if unknown.
-        reinit_prob: the fraction of chains that restart each round.
+        reinit_prob: the fraction of chains that restart each round; NaN if unknown.
     """
-    return temperature < FROZEN_TEMPERATURE or reinit_prob >= SHORT_RUN_REINIT
+    frozen = temperature < FROZEN_TEMPERATURE and reinit_prob != 0
+    return frozen or reinit_prob >= SHORT_RUN_REINIT

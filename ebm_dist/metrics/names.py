@@ -18,8 +18,8 @@ class Metric:
     """Meaning and unit of a metric.
 
     `unit` is "1" for ratios and other dimensionless numbers. `promised` names are part of the
-    public interface; the others may change. `healthy` is the range of a healthy run, None if
-    there is no such range.
+    public interface; the others may change. `healthy` is the range of a healthy run, with an
+    infinite end where that side has no limit; None if there is no such range.
     """
 
     meaning: str

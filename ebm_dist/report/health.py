@@ -25,7 +25,7 @@ TAIL = 0.2
 STATES = ("bad", "warn", "note", "ok")
 """The worst first. A note says how to read the run, and asks for nothing."""
 
-OF_A_SAMPLER = frozenset({"chain/stagnant", "chain/self_transition", "chain/rhat"})
+OF_A_SAMPLER = frozenset({"chain/stagnant", "chain/self_transition"})
 """Metrics that are alarming only where chains are to sample the model's law."""
 
 
@@ -49,7 +49,7 @@ def examine(series: Series, config: Mapping[str, Any] | None = None) -> list[Fin
         config: the run's, complete, for its regime and for advice that fits it.
     """
     tails = {name: _tail(pairs) for name, pairs in series.items()}
-    generator = is_short_run_generator(*_regime(tails, config or {}))
+    generator = _is_generator(tails, config or {})
     findings: list[Finding] = []
     for metric, page, rule in _RULES:
         finding = rule(series, tails)
@@ -68,7 +68,7 @@ def judged(
 ) -> dict[str, tuple[float, float]]:
     """The healthy range of every metric that has one in this run's regime."""
     tails = {name: _tail(pairs) for name, pairs in series.items()}
-    generator = is_short_run_generator(*_regime(tails, config or {}))
+    generator = _is_generator(tails, config or {})
     return {
         name: metric.healthy
         for name, metric in METRICS.items()
@@ -76,20 +76,21 @@ def judged(
     }
 
 
-def _regime(tails: Mapping[str, float], config: Mapping[str, Any]) -> tuple[float, float]:
-    """The temperature of the chains and buffer.reinit_prob, as far as they are known."""
+def _is_generator(tails: Mapping[str, float], config: Mapping[str, Any]) -> bool:
+    """The run's regime, by its config and the temperature that it logged, as far as known."""
 
     def said(section: str, key: str) -> float:
         part = config.get(section)
         value = part.get(key) if isinstance(part, dict) else None
-        return float(value) if isinstance(value, int | float) else math.nan
+        return value if isinstance(value, float) else math.nan
 
     temperature = _known(tails, "sampler/temperature")
     if temperature is None:
         temperature = said("sampler", "temperature")
-    if math.isnan(temperature) and said("sampler", "step_size") > 0:
-        temperature = said("sampler", "noise_std") ** 2 / (2 * said("sampler", "step_size"))
-    return temperature, said("buffer", "reinit_prob")
+    if math.isnan(temperature) and (step := said("sampler", "step_size")) > 0:
+        std = said("sampler", "noise_std")
+        temperature = std * std / (2 * step)
+    return is_short_run_generator(temperature, said("buffer", "reinit_prob"))
 
 
 _KEY = re.compile(r"\b(buffer|evaluation|flow|learner|objective|sampler|workers)\.(\w+)")

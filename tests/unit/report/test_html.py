@@ -342,9 +342,19 @@ def test_chains_of_a_short_run_generator_keep_their_mode_and_are_no_alarm(logged
     assert not judged(series, config).keys() & STUCK.keys()
 
 
-@pytest.mark.parametrize("config", [None, {"sampler": 3, "buffer": {"reinit_prob": "much"}}])
-def test_chains_of_a_sampler_that_keep_their_mode_are_an_alarm(config) -> None:
-    series = {name: [(1, value)] for name, value in {**STUCK, "sampler/temperature": 1.0}.items()}
+@pytest.mark.parametrize(
+    ("temperature", "config"),
+    [
+        (1.0, None),
+        (1.0, {"sampler": 3, "buffer": {"reinit_prob": "much"}}),
+        (5e-6, {"buffer": {"reinit_prob": 0.0}}),  # frozen, and nothing starts anew
+        (math.nan, {"sampler": {"step_size": 1e-300, "noise_std": 1e200}}),
+        (math.nan, {"sampler": {"step_size": 10**400, "noise_std": True}}),
+    ],
+)
+def test_chains_of_a_sampler_that_keep_their_mode_are_an_alarm(temperature, config) -> None:
+    logged = {**STUCK, "sampler/temperature": temperature}
+    series = {name: [(1, value)] for name, value in logged.items()}
     assert {finding.state for finding in examine(series, config)} == {"bad"}
     assert judged(series, config).keys() >= STUCK.keys()
 
