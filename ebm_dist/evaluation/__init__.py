@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from ebm_dist.evaluation.audit import Audit, long_run_audit
+from ebm_dist.evaluation.audit import long_run_audit
 from ebm_dist.evaluation.bases import base_law
 from ebm_dist.evaluation.config import EvaluationConfig
 from ebm_dist.evaluation.exact import exact_log_partition, is_exact
 from ebm_dist.evaluation.fidelity import Fidelity, frechet_distance
-from ebm_dist.evaluation.likelihood import LogPartition, log_likelihood, log_partition
-from ebm_dist.evaluation.ood import auroc, ood_auroc, ood_report, ood_score
-from ebm_dist.evaluation.robustness import attack, robust_accuracy, robust_curve
+from ebm_dist.evaluation.likelihood import log_likelihood, log_partition
+from ebm_dist.evaluation.ood import ood_auroc, ood_report
+from ebm_dist.evaluation.robustness import robust_accuracy
 
 __all__ = [
-    "Audit",
     "EvaluationConfig",
     "Fidelity",
-    "LogPartition",
-    "attack",
-    "auroc",
     "base_law",
     "exact_log_partition",
     "frechet_distance",
@@ -27,7 +23,5 @@ __all__ = [
     "long_run_audit",
     "ood_auroc",
     "ood_report",
-    "ood_score",
     "robust_accuracy",
-    "robust_curve",
 ]

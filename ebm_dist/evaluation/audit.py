@@ -103,7 +103,7 @@ def long_run_audit(
     """Run chains for `num_steps`; compare them with the data and with their `short_steps` state.
 
     A chain is high if its energy exceeds the third quartile of the data's by more than three times
-    the interquartile range (Tukey's outer fence; one normal energy in 400,000 exceeds it).
+    the interquartile range (Tukey's outer fence; one normal energy in 850,000 exceeds it).
     A chain is spurious if its energy is below the `energy_quantile` of the data's and its
     distance to the nearest datum exceeds `distance_factor` times the 99% quantile of such
     distances within the data. Long and short chains differ if a two-sample Kolmogorov-Smirnov

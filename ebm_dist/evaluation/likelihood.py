@@ -15,17 +15,8 @@ from ebm_dist.core.energy_call import energy_at
 from ebm_dist.core.types import EnergyFn, EventSpec
 from ebm_dist.evaluation.annealing_path import AnnealingPath, BoxedPath
 from ebm_dist.evaluation.bases import Base, base_law
-from ebm_dist.evaluation.exact import event_of, exact_log_partition, is_exact
+from ebm_dist.evaluation.exact import event_of
 from ebm_dist.samplers.kernel import Kernel
-
-__all__ = [
-    "LogPartition",
-    "base_law",
-    "exact_log_partition",
-    "is_exact",
-    "log_likelihood",
-    "log_partition",
-]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,5 @@ from __future__ import annotations
 
 from ebm_dist.learner.config import LearnerConfig, learning_rate
 from ebm_dist.learner.ema import Ema
-from ebm_dist.learner.step import LearningStep
 
-__all__ = ["Ema", "LearnerConfig", "LearningStep", "learning_rate"]
+__all__ = ["Ema", "LearnerConfig", "learning_rate"]

@@ -18,7 +18,6 @@ from typing import Any, Literal
 from ebm_dist.core import installed
 from ebm_dist.metrics.config import TrackingConfig as TrackingConfig
 from ebm_dist.metrics.credentials import scrub, scrub_config
-from ebm_dist.metrics.jsonl import JsonlSink as JsonlSink
 from ebm_dist.metrics.names import FRAME
 from ebm_dist.metrics.spool import Continuity, Spool
 

@@ -217,8 +217,3 @@ def thin(pairs: Sequence[tuple[int, float]], most: int = 1500) -> tuple[list[int
         last = len(pairs) - 1
         pairs = [pairs[round(index * last / (most - 1))] for index in range(most)]
     return [step for step, _ in pairs], [value for _, value in pairs]
-
-
-def panel_names() -> set[str]:
-    """Every metric that a panel shows."""
-    return {name for panels in PANELS.values() for panel in panels for name in panel.names}

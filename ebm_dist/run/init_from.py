@@ -284,7 +284,7 @@ def _layout(
         # The order of its weights is unknown without importing the module.
         raise UserError(
             f"its averaged weights are of {section.get('target')!r:.80}, which this run does not "
-            "name; set energy.target to it, or run.init_weights: last"
+            "name; have it train the same module, or set run.init_weights: last"
         )
     numbers = sum(tensor.numel() for tensor in learner.values())
     try:

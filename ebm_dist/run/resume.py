@@ -9,6 +9,7 @@ from typing import Any
 
 from ebm_dist.checkpoint.files import CheckpointDir
 from ebm_dist.config.run_config import RunConfig
+from ebm_dist.config.sections import RunSection
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventSpec
 from ebm_dist.data.config import DataConfig
@@ -20,7 +21,8 @@ _READING = ("batch_size", "shuffle", "rank_split", "prefetch", "verify")
 _CACHE = ("cache", "cache_mib", "cache_dir")
 """The keys of `data` above change how samples are read; all others change their distribution."""
 
-_AROUND = ("run.dir", "run.steps", "run.init_", "runtime.", "tracking.", "checkpoint.")
+_BEGINNING = tuple(f"run.{key}" for key in RunSection.model_fields if key.startswith("init_"))
+_AROUND = ("run.dir", "run.steps", *_BEGINNING, "runtime.", "tracking.", "checkpoint.")
 """Keys that do not affect the result of a resumed run."""
 
 _SHOWN = 60

@@ -130,6 +130,7 @@ def test_a_suite_that_does_not_apply_says_so_in_one_line(tmp_path, export, capsy
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"error: --suite {suite}: ")
     assert says in line
+    assert "evaluation." not in line  # a key of a config, which this command does not take
 
 
 def test_data_that_has_moved_away_is_one_line(tmp_path, export, capsys):

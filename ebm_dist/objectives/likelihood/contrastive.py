@@ -36,10 +36,7 @@ from ebm_dist.objectives.objective import (
     energies_of,
     input_grad,
 )
-from ebm_dist.objectives.weighting import Truncation, staleness_log_weight
-
-__all__ = ["Contrastive", "ContrastiveFields", "ContrastiveSection", "staleness_log_weight"]
-
+from ebm_dist.objectives.weighting import Truncation
 
 Evaluate = Callable[[nn.Module | EnergyFn, Tensor], Tensor]
 

@@ -324,7 +324,7 @@ def test_images_too_few_for_fidelity_are_refused_before_the_start(tmp_path: Path
     held_out = write_tar(tmp_path / "test.tar", members[:6])
     source = write_tar(tmp_path / "train.tar", members)
     data = {"source": str(source), "test_source": str(held_out), "batch_size": 16, "num_classes": 3}
-    with pytest.raises(ValueError, match=r"the test split is \(3, 1, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"^evaluation.fidelity: .* is \(3, 1, 4, 4\); set ev"):
         preflight(load({**RUN, "data": data}, []))
     preflight(load({**RUN, "data": data}, ["evaluation.fidelity=false"]))
 

@@ -143,7 +143,8 @@ def test_the_first_state_is_what_a_new_engine_holds(name):
     assert expected is not None
     assert came.keys() == expected.keys()
     for key, tensor in expected.items():
-        assert torch.equal(came[key], tensor) and came[key].dtype == tensor.dtype, key
+        assert torch.equal(came[key], tensor), key
+        assert came[key].dtype == tensor.dtype, key
 
 
 def test_the_optimiser_and_the_objectives_own_weights_go_on_when_asked_for(with_critic, tmp_path):
