@@ -73,7 +73,7 @@ def shard_arm(shard: Shard, codec: Codec, ids: Iterator[int], *, rows: bool, con
                 mapped.write(lease.grant, stored, lease.chain_id)
                 token = lease.grant.token
             moved = _moved(lease, None if rows else stored, energy, weight, token)
-            assert shard.checkin(moved)["accepted"]
+            assert shard.checkin(moved).accepted
             shard.release(lease.lease_id)
 
         return trip

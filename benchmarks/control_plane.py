@@ -30,17 +30,19 @@ from typing import Any
 
 from common import keep
 
+from ebm_dist.buffer.answers import CheckinReply, ShardCounts
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.sections import FlowConfig
+from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives.source import NegativeFlow
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.core.types import EventSpec, Lease, MovedChains
 
 CHAINS, STEPS, SLOTS = 64, 40, 10**6
-COUNTS = {"free": 0, "leased": 0, "ready": 0, "capacity": 0, "age_mean": 0.0}
+COUNTS = ShardCounts(0, 0, 0, 0, 0.0, 0, 0, 0, 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -74,16 +76,14 @@ class Part:
             moved = args[0].value
             worker = moved.worker
             worker.free_at = max(worker.free_at, backend.now()) + backend.round_s
-            reply = {
-                "accepted": True,
-                "lease_id": args[1],
-                "version": moved.version,
-                "num_steps": STEPS,
-                "num_chains": CHAINS,
-                "stats": {},
-                "by_rows": False,
-                "counts": COUNTS,
-            }
+            reply = CheckinReply(
+                True,
+                args[1],
+                COUNTS,
+                version=moved.version,
+                num_steps=STEPS,
+                num_chains=CHAINS,
+            )
             ref = Ref(reply)
             heapq.heappush(backend.events, (worker.free_at, backend.num_calls, ref))
             return ref
@@ -172,10 +172,10 @@ def simulate(
 ) -> dict[str, float]:
     """Make updates; returns rates and costs."""
     backend = Simulated(round_s, call_s)
-    shards = [Part(backend, f"shard-{i}") for i in range(num_shards)]
-    workers = [Part(backend, f"worker-{i}") for i in range(num_workers)]
+    shards = [ShardClient(Part(backend, f"shard-{i}")) for i in range(num_shards)]
+    workers = [WorkerClient(Part(backend, f"worker-{i}")) for i in range(num_workers)]
     pool, _, make_update = _flow(backend, shards, workers, num_workers, clock=backend.now)
-    pool.set_weights(None, 0)
+    pool.set_weights(Ref(), 0)
     start, first = backend.now(), 0
     computed = waits = calls = 0.0
     for update in range(num_updates):
@@ -250,10 +250,11 @@ def through_ray(
         host = ray.remote(Host).options(num_cpus=0, max_concurrency=2 * share + 2)
         hosts = [host.remote(share, round_s) for _ in range(num_hosts)]
         workers = [
-            Hosted(hosts[i % num_hosts], i // num_hosts, f"worker-{i}") for i in range(num_workers)
+            WorkerClient(Hosted(hosts[i % num_hosts], i // num_hosts, f"worker-{i}"))
+            for i in range(num_workers)
         ]
         config = BufferConfig(capacity=num_shards * SLOTS, num_shards=num_shards, reinit_prob=0.0)
-        shards = [
+        handles = [
             backend.spawn(
                 Shard,  # without a directory: chains go by value, as between machines
                 {
@@ -269,7 +270,8 @@ def through_ray(
             )
             for i in range(num_shards)
         ]
-        backend.await_started(shards)
+        backend.await_started(handles)
+        shards = [ShardClient(handle) for handle in handles]
         pool, progress, update = _flow(backend, shards, workers, num_workers)
         pool.set_weights(backend.put(None), 0)
         for _ in range(12):

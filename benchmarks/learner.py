@@ -16,6 +16,7 @@ of a synchronous one, which are all: there the thread that reads ahead has no co
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from rich.table import Table
 
 from ebm_dist.actors.learner_rank import LearnerRank
 from ebm_dist.config.run_config import RunConfig
-from ebm_dist.core.types import Batch, Negatives
+from ebm_dist.core.types import Batch, NegativeArrays, Negatives
 from ebm_dist.data import describe, prepare
 from ebm_dist.run.placement.plan import available_cores
 from ebm_dist.run.train import bind
@@ -38,16 +39,16 @@ from ebm_dist.run.train import bind
 LR = 1e-5
 
 
-def leases(rng: np.random.Generator) -> list[dict[str, np.ndarray]]:
+def leases(rng: np.random.Generator) -> list[NegativeArrays]:
     """The negatives of an update as two shards hand them over."""
     half = BATCH // 2
     return [
-        {
-            "x": rng.uniform(-1, 1, (half, 1, 28, 28)).astype(np.float32),
-            "energy": np.zeros(half, np.float32),
-            "version": np.zeros(half, np.int64),
-            "log_weight": np.zeros(half, np.float32),
-        }
+        NegativeArrays(
+            x=rng.uniform(-1, 1, (half, 1, 28, 28)).astype(np.float32),
+            energy=np.zeros(half, np.float32),
+            version=np.zeros(half, np.int64),
+            log_weight=np.zeros(half, np.float32),
+        )
         for _ in range(2)
     ]
 
@@ -80,8 +81,8 @@ def measure(source: Path, number: int, repetitions: int, out: Path | None) -> No
     wrapped, module = engine._engine, engine._module
     x = (torch.rand(BATCH, 1, 28, 28) * 2 - 1).to(device)
     batch = Batch(x)
-    joined = {k: np.concatenate([lease[k] for lease in negatives]) for k in negatives[0]}
-    negative = Negatives(**{k: torch.from_numpy(v).to(device) for k, v in joined.items()})
+    fields = zip(*(dataclasses.astuple(lease) for lease in negatives))
+    negative = Negatives(*(torch.from_numpy(np.concatenate(f)).to(device) for f in fields))
     trainable = [p for p in module.parameters() if p.requires_grad]
     plain = torch.optim.Adam(trainable, lr=LR, fused=True)
 

@@ -26,6 +26,7 @@ from ebm_dist.actors.shard import open_shard
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.rows import open_rows
 from ebm_dist.cluster.ray_backend import RayBackend
+from ebm_dist.controller.clients import ShardClient
 from ebm_dist.core.types import EventSpec, Lease, MovedChains
 from ebm_dist.core.weights import FlatLayout
 
@@ -86,7 +87,7 @@ class Holder:
 
 def chains(backend: RayBackend, batch: int, options: Any) -> list[dict]:
     capacity = options.slots
-    shard = backend.spawn(
+    handle = backend.spawn(
         open_shard,
         {
             "config": BufferConfig(capacity=capacity, reinit_prob=0.0),
@@ -105,7 +106,8 @@ def chains(backend: RayBackend, batch: int, options: Any) -> list[dict]:
         shared=True,
     )
     movers = [backend.spawn(Mover, {"batch": batch}, name=f"mover-{i}") for i in range(2)]
-    backend.await_started([shard, *movers])
+    backend.await_started([handle, *movers])
+    shard = ShardClient(handle)
     ids = iter(range(1 << 62))
 
     def arm(by_rows: bool) -> float:
@@ -114,16 +116,16 @@ def chains(backend: RayBackend, batch: int, options: Any) -> list[dict]:
         for number in range(options.rounds + 4):
             if number < options.rounds:
                 lease_id = next(ids)
-                lease = shard.call("checkout", lease_id, batch, by_rows)
+                lease = shard.checkout(lease_id, batch, by_rows)
                 moved = movers[number % 2].call("run_round", lease)
-                reply = shard.call("checkin", moved, lease_id)
+                reply = shard.checkin(moved, lease_id)
                 under_way.append((reply, lease_id))
             if number >= 4:
                 reply, lease_id = under_way.popleft()
                 answer = backend.get(reply, 60.0)
-                assert answer["accepted"]
-                assert answer["by_rows"] == by_rows, answer["notes"]
-                ready, _ = shard.call("take", lease_id, num_returns=2)
+                assert answer.accepted
+                assert answer.by_rows == by_rows, answer.notes
+                ready, _ = shard.take(lease_id)
                 assert backend.get(ready, 60.0)
         return (time.perf_counter() - began) / options.rounds
 
@@ -144,7 +146,7 @@ def chains(backend: RayBackend, batch: int, options: Any) -> list[dict]:
         }
         for name, taken in middle.items()
     ]
-    for part in (shard, *movers):
+    for part in (handle, *movers):
         backend.kill(part)
     return rows
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ebm_dist.buffer.answers import WeightedChains
 from ebm_dist.core.energy_call import energy_at
 from ebm_dist.core.generators import seeded
 from ebm_dist.core.seeds import derive_seed
@@ -77,7 +78,7 @@ class Evaluator:
         chains: np.ndarray,
         ema: np.ndarray,
         flat: np.ndarray | None = None,
-        *weighted: dict[str, np.ndarray],
+        *weighted: WeightedChains,
     ) -> dict[str, float]:
         """Metrics of `chains` (N, *event) and of the averaged weights `ema`, by name.
 
@@ -85,8 +86,7 @@ class Evaluator:
             flat: the weights as they are. Where `weighted` is given, or the run has an estimate
                 of log Z of its own, the likelihood is theirs: an estimate that follows the
                 weights says nothing of their average.
-            weighted: all chains of each shard with their Jarzynski log-weights: x, energy (as
-                recorded when the chain moved) and log_weight.
+            weighted: all chains of each shard with their Jarzynski log-weights.
         """
         if self._test is None:
             self._prepare(min(self._config.num_samples, len(chains)))
@@ -118,17 +118,18 @@ class Evaluator:
         values |= self._likelihood(step, bool(weighted) or self._run_estimates_log_z)
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
-    def _running_likelihood(self, shards: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
+    def _running_likelihood(self, shards: Sequence[WeightedChains]) -> dict[str, float]:
         """log Z from the chains' own weights, each carried from its version to today's."""
 
-        def field(name: str) -> torch.Tensor:
-            return torch.from_numpy(np.concatenate([shard[name] for shard in shards]))
+        def joined(arrays: list[np.ndarray]) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate(arrays))
 
+        x = joined([shard.x for shard in shards])
         with torch.no_grad():
-            energy = torch.cat([self._energy(part) for part in field("x").split(256)])
+            energy = torch.cat([self._energy(part) for part in x.split(256)])
         log_weight = weights_moved(
-            field("log_weight").double(),
-            field("energy").double(),
+            joined([shard.log_weight for shard in shards]).double(),
+            joined([shard.energy for shard in shards]).double(),
             energy.double(),
             temperature=self._temperature,
         )

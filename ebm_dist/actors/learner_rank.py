@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.core.types import Negatives
+from ebm_dist.core.types import Cursor, NegativeArrays, Negatives, RankState
 from ebm_dist.core.weights import as_sent
 from ebm_dist.data import DataConfig, DataStream
 from ebm_dist.energies import EnergySection
@@ -77,9 +76,9 @@ class LearnerRank:
         self,
         step: int,
         lr: float,
-        after: Any,
-        parts: list[tuple[int, int]],
-        *negatives: dict[str, np.ndarray],
+        after: bool | None,
+        parts: Sequence[tuple[int, int]],
+        *negatives: NegativeArrays,
     ) -> dict[str, float]:
         """One update with the next batch of data; rank 0's weights then wait to be `published`.
 
@@ -87,7 +86,7 @@ class LearnerRank:
             step: counts updates; seeds the noise of the objective.
             after: what had to be there before this is called.
             parts: (start, stop) of each entry of `negatives` that this rank consumes.
-            negatives: leases as the shards handed them over, keys as in `types.Negatives`.
+            negatives: leases as the shards handed them over.
 
         Returns:
             Metrics averaged over ranks.
@@ -127,27 +126,26 @@ class LearnerRank:
         flat = self._engine.flat_weights()
         return as_sent(flat, self._config.wire) if flat is not None else None
 
-    def fetched(self, *negatives: dict[str, np.ndarray]) -> None:
+    def fetched(self, *negatives: NegativeArrays) -> None:
         """Called when `negatives` are on this node; of several ranks each by itself."""
 
-    def state(self) -> tuple[bool, dict[str, Any]]:
-        """True, and whole arrays (rank 0), the average (rank 0) and this rank's data cursor.
+    def state(self) -> tuple[bool, RankState]:
+        """True, and this rank's part of a checkpoint. Collective.
 
-        Collective. The first half is small: it says that the second has been taken.
+        The first half is small: it says that the second has been taken.
         """
         learner = self._engine.state()
-        return True, {
-            # Arrays and not tensors: Ray copies the memory of arrays, and pickles tensors.
-            "learner": _arrays(learner) if learner is not None else None,
-            "ema": _arrays(self._outbox.state()) if self._outbox is not None else None,
-            "data": self._data.state(),
-        }
+        return True, RankState(
+            learner=_arrays(learner) if learner is not None else None,
+            ema=_arrays(self._outbox.state()) if self._outbox is not None else None,
+            data=self._data.state(),
+        )
 
     def load(
         self,
         learner: Mapping[str, torch.Tensor | np.ndarray],
         ema: Mapping[str, torch.Tensor | np.ndarray] | None,
-        data: dict[str, Any] | None,
+        data: Cursor | None,
         attempt: int = 0,
     ) -> None:
         """Continue from a checkpoint or from what `state` returned, of any world size and ZeRO
@@ -186,14 +184,14 @@ def _tensors(entries: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torc
     }
 
 
-def _join(parts: list[tuple[int, int]], leases: tuple[dict[str, np.ndarray], ...]) -> Negatives:
-    def field(name: str) -> torch.Tensor:
-        pieces = [lease[name][start:stop] for (start, stop), lease in zip(parts, leases)]
+def _join(parts: Sequence[tuple[int, int]], leases: Sequence[NegativeArrays]) -> Negatives:
+    def joined(arrays: Iterable[np.ndarray]) -> torch.Tensor:
+        pieces = [array[start:stop] for (start, stop), array in zip(parts, arrays)]
         return torch.from_numpy(np.concatenate(pieces))
 
     return Negatives(
-        x=field("x"),
-        energy=field("energy"),
-        version=field("version"),
-        log_weight=field("log_weight"),
+        x=joined(lease.x for lease in leases),
+        energy=joined(lease.energy for lease in leases),
+        version=joined(lease.version for lease in leases),
+        log_weight=joined(lease.log_weight for lease in leases),
     )

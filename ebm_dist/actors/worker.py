@@ -13,7 +13,7 @@ from ebm_dist.cluster.shared_memory import NodeMemory
 from ebm_dist.core.errors import NonFinite
 from ebm_dist.core.generators import seeded
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.core.types import EventSpec, Lease, MovedChains
+from ebm_dist.core.types import EventSpec, Lease, MovedChains, NegativeArrays
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.diagnostics import autocorrelation_time, effective_sample_size, split_rhat
 from ebm_dist.energies import EnergySection
@@ -78,13 +78,13 @@ class Worker:
         negatives = ancestors = None
         if self._resample_threshold is not None:
             now, log_weight = self._carried(lease, start)
-            negatives = {
+            negatives = NegativeArrays(
                 # A copy: what `start` lies in is used again in the next round.
-                "x": np.array(start.cpu().numpy()),
-                "energy": now.astype(np.float32),
-                "version": np.full(len(start), version, np.int64),
-                "log_weight": log_weight.astype(np.float32),
-            }
+                x=np.array(start.cpu().numpy()),
+                energy=now.astype(np.float32),
+                version=np.full(len(start), version, np.int64),
+                log_weight=log_weight.astype(np.float32),
+            )
             seed = derive_seed(lease.seed, "resample")
             if (found := resampling(log_weight, self._resample_threshold, seed)) is not None:
                 ancestors, log_weight = found

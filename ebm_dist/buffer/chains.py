@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ebm_dist.buffer.answers import (
+    ChainHealth,
+    Distribution,
+    Origin,
+    ShardCounts,
+    ShardStatus,
+    WeightedChains,
+)
 from ebm_dist.buffer.codec import Codec
 from ebm_dist.buffer.config import BufferConfig, first_identity
 from ebm_dist.buffer.draw import FREE, LEASED, READY
@@ -14,9 +21,11 @@ from ebm_dist.buffer.starts import Starts, StartSource, start_log_weight
 from ebm_dist.buffer.storage import SlotStorage
 from ebm_dist.buffer.trace import ChainTrace, TracePlan
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.core.types import EventSpec
+from ebm_dist.core.types import Arrays, EventSpec, ShardMeta, ShardState
 
 _FILL_CHUNK = 4096
+
+COUNTERS = ("late_checkins", "expired_leases", "reinitialised", "resampled")
 
 
 class ShardChains:
@@ -42,7 +51,7 @@ class ShardChains:
         self._seed = seed
         self._starts = Starts(config, spec, index=index, seed=seed, data=data)
         self._codec = Codec.of(config.storage, spec)
-        self._counters = {"late_checkins": 0, "expired_leases": 0, "reinitialised": 0}
+        self._counters = dict.fromkeys(COUNTERS, 0)
         self._whole_cuts: dict[int, np.ndarray] = {}  # generations by slot at each full cut
         self._trace = ChainTrace(trace, capacity, spec.shape) if trace is not None else None
         self._restart = np.zeros(capacity, bool)  # slots that restart with their next lease
@@ -89,21 +98,19 @@ class ShardChains:
 
     # --- inspection ---------------------------------------------------------------------------
 
-    def status(self) -> dict[str, Any]:
-        """`attached`, `epoch` and `counts` of this shard."""
-        return {"attached": self.attached, "epoch": self.epoch, "counts": self.counts()}
+    def status(self) -> ShardStatus:
+        return ShardStatus(self.attached, self.epoch, self.counts())
 
-    def counts(self) -> dict[str, int | float]:
-        """Slots free, leased and ready, capacity, counters, and the mean age in rounds."""
+    def counts(self) -> ShardCounts:
         num = self._slots.num_in
-        return {
-            "free": num[FREE],
-            "leased": num[LEASED],
-            "ready": num[READY],
-            "capacity": self.capacity,
-            "age_mean": self._slots.total_age / self.capacity,
+        return ShardCounts(
+            free=num[FREE],
+            leased=num[LEASED],
+            ready=num[READY],
+            capacity=self.capacity,
+            age_mean=self._slots.total_age / self.capacity,
             **self._counters,
-        }
+        )
 
     def identities(self) -> np.ndarray:
         """The identity of each slot's chain, (capacity,) int64.
@@ -114,14 +121,14 @@ class ShardChains:
         """
         return self._slots.chain_id[self._slots.row_of_slot]
 
-    def distribution(self) -> dict[str, np.ndarray]:
-        """`energy` and `age` (in rounds) of all chains that have moved.
+    def distribution(self) -> Distribution:
+        """Energies and ages of all chains that have moved.
 
         Each energy was recorded when its chain last moved, under the weights of that time.
         """
         rows = self._slots.row_of_slot
         rows = rows[self._slots.version[rows] >= 0]
-        return {"energy": self._slots.energy[rows], "age": self._slots.age[rows]}
+        return Distribution(energy=self._slots.energy[rows], age=self._slots.age[rows])
 
     def peek(self, num: int, key: int) -> np.ndarray:
         """Copies of `num` chains of the older half, drawn at random under `key`; fewer if fewer
@@ -134,32 +141,32 @@ class ShardChains:
         slots = rng.choice(pool, size=min(num, len(pool)), replace=False)
         return self._positions(self._slots.rows(slots))
 
-    def health(self, reseed: bool = False) -> dict[str, Any] | None:
+    def health(self, reseed: bool = False) -> ChainHealth | None:
         """Diagnostics of the traced chains (`ChainTrace.report`); None if there is nothing new.
 
         Args:
-            reseed: on an alarm, restart the stuck chains with their next lease; `num_reseeded`
-                counts them.
+            reseed: on an alarm, restart the stuck chains with their next lease.
         """
         report = self._trace.report(f"shard {self.index}") if self._trace is not None else None
         if report is None:
             return None
-        stuck = report.pop("stuck") if reseed and report["alarm"] is not None else []
-        self._restart[stuck] = True
-        return {**report, "num_reseeded": len(stuck)}
+        num_reseeded = 0
+        if reseed and report.alarm is not None:
+            self._restart[report.stuck] = True
+            num_reseeded = len(report.stuck)
+        return ChainHealth(report.values, report.alarm, num_reseeded)
 
-    def weighted(self) -> dict[str, np.ndarray]:
-        """Position, recorded energy and Jarzynski log-weight of every chain, by slot."""
+    def weighted(self) -> WeightedChains:
         rows = self._slots.row_of_slot
-        return {
-            "x": self._positions(rows),
-            "energy": self._slots.energy[rows],
-            "log_weight": self._slots.log_weight[rows],
-        }
+        return WeightedChains(
+            x=self._positions(rows),
+            energy=self._slots.energy[rows],
+            log_weight=self._slots.log_weight[rows],
+        )
 
     # --- checkpoint ---------------------------------------------------------------------------
 
-    def snapshot(self, slots: np.ndarray | None = None) -> dict[str, Any]:
+    def snapshot(self, slots: np.ndarray | None = None, *, since: int | None = None) -> ShardState:
         """Every slot at its last committed generation, as arrays by slot, and the data cursor.
 
         Leased chains appear as they were before the lease, ready ones as committed. A restore
@@ -167,22 +174,17 @@ class ShardChains:
 
         Args:
             slots: the slots to include; all when left out.
+            since: the full cut after which these slots have changed.
         """
         which = np.arange(self.capacity) if slots is None else slots
         rows = self._slots.row_of_slot[which]
         arrays = {name: getattr(self._slots, name)[rows] for name in SlotStorage.row_fields}
-        return {
-            "arrays": {**arrays, "generation": self._slots.generation[which]},
-            "meta": {
-                "index": self.index,
-                "capacity": self.capacity,
-                "data": self._starts.state(),
-            },
-        }
+        return ShardState(
+            ShardMeta(self.index, self.capacity, self._starts.state(), since),
+            {**arrays, "generation": self._slots.generation[which]},
+        )
 
-    def cut(
-        self, number: int, since: int | None = None
-    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def cut(self, number: int, since: int | None = None) -> tuple[ShardMeta, Arrays]:
         """The snapshot of cut `number`, as its meta and its arrays.
 
         The snapshot is incremental if this process remembers the full cut `since` and fewer than
@@ -197,19 +199,18 @@ class ShardChains:
         if before is not None:
             changed = np.flatnonzero(generation != before)
             if 2 * len(changed) < self.capacity:
-                part = self.snapshot(changed)
-                return {**part["meta"], "since": since}, {**part["arrays"], "row": changed}
+                part = self.snapshot(changed, since=since)
+                return part.meta, {**part.arrays, "row": changed}
         self._whole_cuts[number] = generation
         whole = self.snapshot()
-        return {**whole["meta"], "since": None}, whole["arrays"]
+        return whole.meta, whole.arrays
 
-    def restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+    def restore(self, arrays: Arrays, origin: Origin) -> None:
         """Load the chains of a snapshot into the first slots; all slots are free afterwards.
 
-        The remaining slots keep their initial chains, renumbered from `meta["next_chain"]` on,
+        The remaining slots keep their initial chains, renumbered from `origin.next_chain` on,
         since their first identities may be among the restored ones. Positions may be stored in
-        another format than today's `buffer.storage`. After `hand_over`, `meta` also holds the epoch
-        and the counters to continue from.
+        another format than today's `buffer.storage`.
 
         Raises:
             ValueError: the snapshot holds more chains than slots, or another event shape.
@@ -223,10 +224,10 @@ class ShardChains:
             )
         # If this process is killed half-way, no other may attach to a mixture of two states.
         self._slots.begin_init()
-        self._slots.epoch[0] = max(self.epoch, meta.get("epoch", 0)) + 1
+        self._slots.epoch[0] = max(self.epoch, origin.epoch) + 1
         self._whole_cuts.clear()
         # A shard may receive no chain at all if the capacity has grown.
-        if (next_chain := meta.get("next_chain")) is None:
+        if (next_chain := origin.next_chain) is None:
             next_chain = int(arrays["chain_id"].max()) + 1
         rows = self._slots.row_of_slot
         for name in SlotStorage.row_fields:
@@ -237,14 +238,14 @@ class ShardChains:
         self._slots.chain_id[rows[num:]] = next_chain + np.arange(self.capacity - num)
         self._slots.generation[:num] = arrays["generation"]
         self._slots.free_all()
-        self._counters |= meta.get("counters", {})
-        if "restart" in meta:
-            self._restart[:] = meta["restart"]
-        self._starts.load_state(meta.get("data"))
+        self._counters |= origin.counters
+        if origin.restart is not None:
+            self._restart[:] = origin.restart
+        self._starts.load_state(origin.data)
         self._slots.finish_init()
 
-    def hand_over(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """The meta and the arrays for `restore` in a successor on another node.
+    def hand_over(self) -> tuple[Origin, Arrays]:
+        """The origin and the arrays for `restore` in a successor on another node.
 
         Every chain is as last committed. The leases of this process become void, and those of the
         successor have a later epoch.
@@ -252,9 +253,13 @@ class ShardChains:
         whole = self.snapshot()
         self._slots.free_all()
         self._slots.epoch[0] += 1
-        counters, restart = dict(self._counters), self._restart.copy()
-        meta = {"epoch": self.epoch, "counters": counters, "restart": restart}
-        return {**whole["meta"], **meta}, whole["arrays"]
+        origin = Origin(
+            data=whole.meta.data,
+            epoch=self.epoch,
+            counters=dict(self._counters),
+            restart=self._restart.copy(),
+        )
+        return origin, whole.arrays
 
     def remove_files(self) -> None:
         """Remove the mapped files, after the chains have moved to another node."""

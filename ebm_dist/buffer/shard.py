@@ -17,11 +17,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ebm_dist.buffer.answers import CheckinReply, Origin
 from ebm_dist.buffer.chains import ShardChains
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.draw import FREE, LEASED, READY, KeyedGenerator, draw_free
@@ -31,7 +32,7 @@ from ebm_dist.buffer.rows import same
 from ebm_dist.buffer.starts import StartSource
 from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.core.types import EventSpec, Lease, MovedChains
+from ebm_dist.core.types import Arrays, EventSpec, Lease, MovedChains, NegativeArrays
 
 MAX_VOID = 64
 """Cancelled leases to remember; their rounds are repeated within seconds."""
@@ -82,8 +83,8 @@ class Shard(ShardChains):
         self._earliest = math.inf  # no lease is overdue before this time
         self._void: dict[int, Outstanding] = {}  # the newest cancelled leases
         self._ready: dict[int, np.ndarray] = {}
-        self._shown: dict[int, dict[str, np.ndarray]] = {}  # `MovedChains.negatives` by lease
-        self._done: dict[int, dict[str, Any]] = {}  # replies to committed leases
+        self._shown: dict[int, NegativeArrays] = {}  # `MovedChains.negatives` by lease
+        self._done: dict[int, CheckinReply] = {}  # replies to committed leases
         self._keyed = KeyedGenerator()
         self._grants: GrantBook | None = None
         if directory is not None and num_grants > 0:
@@ -92,7 +93,7 @@ class Shard(ShardChains):
     # --- checkout -----------------------------------------------------------------------------
 
     def checkout(
-        self, lease_id: int, num: int, by_rows: bool = False, drawn: Any = None
+        self, lease_id: int, num: int, by_rows: bool = False, drawn: int | None = None
     ) -> Lease | None:
         """Lease `num` free chains drawn without replacement, or None if fewer are free.
 
@@ -222,18 +223,16 @@ class Shard(ShardChains):
 
     # --- checkin ------------------------------------------------------------------------------
 
-    def checkin(self, moved: MovedChains | None, lease_id: int | None = None) -> dict[str, Any]:
+    def checkin(self, moved: MovedChains | None, lease_id: int | None = None) -> CheckinReply:
         """Commit the chains of a lease, unless the lease is void.
+
+        A void lease (expired, of another epoch, or of chains moved since) changes nothing but a
+        count.
 
         Args:
             moved: the worker's result; None if the worker received no lease.
             lease_id: the lease that was requested. If it was committed before and the reply was
                 lost, the reply is repeated.
-
-        Returns:
-            `accepted`; `lease_id`, `version`, `num_steps` and `stats` of the round; and
-            `counts` of the shard after it. A void lease (expired, of another epoch, or of
-            chains that have moved since) changes nothing but a counter.
 
         Raises:
             ValueError: another number of chains, other chains or another event shape.
@@ -241,19 +240,14 @@ class Shard(ShardChains):
         self.expire()
         if moved is None:
             known = self._done.get(-1 if lease_id is None else lease_id)
-            reply = known or {"accepted": False, "lease_id": None}
-            return {**reply, "counts": self.counts()}
-        reply = {
-            "lease_id": moved.lease_id,
-            "version": moved.version,
-            "num_steps": moved.num_steps,
-            "num_chains": len(moved.slots),
-            "stats": moved.stats,
-            "notes": (*self._notes, *moved.notes),
-            "by_rows": moved.position is None,
-        }
-        if moved.lease_id in self._done and moved.shard_epoch == self.epoch:
-            return {**self._done[moved.lease_id], "counts": self.counts()}
+        elif moved.shard_epoch == self.epoch:
+            known = self._done.get(moved.lease_id)
+        else:
+            known = None
+        if known is not None:
+            return replace(known, counts=self.counts())
+        if moved is None:
+            return CheckinReply(False, None, self.counts())
         out = self._leases.get(moved.lease_id)
         rows = None
         if out is not None and moved.shard_epoch == self.epoch and out.matches(moved):
@@ -261,7 +255,7 @@ class Shard(ShardChains):
             rows = self._place(out, moved)
         if out is None or rows is None:
             self._counters["late_checkins"] += 1
-            return {"accepted": False, **reply, "counts": self.counts()}
+            return self._reply(moved, accepted=False)
         slots = out.slots
         if self._trace is not None:
             followed = self._trace.follows(slots)
@@ -287,8 +281,23 @@ class Shard(ShardChains):
         if moved.negatives is not None:
             self._shown[moved.lease_id] = moved.negatives
         del self._leases[moved.lease_id]
-        self._remember(moved.lease_id, {"accepted": True, **reply})
-        return {"accepted": True, **reply, "counts": self.counts()}
+        reply = self._done[moved.lease_id] = self._reply(moved, accepted=True)
+        while len(self._done) > 4096:
+            self._done.pop(next(iter(self._done)))
+        return reply
+
+    def _reply(self, moved: MovedChains, *, accepted: bool) -> CheckinReply:
+        return CheckinReply(
+            accepted,
+            moved.lease_id,
+            self.counts(),
+            version=moved.version,
+            num_steps=moved.num_steps,
+            num_chains=len(moved.slots),
+            stats=moved.stats,
+            notes=(*self._notes, *moved.notes),
+            by_rows=moved.position is None,
+        )
 
     def _ages(self, out: Outstanding, moved: MovedChains) -> tuple[np.ndarray, int]:
         """The ages (M,) of the moved chains, and the change of their sum."""
@@ -298,7 +307,7 @@ class Shard(ShardChains):
         age = np.where(out.fresh, 0, before)
         if moved.ancestors is not None:
             age = age[moved.ancestors]
-            self._counters["resampled"] = self._counters.get("resampled", 0) + 1
+            self._counters["resampled"] += 1
         return age + 1, int(age.sum() - before.sum()) + len(age)
 
     def _place(self, out: Outstanding, moved: MovedChains) -> np.ndarray | None:
@@ -326,14 +335,9 @@ class Shard(ShardChains):
             )
         return grant.target
 
-    def _remember(self, lease_id: int, reply: dict[str, Any]) -> None:
-        self._done[lease_id] = reply
-        while len(self._done) > 4096:
-            self._done.pop(next(iter(self._done)))
-
     # --- negatives ----------------------------------------------------------------------------
 
-    def take(self, lease_id: int) -> tuple[bool, dict[str, np.ndarray] | None]:
+    def take(self, lease_id: int) -> tuple[bool, NegativeArrays | None]:
         """The negatives of a committed lease; its slots become free.
 
         Returns:
@@ -346,12 +350,12 @@ class Shard(ShardChains):
         rows = self._slots.rows(slots)
         self._slots.turn(slots, READY, FREE)
         # A copy, because later commits reuse the rows.
-        negatives = {
-            "x": self._positions(rows),
-            "energy": self._slots.energy[rows],
-            "version": self._slots.version[rows],
-            "log_weight": self._slots.log_weight[rows],
-        }
+        negatives = NegativeArrays(
+            x=self._positions(rows),
+            energy=self._slots.energy[rows],
+            version=self._slots.version[rows],
+            log_weight=self._slots.log_weight[rows],
+        )
         return True, self._shown.pop(lease_id, negatives)
 
     def release(self, lease_id: int) -> int:
@@ -405,12 +409,12 @@ class Shard(ShardChains):
             self._grants.revoke(out.grant)
             out.grant = None
 
-    def restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+    def restore(self, arrays: Arrays, origin: Origin) -> None:
         """As `ShardChains.restore`; all outstanding leases become void."""
         self._forget_leases()
-        super().restore(arrays, meta)
+        super().restore(arrays, origin)
 
-    def hand_over(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def hand_over(self) -> tuple[Origin, Arrays]:
         """As `ShardChains.hand_over`; all outstanding leases become void."""
         self._forget_leases()
         return super().hand_over()

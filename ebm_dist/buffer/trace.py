@@ -9,7 +9,6 @@ shard is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +29,14 @@ class TracePlan:
     num_records: int
     max_stuck: float
     max_rhat: float = 1.2
+
+
+@dataclass(frozen=True, slots=True)
+class TraceReport:
+    values: dict[str, float]
+    """By metric name."""
+    alarm: str | None
+    stuck: np.ndarray  # (S,), int64, slots
 
 
 class ChainTrace:
@@ -72,12 +79,8 @@ class ChainTrace:
         self._counts[row] += 1
         self._recorded += len(row)
 
-    def report(self, where: str) -> dict[str, Any] | None:
-        """Diagnostics of the chains with a long enough trace; None if there is nothing new.
-
-        Returns:
-            `values` by metric name, the `alarm` (None if all is well), and the `stuck` slots.
-        """
+    def report(self, where: str) -> TraceReport | None:
+        """Diagnostics of the chains with a long enough trace; None if there is nothing new."""
         # At most eight reports per window, since diagnostics cost more than records.
         if self._recorded - self._reported < self._num * max(1, self._plan.num_records // 8):
             return None
@@ -100,17 +103,17 @@ class ChainTrace:
             max_rhat=self._plan.max_rhat,
         )
         ess = float(effective_sample_size(trace).min())
-        report = {
-            "values": {
+        report = TraceReport(
+            values={
                 "chain/stagnant": found.fraction,
                 "chain/trace_rhat": found.rhat,
                 "chain/trace_energy_rhat": found.energy_rhat,
                 "chain/trace_autocorrelation": trace.shape[0] * trace.shape[1] / ess,
                 "chain/trace_ess": ess,
             },
-            "alarm": found.alarm,
-            "stuck": self.slots[rows[found.stuck.numpy()]],
-        }
+            alarm=found.alarm,
+            stuck=self.slots[rows[found.stuck.numpy()]],
+        )
         if self._recorded >= self._num * self._plan.num_records:
             self._first = (self._first + self._num) % self._capacity
             self._clear()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ebm_dist.checkpoint import files as checkpoint
-from ebm_dist.cluster.backend import Handle, Ref
 from ebm_dist.core.errors import NonFinite, RunFailed
+from ebm_dist.core.types import Arrays, Cursor, RankState, ShardState
 from ebm_dist.files.safe_open import read_bytes
 
 log = logging.getLogger("ebm_dist")
@@ -73,8 +73,8 @@ class Progress:
 def write_cut(
     run_dir: Path,
     progress: Progress,
-    ranks: Sequence[Mapping[str, Any]],
-    shards: Sequence[Mapping[str, Any]],
+    ranks: Sequence[RankState],
+    shards: Sequence[ShardState],
     meta: Mapping[str, Any],
     *,
     keep: int,
@@ -89,8 +89,9 @@ def write_cut(
         NonFinite: a state is not finite, so no run could continue from it.
         OSError: the write failed; earlier checkpoints are unchanged.
     """
-    tensors = {"learner": ranks[0]["learner"], "ema": ranks[0]["ema"] or {}}
-    tensors |= {shard_file(i): shard["arrays"] for i, shard in enumerate(shards)}
+    assert ranks[0].learner is not None
+    tensors = {"learner": ranks[0].learner, "ema": ranks[0].ema or {}}
+    tensors |= {shard_file(i): shard.arrays for i, shard in enumerate(shards)}
     for file, entries in tensors.items():
         _refuse_non_finite(file, entries)
     content = {
@@ -100,8 +101,8 @@ def write_cut(
         "updates": progress.updates,
         "extra_steps": progress.extra_steps,
         "wall_s": progress.wall_s,
-        "ranks": [rank["data"] for rank in ranks],
-        "shards": [shard["meta"] for shard in shards],
+        "ranks": [rank.data for rank in ranks],
+        "shards": [asdict(shard.meta) for shard in shards],
     }
     path = checkpoint.save(run_dir, progress.step, tensors, content, keep=keep, bases=bases)
     write_manifest(run_dir, path.name, progress, str(meta["name"]))
@@ -153,27 +154,30 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def restore_shards(
-    shards: Sequence[Handle],
-    found: checkpoint.CheckpointDir | None,
-    capacities: Sequence[int],
-    *,
-    only: int | None = None,
-) -> list[Ref]:
-    """Distribute the chains of the checkpoint over the current shards, each chain exactly once.
+@dataclass(frozen=True, slots=True)
+class Dealt:
+    """Chains of a checkpoint for one of the current shards."""
 
-    Args:
-        only: restore this shard only; all when left out.
+    arrays: Arrays
+    next_chain: int
+    """First identity of the chains that fill the remaining slots."""
+    data: Cursor | None
+
+
+def deal_chains(
+    found: checkpoint.CheckpointDir | None, capacities: Sequence[int]
+) -> list[Dealt] | None:
+    """Distribute the chains of the checkpoint over shards of `capacities`, each exactly once.
 
     Returns:
-        References of the calls; empty if the checkpoint holds no chains.
+        A part for each shard; None if the checkpoint holds no chains.
 
     Raises:
         RunFailed: the chains do not fit.
     """
     names = [name for name in found.names if name.startswith("shard_")] if found else []
     if found is None or not names:
-        return []
+        return None
     saved = [found.arrays(name) for name in names]
     merged = {key: np.concatenate([part[key] for part in saved]) for key in saved[0]}
     total, room = len(merged["generation"]), sum(capacities)
@@ -186,13 +190,13 @@ def restore_shards(
     # If the capacity has grown, new chains get the next identities, over all shards.
     merged.setdefault("chain_id", np.arange(total))
     next_chain = int(merged["chain_id"].max()) + 1
-    refs, start = [], 0
-    for index, (shard, capacity) in enumerate(zip(shards, capacities)):
+    dealt, start = [], 0
+    for index, capacity in enumerate(capacities):
         stop = min(start + capacity, total)
-        if only in (None, index):
-            arrays = {key: value[start:stop] for key, value in merged.items()}
-            cursor = metas[index]["data"] if index < len(metas) else None
-            refs.append(shard.call("restore", arrays, {"next_chain": next_chain, "data": cursor}))
+        arrays = {key: value[start:stop] for key, value in merged.items()}
+        dealt.append(
+            Dealt(arrays, next_chain, metas[index]["data"] if index < len(metas) else None)
+        )
         next_chain += capacity - (stop - start)
         start = stop
-    return refs
+    return dealt

@@ -13,13 +13,19 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from ebm_dist.cluster.halt import Halt
 from ebm_dist.core.errors import RunFailed, UserError
 
-Ref = Any
-"""A result that may not be there yet: an `InlineResult`, or Ray's ObjectRef."""
+T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
+
+
+class Ref(Generic[T_co]):
+    """A value of type T that may not be there yet: an `InlineResult`, or Ray's ObjectRef."""
+
+    __slots__ = ()
 
 
 class PartDied(RunFailed):
@@ -63,7 +69,7 @@ class Node:
 
 
 class Handle(Protocol):
-    """One part of the graph, wherever it runs."""
+    """One part of the graph, wherever it runs. `controller.clients` gives its methods types."""
 
     name: str
     node: str | None
@@ -120,20 +126,20 @@ class Backend(Protocol):
         """
         ...
 
-    def put(self, value: Any) -> Ref: ...
-    def wait(self, refs: Sequence[Ref], timeout: float) -> list[Ref]:
+    def put(self, value: T) -> Ref[T]: ...
+    def wait(self, refs: Sequence[Ref[T]], timeout: float) -> list[Ref[T]]:
         """Those of `refs` that are done, waiting up to `timeout` seconds for a first one."""
         ...
 
-    def get(self, ref: Ref, timeout: float) -> Any:
+    def get(self, ref: Ref[T], timeout: float) -> T:
         """The value; raises what the call raised, PartDied, or TimeoutError."""
         ...
 
-    def lost(self, ref: Ref) -> bool:
+    def lost(self, ref: Ref[object]) -> bool:
         """Whether the value of a finished call is known to be gone with the node that held it."""
         ...
 
-    def rendezvous(self, handle: Handle, port: int | None = None) -> Ref:
+    def rendezvous(self, handle: Handle, port: int | None = None) -> Ref[tuple[str, int]]:
         """Reference of (host, port) of the machine that `handle` runs on.
 
         Args:
@@ -225,8 +231,8 @@ def meeting_point(host: str, port: int | None, *, patience_s: float = 15.0) -> t
 
 
 @dataclass(slots=True, eq=False)
-class InlineResult:
-    value: Any = None
+class InlineResult(Ref[T]):
+    value: T | None = None
     error: BaseException | None = None
 
 
@@ -241,7 +247,7 @@ class InlineHandle:
     def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         import torch
 
-        results = [InlineResult() for _ in range(num_returns)]
+        results: list[InlineResult[Any]] = [InlineResult() for _ in range(num_returns)]
         try:
             if self.num_threads is not None and torch.get_num_threads() != self.num_threads:
                 torch.set_num_threads(self.num_threads)
@@ -300,22 +306,22 @@ class InlineBackend:
         self._parts.append(handle)
         return handle
 
-    def put(self, value: Any) -> InlineResult:
+    def put(self, value: T) -> InlineResult[T]:
         return InlineResult(value)
 
-    def wait(self, refs: Sequence[Ref], timeout: float) -> list[Ref]:
+    def wait(self, refs: Sequence[Ref[T]], timeout: float) -> list[Ref[T]]:
         return list(refs)
 
-    def get(self, ref: Ref, timeout: float) -> Any:
+    def get(self, ref: Ref[T], timeout: float) -> T:
         return _resolve(ref)
 
-    def lost(self, ref: Ref) -> bool:
+    def lost(self, ref: Ref[object]) -> bool:
         return False
 
     def nodes(self) -> list[Node]:
         return []
 
-    def rendezvous(self, handle: Handle, port: int | None = None) -> InlineResult:
+    def rendezvous(self, handle: Handle, port: int | None = None) -> InlineResult[tuple[str, int]]:
         return InlineResult(meeting_point("127.0.0.1", port))
 
     def await_started(self, handles: Sequence[Handle]) -> None:

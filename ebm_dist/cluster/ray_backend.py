@@ -18,6 +18,7 @@ from ebm_dist.cluster.backend import (
     ObjectLost,
     PartDied,
     Ref,
+    T,
     Unreachable,
     first_line,
 )
@@ -231,14 +232,14 @@ class RayBackend:
     def _is_well(self) -> bool:
         return self._own is None or self._own.well
 
-    def rendezvous(self, handle: Handle, port: int | None = None) -> Ref:
+    def rendezvous(self, handle: Handle, port: int | None = None) -> Ref[tuple[str, int]]:
         assert isinstance(handle, RayHandle)
         return handle.actor.rendezvous.remote(self.local, port)
 
-    def put(self, value: Any) -> Ref:
+    def put(self, value: T) -> Ref[T]:
         return self._ray.put(value)
 
-    def wait(self, refs: Sequence[Ref], timeout: float) -> list[Ref]:
+    def wait(self, refs: Sequence[Ref[T]], timeout: float) -> list[Ref[T]]:
         if not refs:
             return []
         self._starts.note()
@@ -253,7 +254,7 @@ class RayBackend:
             done, _ = self._ray.wait(unique, num_returns=len(unique), timeout=0, fetch_local=False)
         return done
 
-    def get(self, ref: Ref, timeout: float) -> Any:
+    def get(self, ref: Ref[T], timeout: float) -> T:
         errors = self._errors
         try:
             self._check()
@@ -294,7 +295,7 @@ class RayBackend:
             return Unreachable(first_line(error))
         return PartDied(first_line(error))
 
-    def lost(self, ref: Ref) -> bool:
+    def lost(self, ref: Ref[object]) -> bool:
         """See `Backend.lost`; does not wait.
 
         A part on another node learns of the loss late: its raylet asks where an object is after

@@ -44,10 +44,10 @@ class Starts:
         """
         self._ray = ray
         self._errors = errors
-        self._starting: list[tuple[RayHandle, Ref]] = []
+        self._starting: list[tuple[RayHandle, Ref[tuple[int, str, str]]]] = []
         self._latest = 0.0
 
-    def begin(self, handle: RayHandle, ready: Ref) -> None:
+    def begin(self, handle: RayHandle, ready: Ref[tuple[int, str, str]]) -> None:
         """`handle` is asked for; `ready` is what its `Host.ready` will answer."""
         self._starting.append((handle, ready))
 

@@ -6,9 +6,8 @@ import contextlib
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
-from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref
+from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref, T
 from ebm_dist.core.errors import RunFailed
 
 
@@ -104,7 +103,7 @@ class Watchdog:
             raise Stalled(blocked()[0], self._timeout_s, blocked()[1])
 
 
-def answer(backend: Backend, part: Handle, ref: Ref, timeout_s: float, detail: str) -> Any:
+def answer(backend: Backend, part: Handle, ref: Ref[T], timeout_s: float, detail: str) -> T:
     """The value of `ref`, which `part` was asked for.
 
     Raises:

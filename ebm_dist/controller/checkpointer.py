@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ebm_dist.cluster.backend import PartDied, Ref, first_line
 from ebm_dist.cluster.stall import answer
 from ebm_dist.controller.parts import Graph, Schedule
 from ebm_dist.core.errors import NonFinite, RunFailed
+from ebm_dist.core.types import Arrays, RankState, ShardMeta, ShardState
 
 PATIENCE_S = 5.0
 """The loop waits this long for the write before; then the cut that is due is taken later."""
@@ -47,7 +48,7 @@ class _Write:
     step: int
     why: str
     blocked_s: float
-    metas: list[dict[str, Any]]
+    metas: list[ShardMeta]
     """Of the shards, as they described their parts."""
     path: Path | None = None
     error: Exception | None = None
@@ -160,16 +161,16 @@ class Checkpointer:
         # Not waited for: an update that is started after this call is not in its answer.
         ranks = self._graph.learners.state()
         calls = [
-            shard.call("cut", self._number, self._since(index, name), num_returns=2)
+            shard.cut(self._number, self._since(index, name))
             for index, shard in enumerate(self._graph.shards)
         ]
         # The small half of the answer: with it the shard has copied what the cut is to hold.
         metas = [
-            answer(self._backend, shard, small, self._timeout, self._waits(progress))
+            answer(self._backend, shard.handle, small, self._timeout, self._waits(progress))
             for shard, (small, _) in zip(self._graph.shards, calls)
         ]
         arrays = [large for _, large in calls]
-        meta = {**self._meta, "tracking": self._graph.hub.known}
+        meta = {**self._meta, "tracking": asdict(self._graph.hub.known)}
         thread = threading.Thread(
             target=self._run,
             args=(dataclasses.replace(progress), ranks, metas, arrays, meta),
@@ -214,12 +215,12 @@ class Checkpointer:
     def _book(self, write: _Write, path: Path) -> None:
         self._written = write.step
         for index, meta in enumerate(write.metas):
-            if meta["since"] is None:
+            if meta.since is None:
                 base = checkpoint.Base(path.name, checkpoint.checksum(path, shard_file(index)))
                 self._wholes[index] = _WholeCut(write.number, base)
             elif (whole := self._wholes[index]) is not None:
                 whole.num_differences += 1
-        changed = sum(meta["since"] is not None for meta in write.metas)
+        changed = sum(meta.since is not None for meta in write.metas)
         what = f", {changed} of {len(write.metas)} shards by what changed" if changed else ""
         why = f" ({write.why})" if write.why else ""
         self._say(
@@ -238,9 +239,9 @@ class Checkpointer:
     def _run(
         self,
         progress: Progress,
-        ranks: Sequence[Ref],
-        metas: Sequence[dict[str, Any]],
-        arrays: Sequence[Ref],
+        ranks: Sequence[Ref[RankState]],
+        metas: Sequence[ShardMeta],
+        arrays: Sequence[Ref[Arrays]],
         meta: Mapping[str, Any],
     ) -> None:
         """The thread's work. Says nothing and books nothing: that is for who settles."""
@@ -249,13 +250,13 @@ class Checkpointer:
         try:
             states = [self._state(rank, ref) for rank, ref in enumerate(ranks)]
             shards = [
-                {"meta": about, "arrays": self._chains(index, ref)}
+                ShardState(about, self._chains(index, ref))
                 for index, (about, ref) in enumerate(zip(metas, arrays))
             ]
             bases = {
                 shard_file(index): whole.base
                 for index, (about, whole) in enumerate(zip(metas, self._wholes))
-                if about["since"] is not None and whole is not None
+                if about.since is not None and whole is not None
             }
             write.path = write_cut(
                 self._run_dir, progress, states, shards, meta, keep=self._schedule.keep, bases=bases
@@ -264,12 +265,12 @@ class Checkpointer:
             write.error = error
         write.seconds = time.monotonic() - began
 
-    def _state(self, rank: int, ref: Ref) -> Any:
+    def _state(self, rank: int, ref: Ref[RankState]) -> RankState:
         if not self._backend.wait([ref], self._timeout):
             raise TimeoutError(self._late(f"learner-{rank}"))
         return self._graph.learners.result(ref)
 
-    def _chains(self, index: int, ref: Ref) -> Any:
+    def _chains(self, index: int, ref: Ref[Arrays]) -> Arrays:
         try:
             return self._backend.get(ref, self._timeout)
         except TimeoutError:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.checkpoint.cut import Progress
-from ebm_dist.cluster.backend import PartDied, Ref
+from ebm_dist.cluster.backend import PartDied, Ref, T
 from ebm_dist.cluster.halt import GRACE_S, IDLE_GRACE_S, Halted
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.checkpointer import Checkpointer
@@ -66,8 +66,8 @@ class Controller:
         self._view = view
         self._halt = graph.backend.halt
         self._window = MetricWindow()
-        self._flat: Ref = None
-        self._ema: Ref = None
+        self._flat: Ref[np.ndarray] | None = None
+        self._ema: Ref[np.ndarray] | None = None
         self._is_whole = True
         """Whether the parts stand where a checkpoint can be taken: no update has half begun."""
         attempts = Attempts()
@@ -253,7 +253,11 @@ class Controller:
             learners.settle(self._wait)
 
     def _wait(
-        self, refs: Sequence[Ref], timeout: float, *, each: Callable[[Ref], Any] | None = None
+        self,
+        refs: Sequence[Ref[T]],
+        timeout: float,
+        *,
+        each: Callable[[Ref[T]], object] | None = None,
     ) -> None:
         """Keep rounds going until `refs` are done; `each` sees them as they come.
 
@@ -297,7 +301,7 @@ class Controller:
         self._flat = self._ema = self._graph.learners.weights(self._wait)
         self._pool.set_weights(self._flat, self.progress.version)
 
-    def _publish(self, flat: Ref, ema: Ref) -> None:
+    def _publish(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray] | None) -> None:
         self.progress.version += 1
         self._flat, self._ema = flat, ema
         self._pool.set_weights(flat, self.progress.version)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
 
 from ebm_dist.cluster.backend import (
     Backend,
-    Handle,
     ObjectLost,
     PartDied,
     Ref,
+    T,
     fault_of_the_machine,
 )
+from ebm_dist.controller.clients import LearnerClient
 from ebm_dist.core.errors import RunFailed
+from ebm_dist.core.types import Cursor, NegativeArrays, RankState
 
 
 class Wait(Protocol):
     """Returns when every reference is done, or raises: it took too long. The graph goes on."""
 
     def __call__(
-        self, refs: Sequence[Ref], timeout: float, *, each: Callable[[Ref], Any] | None = None
+        self,
+        refs: Sequence[Ref[T]],
+        timeout: float,
+        *,
+        each: Callable[[Ref[T]], object] | None = None,
     ) -> None:
         """
         Args:
@@ -36,7 +45,7 @@ class LearnerGroup:
     def __init__(
         self,
         backend: Backend,
-        spawn: Callable[[int, str | None], Handle],
+        spawn: Callable[[int, str | None], LearnerClient],
         *,
         num_ranks: int,
         port: int | None,
@@ -57,8 +66,8 @@ class LearnerGroup:
         # A single rank meets nobody, and must not fail for a port that it does not need.
         self._port = port if num_ranks > 1 else None
         self._renewed: list[str] | None = None
-        self._asked: list[Ref] = [None] * num_ranks
-        self.publishing: list[Ref] = []
+        self._asked: list[Ref[bool] | None] = [None] * num_ranks
+        self.publishing: list[Ref[bool]] = []
         """Done when the weights that `publish` was asked for last are there."""
         self._start_timeout_s = start_timeout_s
         self._call_timeout_s = call_timeout_s
@@ -67,15 +76,15 @@ class LearnerGroup:
     def meet(self, wait: Wait) -> None:
         """Form the process group and build the engines."""
         self.broken = True  # until they have met, whatever cuts it short
-        where = self._backend.rendezvous(self.ranks[0], self._port)
+        where = self._backend.rendezvous(self.ranks[0].handle, self._port)
         wait([where], self._start_timeout_s)
         meeting = self._backend.get(where, self._start_timeout_s)
-        refs = [rank.call("start", meeting) for rank in self.ranks]
+        refs = [rank.start(meeting) for rank in self.ranks]
         # As they come: who is left of a group waits for the dead until learner.timeout_s.
         wait(refs, self._start_timeout_s, each=self._came_to_meet)
         self.broken = False
 
-    def _came_to_meet(self, ref: Ref) -> None:
+    def _came_to_meet(self, ref: Ref[None]) -> None:
         try:
             self.result(ref)
         except RunFailed as error:
@@ -115,7 +124,7 @@ class LearnerGroup:
 
     def _replace(self, nodes: Sequence[str] | None = None) -> None:
         for rank in self.ranks:
-            self._backend.kill(rank)
+            self._backend.kill(rank.handle)
         where = nodes if nodes is not None else [None] * self._num_ranks
         self.ranks = [self._spawn(rank, node) for rank, node in enumerate(where)]
         self._asked = [None] * self._num_ranks
@@ -127,12 +136,18 @@ class LearnerGroup:
             raise PartDied("its process is gone")
 
     def load(
-        self, learner: Any, ema: Any, cursors: Sequence[Any], wait: Wait, *, attempt: int = 0
+        self,
+        learner: Mapping[str, torch.Tensor | np.ndarray],
+        ema: Mapping[str, torch.Tensor | np.ndarray] | None,
+        cursors: Sequence[Cursor],
+        wait: Wait,
+        *,
+        attempt: int = 0,
     ) -> None:
         """Continue from a checkpoint of any number of ranks, with the noise of `attempt`."""
         self._check_met()
         refs = [
-            rank.call("load", learner, ema, cursors[i if i < len(cursors) else 0], attempt)
+            rank.load(learner, ema, cursors[i if i < len(cursors) else 0], attempt)
             for i, rank in enumerate(self.ranks)
         ]
         wait(refs, self._call_timeout_s, each=self.result)
@@ -142,9 +157,9 @@ class LearnerGroup:
         step: int,
         lr: float,
         num_negatives: int,
-        negatives: Sequence[tuple[int, Ref]] | None,
-        extra: tuple[int, Ref] | None = None,
-    ) -> list[Ref]:
+        negatives: Sequence[tuple[int, Ref[NegativeArrays]]] | None,
+        extra: tuple[int, Ref[NegativeArrays]] | None = None,
+    ) -> list[Ref[dict[str, float]]]:
         """Start an update on every rank.
 
         Args:
@@ -165,10 +180,10 @@ class LearnerGroup:
                 parts.append((index * share, (index + 1) * share))
                 refs.append(extra[1])
             after, self._asked[index] = self._asked[index], None
-            replies.append(rank.call("update", step, lr, after, parts, *refs))
+            replies.append(rank.update(step, lr, after, parts, *refs))
         return replies
 
-    def publish(self, *, average: bool) -> tuple[Ref, Ref]:
+    def publish(self, *, average: bool) -> tuple[Ref[np.ndarray], Ref[np.ndarray]]:
         """Have the weights of the last update sent, beside the next one.
 
         Call it once after each update, and not again until those of `publishing` are there.
@@ -177,11 +192,11 @@ class LearnerGroup:
             average: have the averaged weights sent as well.
 
         Returns:
-            References of the flat weights and of the averaged ones (or None), to be used before
-            they are there.
+            References of the flat weights and, where they were asked for, of the averaged ones, to
+            be used before they are there.
         """
         self._check_met()
-        done, flat, mean = self.ranks[0].aside("published", average, num_returns=3)
+        done, flat, mean = self.ranks[0].published(average)
         self.publishing = [done]
         return flat, mean
 
@@ -201,7 +216,9 @@ class LearnerGroup:
             known, self.publishing = self.publishing, []
             self._results(known)
 
-    def fetch(self, num_negatives: int, negatives: Sequence[tuple[int, Ref]]) -> list[Ref]:
+    def fetch(
+        self, num_negatives: int, negatives: Sequence[tuple[int, Ref[NegativeArrays]]]
+    ) -> list[Ref[None]]:
         """Have the negatives of an update brought to the nodes of the ranks.
 
         Returns:
@@ -210,11 +227,11 @@ class LearnerGroup:
         """
         self._check_met()
         return [
-            rank.call("fetched", *self._slice(index, num_negatives, negatives)[1])
+            rank.fetched(*self._slice(index, num_negatives, negatives)[1])
             for index, rank in enumerate(self.ranks)
         ]
 
-    def came(self, ref: Ref) -> bool:
+    def came(self, ref: Ref[None]) -> bool:
         """Whether the negatives of a finished `fetch` are there; False if some are lost."""
         try:
             self._backend.get(ref, 30.0)
@@ -226,13 +243,16 @@ class LearnerGroup:
         return True
 
     def _slice(
-        self, index: int, num_negatives: int, negatives: Sequence[tuple[int, Ref]] | None
-    ) -> tuple[list[tuple[int, int]], list[Ref]]:
+        self,
+        index: int,
+        num_negatives: int,
+        negatives: Sequence[tuple[int, Ref[NegativeArrays]]] | None,
+    ) -> tuple[list[tuple[int, int]], list[Ref[NegativeArrays]]]:
         """What rank `index` takes of each lease that it takes something of."""
         per_rank = num_negatives // self._num_ranks
         low, high = index * per_rank, (index + 1) * per_rank
         parts: list[tuple[int, int]] = []
-        refs: list[Ref] = []
+        refs: list[Ref[NegativeArrays]] = []
         offset = 0
         for num, ref in negatives or ():
             first, last = max(low, offset), min(high, offset + num)
@@ -242,31 +262,31 @@ class LearnerGroup:
             offset += num
         return parts, refs
 
-    def weights(self, wait: Wait) -> Ref:
+    def weights(self, wait: Wait) -> Ref[np.ndarray]:
         """A reference of the flat weights as they are."""
         self._check_met()
-        refs = [rank.call("weights") for rank in self.ranks]
+        refs = [rank.weights() for rank in self.ranks]
         wait(refs, self._call_timeout_s)
         self._results(refs[1:])
         return refs[0]
 
-    def state(self) -> list[Ref]:
+    def state(self) -> list[Ref[RankState]]:
         """References of what a checkpoint keeps of each rank; the model is with the first.
 
         As of now: the next update is given the small half of the answer, and is not in it.
         """
         self._check_met()
-        replies = [rank.call("state", num_returns=2) for rank in self.ranks]
+        replies = [rank.state() for rank in self.ranks]
         self._asked = [asked for asked, _ in replies]
         return [state for _, state in replies]
 
-    def read(self, wait: Wait) -> list[dict[str, Any]]:
+    def read(self, wait: Wait) -> list[RankState]:
         """The whole state, as `state` of each rank, in this process."""
         refs = self.state()
         wait(refs, self._call_timeout_s)
         return self._results(refs)
 
-    def result(self, ref: Ref) -> Any:
+    def result(self, ref: Ref[T]) -> T:
         """The value of a finished call.
 
         Raises:
@@ -298,7 +318,7 @@ class LearnerGroup:
         """Names of the ranks whose process is gone."""
         if self._renewed is not None:
             return self._renewed
-        return [rank.name for rank in self.ranks if not self._backend.alive(rank, 0.0)]
+        return [rank.name for rank in self.ranks if not self._backend.alive(rank.handle, 0.0)]
 
-    def _results(self, refs: Sequence[Ref]) -> list[Any]:
+    def _results(self, refs: Sequence[Ref[T]]) -> list[T]:
         return [self.result(ref) for ref in refs]

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ebm_dist.actors.auditor import AuditLink
-from ebm_dist.cluster.backend import Backend, Handle
+from ebm_dist.cluster.backend import Backend
+from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.observers.chain_health import ShardWatch
-from ebm_dist.controller.observers.hub import EvaluatorLink, HubLink
+from ebm_dist.controller.observers.hub import HubLink
+from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
 from ebm_dist.controller.workers.autoscaler import Elasticity
 
 
@@ -51,7 +52,7 @@ class Leave:
 
     draining: Callable[[], set[str]]
     """Nodes whose end has been announced."""
-    start_elsewhere: Callable[[int], Handle | None]
+    start_elsewhere: Callable[[int], ShardClient | None]
     """Starts a process for the shard of that number on a node that stays; None if there is none."""
     place_ranks: Callable[[Sequence[str | None]], list[str] | None]
     """A node that stays for each learner rank, given where they are; None if they do not fit."""
@@ -62,15 +63,15 @@ class Graph:
     """The parts, wired."""
 
     backend: Backend
-    shards: list[Handle]
+    shards: list[ShardClient]
     capacities: list[int]
     """Slots of each shard."""
-    workers: list[Handle]
+    workers: list[WorkerClient]
     learners: LearnerGroup
     hub: HubLink
     evaluator: EvaluatorLink | None
-    respawn_worker: Callable[[int], Handle]
-    respawn_shard: Callable[[int], Handle]
+    respawn_worker: Callable[[int], WorkerClient]
+    respawn_shard: Callable[[int], ShardClient]
     needs_negatives: bool
     lease_timeout_s: float
     start_timeout_s: float

@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ebm_dist.buffer.answers import Origin
 from ebm_dist.checkpoint import files as checkpoint
-from ebm_dist.checkpoint.cut import Progress, read_manifest, restore_shards, write_manifest
-from ebm_dist.cluster.backend import Handle, PartDied
+from ebm_dist.checkpoint.cut import Progress, deal_chains, read_manifest, write_manifest
+from ebm_dist.cluster.backend import PartDied, Ref, T
 from ebm_dist.cluster.stall import answer
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.checkpointer import Checkpointer
+from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.learners import Wait
 from ebm_dist.controller.negatives.source import RollBack
 from ebm_dist.controller.parts import Graph, View
@@ -95,17 +97,23 @@ class WayBack:
 
     def _load_shards(self, found: checkpoint.CheckpointDir | None, only: int | None = None) -> bool:
         """Whether the checkpoint holds chains for the shards, which have them now."""
-        shards = self._graph.shards
-        refs = restore_shards(shards, found, self._graph.capacities, only=only)
-        for shard, ref in zip(shards if only is None else [shards[only]], refs):
+        dealt = deal_chains(found, self._graph.capacities)
+        if dealt is None:
+            return False
+        asked = [
+            (shard, shard.restore(part.arrays, Origin(part.data, part.next_chain)))
+            for index, (shard, part) in enumerate(zip(self._graph.shards, dealt))
+            if only in (None, index)
+        ]
+        for shard, ref in asked:
             self._answer(shard, ref, "to take the chains of a checkpoint")
-        return bool(refs)
+        return True
 
-    def _answer(self, shard: Handle, ref: object, what: str) -> dict[str, dict[str, int]]:
+    def _answer(self, shard: ShardClient, ref: Ref[T], what: str) -> T:
         detail = f"update {self._progress.step}: {shard.name} was told {what}"
         # It may be a successor, which has to start before it answers.
         timeout = max(self._flow.stall_timeout_s, self._graph.start_timeout_s)
-        return answer(self._backend, shard, ref, timeout, detail)
+        return answer(self._backend, shard.handle, ref, timeout, detail)
 
     def recover(self, trouble: PartDied | NonFinite) -> None:
         """Replace what is dead, and go back to the last checkpoint where state was lost or is
@@ -193,23 +201,23 @@ class WayBack:
 
     def _replace_dead_shards(self) -> None:
         for index, shard in enumerate(self._graph.shards):
-            if not self._backend.alive(shard):
+            if not self._backend.alive(shard.handle):
                 # What it asks for, to go back as a whole, is under way.
                 with contextlib.suppress(RollBack):
                     self._pool.replace_shard(index, "its process is gone")
 
-    def respawn_shard(self, index: int) -> Handle:
+    def respawn_shard(self, index: int) -> ShardClient:
         """A process that takes over the chains of shard `index`, or what the last cut had."""
         start = time.monotonic()
         shard = self._graph.shards[index] = self._graph.respawn_shard(index)
         if self._flow.mode == "sync":
             raise RollBack(f"shard {index} died with the leases of this update")
-        status = self._answer(shard, shard.call("status"), "to take its chains over")
-        what = f"all {status['counts']['capacity']} chains"
-        if not status["attached"]:
+        status = self._answer(shard, shard.status(), "to take its chains over")
+        what = f"all {status.counts.capacity} chains"
+        if not status.attached:
             found = self._cuts.latest()
             taken = self._load_shards(found, only=index)
-            what = f"{status['counts']['capacity']} chains rolled back to update " + (
+            what = f"{status.counts.capacity} chains rolled back to update " + (
                 str(found.step) if found is not None and taken else "0"
             )
         self._view.say(f"{shard.name} is back with {what} after {time.monotonic() - start:.1f} s")

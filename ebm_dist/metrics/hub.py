@@ -8,8 +8,9 @@ import os
 import queue
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,6 +34,27 @@ HISTOGRAMS_FILE = "histograms.jsonl"
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class HubInfo:
+    """Where the metrics of a run go."""
+
+    id: str | None = None
+    """Of the W&B run."""
+    mode: Literal["online", "offline", "off"] = "off"
+    dir: str | None = None
+    """The run's W&B directory."""
+    url: str | None = None
+    """Of the run's page, None until it is known."""
+    notice: str = ""
+    """One line for people."""
+    sync: str | None = None
+    """The command that sends an offline run."""
+    metrics: str = ""
+    """The path of metrics.jsonl."""
+    notices: tuple[str, ...] = ()
+    """Trouble so far, a line each."""
+
+
 class MetricHub:
     """Writes `metrics.jsonl`, `histograms.jsonl`, `samples/*.png` and the W&B run.
 
@@ -49,7 +71,7 @@ class MetricHub:
 
     Args:
         run_config: shown on W&B, with secrets hidden.
-        resume_id: the W&B run to continue, from `info()["id"]` of the earlier attempt.
+        resume_id: the W&B run to continue, from `info().id` of the earlier attempt.
         resume_step: the learner update of the checkpoint from which the run resumes.
 
     Raises:
@@ -100,7 +122,7 @@ class MetricHub:
         self._thread = threading.Thread(target=self._work, name="metric-hub", daemon=True)
         self._thread.start()
 
-    def log(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
+    def log(self, step: int, epoch: int, values: Mapping[str, object]) -> None:
         """Log scalars of learner update `step`; values that are not numbers are left out."""
         try:
             plain = {str(name): _scalar(value) for name, value in values.items()}
@@ -137,15 +159,8 @@ class MetricHub:
         except Exception as error:
             self._trouble("histogram", error)
 
-    def info(self) -> dict[str, Any]:
-        """Where metrics go. Does not wait for W&B.
-
-        Returns:
-            id: W&B run id or None; mode: online, offline or off; dir: the run's W&B directory
-            or None; url: of the run's page, None until it is known; notice: a line for people;
-            sync: the command that uploads an offline run, else None;
-            metrics: the path of metrics.jsonl; notices: one line for each failure so far.
-        """
+    def info(self) -> HubInfo:
+        """Where metrics go. Does not wait for W&B."""
         wandb = self._wandb
         line = self._line
         if wandb is not None:
@@ -154,16 +169,16 @@ class MetricHub:
                 line = f"{reason}; sync later with `{wandb.sync_command}`"
             elif wandb.url:
                 line = f"W&B: {wandb.url}"
-        return {
-            "id": wandb.run_id if wandb else None,
-            "mode": wandb.mode if wandb else "off",
-            "dir": str(wandb.dir) if wandb else None,
-            "url": wandb.url if wandb else None,
-            "notice": line,
-            "sync": wandb.sync_command if wandb and wandb.mode == "offline" else None,
-            "metrics": str(self._run_dir / METRICS_FILE),
-            "notices": list(self._notices),
-        }
+        return HubInfo(
+            id=wandb.run_id if wandb else None,
+            mode=wandb.mode if wandb else "off",
+            dir=str(wandb.dir) if wandb else None,
+            url=wandb.url if wandb else None,
+            notice=line,
+            sync=wandb.sync_command if wandb and wandb.mode == "offline" else None,
+            metrics=str(self._run_dir / METRICS_FILE),
+            notices=tuple(self._notices),
+        )
 
     def notices(self) -> list[str]:
         """One line for each kind of failure since the start, oldest first."""

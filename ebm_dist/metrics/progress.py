@@ -21,6 +21,7 @@ from rich.text import Text
 
 from ebm_dist.core import installed
 from ebm_dist.core.errors import one_line
+from ebm_dist.metrics.hub import HubInfo
 
 PLAIN_EVERY = 10.0
 """Seconds between two lines where the output is not a terminal."""
@@ -254,7 +255,7 @@ def final_screen(
     wall_time: float,
     samples: str | Path | None = None,
     metrics: str | Path | None = None,
-    wandb: Mapping[str, object] | None = None,
+    wandb: HubInfo | None = None,
     export: str | Path | None = None,
     quality: Mapping[str, float] | None = None,
     interrupted: bool = False,
@@ -288,8 +289,8 @@ def final_screen(
         rows.add_row("", Text("   ".join(f"{k} {number(v)}" for k, v in quality.items())))
     if next_commands is None:
         next_commands = suggested_commands(run_dir, export, steps=steps, interrupted=interrupted)
-        if wandb and (sync := wandb.get("sync")):
-            next_commands.append(_near(str(sync)))
+        if wandb and wandb.sync:
+            next_commands.append(_near(wandb.sync))
     state = "interrupted" if interrupted else "done"
     console.print(
         Panel(
@@ -333,12 +334,12 @@ def shown(path: str | Path) -> Text:
     return Text(str(path))
 
 
-def _wandb_line(info: Mapping[str, object] | None) -> str:
-    if not info:
+def _wandb_line(info: HubInfo | None) -> str:
+    if info is None:
         return "off"
-    line = str(info.get("url") or info.get("notice") or info.get("mode") or "off")
-    if sync := info.get("sync"):
-        line = line.replace(f"; sync later with `{sync}`", "; the last command below sends it")
+    line = info.url or info.notice or info.mode
+    if info.sync:
+        line = line.replace(f"; sync later with `{info.sync}`", "; the last command below sends it")
     return _near(line)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ebm_dist.actors.auditor import AuditLink, Auditor
+from ebm_dist.actors.auditor import Auditor
 from ebm_dist.actors.evaluator import Evaluator
 from ebm_dist.actors.learner_rank import LearnerRank
 from ebm_dist.actors.shard import open_shard
@@ -15,11 +15,20 @@ from ebm_dist.actors.worker import Worker
 from ebm_dist.buffer.config import shard_capacities
 from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.checkpoint import files as checkpoint
-from ebm_dist.cluster.backend import Backend, Handle
+from ebm_dist.cluster.backend import Backend
 from ebm_dist.config.run_config import RunConfig
+from ebm_dist.controller.clients import (
+    AuditorClient,
+    EvaluatorClient,
+    HubClient,
+    LearnerClient,
+    ShardClient,
+    WorkerClient,
+)
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.observers.chain_health import ShardWatch
-from ebm_dist.controller.observers.hub import EvaluatorLink, HubLink
+from ebm_dist.controller.observers.hub import HubLink
+from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
 from ebm_dist.controller.parts import Graph, Leave
 from ebm_dist.controller.workers.autoscaler import Elasticity
 from ebm_dist.core.types import EventSpec
@@ -51,7 +60,7 @@ def assemble(
         RunFailed: a part did not start in runtime.start_timeout_s.
     """
     spawn = _Spawner(config, spec, run_dir, backend, found, say)
-    hub = HubLink(backend, spawn.hub, resume_id=spawn.tracking.get("id"), say=say)
+    hub = HubLink(backend, spawn.hub, resume_id=spawn.tracking_id, say=say)
     shards, workers = spawn.shards, spawn.workers
     for index in range(len(spawn.capacities) if spawn.needs_negatives else 0):
         shards.append(spawn.shard(index))
@@ -95,17 +104,17 @@ def assemble(
 
     def close_ranks() -> None:
         # DeepSpeed's process group outlives the actor call that made it; leave it in order.
-        for ref in [rank.call("close") for rank in learners.ranks]:
+        for ref in [rank.close() for rank in learners.ranks]:
             with contextlib.suppress(Exception):
                 backend.get(ref, 10.0)
 
     stack.callback(close_ranks)
-    early: dict[int, Handle] = {}
+    early: dict[int, ShardClient] = {}
 
-    def respawn_shard(index: int) -> Handle:
+    def respawn_shard(index: int) -> ShardClient:
         """A successor of the shard, and at once those of all that died with its node."""
         for other, shard in enumerate(shards):
-            if other not in (index, *early) and not backend.alive(shard, 0.0):
+            if other not in (index, *early) and not backend.alive(shard.handle, 0.0):
                 early[other] = spawn.shard(other)
         learners.renew_if_dead()
         return early.pop(index, None) or spawn.shard(index)
@@ -167,8 +176,8 @@ class _Spawner:
         self._backend = backend
         self._found = found
         self._hubs = 0
-        self.shards: list[Handle] = []
-        self.workers: list[Handle] = []
+        self.shards: list[ShardClient] = []
+        self.workers: list[WorkerClient] = []
         self._plan, self.placer = placed(
             backend,
             config.runtime,
@@ -179,11 +188,12 @@ class _Spawner:
             say=say,
         )
         self._ranks: list[Place] = []
-        self._worker_of: dict[int, Handle] = {}
-        self._lives: list[tuple[Handle, int]] = []  # of each shard's process
+        self._worker_of: dict[int, WorkerClient] = {}
+        self._lives: list[tuple[ShardClient, int]] = []  # of each shard's process
         lineage = found.meta.get("init_from") if found else None
         self._lineage = {"lineage": lineage} if lineage else {}
-        self.tracking: dict[str, Any] = (found.meta.get("tracking") or {}) if found else {}
+        tracking: dict[str, Any] = (found.meta.get("tracking") or {}) if found else {}
+        self.tracking_id: str | None = tracking.get("id")
         self.needs_negatives = bool(config.objective.build().needs_negatives)
         self.capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
         # Of the rounds that the flow keeps under way: two for each worker or lease of an update.
@@ -198,17 +208,17 @@ class _Spawner:
             config.evaluation.stagnation_rhat,
         )
 
-    def hire(self, index: int) -> Handle | None:
+    def hire(self, index: int) -> WorkerClient | None:
         """A worker where there is room for one now."""
         place = self.placer.for_worker()
         return self._worker(index, place) if place is not None else None
 
-    def worker(self, index: int) -> Handle:
+    def worker(self, index: int) -> WorkerClient:
         """A worker, which waits for room if there is none; elsewhere than the one that died."""
         place = self.placer.for_worker(instead_of=self._worker_of.get(index))
         return self._worker(index, place or self.placer.anywhere())
 
-    def _worker(self, index: int, place: Place) -> Handle:
+    def _worker(self, index: int, place: Place) -> WorkerClient:
         config = self._config
         handle = self._backend.spawn(
             Worker,
@@ -232,16 +242,16 @@ class _Spawner:
             shared=True,
             node=place.node,
         )
-        self._worker_of[index] = handle
-        return handle
+        worker = self._worker_of[index] = WorkerClient(handle)
+        return worker
 
-    def hub(self, resume_id: str | None) -> Handle:
+    def hub(self, resume_id: str | None) -> HubClient:
         config, found = self._config, self._found
         # Rows past the checkpoint are of updates that will be done again. A hub that replaces a
         # dead one of this run has none such.
         resume_step = found.step if found and self._hubs == 0 else None
         self._hubs += 1
-        return self._backend.spawn(
+        handle = self._backend.spawn(
             MetricHub,
             {
                 # As this process is told, which the user started; a cluster's may be told nothing.
@@ -256,20 +266,21 @@ class _Spawner:
             num_threads=1,
             beside_driver=True,
         )
+        return HubClient(handle)
 
-    def shard_elsewhere(self, index: int) -> Handle | None:
+    def shard_elsewhere(self, index: int) -> ShardClient | None:
         """A process for a shard that has to leave its node; None where no node stays."""
         node = self.placer.for_shard()
         return self.shard(index, node) if node is not None else None
 
-    def shard(self, index: int, node: str | None = None) -> Handle:
+    def shard(self, index: int, node: str | None = None) -> ShardClient:
         """A process for the shard, on `node` or else where its chains are mapped, if they are."""
         config = self._config
         before = self.shards[index] if index < len(self.shards) else None
         node = node or self.placer.for_shard(before.node if before else None)
         life = len(self._lives)
         if before is not None and before.node == node:
-            life = next(number for handle, number in self._lives if handle is before)
+            life = next(number for shard, number in self._lives if shard is before)
         handle = self._backend.spawn(
             open_shard,
             {
@@ -294,8 +305,9 @@ class _Spawner:
             shared=True,
             node=node,
         )
-        self._lives.append((handle, life))
-        return handle
+        shard = ShardClient(handle)
+        self._lives.append((shard, life))
+        return shard
 
     def ranks_elsewhere(self, held: Sequence[str | None]) -> list[str] | None:
         """Nodes for the learner ranks, none of which is about to leave; None where none fit."""
@@ -307,16 +319,16 @@ class _Spawner:
             return None
         for worker in ranks.yielding:
             self._say(f"{worker.name} ends: the learner ranks need its GPU")
-            self._backend.kill(worker)
+            self._backend.kill(worker.handle)
         self._ranks = ranks.places
         return ranks.places
 
-    def rank(self, rank: int, node: str | None = None) -> Handle:
+    def rank(self, rank: int, node: str | None = None) -> LearnerClient:
         config = self._config
         if node is None and rank == 0:  # the others follow
             self._ranks = self._place() or self.placer.ranks_anywhere()
         place = self._ranks[rank]
-        return self._backend.spawn(
+        handle = self._backend.spawn(
             LearnerRank,
             {
                 "config": config.learner,
@@ -340,10 +352,11 @@ class _Spawner:
             aside=rank == 0,  # who publishes
             node=node or place.node,
         )
+        return LearnerClient(handle)
 
-    def evaluator(self) -> Handle:
+    def evaluator(self) -> EvaluatorClient:
         config = self._config
-        return self._backend.spawn(
+        handle = self._backend.spawn(
             Evaluator,
             {
                 "config": config.evaluation,
@@ -359,10 +372,11 @@ class _Spawner:
             name="evaluator",
             num_threads=1,
         )
+        return EvaluatorClient(handle)
 
-    def auditor(self) -> Handle:
+    def auditor(self) -> AuditorClient:
         config = self._config
-        return self._backend.spawn(
+        handle = self._backend.spawn(
             Auditor,
             {
                 "config": config.evaluation,
@@ -376,3 +390,4 @@ class _Spawner:
             name="auditor",
             num_threads=1,
         )
+        return AuditorClient(handle)

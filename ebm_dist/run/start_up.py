@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref
+from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref, T
+from ebm_dist.controller.clients import Client
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.retry import Attempts
 from ebm_dist.controller.rounds.round import MAX_STARTS
@@ -17,15 +18,15 @@ from ebm_dist.core.errors import RunFailed
 class Link(Protocol):
     """A part on which no update depends, such as the evaluator."""
 
-    handle: Handle
-
+    @property
+    def handle(self) -> Handle: ...
     def start_anew(self) -> None: ...
 
 
 def await_parts(
     backend: Backend,
     links: Sequence[Link],
-    kinds: Sequence[tuple[list[Handle], Callable[[int], Handle]]],
+    kinds: Sequence[tuple[list[Client], Callable[[int], Client]]],
     say: Callable[[str], None],
 ) -> None:
     """Wait until every part has started; a part that dies meanwhile is started again.
@@ -40,7 +41,8 @@ def await_parts(
     """
     deaths: Counter[str] = Counter()
     while True:
-        handles = [link.handle for link in links] + [part for parts, _ in kinds for part in parts]
+        handles = [link.handle for link in links]
+        handles += [part.handle for parts, _ in kinds for part in parts]
         if (lost := backend.await_started(handles)) is None:
             return
         dead, died = lost
@@ -56,8 +58,8 @@ def await_parts(
                 link.start_anew()
         for parts, start in kinds:
             for index, part in enumerate(parts):
-                if part is dead:
-                    backend.kill(part)
+                if part.handle is dead:
+                    backend.kill(dead)
                     parts[index] = start(index)
 
 
@@ -65,7 +67,7 @@ def meet(backend: Backend, learners: LearnerGroup, say: Callable[[str], None]) -
     """Let the ranks form their group; if one dies meanwhile, all are replaced."""
 
     def wait(
-        refs: Sequence[Ref], timeout: float, *, each: Callable[[Ref], Any] | None = None
+        refs: Sequence[Ref[T]], timeout: float, *, each: Callable[[Ref[T]], object] | None = None
     ) -> None:
         pending, deadline = list(refs), time.monotonic() + timeout
         while pending:

@@ -193,7 +193,7 @@ def _train(
             save_grid=draw,
         )
         hub = graph.hub.info(60.0)
-        view.say(str(hub.get("notice") or f"W&B: {hub.get('mode')}"))
+        view.say(hub.notice or f"W&B: {hub.mode}")
         if found is not None:
             with found.of_a_run():
                 controller.restore(found)
@@ -206,8 +206,7 @@ def _train(
             controller.evaluate()  # else the loop has just done so
         graph.hub.flush(120.0)
         hub = graph.hub.info(60.0)
-        with contextlib.suppress(Exception):
-            backend.get(graph.hub.handle.call("close"), config.tracking.finish_timeout + 10.0)
+        graph.hub.close(config.tracking.finish_timeout + 10.0)
     try:
         export_dir = export_run(run_dir, run_dir / "export") if finished else None
     except UserError as error:

@@ -16,6 +16,7 @@ from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.backend import Backend, InlineBackend
 from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.sections import FlowConfig
+from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives.source import NegativeFlow
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.core.section import Section
@@ -45,20 +46,23 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
     capacity = 20 * CHAINS
     buffer = BufferConfig(capacity=2 * capacity, num_shards=2, reinit_prob=0.0)
     shards = [
-        backend.spawn(
-            Shard,
-            {"config": buffer, "spec": spec, "index": i, "capacity": capacity}
-            | {"max_lease": CHAINS, "seed": 7},
-            name=f"shard-{i}",
-            any_order=True,
+        ShardClient(
+            backend.spawn(
+                Shard,
+                {"config": buffer, "spec": spec, "index": i, "capacity": capacity}
+                | {"max_lease": CHAINS, "seed": 7},
+                name=f"shard-{i}",
+                any_order=True,
+            )
         )
         for i in range(2)
     ]
     kwargs = {"energy": parts.energy, "sampler": parts.sampler, "spec": spec}
     workers = [
-        backend.spawn(Worker, kwargs, name=f"worker-{i}", num_threads=1) for i in range(num_workers)
+        WorkerClient(backend.spawn(Worker, kwargs, name=f"worker-{i}", num_threads=1))
+        for i in range(num_workers)
     ]
-    backend.await_started([*shards, *workers])
+    backend.await_started([part.handle for part in (*shards, *workers)])
     progress = Progress()
 
     def fail(index: int) -> Any:
@@ -91,7 +95,7 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
     for _ in range(UPDATES):
         taken = flow.take_negatives()
         lag = max(lag, *(taken.version - lease.version for lease in taken.leases))
-        out += [backend.get(ref, 60.0)["x"][:, 0] for _, ref in taken.negatives]
+        out += [backend.get(ref, 60.0).x[:, 0] for _, ref in taken.negatives]
         progress.step += 1
         progress.version += 1
         pool.set_weights(weights, progress.version)

@@ -16,14 +16,15 @@ from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.access import find_token, make_token
-from ebm_dist.cluster.backend import Handle, ObjectLost
+from ebm_dist.cluster.backend import ObjectLost
 from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.sections import FlowConfig
+from ebm_dist.controller.clients import LearnerClient, ShardClient, WorkerClient
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.negatives.delivery import Delivery
 from ebm_dist.controller.negatives.source import Consumed, NegativeFlow
 from ebm_dist.controller.rounds.scheduler import RoundPool
-from ebm_dist.core.types import EventSpec, Lease, MovedChains
+from ebm_dist.core.types import EventSpec, Lease, MovedChains, NegativeArrays
 
 pytestmark = pytest.mark.ray
 
@@ -59,8 +60,8 @@ class Mover:
 class Rank:
     """A learner rank without a model; its weights lie in the store of its node."""
 
-    def fetched(self, *negatives: dict[str, np.ndarray]) -> None:
-        assert all(part["x"].shape == (CHAINS, *SPEC.shape) for part in negatives)
+    def fetched(self, *negatives: NegativeArrays) -> None:
+        assert all(part.x.shape == (CHAINS, *SPEC.shape) for part in negatives)
 
     def update(
         self, step: int, lr: float, after: Any, parts: Any, *negatives: Any
@@ -107,15 +108,18 @@ class Graph:
         self.workers = [self.worker(i) for i in range(2)]
         self.learners = LearnerGroup(
             backend,
-            lambda rank, node: backend.spawn(
-                Rank, {}, name=f"learner-{rank}", node=rank_nodes[rank], any_order=True
+            lambda rank, node: LearnerClient(
+                backend.spawn(
+                    Rank, {}, name=f"learner-{rank}", node=rank_nodes[rank], any_order=True
+                )
             ),
             num_ranks=len(rank_nodes),
             port=None,
             start_timeout_s=60.0,
             call_timeout_s=60.0,
         )
-        backend.await_started([*self.shards, *self.workers, *self.learners.ranks])
+        parts = [*self.shards, *self.workers, *self.learners.ranks]
+        backend.await_started([part.handle for part in parts])
         self.pool = RoundPool(
             backend,
             self.shards,
@@ -148,20 +152,22 @@ class Graph:
         self.weights = backend.put(np.zeros(NUM_WEIGHTS))
         self.pool.set_weights(self.weights, 0)
 
-    def shard(self, index: int) -> Handle:
+    def shard(self, index: int) -> ShardClient:
         config = BufferConfig(capacity=CAPACITY, num_shards=2, reinit_prob=0.0)
         options = {"index": index, "capacity": CAPACITY // 2, "max_lease": CHAINS, "seed": 1}
-        return self.backend.spawn(
+        handle = self.backend.spawn(
             Shard,
             {"config": config, "spec": SPEC, **options},
             name=f"shard-{index}",
             any_order=True,
             node=self.nodes[index % len(self.nodes)],
         )
+        return ShardClient(handle)
 
-    def worker(self, index: int) -> Handle:
+    def worker(self, index: int) -> WorkerClient:
         node = self.nodes[index % len(self.nodes)]
-        return self.backend.spawn(Mover, {}, name=f"worker-{index}", any_order=True, node=node)
+        name = f"worker-{index}"
+        return WorkerClient(self.backend.spawn(Mover, {}, name=name, any_order=True, node=node))
 
     def update(self, kill: Callable[[Consumed], None] = lambda consumed: None) -> list[int]:
         """One update, `kill` being called with its negatives in flight; the lags."""
@@ -177,9 +183,9 @@ class Graph:
         return [consumed.version - lease.version for lease in consumed.leases]
 
     def check(self) -> None:
-        for ref in [shard.call("counts") for shard in self.shards]:
-            counts = self.backend.get(ref, 30.0)
-            assert counts["free"] + counts["leased"] + counts["ready"] == CAPACITY // 2
+        for ref in [shard.status() for shard in self.shards]:
+            counts = self.backend.get(ref, 30.0).counts
+            assert counts.free + counts.leased + counts.ready == CAPACITY // 2
 
 
 @pytest.fixture
@@ -233,8 +239,8 @@ def test_negatives_and_weights_lost_with_their_nodes_cost_neither_the_ranks_nor_
 
     # Weights that nobody has fetched before their node goes: its rank was the first to hold them.
     # Rounds and newcomers under them wait for the next; no round is given up for it.
-    source = backend.spawn(Rank, {}, name="source", aside=True, node=second.node_id)
-    lost = source.aside("published", False, num_returns=3)
+    handle = backend.spawn(Rank, {}, name="source", aside=True, node=second.node_id)
+    lost = LearnerClient(handle).published(False)
     backend.get(lost[0], 20.0)
     graph.nodes = [head]
     cluster.remove_node(second, allow_graceful=False)

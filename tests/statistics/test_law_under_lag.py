@@ -21,11 +21,12 @@ from ebm_dist.buffer.shard import Shard
 from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.backend import InlineBackend, InlineHandle
 from ebm_dist.config.sections import FlowConfig
+from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives.source import Consumed, NegativeFlow
 from ebm_dist.controller.rounds.round import Committed
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.core.section import Section
-from ebm_dist.core.types import EventSpec
+from ebm_dist.core.types import EventSpec, NegativeArrays
 from ebm_dist.energies import EnergyConfig
 from ebm_dist.objectives import staleness_log_weight
 from ebm_dist.samplers import SamplerConfig
@@ -77,7 +78,7 @@ class LateBackend(InlineBackend):
 
     def note(self, ref: Any) -> None:
         every, delay, num_steps = self._plan
-        if ref.value["accepted"] and ref.value["num_steps"] == num_steps:
+        if ref.value.accepted and ref.value.num_steps == num_steps:
             self._num_rounds += 1
             self._seen_at[ref] = self.now + (delay if self._num_rounds % every == 0 else 0)
 
@@ -117,19 +118,21 @@ class Scripted:
         )
         buffer = BufferConfig(capacity=capacity, reinit_prob=0.0, init_std=start_std)
         shard = Shard(buffer, SPEC, index=0, capacity=capacity, max_lease=num_chains, seed=5)
-        handle: InlineHandle = InlineHandle("shard", shard, None)
+        handle = InlineHandle("shard", shard, None)
         if backend is not None:
             handle = LateShard("shard", shard, None)
             handle.backend = backend
-        worker = InlineHandle("worker", Worker(part.energy, part.sampler, SPEC), None)
+        client = ShardClient(handle)
+        mover = Worker(part.energy, part.sampler, SPEC)
+        worker = WorkerClient(InlineHandle("worker", mover, None))
         self.progress = Progress()
         ticks = itertools.count()
         self.pool = RoundPool(
             self.backend,
-            [handle],
+            [client],
             [worker] * num_handles,
             respawn_worker=lambda index: worker,
-            respawn_shard=lambda index: handle,
+            respawn_shard=lambda index: client,
             on_rejected=lambda shard: None,
             say=print,
             num_chains=num_chains,
@@ -138,7 +141,7 @@ class Scripted:
             # By which rounds are tried again: with the machine's own, no two runs would be alike.
             clock=lambda: next(ticks) / 100,
         )
-        graph = SimpleNamespace(backend=self.backend, shards=[handle], capacities=[capacity])
+        graph = SimpleNamespace(backend=self.backend, shards=[client], capacities=[capacity])
         schedule = SimpleNamespace(
             num_negatives=num_chains, num_chains=num_chains, num_steps=num_steps
         )
@@ -169,7 +172,7 @@ class Scripted:
         self.flow._is_usable = is_usable  # type: ignore[method-assign]
         self.pool.start = noted  # type: ignore[method-assign]
 
-    def update(self, step: int, published: int) -> tuple[Consumed, dict[str, np.ndarray]]:
+    def update(self, step: int, published: int) -> tuple[Consumed, NegativeArrays]:
         """Update `step`, while workers are given the weights of update `published`."""
         self.progress.step = self.progress.version = step
         flat = np.array([alpha(published)], np.float32)
@@ -179,7 +182,7 @@ class Scripted:
         return taken, self.backend.get(ref, 1.0)
 
 
-def measure(lag: int, num_chains: int) -> dict[str, np.ndarray]:
+def measure(lag: int, num_chains: int) -> NegativeArrays:
     """Negatives of the update that follows version 999 - lag."""
     run = Scripted(num_chains, num_chains, 1, 0.75, stale="reweight", max_lag=1)
     for step in range(999 - 80, 1000):
@@ -200,13 +203,13 @@ def weighted_variance(x: np.ndarray, log_weight: torch.Tensor) -> tuple[float, f
 def test_lag_widens_the_law_as_predicted_and_reweighting_brings_it_back(lag: int) -> None:
     num = 100_000
     negatives = measure(lag, num)
-    x = negatives["x"][:, 0]
+    x = negatives.x[:, 0]
     error = TABLE[lag] * math.sqrt(2 / num)
     assert abs(float(np.mean(x**2)) - TABLE[lag]) < 4 * error
     if lag:
         assert TABLE[lag] - TABLE[0] > 4 * error, "the test could see no effect"
     now = torch.from_numpy(0.5 * alpha(999) * x**2)
-    log_weight = staleness_log_weight(now, torch.from_numpy(negatives["energy"]), 1.0)
+    log_weight = staleness_log_weight(now, torch.from_numpy(negatives.energy), 1.0)
     value, error = weighted_variance(x, log_weight)
     # The energies recorded are those under the weights that moved the chain. Weighting multiplies
     # its law by exp(-(alpha_now - alpha_then) x^2 / 2): a Gaussian again, of this variance.
@@ -247,7 +250,7 @@ def test_repair_leaves_of_the_error_what_its_steps_do_not_forget(
         # that it ran with, `version`, and not by those of the update that took them.
         version = taken.leases[0].version
         target = without_lag(version)
-        ratios.append(float(np.mean(negatives["x"] ** 2)) / target)
+        ratios.append(float(np.mean(negatives.x**2)) / target)
         # Of a straggler that is back others come first, so that it is staler than by its lag alone.
         before = run.moved_at[taken.leases[0].lease_id]
         assert version - before >= lag

@@ -17,6 +17,7 @@ from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.cli import main
 from ebm_dist.cluster.backend import PartDied
 from ebm_dist.config.run_config import load
+from ebm_dist.controller.clients import HubClient
 from ebm_dist.controller.observers.hub import HubLink
 from ebm_dist.core.errors import RunFailed, UserError
 from ebm_dist.export.writer import export_run
@@ -243,7 +244,8 @@ def test_a_hub_that_cannot_start_on_a_full_disk_does_not_end_the_run():
 
     backend = Backend()
     said: list[str] = []
-    hub = HubLink(backend, backend.spawn, resume_id=None, say=said.append)  # type: ignore[arg-type]
+    spawn = lambda resume_id: HubClient(backend.spawn(resume_id))  # type: ignore[arg-type]  # noqa: E731
+    hub = HubLink(backend, spawn, resume_id=None, say=said.append)  # type: ignore[arg-type]
     for step in range(3):
         hub.log(step, 0, {"energy/gap": 0.0})
     assert backend.num == 3

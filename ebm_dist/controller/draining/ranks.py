@@ -65,7 +65,7 @@ class RankMover:
         if self._leave is None or now - self._looked_at < LOOK_S:
             return
         self._looked_at = now
-        held = [self._backend.where(rank) for rank in self._learners.ranks]
+        held = [self._backend.where(rank.handle) for rank in self._learners.ranks]
         gone = self._leave.draining() if any(held) else set()
         leaving = [rank.name for rank, at in zip(self._learners.ranks, held) if at in gone]
         if not leaving:
@@ -82,15 +82,16 @@ class RankMover:
 
     def _move(self, leaving: list[str], nodes: list[str], since: float) -> None:
         states = self._learners.read(self._wait)
-        cursors = [state["data"] for state in states]
+        cursors = [state.data for state in states]
         where: list[str] | None = nodes
         while True:
             self._attempts.begin_start()
             try:
                 self._learners.replace(self._wait, where)
+                assert states[0].learner is not None
                 self._learners.load(
-                    states[0]["learner"],
-                    states[0]["ema"],
+                    states[0].learner,
+                    states[0].ema,
                     cursors,
                     self._wait,
                     attempt=self._progress.rollbacks,

@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ebm_dist.cluster.backend import Handle, PartDied, Ref
+from ebm_dist.buffer.answers import ShardStatus
+from ebm_dist.cluster.backend import PartDied, Ref
 from ebm_dist.cluster.stall import answer
+from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.parts import Graph
 from ebm_dist.controller.rounds.scheduler import RoundPool
 
@@ -25,9 +27,9 @@ REMOVAL_S = 5.0
 
 @dataclass(slots=True)
 class _Move:
-    old: Handle
-    new: Handle
-    started: Ref
+    old: ShardClient
+    new: ShardClient
+    started: Ref[ShardStatus]
     since: float
 
 
@@ -77,27 +79,27 @@ class Mover:
             if shard.node not in gone or index in self._moves:
                 continue
             if (successor := self._leave.start_elsewhere(index)) is not None:
-                started = successor.call("status")
+                started = successor.status()
                 self._moves[index] = _Move(shard, successor, started, now)
 
     def _make(self, index: int, move: _Move) -> None:
         detail = f"{move.old.name} leaves its node"
         try:
-            answer(self._backend, move.new, move.started, self._timeout, detail)
+            answer(self._backend, move.new.handle, move.started, self._timeout, detail)
             # From actor to actor. The loop stands still: what moved meanwhile would be lost.
-            meta, arrays = move.old.call("hand_over", num_returns=2)
-            taken = move.new.call("restore", arrays, meta)
+            origin, arrays = move.old.hand_over()
+            taken = move.new.restore(arrays, origin)
             # In turn, since either may hang, and the other would be blamed for it.
-            answer(self._backend, move.old, meta, self._timeout, detail)
-            answer(self._backend, move.new, taken, self._timeout, detail)
+            answer(self._backend, move.old.handle, origin, self._timeout, detail)
+            answer(self._backend, move.new.handle, taken, self._timeout, detail)
         except PartDied:
             self._give_up(index)
-            if not self._backend.alive(move.old, 0.0):
+            if not self._backend.alive(move.old.handle, 0.0):
                 raise
             return  # its successor is looked for again
         del self._moves[index]
         # Nothing depends on it: nobody takes over what was handed over.
-        self._backend.wait([move.old.call("remove_files")], REMOVAL_S)
+        self._backend.wait([move.old.remove_files()], REMOVAL_S)
         self._pool.move_shard(index, move.new)
         seconds = self._clock() - move.since
         self._say(
@@ -106,4 +108,4 @@ class Mover:
         )
 
     def _give_up(self, index: int) -> None:
-        self._backend.kill(self._moves.pop(index).new)
+        self._backend.kill(self._moves.pop(index).new.handle)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from ebm_dist.cluster.backend import Ref
 from ebm_dist.cluster.stall import DELIVERY, Stalled
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.negatives.source import POLL_S, Consumed, NegativeFlow
@@ -65,7 +64,7 @@ class Delivery:
 
     def _has_come(self, consumed: Consumed, began: float, step: int) -> bool:
         """Wait for the negatives; False as soon as some are known to be lost."""
-        pending: list[Ref] = self._learners.fetch(self._num_negatives, consumed.negatives)
+        pending = self._learners.fetch(self._num_negatives, consumed.negatives)
         look_at = time.monotonic() + LOOK_S
         while pending:
             done = self._pool.poll(POLL_S, *pending)

@@ -13,10 +13,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ebm_dist.checkpoint.cut import Progress
-from ebm_dist.cluster.backend import Handle, PartDied, Ref, RollBack
+from ebm_dist.cluster.backend import PartDied, Ref, RollBack, T
 from ebm_dist.cluster.stall import (
     CREDITS,
     FREE_CHAINS,
@@ -29,12 +28,14 @@ from ebm_dist.cluster.stall import (
     answer,
 )
 from ebm_dist.config.sections import FlowConfig
+from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.negatives.shard_choice import ShardChoice, shards_of_update
 from ebm_dist.controller.negatives.step_budget import StepBand, num_late
 from ebm_dist.controller.parts import Graph, Schedule
 from ebm_dist.controller.rounds.round import Committed, Purpose
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.controller.workers.utilisation import LearnerWaits
+from ebm_dist.core.types import NegativeArrays
 
 POLL_S = 0.2
 
@@ -44,7 +45,7 @@ class Consumed:
     """The negatives of one update."""
 
     leases: list[Committed]
-    negatives: list[tuple[int, Ref]]
+    negatives: list[tuple[int, Ref[NegativeArrays]]]
     version: int
     wait_s: float
 
@@ -145,7 +146,7 @@ class NegativeFlow:
         self._extra()
         consumed.wait_s += time.monotonic() - start
 
-    def _take_sync(self) -> list[tuple[Committed, Ref]]:
+    def _take_sync(self) -> list[tuple[Committed, Ref[NegativeArrays]]]:
         step = self._progress.step
         # Numbered by the update alone: whoever repeats it draws the same.
         per_update = self._leases_per_update + self._band.max_spare_rounds
@@ -169,12 +170,12 @@ class NegativeFlow:
             raise RollBack("a shard died with negatives of this update")
         return taken
 
-    def _take_async(self, wanted: int) -> list[tuple[Committed, Ref]]:
+    def _take_async(self, wanted: int) -> list[tuple[Committed, Ref[NegativeArrays]]]:
         """Negatives of `wanted` leases; the others of the update have been taken already."""
         before = self._leases_per_update - wanted
         self.top_up(reserved=before)
         self._pool.releases.clear()
-        taken: list[tuple[Committed, Ref]] = []
+        taken: list[tuple[Committed, Ref[NegativeArrays]]] = []
         while len(taken) < wanted:
             chosen: list[Committed] = []
             while (num := len(taken) + len(chosen)) < wanted:
@@ -264,23 +265,20 @@ class NegativeFlow:
         extra = self._extra() + self._in_flight("repair", "spare")
         return self._band.credit(self._progress.updates, extra)
 
-    def _take(self, chosen: list[Committed]) -> list[tuple[Committed, Ref]]:
+    def _take(self, chosen: list[Committed]) -> list[tuple[Committed, Ref[NegativeArrays]]]:
         """References of the negatives of `chosen`, without those whose shard has died.
 
         Only a small answer is read here. A learner is never given the reference of a shard that
         is gone: its peers would wait for it in a collective.
         """
-        replies = [
-            (lease, *self._shards[lease.shard].call("take", lease.lease_id, num_returns=2))
-            for lease in chosen
-        ]
+        replies = [(lease, *self._shards[lease.shard].take(lease.lease_id)) for lease in chosen]
         taken = []
         for lease, there, negatives in replies:
             try:
                 if self._answer(self._shards[lease.shard], there, "negatives"):
                     taken.append((lease, negatives))
             except PartDied as died:
-                if not self._backend.alive(self._shards[lease.shard]):
+                if not self._backend.alive(self._shards[lease.shard].handle):
                     self._pool.replace_shard(lease.shard, str(died))
         self._num_taken += len(taken)
         self._in_hand = 0
@@ -293,7 +291,7 @@ class NegativeFlow:
         if lag <= self._flow.max_lag or self._flow.stale == "reweight":
             return True
         if self._flow.stale == "drop":
-            self._shards[lease.shard].call("release", lease.lease_id)
+            self._shards[lease.shard].release(lease.lease_id)
             self._count("flow/dropped", lease.num_chains)
             return False
         self._pool.start(
@@ -345,7 +343,7 @@ class NegativeFlow:
         return num
 
     def _start(self, purpose: Purpose) -> None:
-        nodes = [getattr(shard, "node", None) for shard in self._shards]
+        nodes = [shard.node for shard in self._shards]
         lease_id = self._new_lease()
         shard = self._choice.next(lease_id, self._pool.idle_node, nodes)
         self._pool.start(lease_id, shard, self._schedule.num_steps, purpose=purpose)
@@ -374,9 +372,9 @@ class NegativeFlow:
             state = (pool.mcmc_steps, pool.num_refused, pool.restarts, pool.crew.seats.num_serving)
             watchdog.look(state, blocked, pool.replace_a_hung_shard)
 
-    def _answer(self, shard: Handle, ref: Ref, what: str) -> Any:
+    def _answer(self, shard: ShardClient, ref: Ref[T], what: str) -> T:
         timeout = self._flow.stall_timeout_s
-        return answer(self._backend, shard, ref, timeout, self._waited_for(what))
+        return answer(self._backend, shard.handle, ref, timeout, self._waited_for(what))
 
     def _blocked(self, queue: Queue) -> tuple[Queue, str]:
         """Which queue it is that keeps `queue` from being filled."""

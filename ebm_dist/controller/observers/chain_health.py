@@ -6,8 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 
-from ebm_dist.cluster.backend import Backend, Handle
+from ebm_dist.cluster.backend import Backend
 from ebm_dist.cluster.stall import answer
+from ebm_dist.controller.clients import ShardClient
 from ebm_dist.evaluation.regime import GENERATOR
 
 
@@ -17,7 +18,7 @@ class ShardWatch:
     def __init__(
         self,
         backend: Backend,
-        shards: list[Handle],
+        shards: list[ShardClient],
         *,
         reseed: bool,
         generator: bool,
@@ -50,17 +51,17 @@ class ShardWatch:
             PartDied: a shard is gone.
         """
         sums: dict[str, list[float]] = defaultdict(list)
-        refs = [shard.call("health", self._reseed) for shard in self._shards]
-        for index, ref in enumerate(refs):
+        asked = [(shard, shard.health(self._reseed)) for shard in self._shards]
+        for index, (shard, ref) in enumerate(asked):
             detail = "waited for how the chains move"
-            report = answer(self._backend, self._shards[index], ref, self._timeout, detail)
+            report = answer(self._backend, shard.handle, ref, self._timeout, detail)
             if report is None:
                 continue
-            for name, value in report["values"].items():
+            for name, value in report.values.items():
                 if math.isfinite(value):
                     sums[name].append(value)
-            self._num_reseeded += report["num_reseeded"]
-            if report["alarm"] is None:
+            self._num_reseeded += report.num_reseeded
+            if report.alarm is None:
                 self._alarmed.discard(index)
                 continue
             if self._generator:
@@ -71,7 +72,7 @@ class ShardWatch:
             self._num_alarms += 1
             if index not in self._alarmed:
                 self._alarmed.add(index)
-                self._say(report["alarm"])
+                self._say(report.alarm)
         if not sums:
             return {}
         return {

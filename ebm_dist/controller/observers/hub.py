@@ -1,20 +1,22 @@
-"""Links to the parts that no update waits for: the metric hub and the evaluator.
+"""The link to the metric hub, which no update waits for.
 
-They may die at any moment and the training does not notice: what they were told and did not
-confirm is told again to their successor.
+It may die at any moment and the training does not notice: what it was told and did not confirm is
+told again to its successor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref, first_line
+from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref
+from ebm_dist.controller.clients import HubClient
 from ebm_dist.core.errors import UserError
+from ebm_dist.metrics.hub import HubInfo
 
 MAX_UNCONFIRMED = 1000
 """Calls kept for a successor of the hub; the oldest are forgotten first."""
@@ -22,6 +24,7 @@ MAX_UNCONFIRMED = 1000
 RESTART_S = 10.0
 """Between two attempts to start a hub where the disk refused the one before."""
 
+_Call = Callable[[HubClient], Ref[None]]
 _LOST = (PartDied, UserError, OSError)
 
 
@@ -31,7 +34,7 @@ class HubLink:
     def __init__(
         self,
         backend: Backend,
-        spawn: Callable[[str | None], Handle],
+        spawn: Callable[[str | None], HubClient],
         *,
         resume_id: str | None,
         say: Callable[[str], None],
@@ -42,32 +45,36 @@ class HubLink:
             say: is told that a hub was replaced.
         """
         self.restarts = 0
-        self.handle = spawn(resume_id)
+        self.client = spawn(resume_id)
         self._backend = backend
         self._spawn = spawn
         self._say = say
-        self._info: dict[str, Any] = {"id": resume_id}
+        self._info = HubInfo(id=resume_id)
         self._not_before = 0.0
-        self._unconfirmed: deque[tuple[Ref, str, tuple[Any, ...]]] = deque(maxlen=MAX_UNCONFIRMED)
-
-    def log(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        self._send("log", step, epoch, values)
-
-    def images(self, name: str, step: int, path: str) -> None:
-        self._send("images", name, step, path)
-
-    def histogram(self, name: str, step: int, values: np.ndarray) -> None:
-        self._send("histogram", name, step, values)
+        self._unconfirmed: deque[tuple[Ref[None], _Call]] = deque(maxlen=MAX_UNCONFIRMED)
 
     @property
-    def known(self) -> dict[str, Any]:
+    def handle(self) -> Handle:
+        return self.client.handle
+
+    def log(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        self._send(lambda hub: hub.log(step, epoch, values))
+
+    def images(self, name: str, step: int, path: str) -> None:
+        self._send(lambda hub: hub.images(name, step, path))
+
+    def histogram(self, name: str, step: int, values: np.ndarray) -> None:
+        self._send(lambda hub: hub.histogram(name, step, values))
+
+    @property
+    def known(self) -> HubInfo:
         """The W&B run as the hub told it last, without asking again."""
         return self._info
 
-    def info(self, timeout: float) -> dict[str, Any]:
+    def info(self, timeout: float) -> HubInfo:
         """The W&B run as the hub knows it; as last known where it does not answer."""
         try:
-            self._info = self._backend.get(self.handle.call("info"), timeout)
+            self._info = self._backend.get(self.client.info(), timeout)
         except TimeoutError:
             pass
         except _LOST as error:
@@ -79,19 +86,24 @@ class HubLink:
         for _ in range(2):
             try:
                 self._confirm()
-                self._backend.get(self.handle.call("flush"), timeout)
+                self._backend.get(self.client.flush(), timeout)
                 return
             except TimeoutError:
                 return
             except _LOST as error:
                 self._lost(error)
 
-    def _send(self, method: str, *args: Any) -> None:
+    def close(self, timeout: float) -> None:
+        """Have the hub write what waits, and end the W&B run; it may not answer in time."""
+        with contextlib.suppress(Exception):
+            self._backend.get(self.client.close(), timeout)
+
+    def _send(self, call: _Call) -> None:
         try:
             self._confirm()
         except _LOST as error:
             self._lost(error)
-        self._unconfirmed.append((self.handle.call(method, *args), method, args))
+        self._unconfirmed.append((call(self.client), call))
 
     def _confirm(self) -> None:
         """Forget the calls that the hub has answered; raises PartDied where it cannot any more."""
@@ -116,65 +128,11 @@ class HubLink:
         self.start_anew()
         again = list(self._unconfirmed)
         self._unconfirmed.clear()
-        for _, method, args in again:
-            self._unconfirmed.append((self.handle.call(method, *args), method, args))
+        for _, call in again:
+            self._unconfirmed.append((call(self.client), call))
 
     def start_anew(self) -> None:
         """Another process in place of one that is dead."""
         self.restarts += 1
         self._backend.kill(self.handle)
-        self.handle = self._spawn(self._info.get("id"))
-
-
-class EvaluatorLink:
-    """One measurement at a time, whose result is logged when it comes."""
-
-    def __init__(
-        self, backend: Backend, spawn: Callable[[], Handle], *, say: Callable[[str], None]
-    ) -> None:
-        self.restarts = 0
-        self.handle = spawn()
-        self._backend = backend
-        self._spawn = spawn
-        self._say = say
-        self._pending: tuple[int, Ref] | None = None
-
-    def start(self, step: int, chains: Any, *weights: Ref) -> None:
-        """Measure `chains` and `weights` of update `step`; nothing may be pending."""
-        assert self._pending is None
-        self._pending = step, self.handle.call("evaluate", step, chains, *weights)
-
-    def collect(self, timeout: float) -> tuple[int, dict[str, float]] | None:
-        """The pending measurement if it is done within `timeout` seconds, as (step, metrics)."""
-        if self._pending is None:
-            return None
-        step, ref = self._pending
-        if not self._backend.wait([ref], timeout):
-            return None
-        self._pending = None
-        try:
-            return step, self._backend.get(ref, 60.0)
-        except PartDied as died:
-            self._say(f"the evaluator died ({died}); update {step} goes unmeasured")
-            self.start_anew()
-        except Exception as error:  # a measurement that fails must not cost the run
-            self._say(f"evaluation at update {step} failed: {first_line(error)}")
-        return None
-
-    @property
-    def busy(self) -> bool:
-        """Whether a measurement is under way."""
-        return self._pending is not None
-
-    def give_up(self, why: str) -> None:
-        """Do without the measurement under way."""
-        if self._pending is not None:
-            self._say(f"update {self._pending[0]} goes unmeasured: {why}")
-            self._pending = None
-            self.start_anew()
-
-    def start_anew(self) -> None:
-        """Another process in place of one that is dead, or is not waited for any more."""
-        self.restarts += 1
-        self._backend.kill(self.handle)
-        self.handle = self._spawn()
+        self.client = self._spawn(self._info.id)

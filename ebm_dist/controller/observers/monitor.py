@@ -6,15 +6,14 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ebm_dist.actors.auditor import AuditLink
 from ebm_dist.checkpoint.cut import Progress
-from ebm_dist.cluster.backend import Handle, PartDied, Ref, fault_of_the_machine
+from ebm_dist.cluster.backend import PartDied, Ref, T, fault_of_the_machine
 from ebm_dist.cluster.stall import LOOK_S, answer
-from ebm_dist.controller.observers.hub import EvaluatorLink
+from ebm_dist.controller.clients import ShardClient, WorkerClient
+from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
 from ebm_dist.controller.observers.metric_window import MetricWindow
 from ebm_dist.controller.parts import Graph, Schedule
 from ebm_dist.controller.rounds.scheduler import RoundPool
@@ -81,7 +80,7 @@ class Lookout:
     def _is_measuring(self) -> bool:
         return self._graph.evaluator is not None and self._graph.evaluator.busy
 
-    def observe(self, flat: Ref, ema: Ref) -> None:
+    def observe(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
         """Do what is due after an update, of which `flat` and `ema` are the weights."""
         step = self._progress.step
         if (every := self._schedule.evaluate_every) is not None and step % every == 0:
@@ -93,7 +92,7 @@ class Lookout:
         if self._graph.auditor is not None:
             self._audit(self._graph.auditor, flat, ema)
 
-    def catch_up(self, flat: Ref, ema: Ref) -> None:
+    def catch_up(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
         """Evaluate if that is due, or was at an update before: a shard died under it, or the
         evaluator was still at another one."""
         # A run that went back to before that update will come to it again.
@@ -114,7 +113,7 @@ class Lookout:
         self.evaluate(flat, ema)
         self._owed_since = math.inf
 
-    def _audit(self, auditor: AuditLink, flat: Ref, ema: Ref) -> None:
+    def _audit(self, auditor: AuditLink, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
         """Start the audit that is due, unless one is under way, and log what came."""
         step = self._progress.step
         if step % auditor.every == 0 and not auditor.busy:
@@ -160,16 +159,16 @@ class Lookout:
         counts = self._pool.counts.values()
         if self._graph.needs_negatives:
             for name in _COUNTED:
-                values[f"buffer/{name}"] = float(sum(c[name] for c in counts))
+                values[f"buffer/{name}"] = float(sum(getattr(c, name) for c in counts))
         # A shard says how it stands with each round; of one that has had none all chains are free.
         for index in range(len(self._graph.shards)):
             if index not in self._pool.counts:
                 values["buffer/free"] += self._graph.capacities[index]
                 values["buffer/capacity"] += self._graph.capacities[index]
         if counts:
-            values["chain/age_mean"] = sum(c["age_mean"] for c in counts) / len(counts)
+            values["chain/age_mean"] = sum(c.age_mean for c in counts) / len(counts)
         if self._schedule.jarzynski:
-            values["likelihood/resampled"] = float(sum(c.get("resampled", 0) for c in counts))
+            values["likelihood/resampled"] = float(sum(c.resampled for c in counts))
         try:
             if self._graph.watch is not None:
                 values |= self._graph.watch.look()
@@ -177,7 +176,7 @@ class Lookout:
             self.metrics.update(values)
             self._graph.hub.log(self._progress.step, self._progress.epoch, values)
 
-    def evaluate(self, flat: Ref, ema: Ref) -> None:
+    def evaluate(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
         """Write the sample grid and start the measurements, which are logged when they come."""
         step = self._progress.step
         chains = self.chains(max(self._schedule.num_samples, self._schedule.num_grid), ema)
@@ -188,43 +187,44 @@ class Lookout:
         if self._graph.evaluator is None:
             return
         shards = self._graph.shards if self._schedule.jarzynski else []
-        weighted = [shard.call("weighted") for shard in shards]
+        weighted = [shard.weighted() for shard in shards]
         self._graph.evaluator.start(step, chains, ema, flat, *weighted)
 
     def _log_distributions(self, step: int) -> None:
-        asked = [(shard, shard.call("distribution")) for shard in self._graph.shards]
+        asked = [(shard, shard.distribution()) for shard in self._graph.shards]
         parts = [self._answer(shard, ref, "a look at the chains") for shard, ref in asked]
-        for key, name in (("energy", "histogram/energy_negative"), ("age", "histogram/age")):
-            if parts:
-                values = np.concatenate([part[key] for part in parts])
-                self._graph.hub.histogram(name, step, values)
+        if parts:
+            hub = self._graph.hub
+            energy = np.concatenate([part.energy for part in parts])
+            hub.histogram("histogram/energy_negative", step, energy)
+            hub.histogram("histogram/age", step, np.concatenate([part.age for part in parts]))
 
-    def chains(self, num: int, ema: Ref) -> np.ndarray:
+    def chains(self, num: int, ema: Ref[np.ndarray]) -> np.ndarray:
         """`num` chains as they are now, (num, *event): from the shards, or drawn for the occasion
         where the objective trains without chains."""
         key = self._progress.step
         if self._graph.needs_negatives:
             shards = self._graph.shards
             share = -(-num // len(shards))
-            asked = [(shard, shard.call("peek", share, key)) for shard in shards]
+            asked = [(shard, shard.peek(share, key)) for shard in shards]
         else:
             worker, schedule = self._graph.workers[0], self._schedule
             seed = derive_seed(schedule.seed, "samples", key)
             std = schedule.start_std
-            asked = [(worker, worker.call("sample", num, schedule.num_steps, ema, seed, std))]
+            asked = [(worker, worker.sample(num, schedule.num_steps, ema, seed, std))]
         pieces = [np.asarray(self._answer(*call, "a picture of the chains")) for call in asked]
         # Interleaved, so that the first k show every shard.
         order = np.argsort(np.concatenate([np.arange(len(p)) for p in pieces]), kind="stable")
         return np.concatenate(pieces)[order][:num]
 
-    def _answer(self, part: Handle, ref: Ref, what: str) -> Any:
+    def _answer(self, part: ShardClient | WorkerClient, ref: Ref[T], what: str) -> T:
         detail = f"update {self._progress.step}: waited for {what}"
         try:
-            return answer(self._backend, part, ref, self._timeout, detail)
+            return answer(self._backend, part.handle, ref, self._timeout, detail)
         except Exception as error:
             if (fault := fault_of_the_machine(error)) is None:
                 raise
-            self._backend.kill(part)  # as of a round: another process may have more luck
+            self._backend.kill(part.handle)  # as of a round: another process may have more luck
             raise PartDied(f"{detail}: {part.name} failed: {fault}") from error
 
     def finish(self) -> None:

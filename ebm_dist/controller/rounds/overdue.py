@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from ebm_dist.cluster.backend import Backend, Handle
+from ebm_dist.cluster.backend import Backend, Ref
+from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.rounds.round import Round
 
 
@@ -19,7 +20,7 @@ class Overdue:
     def __init__(
         self,
         backend: Backend,
-        shards: Sequence[Handle],
+        shards: Sequence[ShardClient],
         hang_s: float,
         clock: Callable[[], float],
     ) -> None:
@@ -47,7 +48,7 @@ class Overdue:
         for round_ in rounds:
             leases[round_.shard].append(round_.lease_id)
         for index, lease_ids in leases.items():
-            self._shards[index].call("renew", lease_ids)
+            self._shards[index].renew(lease_ids)
 
     def shard(self, rounds: Iterable[Round], seconds: float) -> int | None:
         """A shard that has owed a round its answer, and the round is older than `seconds`.
@@ -59,7 +60,10 @@ class Overdue:
         for round_ in rounds:
             if now - round_.started <= seconds:
                 break
-            done = self._backend.wait([round_.leased, round_.moved], 0.0)
+            assert round_.leased is not None
+            assert round_.moved is not None
+            chain: list[Ref[object]] = [round_.leased, round_.moved]
+            done = self._backend.wait(chain, 0.0)
             if round_.leased not in done or round_.moved in done:
                 return round_.shard
         return None

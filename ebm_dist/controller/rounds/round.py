@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
+
+from ebm_dist.buffer.answers import CheckinReply
 from ebm_dist.cluster.backend import Ref
 from ebm_dist.controller.workers.load import Seat
 from ebm_dist.core.errors import RunFailed
+from ebm_dist.core.types import Lease, MovedChains
 
 MAX_ATTEMPTS = 5
 """Starts of one round, and deaths of one worker or shard without a commit between, before giving
@@ -25,6 +30,15 @@ Purpose = Literal["negatives", "repair", "spare"]
 """A round's chains become negatives; become negatives after all; or stay in the buffer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a shard answered where the lease of a round was drawn ahead of it: the lease, or that
+    it has been drawn, where it is not known yet who will have it."""
+
+    lease: Ref[Lease | None] | None = None
+    after: Ref[int] | None = None
+
+
 @dataclass(slots=True)
 class Round:
     """A round that was started and has not been committed."""
@@ -37,16 +51,15 @@ class Round:
     """Of the weights that it was last started under; -1 while nobody has begun it."""
     ready_id: int | None = None
     """Of a repair: the committed lease whose chains are moved again."""
-    lease: Ref = None
-    """What the shard answered, where the lease was drawn ahead of the round."""
+    drawn: Drawn = Drawn()
     seat: Seat | None = None
-    weights: Ref = None
+    weights: Ref[np.ndarray] | None = None
     """What it was last started under."""
-    leased: Ref = None
+    leased: Ref[Lease | None] | None = None
     """What the shard answers to the checkout, where the worker has not been given it yet."""
-    moved: Ref = None
+    moved: Ref[MovedChains | None] | None = None
     """What the worker answers."""
-    ref: Ref = None
+    ref: Ref[CheckinReply] | None = None
     """What the shard answers to the checkin: the last of the three calls."""
     attempts: int = 0
     trouble: str = ""
@@ -65,13 +78,19 @@ class Committed:
     version: int
     num_steps: int
     num_chains: int
-    stats: dict[str, float]
+    stats: Mapping[str, float]
 
     @classmethod
-    def of(cls, round_: Round, reply: dict[str, Any]) -> Committed:
+    def of(cls, round_: Round, reply: CheckinReply) -> Committed:
         """What the shard of `round_` replied when it had committed its chains."""
-        names = ("version", "num_steps", "num_chains", "stats")
-        return cls(round_.lease_id, round_.shard, **{name: reply[name] for name in names})
+        return cls(
+            round_.lease_id,
+            round_.shard,
+            version=reply.version,
+            num_steps=reply.num_steps,
+            num_chains=reply.num_chains,
+            stats=reply.stats,
+        )
 
 
 def failed_too_often(round_: Round) -> RunFailed:

@@ -16,10 +16,13 @@ import math
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
-from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref, fault_of_the_machine
+import numpy as np
+
+from ebm_dist.buffer.answers import CheckinReply, ShardCounts
+from ebm_dist.cluster.backend import Backend, PartDied, Ref, T, fault_of_the_machine
 from ebm_dist.controller.checkouts import Checkouts
+from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.rounds.overdue import Overdue
 from ebm_dist.controller.rounds.round import (
     MAX_ATTEMPTS,
@@ -40,11 +43,11 @@ class RoundPool:
     def __init__(
         self,
         backend: Backend,
-        shards: list[Handle],
-        workers: list[Handle],
+        shards: list[ShardClient],
+        workers: list[WorkerClient],
         *,
-        respawn_worker: Callable[[int], Handle],
-        respawn_shard: Callable[[int], Handle],
+        respawn_worker: Callable[[int], WorkerClient],
+        respawn_shard: Callable[[int], ShardClient],
         on_rejected: Callable[[int], None],
         say: Callable[[str], None],
         num_chains: int,
@@ -72,7 +75,9 @@ class RoundPool:
         self._depth = depth
         self._overdue = Overdue(backend, shards, hang_s, clock)
         self._clock = clock
-        self._rounds: OrderedDict[Ref, Round] = OrderedDict()  # in the order of `started`
+        self._rounds: OrderedDict[Ref[CheckinReply], Round] = (
+            OrderedDict()
+        )  # in the order of `started`
         self._waiting: deque[Round] = deque()
         self._delayed: list[tuple[float, Round]] = []
         self._noted: set[str] = set()
@@ -88,9 +93,9 @@ class RoundPool:
         self._seats = self.crew.seats
         # Ordered dicts: the first key of a plain one is found past all that were taken before it.
         self.committed: OrderedDict[int, Committed] = OrderedDict()
-        self.releases: list[tuple[Handle, Ref]] = []
+        self.releases: list[tuple[ShardClient, Ref[int]]] = []
         """Shards, and their answers, that were told to keep the chains of a spare round."""
-        self.counts: dict[int, dict[str, float]] = {}
+        self.counts: dict[int, ShardCounts] = {}
         self.restarts = 0
         self.num_refused = 0
         """Rounds whose lease was void by the time they came back."""
@@ -130,7 +135,7 @@ class RoundPool:
         yield from self._waiting
         yield from (round_ for _, round_ in self._delayed)
 
-    def set_weights(self, weights: Ref, version: int) -> None:
+    def set_weights(self, weights: Ref[np.ndarray], version: int) -> None:
         """Weights of the rounds started from now on. Versions never go back."""
         self.crew.set_weights(weights, version)
 
@@ -166,7 +171,7 @@ class RoundPool:
         drawn = self._checkouts.draw(leases)
         for lease_id, shard in leases:
             purpose: Purpose = "spare" if lease_id in spare else "negatives"
-            self._submit(Round(lease_id, shard, num_steps, purpose, -1, lease=drawn[lease_id]))
+            self._submit(Round(lease_id, shard, num_steps, purpose, -1, drawn=drawn[lease_id]))
 
     def forget_all(self) -> None:
         """Give up all rounds and all that is committed; the shards must refuse what comes back."""
@@ -183,8 +188,7 @@ class RoundPool:
         if round_.attempts >= MAX_ATTEMPTS:
             raise failed_too_often(round_)
         shard = self._shards[round_.shard]
-        node = getattr(shard, "node", None)
-        seat = self._seats.first(node)
+        seat = self._seats.first(shard.node)
         if seat is None or seat.load >= self._depth:
             round_.version = -1
             self._waiting.append(round_)
@@ -193,18 +197,19 @@ class RoundPool:
         round_.seat = seat
         round_.version = self.crew.version
         round_.started = self._clock()
-        round_.weights = self.crew.weights
+        weights = round_.weights = self.crew.weights
+        assert weights is not None, "a worker serves that holds none"
         round_.leased = self._checkouts.lease(round_, seat)
-        round_.moved = seat.handle.call(
-            "run_round", round_.leased, round_.weights, round_.version, round_.num_steps
+        round_.moved = seat.worker.run_round(
+            round_.leased, weights, round_.version, round_.num_steps
         )
-        round_.ref = shard.call("checkin", round_.moved, round_.lease_id)
+        round_.ref = shard.checkin(round_.moved, round_.lease_id)
         self._rounds[round_.ref] = round_
         self._seats.load(seat, +1)
         self.num_started += 1
-        self.num_local += node is not None and node == seat.node
+        self.num_local += shard.node is not None and shard.node == seat.node
 
-    def poll(self, timeout: float, *others: Ref) -> list[Ref]:
+    def poll(self, timeout: float, *others: Ref[T]) -> list[Ref[T]]:
         """Wait up to `timeout` for any round or any of `others`; book the finished rounds.
 
         Returns:
@@ -261,17 +266,17 @@ class RoundPool:
             self._fail(round_, seat, f"its round failed: {fault}")
             return
         self.crew.release_if_done(seat)
-        self.counts[round_.shard] = reply["counts"]
-        for note in reply.get("notes", ()):
+        self.counts[round_.shard] = reply.counts
+        for note in reply.notes:
             if note not in self._noted:  # every worker of a pool chooses alike
                 self._noted.add(note)
                 self._say(note)
-        if reply["accepted"]:
+        if reply.accepted:
             seat.failures = 0
             self._shard_failures[round_.shard] = 0
             self._commit(round_, reply)
             return
-        round_.starved = reply["lease_id"] is None
+        round_.starved = reply.lease_id is None
         if not round_.starved:
             self.num_refused += 1
             self._on_rejected(round_.shard)
@@ -284,12 +289,12 @@ class RoundPool:
         round_.version = -1
         self._delayed.append((self._clock() + 0.05, round_))
 
-    def _commit(self, round_: Round, reply: dict[str, Any]) -> None:
-        self.steps[round_.purpose] += reply["num_steps"] * reply["num_chains"]
-        self.num_by_rows += reply["by_rows"]
+    def _commit(self, round_: Round, reply: CheckinReply) -> None:
+        self.steps[round_.purpose] += reply.num_steps * reply.num_chains
+        self.num_by_rows += reply.by_rows
         if round_.purpose == "spare":
             shard = self._shards[round_.shard]
-            self.releases.append((shard, shard.call("release", round_.lease_id)))
+            self.releases.append((shard, shard.release(round_.lease_id)))
             return
         self.committed[round_.lease_id] = Committed.of(round_, reply)
 
@@ -312,9 +317,9 @@ class RoundPool:
 
     def _recover(self, failed: Round, seat: Seat, died: PartDied) -> None:
         """Replace the part that took `failed` with it, and start its rounds again."""
-        if not self._backend.alive(self._shards[failed.shard]):
+        if not self._backend.alive(self._shards[failed.shard].handle):
             self.replace_shard(failed.shard, str(died))
-        elif not self._backend.alive(seat.handle):
+        elif not self._backend.alive(seat.worker.handle):
             self._fail(failed, seat, str(died))
         else:  # no fault of the round: weights are lost, or a node is and Ray has yet to see
             failed.version = -1
@@ -332,6 +337,7 @@ class RoundPool:
     def redo_lost(self) -> None:
         """Start again, under the present weights, what waits for weights that are lost."""
         for ref, round_ in list(self._rounds.items()):
+            assert round_.weights is not None
             if round_.weights is self.crew.weights or not self._backend.lost(round_.weights):
                 continue
             del self._rounds[ref]
@@ -346,17 +352,17 @@ class RoundPool:
     def check(self, trouble: Exception | None = None) -> None:
         """Replace the shards and workers that are known to be dead; `trouble` may say why."""
 
-        def why(part: Handle) -> str:
+        def why(part: ShardClient | WorkerClient) -> str:
             return str(trouble) if f"{part.name} " in str(trouble) else "its process is gone"
 
         for index, shard in enumerate(self._shards):
-            if not self._backend.alive(shard):
+            if not self._backend.alive(shard.handle):
                 self.replace_shard(index, why(shard))
         for seat in self._seats:
             # One that starts has been sent weights, and is found out by its answer; to ask whether
             # it is alive would wait for Ray to place it.
-            if seat.state != "starting" and not self._backend.alive(seat.handle):
-                self._redo_rounds_of(seat, why(seat.handle))
+            if seat.state != "starting" and not self._backend.alive(seat.worker.handle):
+                self._redo_rounds_of(seat, why(seat.worker))
 
     def replace_shard(self, index: int, why: str) -> None:
         """Start another process on the chains of a dead shard, without the rounds it knew of.
@@ -373,7 +379,7 @@ class RoundPool:
         self._forget_shard(index)
         self._shards[index] = self._respawn_shard(index)
 
-    def move_shard(self, index: int, successor: Handle) -> None:
+    def move_shard(self, index: int, successor: ShardClient) -> None:
         """Go on with `successor`, which holds the chains of the shard, without its rounds."""
         self._forget_shard(index)
         self._shards[index] = successor
@@ -389,7 +395,7 @@ class RoundPool:
         self._delayed = [item for item in self._delayed if item[1].shard != index]
         for lease_id in [k for k, v in self.committed.items() if v.shard == index]:
             del self.committed[lease_id]
-        self._backend.kill(self._shards[index])
+        self._backend.kill(self._shards[index].handle)
 
     def _redo_rounds_of(self, seat: Seat, why: str) -> None:
         lost = [ref for ref, round_ in self._rounds.items() if round_.seat is seat]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ebm_dist.cluster.backend import Handle
+from ebm_dist.controller.clients import WorkerClient
 from ebm_dist.controller.workers.membership import Crew
 from ebm_dist.controller.workers.utilisation import LearnerWaits, Load, load_between
 
@@ -32,7 +32,7 @@ class Elasticity:
     low: int
     high: int
     start: int
-    hire: Callable[[int], Handle | None]
+    hire: Callable[[int], WorkerClient | None]
     """Starts the worker of that number; None where Ray has no room for one."""
     draining: Callable[[], set[str]]
     """Nodes whose end has been announced."""
@@ -103,7 +103,7 @@ class Steward:
             self._num_stay = len(leaving[:1])
             leaving = leaving[1:]
         for seat in leaving:
-            self._say(f"{seat.handle.name} ends with its round: its node is about to leave")
+            self._say(f"{seat.worker.name} ends with its round: its node is about to leave")
             self._crew.retire(seat)
 
     def _decide(self, now: float) -> None:
@@ -129,10 +129,10 @@ class Steward:
         crew = self._crew
         size = self.size + self._num_stay
         for _ in range(size - len(crew.seats)):
-            handle = self._elastic.hire(crew.next_index)
-            if handle is None:
+            worker = self._elastic.hire(crew.next_index)
+            if worker is None:
                 return
-            crew.join(handle)
+            crew.join(worker)
         surplus = len(crew.seats) - size
         if surplus > 0:
             # The latest first; of them those that have not even begun.

@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ebm_dist.cluster.backend import Handle, Ref
+import numpy as np
+
+from ebm_dist.cluster.backend import Ref
+from ebm_dist.controller.clients import WorkerClient
 
 State = Literal["starting", "serving", "retiring"]
 
@@ -21,11 +24,11 @@ class Seat:
     """One worker of the pool, whichever process holds it at the moment."""
 
     index: int
-    handle: Handle
+    worker: WorkerClient
     since: float
     """When its present process was asked for, on the pool's clock."""
     state: State = "starting"
-    sent: Ref = None
+    sent: Ref[np.ndarray] | None = None
     """The weights that its present process was sent to begin with."""
     load: int = 0
     """Rounds before it."""
@@ -38,7 +41,7 @@ class Seat:
 
     @property
     def node(self) -> str | None:
-        return getattr(self.handle, "node", None)
+        return self.worker.node
 
 
 class _Queue:
@@ -94,8 +97,8 @@ class Seats:
     def num_serving(self) -> int:
         return self._num_serving
 
-    def add(self, index: int, handle: Handle) -> Seat:
-        seat = self._seats[index] = Seat(index, handle, self._clock())
+    def add(self, index: int, worker: WorkerClient) -> Seat:
+        seat = self._seats[index] = Seat(index, worker, self._clock())
         return seat
 
     def open(self, seat: Seat) -> None:
@@ -117,11 +120,11 @@ class Seats:
         self._num_retiring += (state == "retiring") - (seat.state == "retiring")
         seat.state = state
 
-    def renew(self, seat: Seat, handle: Handle) -> None:
+    def renew(self, seat: Seat, worker: WorkerClient) -> None:
         """Another process takes the seat, without rounds and without weights."""
         self.close(seat, "starting")
         seat.load = 0
-        seat.handle = handle
+        seat.worker = worker
         seat.since = self._clock()
 
     def remove(self, seat: Seat) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from ebm_dist.cluster.backend import (
     Backend,
-    Handle,
     ObjectLost,
     PartDied,
     Ref,
     fault_of_the_machine,
 )
+from ebm_dist.controller.clients import WorkerClient
 from ebm_dist.controller.rounds.round import MAX_ATTEMPTS, MAX_STARTS
 from ebm_dist.controller.workers.load import Seat, Seats
 from ebm_dist.core.errors import RunFailed
@@ -23,9 +25,9 @@ class Crew:
     def __init__(
         self,
         backend: Backend,
-        workers: list[Handle],
+        workers: list[WorkerClient],
         *,
-        respawn: Callable[[int], Handle],
+        respawn: Callable[[int], WorkerClient],
         say: Callable[[str], None],
         start_timeout_s: float,
         clock: Callable[[], float],
@@ -42,18 +44,18 @@ class Crew:
         self._say = say
         self._start_timeout_s = start_timeout_s
         self._clock = clock
-        self.weights: Ref = None
+        self.weights: Ref[np.ndarray] | None = None
         self.version = -1
         self.seats = Seats(clock)
-        for index, handle in enumerate(workers):
-            self.seats.add(index, handle)
+        for index, worker in enumerate(workers):
+            self.seats.add(index, worker)
         self._next_index = len(workers)
-        self.arriving: dict[Ref, Seat] = {}
+        self.arriving: dict[Ref[int], Seat] = {}
         """Seats whose process has been sent weights, by the reference of its answer."""
         self._empty_handed: list[Seat] = []
         """Newcomers whose weights were lost on the way; the next ones are sent to them."""
 
-    def set_weights(self, weights: Ref, version: int) -> None:
+    def set_weights(self, weights: Ref[np.ndarray], version: int) -> None:
         """Weights of the rounds started from now on.
 
         Raises:
@@ -73,9 +75,9 @@ class Crew:
         """Number of the next worker that joins; none is given twice."""
         return self._next_index
 
-    def join(self, handle: Handle) -> None:
+    def join(self, worker: WorkerClient) -> None:
         """A newcomer; it serves from when it holds weights."""
-        seat = self.seats.add(self._next_index, handle)
+        seat = self.seats.add(self._next_index, worker)
         self._next_index += 1
         self._list()
         self._send_weights(seat)
@@ -91,7 +93,7 @@ class Crew:
         if seat.state == "retiring" and seat.load == 0 and seat in self.seats:
             self._remove(seat)
 
-    def welcome(self, ref: Ref) -> tuple[Seat, str] | None:
+    def welcome(self, ref: Ref[int]) -> tuple[Seat, str] | None:
         """The answer `ref` of a newcomer is there: open its seat.
 
         Returns:
@@ -103,7 +105,7 @@ class Crew:
         except PartDied as died:
             # The weights may be what is lost, with their node or with the rank that was to send
             # them: then the newcomer is well.
-            if not isinstance(died, ObjectLost) and not self._backend.alive(seat.handle):
+            if not isinstance(died, ObjectLost) and not self._backend.alive(seat.worker.handle):
                 return seat, f"it did not live to hold weights: {died}"
             self._empty_handed.append(seat)
             return None
@@ -118,6 +120,7 @@ class Crew:
     def send_again(self) -> None:
         """Send the weights to the newcomers that still wait for some that are lost."""
         for ref, seat in list(self.arriving.items()):
+            assert seat.sent is not None
             if seat.sent is not self.weights and self._backend.lost(seat.sent):
                 del self.arriving[ref]
                 self._send_weights(seat)
@@ -127,7 +130,7 @@ class Crew:
         for seat in list(self.arriving.values()):
             if now - seat.since > self._start_timeout_s:
                 self._say(
-                    f"{seat.handle.name} did not start in {self._start_timeout_s:.0f} s "
+                    f"{seat.worker.name} did not start in {self._start_timeout_s:.0f} s "
                     f"(runtime.start_timeout_s); {self.seats.num_serving} workers go on without it"
                 )
                 self._remove(seat)
@@ -138,7 +141,7 @@ class Crew:
         Raises:
             RunFailed: it died too often without a commit between, or while it started.
         """
-        name, leaves = seat.handle.name, seat.state == "retiring"
+        name, leaves = seat.worker.name, seat.state == "retiring"
         if seat.state == "starting":
             seat.num_starts += 1
         else:
@@ -157,21 +160,21 @@ class Crew:
             self._remove(seat)
             return
         self._forget(seat)
-        self._backend.kill(seat.handle)
+        self._backend.kill(seat.worker.handle)
         self.seats.renew(seat, self._respawn(seat.index))
         self._list()
         self._send_weights(seat)
 
     def _send_weights(self, seat: Seat) -> None:
-        if self.version >= 0:
+        if self.weights is not None:
             seat.sent = self.weights
-            self.arriving[seat.handle.call("hold", self.weights, self.version)] = seat
+            self.arriving[seat.worker.hold(self.weights, self.version)] = seat
 
     def _remove(self, seat: Seat) -> None:
         self._forget(seat)
         self.seats.remove(seat)
         self._list()
-        self._backend.kill(seat.handle)
+        self._backend.kill(seat.worker.handle)
 
     def _forget(self, seat: Seat) -> None:
         if seat in self._empty_handed:
@@ -179,4 +182,4 @@ class Crew:
         self.arriving = {ref: other for ref, other in self.arriving.items() if other is not seat}
 
     def _list(self) -> None:
-        self._workers[:] = [seat.handle for seat in self.seats]
+        self._workers[:] = [seat.worker for seat in self.seats]

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from ebm_dist.cluster.backend import Handle, Node
+from ebm_dist.cluster.backend import Node
+from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.core.errors import UserError
 from ebm_dist.run.placement.gpu_shares import Shares, share_out
 from ebm_dist.run.placement.plan import Plan
@@ -32,7 +33,7 @@ class Ranks(NamedTuple):
     """Places of the learner ranks."""
 
     places: list[Place]
-    yielding: list[Handle]
+    yielding: list[WorkerClient]
     """Workers that must stop first, to free GPUs."""
 
 
@@ -46,8 +47,8 @@ class Placer:
     def __init__(
         self,
         look: Callable[[], list[Node]],
-        shards: Sequence[Handle],
-        workers: Sequence[Handle],
+        shards: Sequence[ShardClient],
+        workers: Sequence[WorkerClient],
         plan: Plan,
         *,
         cpus_per_worker: float,
@@ -98,7 +99,7 @@ class Placer:
 
     # --- workers --------------------------------------------------------------------------------
 
-    def for_worker(self, instead_of: Handle | None = None) -> Place | None:
+    def for_worker(self, instead_of: WorkerClient | None = None) -> Place | None:
         """A node with room for another worker: the one with the fewest workers per shard.
 
         Args:
@@ -197,9 +198,11 @@ class Placer:
         """Places without nodes, for ranks that wait until Ray has room."""
         return [Place(None, self.shares().rank, self._plan.learner_threads)] * self._num_ranks
 
-    def _in_the_way(self, places: Sequence[Place], held: Sequence[str | None]) -> list[Handle]:
+    def _in_the_way(
+        self, places: Sequence[Place], held: Sequence[str | None]
+    ) -> list[WorkerClient]:
         """Workers that must stop before ranks fit in their places."""
-        yielding: list[Handle] = []
+        yielding: list[WorkerClient] = []
         for node in {place.node for place in places if place.node is not None}:
             there = [worker for worker in self._workers if self._node_of(worker) == node]
             there.sort(key=lambda worker: -worker.num_gpus)
@@ -214,7 +217,7 @@ class Placer:
         return yielding
 
     def _place_ranks(
-        self, held: Sequence[str | None], workers: Sequence[Handle]
+        self, held: Sequence[str | None], workers: Sequence[WorkerClient]
     ) -> list[Place] | None:
         self._look_again()  # their node may have died a moment ago
         free, num_gpus = self._view(), self.shares().rank
@@ -257,17 +260,17 @@ class Placer:
         free = self._view()
         return [n for n in free if self._total[n].get("CPU", 0) > 0] or list(free)
 
-    def _node_of(self, part: Handle) -> str | None:
-        return part.node or getattr(part, "runs_on", None)
+    def _node_of(self, part: WorkerClient) -> str | None:
+        return part.node or part.runs_on
 
-    def _gpus_for_workers(self, node: str, workers: Sequence[Handle]) -> float:
+    def _gpus_for_workers(self, node: str, workers: Sequence[WorkerClient]) -> float:
         """GPUs of a node that neither the ranks nor `workers` hold."""
         claimed = sum(worker.num_gpus for worker in workers if self._node_of(worker) == node)
         ranks = self._ranks.count(node) * self._rank_gpus
         return self._total[node].get("GPU", 0.0) - ranks - claimed
 
     def _gpus_for_ranks(
-        self, node: str, held: Sequence[str | None], workers: Sequence[Handle]
+        self, node: str, held: Sequence[str | None], workers: Sequence[WorkerClient]
     ) -> float:
         """GPUs of a node that neither `workers` nor other programs hold."""
         ours = [w.num_gpus for w in self._workers if self._node_of(w) == node]
@@ -277,7 +280,7 @@ class Placer:
         return min(free, self._total[node].get("GPU", free + sum(kept)) - sum(kept))
 
     def _left(
-        self, free: Mapping[str, Mapping[str, float]], workers: Sequence[Handle]
+        self, free: Mapping[str, Mapping[str, float]], workers: Sequence[WorkerClient]
     ) -> dict[str, dict[str, float]]:
         """`free`, less the GPUs given to ranks and `workers` that Ray may not count yet."""
         return {

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from ebm_dist.cluster.backend import Backend, Handle
+from ebm_dist.cluster.backend import Backend
 from ebm_dist.config.sections import RuntimeConfig, WorkersConfig
+from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.run.placement.placer import Placer
 from ebm_dist.run.placement.plan import Plan, available_cores, plan
@@ -22,7 +23,7 @@ def placed(
     learner: LearnerConfig,
     *,
     mode: Literal["sync", "async"],
-    parts: tuple[Sequence[Handle], Sequence[Handle]],
+    parts: tuple[Sequence[ShardClient], Sequence[WorkerClient]],
     say: Callable[[str], None],
 ) -> tuple[Plan, Placer]:
     """The plan for the current resources, and the placer of `parts` (shards, workers).

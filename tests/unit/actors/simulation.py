@@ -36,9 +36,12 @@ class SimHandle:
     part: Any
     dead: bool = False
     node: str | None = None
+    num_gpus: float = 0.0
 
     def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         return self.backend.call(self, method, args, num_returns)
+
+    aside = call
 
 
 @dataclass

@@ -117,7 +117,7 @@ def test_a_lower_bound_makes_chains_move_that_nobody_consumes() -> None:
     world = World(mode="async", max_lag=3, num_workers=4, min_steps_per_update=2.5 * NEEDED)
     hold(world, 100, 2.5 * NEEDED, math.inf, 2)
     assert world.pool.steps["spare"] == pytest.approx(1.5 * NEEDED * 100, abs=4 * ROUND)
-    moves = sum(s.part.snapshot()["arrays"]["generation"].sum() for s in world.shards)
+    moves = sum(s.handle.part.snapshot().arrays["generation"].sum() for s in world.shards)
     whole_rounds = world.pool.steps["negatives"] + world.pool.steps["spare"]
     assert moves * NUM_STEPS >= whole_rounds, "the moves stay in the buffer"
 
@@ -133,7 +133,7 @@ def test_spare_rounds_leave_sync_bitwise_whoever_works() -> None:
         )
         x = np.stack([world.update()[1] for _ in range(30)])
         assert world.pool.mcmc_steps == pytest.approx(1.75 * NEEDED * 30, abs=ROUND)
-        return x, [shard.part.snapshot()["arrays"]["position"] for shard in world.shards]
+        return x, [shard.handle.part.snapshot().arrays["position"] for shard in world.shards]
 
     x, chains = run(1, 0)
     for seed in range(1, 6):

@@ -17,7 +17,7 @@ def deadly(directory: Path, **kills: float) -> World:
 
 
 def late(world: World) -> int:
-    return sum(shard.part.counts()["late_checkins"] for shard in world.shards)
+    return sum(shard.handle.part.counts().late_checkins for shard in world.shards)
 
 
 def test_rounds_on_the_node_of_their_shard_go_by_rows_and_all_others_by_value(
@@ -76,20 +76,20 @@ def test_a_round_that_another_node_redoes_goes_by_value_and_the_rows_of_the_firs
     assert world.pool.restarts > 10
     assert 0 < world.pool.num_by_rows <= world.pool.num_local
     for shard in world.shards:
-        assert shard.part._grants.num_quarantined == 0
+        assert shard.handle.part._grants.num_quarantined == 0
 
 
 def test_a_shard_that_dies_on_its_node_keeps_its_chains_while_leases_are_out_by_rows(
     tmp_path: Path,
 ) -> None:
     world = deadly(tmp_path, kill_shard=0.02)
-    before = [shard.part.identities().tolist() for shard in world.shards]
+    before = [shard.handle.part.identities().tolist() for shard in world.shards]
     for _ in range(600):
         world.update(busy_ticks=1)
     assert world.pool.restarts > 5
-    assert any(shard.part.epoch > 1 for shard in world.shards)
-    assert [shard.part.attached for shard in world.shards] == [True, True]
-    after = [shard.part.identities().tolist() for shard in world.shards]
+    assert any(shard.handle.part.epoch > 1 for shard in world.shards)
+    assert [shard.handle.part.attached for shard in world.shards] == [True, True]
+    after = [shard.handle.part.identities().tolist() for shard in world.shards]
     assert after == before
-    ages = [shard.part.snapshot()["arrays"]["generation"].sum() for shard in world.shards]
+    ages = [shard.handle.part.snapshot().arrays["generation"].sum() for shard in world.shards]
     assert min(ages) > 0

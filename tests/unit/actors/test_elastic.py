@@ -123,7 +123,7 @@ def test_a_newcomer_gets_no_work_before_it_holds_weights() -> None:
     )
     world.run(10 * WINDOW_S, busy=1)
     assert world.pool.restarts > 5
-    assert all(worker.part.held >= 0 for worker in world.workers[:2])
+    assert all(worker.handle.part.held >= 0 for worker in world.workers[:2])
 
 
 def test_workers_of_a_draining_node_finish_their_rounds_and_give_their_leases_back() -> None:
@@ -134,12 +134,12 @@ def test_workers_of_a_draining_node_finish_their_rounds_and_give_their_leases_ba
     world.leaving = {"a"}
     world.room = 0
     world.run(8 * LOOK_S, busy=0)
-    assert all(worker.dead for worker in leaving)
+    assert all(worker.handle.dead for worker in leaving)
     assert {worker.node for worker in world.workers} == {"b"}
     assert world.pool.restarts == 0, "they were not lost, they left"
     assert world.pool.num_refused == 0
     for shard in world.shards:
-        assert shard.part.counts()["expired_leases"] == 0
+        assert shard.handle.part.counts().expired_leases == 0
     # As soon as there is room elsewhere, the pool is whole again.
     world.room, world.nodes = 99, ("b",)
     world.run(2 * LOOK_S, busy=0)
@@ -169,7 +169,7 @@ def test_sync_is_bitwise_while_the_pool_grows_and_shrinks_under_it() -> None:
             x.append(world.update()[1])
         if changes:
             assert world.pool.crew.next_index > 20, "workers came and went"
-        return np.stack(x), [s.part.snapshot()["arrays"]["position"] for s in world.shards]
+        return np.stack(x), [s.handle.part.snapshot().arrays["position"] for s in world.shards]
 
     x, chains = run(changes=False)
     again, chains_again = run(changes=True)

@@ -70,7 +70,7 @@ def run_sync(num_updates: int = 40, **options: Any) -> tuple[np.ndarray, list[np
     world = World(mode="sync", **options)
     out = [world.update() for _ in range(num_updates)]
     assert all(lag == 0 for lags, _ in out for lag in lags)
-    chains = [shard.part.snapshot()["arrays"]["position"] for shard in world.shards]
+    chains = [shard.handle.part.snapshot().arrays["position"] for shard in world.shards]
     return np.stack([x for _, x in out]), chains, world
 
 
@@ -126,7 +126,7 @@ def test_a_worker_that_dies_of_every_round_ends_the_run_after_five(
     world = World(mode="sync", num_workers=1, max_delay=5)
 
     def dies(*_: object) -> None:
-        world.backend.kill(world.workers[0])  # type: ignore[arg-type]
+        world.backend.kill(world.workers[0].handle)
         raise PartDied("killed by its round")
 
     monkeypatch.setattr(SimWorker, "run_round", dies)

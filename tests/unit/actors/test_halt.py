@@ -54,9 +54,9 @@ def test_who_waits_for_negatives_or_for_an_answer_sees_that_the_run_is_to_end() 
     world.backend.halt.check = lambda began: Halt.check(  # type: ignore[method-assign]
         world.backend.halt, began, grace_s=0.0
     )
-    ref = world.shards[0].call("status")
+    ref = world.shards[0].status()
     with pytest.raises(Halted):
-        answer(world.backend, world.shards[0], ref, 60.0, "a test")  # type: ignore[arg-type]
+        answer(world.backend, world.shards[0].handle, ref, 60.0, "a test")  # type: ignore[arg-type]
 
 
 def stops_within(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, step: int) -> None:

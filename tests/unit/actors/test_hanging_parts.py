@@ -77,18 +77,18 @@ def test_rounds_that_take_longer_than_a_lease_lasts_are_committed_the_first_time
     for _ in range(5):
         world.update()
     assert world.pool.num_refused == world.pool.restarts == 0
-    assert all(shard.part.counts()["expired_leases"] == 0 for shard in world.shards)
+    assert all(shard.handle.part.counts().expired_leases == 0 for shard in world.shards)
 
 
 def test_a_lease_that_nobody_renews_gives_its_chains_back() -> None:
     world = World(tick_s=1.0, lease_timeout_s=20.0)
-    shard = world.shards[0].part
+    shard = world.shards[0].handle.part
     for lease_id in (1, 2):
         assert shard.checkout(lease_id, CHAINS) is not None
     for _ in range(5):
         world.now += 15.0
         shard.renew([2, 99])
-    assert shard.counts()["expired_leases"] == 1
+    assert shard.counts().expired_leases == 1
     world.now += 21.0
     assert shard.expire() == [2]
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ebm_dist.cluster.backend import PartDied
+from ebm_dist.controller.clients import LearnerClient
 from ebm_dist.controller.learners import LearnerGroup
 
 
@@ -55,7 +56,7 @@ def make(num_ranks: int, port: int | None = None) -> tuple[LearnerGroup, FakeBac
     backend = FakeBackend()
     group = LearnerGroup(
         backend,  # type: ignore[arg-type]
-        lambda rank, node: FakeRank(f"learner-{rank}"),
+        lambda rank, node: LearnerClient(FakeRank(f"learner-{rank}")),  # type: ignore[arg-type]
         num_ranks=num_ranks,
         port=port,
         start_timeout_s=1.0,
@@ -70,23 +71,25 @@ def test_successors_started_early_are_the_ones_that_meet() -> None:
     group.renew_if_dead()
     assert not backend.killed, "nobody had died"
     before = list(group.ranks)
-    before[1].alive = False
+    before[1].handle.alive = False
     group.renew_if_dead()
     early = list(group.ranks)
     group.renew_if_dead()
     assert group.ranks == early, "they are started once"
-    assert backend.killed == before, "the others stood in a collective with the dead one"
+    assert backend.killed == [rank.handle for rank in before], (
+        "the others stood in a collective with the dead one"
+    )
     assert group.lost()
     assert group.dead() == ["learner-1"]
     group.rebuild(wait)
     assert group.ranks == early
-    assert [rank.calls for rank in early] == [["start"], ["start"]]
+    assert [rank.handle.calls for rank in early] == [["start"], ["start"]]
     assert (group.restarts, group.lost()) == (1, False)
 
 
 def test_successors_that_have_not_met_are_given_no_work() -> None:
     group, _ = make(2)
-    group.ranks[0].alive = False
+    group.ranks[0].handle.alive = False
     group.renew_if_dead()
     for call in (
         lambda: group.update(1, 0.1, 4, None),
@@ -96,10 +99,10 @@ def test_successors_that_have_not_met_are_given_no_work() -> None:
     ):
         with pytest.raises(PartDied):
             call()
-    assert all(not rank.calls for rank in group.ranks)
+    assert all(not rank.handle.calls for rank in group.ranks)
     group.rebuild(wait)
     group.state()
-    assert [rank.calls for rank in group.ranks] == [["start", "state"]] * 2
+    assert [rank.handle.calls for rank in group.ranks] == [["start", "state"]] * 2
 
 
 @pytest.mark.parametrize(("num_ranks", "asked"), [(1, None), (2, 6384)])
@@ -119,7 +122,7 @@ def test_a_rank_that_dies_while_they_meet_is_not_waited_for_by_way_of_the_others
     def get(ref: Any, timeout: float) -> Any:
         seen.append(ref)
         if ref == "learner-1 start":
-            group.ranks[1].alive = False
+            group.ranks[1].handle.alive = False
             raise PartDied("its process is gone")
         return ref
 

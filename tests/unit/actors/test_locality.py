@@ -94,7 +94,7 @@ def test_a_flow_over_two_nodes_is_mostly_local_and_uses_every_chain_alike() -> N
     for _ in range(150):
         world.update(busy_ticks=2)
     assert world.pool.num_local > 0.85 * world.pool.num_started
-    used = [s.part.snapshot()["arrays"]["generation"].sum() for s in world.shards]
+    used = [s.handle.part.snapshot().arrays["generation"].sum() for s in world.shards]
     assert abs(used[0] - used[1]) <= 2 * SLACK * 4
 
 

@@ -9,7 +9,7 @@ from small_runs import curve, run
 
 from ebm_dist.cluster.backend import PartDied
 from ebm_dist.controller.negatives.source import RollBack
-from ebm_dist.controller.observers.hub import EvaluatorLink
+from ebm_dist.controller.observers.measurements import EvaluatorLink
 from ebm_dist.controller.observers.monitor import Lookout
 
 

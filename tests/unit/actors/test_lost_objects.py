@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from simulation import SimRef
 from small_runs import curve, run
-from worlds import BATCH, CHAINS, World
+from worlds import BATCH, CHAINS, WEIGHTS, World
 
 from ebm_dist.cluster.backend import InlineBackend, InlineHandle, InlineResult, ObjectLost
+from ebm_dist.controller.clients import LearnerClient
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.negatives import delivery
 from ebm_dist.controller.negatives.delivery import Delivery
 from ebm_dist.controller.negatives.source import RollBack
 from ebm_dist.controller.rounds.round import MAX_ATTEMPTS
+from ebm_dist.core.types import NegativeArrays
 
 LEASES = BATCH // CHAINS
 
@@ -30,15 +32,15 @@ class Rank:
     def __init__(self) -> None:
         self.seen: list[np.ndarray] = []
 
-    def fetched(self, *negatives: dict[str, np.ndarray]) -> None:
-        self.seen += [part["x"] for part in negatives]
+    def fetched(self, *negatives: NegativeArrays) -> None:
+        self.seen += [part.x for part in negatives]
 
 
 def deliver(world: World, num_ranks: int = 2) -> Delivery:
     backend: Any = world.backend
     learners = LearnerGroup(
         backend,
-        lambda rank, node: backend.spawn(Rank, {}, name=f"learner-{rank}"),
+        lambda rank, node: LearnerClient(backend.spawn(Rank, {}, name=f"learner-{rank}")),
         num_ranks=num_ranks,
         port=None,
         start_timeout_s=1.0,
@@ -74,7 +76,7 @@ def test_other_negatives_take_the_place_of_lost_ones(
     assert len(set(after + before)) == LEASES + len(lost)
     assert [ref for i, (_, ref) in enumerate(consumed.negatives) if i not in lost] == kept
     for lease, (num, ref) in zip(consumed.leases, consumed.negatives):
-        assert num == CHAINS == len(world.backend.get(ref, 1.0)["x"])
+        assert num == CHAINS == len(world.backend.get(ref, 1.0).x)
         assert 0 <= world.progress.version - lease.version <= 3
     # One update, whatever was lost on its way; what was lost are steps that no negative needed.
     assert world.progress.updates == 6
@@ -114,7 +116,7 @@ def test_rounds_outlast_weights_that_are_lost_until_there_are_others() -> None:
     world.pool.set_weights(lost, world.progress.version)
     world.flow.top_up()
     newcomer = world.pool.crew.next_index
-    world.pool.crew.join(world.spawn_worker(newcomer))  # type: ignore[arg-type]
+    world.pool.crew.join(world.spawn_worker(newcomer))
     for _ in range(100 * MAX_ATTEMPTS):
         world.pool.poll(0.0)
         world.flow.top_up()
@@ -134,7 +136,7 @@ def test_rounds_outlast_a_worker_that_nobody_knows_to_be_dead_yet(
     world.pool._clock = lambda: 0.1 * next(ticks)
     world.update()
     dead, alive = world.workers[0], world.backend.alive
-    world.backend.kill(dead)
+    world.backend.kill(dead.handle)
     monkeypatch.setattr(world.backend, "alive", lambda handle, timeout=0.5: True)
     for _ in range(100 * MAX_ATTEMPTS):
         world.pool.poll(0.0)
@@ -160,7 +162,7 @@ def test_rounds_and_newcomers_that_wait_for_lost_weights_get_the_present_ones() 
     world.pool.redo_lost()
     assert old == set(world.pool._rounds), "there are no others yet"
     world.progress.version = 2
-    world.pool.set_weights(None, 2)
+    world.pool.set_weights(WEIGHTS, 2)
     world.pool.redo_lost()
     assert not old & set(world.pool._rounds)
     assert sorted(round_.lease_id for round_ in world.pool.rounds()) == ids

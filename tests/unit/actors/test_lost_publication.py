@@ -85,7 +85,7 @@ def test_rounds_and_newcomers_outlast_weights_whose_sender_died() -> None:
     world.pool.set_weights(lost, world.progress.version)
     world.flow.top_up()
     newcomer = world.pool.crew.next_index
-    world.pool.crew.join(world.spawn_worker(newcomer))  # type: ignore[arg-type]
+    world.pool.crew.join(world.spawn_worker(newcomer))
     for _ in range(500):
         world.pool.poll(0.0)
         world.flow.top_up()

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulation import SimHandle
 from worlds import CAPACITY, CHAINS, World
 
 from ebm_dist.cluster.backend import PartDied
+from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.draining.shards import LOOK_S, Mover
 from ebm_dist.controller.parts import Leave
 
@@ -21,7 +21,7 @@ class Leaving:
     def __init__(self, draining: set[str], other: str | None = "a", **world: Any) -> None:
         self.world = World(nodes=("a", "b"), **world)
         self.draining, self.other = draining, other
-        self.started: list[SimHandle] = []
+        self.started: list[ShardClient] = []
         self.now = 0.0
         graph: Any = type("G", (), {})()
         graph.backend, graph.shards = self.world.backend, self.world.shards
@@ -33,13 +33,13 @@ class Leaving:
     def clock(self) -> float:
         return self.now
 
-    def start(self, index: int) -> SimHandle | None:
+    def start(self, index: int) -> ShardClient | None:
         if self.other is None:
             return None
-        handle = self.world.spawn_shard(index)
-        handle.node = self.other
-        self.started.append(handle)
-        return handle
+        shard = self.world.spawn_shard(index)
+        shard.handle.node = self.other
+        self.started.append(shard)
+        return shard
 
     def update(self) -> tuple[list[int], np.ndarray]:
         self.now += LOOK_S
@@ -48,7 +48,7 @@ class Leaving:
         return self.world.update(busy_ticks=busy)
 
     def identities(self) -> list[int]:
-        return [k for shard in self.world.shards for k in shard.part.identities().tolist()]
+        return [k for shard in self.world.shards for k in shard.handle.part.identities().tolist()]
 
 
 def test_a_shard_leaves_a_draining_node_with_every_chain_as_it_is() -> None:
@@ -61,27 +61,27 @@ def test_a_shard_leaves_a_draining_node_with_every_chain_as_it_is() -> None:
     leaving.draining = {"b"}
     leaving.now += LOOK_S
     leaving.mover.between_updates()  # a successor is asked for
-    old, epoch = world.shards[1], world.shards[1].part.epoch
+    old, epoch = world.shards[1], world.shards[1].handle.part.epoch
     assert [shard.node for shard in world.shards] == ["a", "b"]
-    lease = old.part.checkout(10**6, CHAINS)
+    lease = old.handle.part.checkout(10**6, CHAINS)
     leaving.mover.between_updates()
     assert [shard.node for shard in world.shards] == ["a", "a"]
-    assert old.dead
+    assert old.handle.dead
     assert sorted(leaving.identities()) == identities
-    new = world.shards[1].part
-    assert new.epoch > old.part.epoch > epoch
+    new = world.shards[1].handle.part
+    assert new.epoch > old.handle.part.epoch > epoch
     # What the old one committed until then, and nothing of what was under way.
-    before, after = old.part.snapshot()["arrays"], new.snapshot()["arrays"]
+    before, after = old.handle.part.snapshot().arrays, new.snapshot().arrays
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
-    assert new.counts()["free"] == CAPACITY // 2
-    counts = old.part.counts()
+    assert new.counts().free == CAPACITY // 2
+    counts = old.handle.part.counts()
     for name in ("reinitialised", "late_checkins", "expired_leases"):
-        assert new.counts()[name] == counts[name]
+        assert getattr(new.counts(), name) == getattr(counts, name)
     # A worker that comes back with a lease of before commits nothing, here or there.
-    moved = leaving.world.workers[0].part.run_round(lease, None, 1, 1)
-    assert not old.part.checkin(moved)["accepted"]
-    assert not new.checkin(moved)["accepted"]
+    moved = leaving.world.workers[0].handle.part.run_round(lease, None, 1, 1)
+    assert not old.handle.part.checkin(moved).accepted
+    assert not new.checkin(moved).accepted
     for _ in range(30):
         assert max(leaving.update()[0]) <= 3
     assert world.pool.restarts == 0
@@ -118,8 +118,8 @@ def test_a_death_during_a_move_leaves_one_shard_and_no_process(who: str) -> None
     world = leaving.world
     leaving.update()
     old = world.shards[1]
-    dies: Callable[[], SimHandle] = lambda: {"old": old, "new": leaving.started[0]}[who]  # noqa: E731
-    world.backend.kill(dies())
+    dies: Callable[[], ShardClient] = lambda: {"old": old, "new": leaving.started[0]}[who]  # noqa: E731
+    world.backend.kill(dies().handle)
     if who == "old":
         with pytest.raises(PartDied):
             leaving.mover.between_updates()
@@ -128,5 +128,5 @@ def test_a_death_during_a_move_leaves_one_shard_and_no_process(who: str) -> None
         leaving.update()
     world.check()
     assert [shard.node for shard in world.shards] == ["a", "a"]
-    alive = [handle for handle in (old, *leaving.started) if not handle.dead]
+    alive = [shard for shard in (old, *leaving.started) if not shard.handle.dead]
     assert alive == [world.shards[1]]

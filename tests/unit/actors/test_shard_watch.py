@@ -108,8 +108,8 @@ def test_a_trace_holds_each_chains_own_rounds_in_order() -> None:
     report = trace.report("shard 0")
     assert report is not None
     # White noise: no memory, every chain explores all.
-    assert report["values"]["chain/stagnant"] == 0
-    assert report["values"]["chain/trace_autocorrelation"] < 2.5
+    assert report.values["chain/stagnant"] == 0
+    assert report.values["chain/trace_autocorrelation"] < 2.5
     # The window was full, so the next slots are followed, from nothing.
     assert list(trace.slots) == [4, 5, 6, 7]
     assert trace.report("shard 0") is None
@@ -128,8 +128,8 @@ def test_a_fresh_start_is_no_move_between_modes() -> None:
         trace.record(slots, where + noise, np.zeros(8), fresh)
     report = trace.report("shard 3")
     assert report is not None
-    assert report["values"]["chain/stagnant"] == 1.0
-    assert report["alarm"].startswith("shard 3: 8 of 8 chains are confined")
+    assert report.values["chain/stagnant"] == 1.0
+    assert report.alarm.startswith("shard 3: 8 of 8 chains are confined")
 
 
 def test_a_coordinate_that_no_chain_leaves_raises_the_alarm_of_its_shard() -> None:
@@ -142,8 +142,8 @@ def test_a_coordinate_that_no_chain_leaves_raises_the_alarm_of_its_shard() -> No
         trace.record(slots, x, np.zeros(16), np.zeros(16, bool))
     report = trace.report("shard 1")
     assert report is not None
-    assert report["values"]["chain/stagnant"] == 0
-    assert report["alarm"].startswith("shard 1: the chains move, but disagree about coordinate 7")
+    assert report.values["chain/stagnant"] == 0
+    assert report.alarm.startswith("shard 1: the chains move, but disagree about coordinate 7")
 
 
 @pytest.mark.parametrize("apart", [0.0, 3.0])
@@ -157,7 +157,7 @@ def test_energies_are_judged_less_what_moving_weights_do_to_all(apart: float) ->
         trace.record(slots, x, energy, np.zeros(16, bool))
     report = trace.report("shard 0")
     assert report is not None
-    assert (report["values"]["chain/trace_energy_rhat"] > 1.2) == (apart > 0)
-    assert (report["alarm"] is not None) == (apart > 0)
+    assert (report.values["chain/trace_energy_rhat"] > 1.2) == (apart > 0)
+    assert (report.alarm is not None) == (apart > 0)
     if apart:
-        assert "disagree about the energy" in report["alarm"]
+        assert "disagree about the energy" in report.alarm

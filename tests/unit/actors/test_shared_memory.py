@@ -233,13 +233,13 @@ def test_a_killed_shards_successor_on_the_node_has_its_chains(
     assert lease is not None
     assert lease.grant is not None
     assert lease.grant.directory == f"{memory.path}/shard_0001-0"
-    before, epoch = first.snapshot()["arrays"], first.epoch
+    before, epoch = first.snapshot().arrays, first.epoch
     with closing(RunMemory("r", "1").hold(NODE)):
         memory.close()  # as the kernel does for a dead process
         second = make_shard(RunMemory("r", "1").hold(NODE))
         assert second.attached
         assert second.epoch > epoch
-        assert all(np.array_equal(before[k], v) for k, v in second.snapshot()["arrays"].items())
+        assert all(np.array_equal(before[k], v) for k, v in second.snapshot().arrays.items())
     elsewhere = make_shard(RunMemory("r", "1").hold("f" * 16))
     assert not elsewhere.attached, "another node's memory is another's, whichever machine it is on"
     assert notes(elsewhere) == ()

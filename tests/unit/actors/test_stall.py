@@ -48,7 +48,7 @@ def test_chains_that_nobody_frees_are_named() -> None:
     made = world(num_workers=2)
     for shard in made.shards:  # somebody else holds every chain, and never gives it back
         for lease_id in range(-1, -1 - made.capacity // 2 // CHAINS, -1):
-            assert shard.part.checkout(lease_id, CHAINS) is not None
+            assert shard.handle.part.checkout(lease_id, CHAINS) is not None
     assert stalled(made).queue is stall.FREE_CHAINS
 
 

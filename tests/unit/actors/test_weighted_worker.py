@@ -61,18 +61,18 @@ def test_the_learner_is_shown_the_chains_before_they_move_with_the_weights_of_it
     shown = moved.negatives
     assert shown is not None
     assert moved.ancestors is None
-    np.testing.assert_array_equal(shown["x"], lease.position)
-    np.testing.assert_allclose(shown["energy"], lease.position[:, 0] ** 2, rtol=1e-5)
-    assert (shown["version"] == 5).all()
+    np.testing.assert_array_equal(shown.x, lease.position)
+    np.testing.assert_allclose(shown.energy, lease.position[:, 0] ** 2, rtol=1e-5)
+    assert (shown.version == 5).all()
     # Between what was shown and what the next jump is measured at, every chain has moved.
     assert float(np.abs(moved.position - lease.position).min()) >= 0
     assert float((moved.position != lease.position).mean()) > 0.9
     # E = x^2 is N(0, 1/2) with Z = sqrt(pi): importance sampling from N(0, 16).
-    w = np.exp(shown["log_weight"].astype(np.float64))
+    w = np.exp(shown.log_weight.astype(np.float64))
     error = w.std() / w.mean() / math.sqrt(NUM)
-    assert abs(log_mean(shown["log_weight"]) - 0.5 * math.log(math.pi)) < 4 * error
-    second = (w * shown["x"][:, 0] ** 2).sum() / w.sum()
-    spread = math.sqrt(float((w**2 * (shown["x"][:, 0] ** 2 - 0.5) ** 2).sum())) / w.sum()
+    assert abs(log_mean(shown.log_weight) - 0.5 * math.log(math.pi)) < 4 * error
+    second = (w * shown.x[:, 0] ** 2).sum() / w.sum()
+    spread = math.sqrt(float((w**2 * (shown.x[:, 0] ** 2 - 0.5) ** 2).sum())) / w.sum()
     assert abs(second - 0.5) < 4 * spread
 
 
@@ -82,10 +82,10 @@ def test_resampled_chains_part_before_they_are_seen_and_keep_the_mean_weight() -
     assert shown is not None
     assert ancestors is not None
     # The learner still has the weighted ones, all different.
-    np.testing.assert_array_equal(shown["x"], lease.position)
+    np.testing.assert_array_equal(shown.x, lease.position)
     assert len(np.unique(ancestors)) < 0.6 * NUM
     assert np.ptp(moved.log_weight) == 0
-    assert log_mean(moved.log_weight) == pytest.approx(log_mean(shown["log_weight"]), abs=1e-5)
+    assert log_mean(moved.log_weight) == pytest.approx(log_mean(shown.log_weight), abs=1e-5)
     # Copies have moved by noise of their own; only moves refused six times over leave twins.
     assert len(np.unique(moved.position)) > 0.95 * NUM
     # They now follow exp(-x^2): variance 1/2, of which an average over NUM is off by this much,
@@ -107,9 +107,9 @@ def test_a_copy_has_the_age_of_the_chain_that_it_continues() -> None:
     new = int(np.flatnonzero(~np.isin(lease.slots, first.slots))[0])
     ancestors = np.array([old] * 5 + [new] * 3)
     shard.checkin(move(lease, ancestors=ancestors))
-    ages = shard.snapshot()["arrays"]["age"][lease.slots]
+    ages = shard.snapshot().arrays["age"][lease.slots]
     assert ages.tolist() == [2] * 5 + [1] * 3
-    assert shard.counts()["resampled"] == 1
+    assert shard.counts().resampled == 1
 
 
 def test_an_update_may_have_more_negatives_than_data(tmp_path: Path) -> None:

@@ -50,10 +50,10 @@ def test_two_workers_make_the_same_rounds(storage, engine) -> None:
         for lease_id in range(4):
             moved = worker.run_round(shard.checkout(lease_id, 8), weights, lease_id, 3)
             reply = shard.checkin(moved)
-            assert reply["accepted"]
-            assert all(np.isfinite(value) for value in reply["stats"].values())
+            assert reply.accepted
+            assert all(np.isfinite(value) for value in reply.stats.values())
             shard.take(lease_id)
-        ends.append(shard.snapshot()["arrays"]["position"])
+        ends.append(shard.snapshot().arrays["position"])
     assert np.array_equal(ends[0], ends[1])
 
 

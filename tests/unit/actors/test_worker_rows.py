@@ -45,10 +45,10 @@ def test_rounds_by_rows_are_rounds_by_value_bit_for_bit(storage, tmp_path) -> No
             lease = shard.checkout(lease_id, 4, by_rows=directory is not None)
             assert (lease.grant is None) == (directory is None)
             reply = shard.checkin(worker.run_round(lease, weights, lease_id, 3))
-            assert reply["accepted"]
+            assert reply.accepted
             shard.take(lease_id)
-            replies.append(reply["stats"])
-        ends.append(shard.snapshot()["arrays"])
+            replies.append(reply.stats)
+        ends.append(shard.snapshot().arrays)
     for name, array in ends[0].items():
         assert np.array_equal(array, ends[1][name]), name
     assert replies[:8] == replies[8:]
@@ -60,8 +60,8 @@ def test_the_energy_of_a_rounded_chain_is_that_of_where_it_is_stored(tmp_path) -
     _, negatives = shard.take(0)
     energy = energies.FAMILY.section("mlp", event_shape=(1, 4, 4)).build(seed=1)
     with torch.no_grad():
-        expected = energy(torch.from_numpy(negatives["x"])).numpy()
-    assert np.allclose(negatives["energy"], expected, rtol=0, atol=1e-6)
+        expected = energy(torch.from_numpy(negatives.x)).numpy()
+    assert np.allclose(negatives.energy, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("when", ["before it reads", "before it writes"])
@@ -69,7 +69,7 @@ def test_a_worker_that_is_overtaken_changes_nothing_and_counts_as_late(when, tmp
     now = [0.0]
     shard, worker, weights = make("float32", str(tmp_path / "shard"), lambda: now[0])
     lease = shard.checkout(0, 4, by_rows=True)
-    before = shard.snapshot()["arrays"]
+    before = shard.snapshot().arrays
 
     def overtake() -> None:
         now[0] = 11.0
@@ -81,11 +81,11 @@ def test_a_worker_that_is_overtaken_changes_nothing_and_counts_as_late(when, tmp
     else:
         worker._run = _then(overtake, worker._run)  # type: ignore[method-assign]
     reply = shard.checkin(worker.run_round(lease, weights, 1, 3))
-    assert not reply["accepted"]
-    assert reply["lease_id"] == 0
-    assert reply["counts"]["late_checkins"] == 1
+    assert not reply.accepted
+    assert reply.lease_id == 0
+    assert reply.counts.late_checkins == 1
     for name in ("position", "energy", "version", "age", "chain_id"):
-        assert np.array_equal(before[name], shard.snapshot()["arrays"][name]), name
+        assert np.array_equal(before[name], shard.snapshot().arrays[name]), name
 
 
 def _then(after, run):

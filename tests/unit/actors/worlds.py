@@ -8,16 +8,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from simulation import SimBackend, SimHandle, SimWorker
+from simulation import SimBackend, SimWorker
 
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.checkpoint.cut import Progress
+from ebm_dist.cluster.backend import Ref
 from ebm_dist.config.sections import FlowConfig
+from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives.source import NegativeFlow
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.core.types import EventSpec
 
+WEIGHTS: Ref[np.ndarray] = Ref()
+"""A worker of the simulation looks at the version alone."""
 SPEC = EventSpec((3,), "real")
 CAPACITY, CHAINS, BATCH, NUM_STEPS = 48, 4, 8, 10
 
@@ -74,10 +78,10 @@ class World:
         self.progress = Progress()
         self.pool = RoundPool(
             self.backend,  # type: ignore[arg-type]
-            self.shards,  # type: ignore[arg-type]
-            self.workers,  # type: ignore[arg-type]
-            respawn_worker=self.spawn_worker,  # type: ignore[arg-type]
-            respawn_shard=self.spawn_shard,  # type: ignore[arg-type]
+            self.shards,
+            self.workers,
+            respawn_worker=self.spawn_worker,
+            respawn_shard=self.spawn_shard,
             on_rejected=lambda shard: None,
             say=self.said.append,
             num_chains=CHAINS,
@@ -97,12 +101,13 @@ class World:
             self.progress,
             lambda name, num: self.counts.update({name: num}),
         )
-        self.pool.set_weights(None, 0)
+        self.pool.set_weights(WEIGHTS, 0)
 
-    def spawn_worker(self, index: int) -> SimHandle:
+    def spawn_worker(self, index: int) -> WorkerClient:
         node = self.nodes[index % len(self.nodes)]
         within = {"within": str(self.memory_of(node))} if self.directory else {}
-        return self.backend.spawn(SimWorker, within, name=f"worker-{index}", node=node)
+        handle = self.backend.spawn(SimWorker, within, name=f"worker-{index}", node=node)
+        return WorkerClient(handle)
 
     def memory_of(self, node: str | None) -> Path:
         assert self.directory is not None
@@ -110,7 +115,7 @@ class World:
         path.mkdir(exist_ok=True)
         return path
 
-    def spawn_shard(self, index: int) -> SimHandle:
+    def spawn_shard(self, index: int) -> ShardClient:
         node = self.nodes[index % len(self.nodes)]
         options = {
             "config": BufferConfig(
@@ -125,7 +130,7 @@ class World:
             "num_grants": 6,
             "clock": lambda: self.now,
         }
-        return self.backend.spawn(Shard, options, name=f"shard-{index}", node=node)
+        return ShardClient(self.backend.spawn(Shard, options, name=f"shard-{index}", node=node))
 
     def misfortune(self) -> None:
         self.now += self.tick_s
@@ -134,7 +139,7 @@ class World:
             raise AssertionError("deadlock: the update is not made")
         for parts, chance in ((self.workers, self.kills[0]), (self.shards, self.kills[1])):
             if self.rng.random() < chance:
-                self.backend.kill(parts[int(self.rng.integers(len(parts)))])
+                self.backend.kill(parts[int(self.rng.integers(len(parts)))].handle)
 
     def update(self, busy_ticks: int = 0) -> tuple[list[int], np.ndarray]:
         """One update; returns the lags at consumption and the negatives."""
@@ -144,24 +149,24 @@ class World:
         x = []
         for lease, (num, ref) in zip(taken.leases, taken.negatives, strict=True):
             negatives = self.backend.get(ref, 1.0)
-            assert num == lease.num_chains == len(negatives["x"]) == CHAINS
-            assert (negatives["version"] == lease.version).all()
-            x.append(negatives["x"])
+            assert num == lease.num_chains == len(negatives.x) == CHAINS
+            assert (negatives.version == lease.version).all()
+            x.append(negatives.x)
         for _ in range(busy_ticks):  # the learner computes, rounds go on
             self.pool.poll(0.0)
             self.flow.top_up()
         self.progress.step += 1
         self.progress.version += 1
-        self.pool.set_weights(None, self.progress.version)
+        self.pool.set_weights(WEIGHTS, self.progress.version)
         self.check()
         return [taken.version - lease.version for lease in taken.leases], np.concatenate(x)
 
     def check(self) -> None:
         identities: list[int] = []
         for shard in self.shards:
-            if shard.dead:
+            if shard.handle.dead:
                 continue
-            counts = shard.part.counts()
-            assert counts["free"] + counts["leased"] + counts["ready"] == self.capacity // 2
-            identities += shard.part.identities().tolist()
+            counts = shard.handle.part.counts()
+            assert counts.free + counts.leased + counts.ready == self.capacity // 2
+            identities += shard.handle.part.identities().tolist()
         assert len(set(identities)) == len(identities)

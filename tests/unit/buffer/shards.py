@@ -74,7 +74,7 @@ def chains_of(lease: Lease) -> np.ndarray | None:
 
 def total(shard: Shard) -> int:
     counts = shard.counts()
-    return int(counts["free"] + counts["leased"] + counts["ready"])
+    return counts.free + counts.leased + counts.ready
 
 
 def chain_ids(shard: Shard) -> list[int]:

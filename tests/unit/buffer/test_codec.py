@@ -7,6 +7,7 @@ import pytest
 import torch
 from shards import make_shard
 
+from ebm_dist.buffer.answers import Origin
 from ebm_dist.buffer.codec import Codec, as_float32
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
@@ -101,12 +102,12 @@ def test_a_checkpoint_keeps_what_is_stored_and_can_be_read_as_another_type(
     first, second = image_shard(before, 0), image_shard(after, 1)
     saved = first.snapshot()
     learner = {"weight": np.zeros(1, np.float32)}
-    parts = {"learner": learner, "shard_0000": saved["arrays"]}
+    parts = {"learner": learner, "shard_0000": saved.arrays}
     checkpoint.save(tmp_path, 1, parts, {}, keep=1)
     arrays = checkpoint.latest(tmp_path).arrays("shard_0000")
     assert arrays["position"].dtype == Codec.of(before, IMAGE).dtype
-    second.restore(arrays, saved["meta"])
-    x, y = first.weighted()["x"], second.weighted()["x"]
+    second.restore(arrays, Origin(saved.meta.data))
+    x, y = first.weighted().x, second.weighted().x
     assert x.dtype == y.dtype == np.float32
     assert np.array_equal(as_float32(arrays["position"], IMAGE), x)
     assert (

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
 import pytest
 from shards import Clock, chain_ids, chains_of, make_shard, move, total
 
+from ebm_dist.buffer.answers import Origin
 from ebm_dist.buffer.rows import open_rows
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.core.types import Lease
@@ -55,7 +57,7 @@ def rounds(shard: Shard, first: int, num: int) -> None:
     for lease_id in range(first, first + num):
         lease = shard.checkout(lease_id, 4, by_rows=True)
         assert lease is not None
-        assert shard.checkin(move(lease, version=lease_id))["accepted"]
+        assert shard.checkin(move(lease, version=lease_id)).accepted
         shard.take(lease_id)
 
 
@@ -72,11 +74,12 @@ def test_a_lease_by_rows_moves_the_same_chains_to_the_same_places(reinit_prob, t
         for name in ("slots", "chain_id", "log_weight", "version", "energy", "seed"):
             assert np.array_equal(getattr(a, name), getattr(b, name)), name
         for shard, lease in ((by_value, a), (by_rows, b)):
-            assert shard.checkin(move(lease, version=lease_id))["accepted"]
-        for x, y in zip(by_value.take(lease_id)[1].values(), by_rows.take(lease_id)[1].values()):
+            assert shard.checkin(move(lease, version=lease_id)).accepted
+        taken = [shard.take(lease_id)[1] for shard in (by_value, by_rows)]
+        for x, y in zip(*(astuple(negatives) for negatives in taken)):
             assert np.array_equal(x, y)
-    saved = by_rows.snapshot()["arrays"]
-    for name, array in by_value.snapshot()["arrays"].items():
+    saved = by_rows.snapshot().arrays
+    for name, array in by_value.snapshot().arrays.items():
         assert np.array_equal(array, saved[name]), name
 
 
@@ -105,7 +108,7 @@ def test_leases_beyond_the_rows_there_are_go_by_value(tmp_path: Path) -> None:
     leases = [shard.checkout(i, 4, by_rows=True) for i in range(4)]
     assert [lease.grant is None for lease in leases] == [False, False, True, True]
     for lease in leases:
-        assert shard.checkin(move(lease))["accepted"]
+        assert shard.checkin(move(lease)).accepted
     assert make_shard().checkout(0, 4, by_rows=True).grant is None  # nothing is mapped
 
 
@@ -116,7 +119,7 @@ def test_more_grants_than_locks_that_may_stay_open_all_come_back(monkeypatch, tm
         leases = [shard.checkout(first + n, 4, by_rows=True) for n in range(5)]
         assert all(lease.grant is not None for lease in leases)
         for lease in leases:
-            assert shard.checkin(move(lease))["accepted"]
+            assert shard.checkin(move(lease)).accepted
             shard.take(lease.lease_id)
     files = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
     assert 0 < sum(file.endswith(".lock") and str(tmp_path) in file for file in files) <= 2
@@ -131,15 +134,15 @@ def test_a_late_worker_cannot_write_into_rows_that_another_lease_has_now(tmp_pat
     assert set(current.grant.target.tolist()) == set(late.grant.target.tolist())
     moved = move(current)
     late_reply = shard.checkin(move(late, position=np.full((4, 3), 777.0, np.float32)))
-    assert not late_reply["accepted"]
-    assert late_reply["counts"]["late_checkins"] == 1
-    assert shard.checkin(moved)["accepted"]
-    assert (shard.snapshot()["arrays"]["position"] != 777.0).all()
+    assert not late_reply.accepted
+    assert late_reply.counts.late_checkins == 1
+    assert shard.checkin(moved).accepted
+    assert (shard.snapshot().arrays["position"] != 777.0).all()
     # Nor into rows that are a committed chain's.
     assert not open_rows(current.grant).write(
         current.grant, np.full((4, 3), 777.0, np.float32), current.chain_id
     )
-    assert (shard.snapshot()["arrays"]["position"] != 777.0).all()
+    assert (shard.snapshot().arrays["position"] != 777.0).all()
 
 
 def test_a_worker_whose_round_is_redone_can_no_longer_write(tmp_path: Path) -> None:
@@ -149,8 +152,8 @@ def test_a_worker_whose_round_is_redone_can_no_longer_write(tmp_path: Path) -> N
     second = shard.checkout(0, 4, by_rows=True)
     assert np.array_equal(chains_of(second), start)
     assert chains_of(first) is None
-    assert not shard.checkin(move(first))["accepted"]
-    assert shard.checkin(move(second))["accepted"]
+    assert not shard.checkin(move(first)).accepted
+    assert shard.checkin(move(second)).accepted
 
 
 @pytest.mark.parametrize("end", ["goes on", "killed"])
@@ -161,18 +164,18 @@ def test_rows_of_a_worker_stopped_while_writing_are_out_of_use_until_it_ends(end
     writer = write_half(lease, tmp_path)
     clock.now = 11.0
     rounds(shard, 1, 20)
-    before = shard.snapshot()["arrays"]
+    before = shard.snapshot().arrays
     assert (before["position"] != 777.0).all()
     assert shard._grants.num_quarantined == 4
     assert not set(shard._slots.row_of_slot.tolist()) & set(lease.grant.target.tolist())
     os.kill(writer.pid, signal.SIGCONT if end == "goes on" else signal.SIGKILL)
     writer.wait()
-    for name, array in shard.snapshot()["arrays"].items():
+    for name, array in shard.snapshot().arrays.items():
         assert np.array_equal(array, before[name]), name
-    assert not shard.checkin(move(lease))["accepted"]
+    assert not shard.checkin(move(lease)).accepted
     rounds(shard, 21, 20)
     assert shard._grants.num_quarantined == 0
-    assert (shard.snapshot()["arrays"]["position"] != 777.0).all()
+    assert (shard.snapshot().arrays["position"] != 777.0).all()
     # Both grants are to be had again.
     assert all(shard.checkout(i, 4, by_rows=True).grant is not None for i in (41, 42))
 
@@ -189,8 +192,8 @@ def test_a_successor_leaves_alone_what_a_worker_of_its_predecessor_is_writing(tm
     assert not open_rows(idle.grant).write(idle.grant, np.zeros((4, 3)), idle.chain_id)
     os.kill(writer.pid, signal.SIGCONT)
     writer.wait()
-    assert (second.snapshot()["arrays"]["position"] != 777.0).all()
-    assert not second.checkin(move(lease))["accepted"]
+    assert (second.snapshot().arrays["position"] != 777.0).all()
+    assert not second.checkin(move(lease)).accepted
     rounds(second, 22, 20)
     assert second._grants.num_quarantined == 0
     assert chain_ids(second) == list(range(24))
@@ -203,20 +206,20 @@ def test_rows_of_a_shard_that_began_anew_are_not_taken_for_the_old_ones(tmp_path
     (tmp_path / "shard" / "shape.json").unlink()
     second = mapped_shard(tmp_path)
     assert not second.attached
-    before = second.snapshot()["arrays"]["position"]
+    before = second.snapshot().arrays["position"]
     # He writes into the files he had, which nobody else has any more.
     moved = move(lease, position=np.full((4, 3), 777.0, np.float32))
-    assert np.array_equal(second.snapshot()["arrays"]["position"], before)
-    assert not second.checkin(moved)["accepted"]
+    assert np.array_equal(second.snapshot().arrays["position"], before)
+    assert not second.checkin(moved).accepted
 
 
 def test_a_restore_voids_the_leases_by_rows(tmp_path: Path) -> None:
     shard = mapped_shard(tmp_path)
     saved = shard.snapshot()
     lease = shard.checkout(0, 4, by_rows=True)
-    shard.restore(saved["arrays"], saved["meta"])
-    assert not shard.checkin(move(lease))["accepted"]
-    assert np.array_equal(shard.snapshot()["arrays"]["position"], saved["arrays"]["position"])
+    shard.restore(saved.arrays, Origin(saved.meta.data))
+    assert not shard.checkin(move(lease)).accepted
+    assert np.array_equal(shard.snapshot().arrays["position"], saved.arrays["position"])
 
 
 def test_chains_in_the_rows_of_others_are_refused_by_name(tmp_path: Path) -> None:

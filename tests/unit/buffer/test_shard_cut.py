@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from shards import make_shard, move
 
+from ebm_dist.buffer.answers import Origin
+
 
 def work(shard, lease_ids, num: int = 2) -> None:
     for lease_id in lease_ids:
         lease = shard.checkout(lease_id, num)
-        assert shard.checkin(move(lease, version=lease_id))["accepted"]
+        assert shard.checkin(move(lease, version=lease_id)).accepted
         shard.take(lease_id)
 
 
@@ -36,12 +38,12 @@ def test_a_difference_on_top_of_its_base_is_the_snapshot(rounds: int) -> None:
     shard = make_shard(capacity=24)
     work(shard, range(6))
     meta, whole = shard.cut(1)
-    assert meta["since"] is None
+    assert meta.since is None
     work(shard, range(6, 6 + rounds))
     meta, part = shard.cut(2, since=1)
-    assert meta["since"] == 1
+    assert meta.since == 1
     assert len(part["row"]) <= 2 * rounds
-    assert_same(merged(whole, part), shard.snapshot()["arrays"])
+    assert_same(merged(whole, part), shard.snapshot().arrays)
 
 
 def test_differences_are_to_the_last_whole_cut_however_many_lie_between() -> None:
@@ -50,8 +52,8 @@ def test_differences_are_to_the_last_whole_cut_however_many_lie_between() -> Non
     for number in range(2, 6):
         work(shard, [number])
         meta, part = shard.cut(number, since=1)
-        assert meta["since"] == 1
-    assert_same(merged(whole, part), shard.snapshot()["arrays"])
+        assert meta.since == 1
+    assert_same(merged(whole, part), shard.snapshot().arrays)
 
 
 def test_where_half_of_the_slots_changed_the_cut_is_whole_and_the_next_refers_to_it() -> None:
@@ -59,22 +61,22 @@ def test_where_half_of_the_slots_changed_the_cut_is_whole_and_the_next_refers_to
     shard.cut(1)
     work(shard, range(12))
     meta, whole = shard.cut(2, since=1)
-    assert meta["since"] is None
+    assert meta.since is None
     assert "row" not in whole
     work(shard, [12])
     meta, part = shard.cut(3, since=2)
-    assert meta["since"] == 2
-    assert_same(merged(whole, part), shard.snapshot()["arrays"])
+    assert meta.since == 2
+    assert_same(merged(whole, part), shard.snapshot().arrays)
 
 
 def test_after_a_whole_cut_that_was_not_written_the_one_before_still_serves() -> None:
     shard = make_shard(capacity=8)
     _, whole = shard.cut(1)
     work(shard, range(12))
-    assert shard.cut(2, since=1)[0]["since"] is None
+    assert shard.cut(2, since=1)[0].since is None
     meta, arrays = shard.cut(3, since=1)  # the disk refused cut 2
-    current = shard.snapshot()["arrays"]
-    assert_same(arrays if meta["since"] is None else merged(whole, arrays), current)
+    current = shard.snapshot().arrays
+    assert_same(arrays if meta.since is None else merged(whole, arrays), current)
 
 
 def test_chains_on_lease_are_in_a_cut_as_they_were_and_in_the_next_as_committed() -> None:
@@ -86,7 +88,7 @@ def test_chains_on_lease_are_in_a_cut_as_they_were_and_in_the_next_as_committed(
     shard.checkin(move(lease))
     _, part = shard.cut(3, since=1)
     assert sorted(part["row"]) == sorted(lease.slots)
-    assert_same(merged(whole, part), shard.snapshot()["arrays"])
+    assert_same(merged(whole, part), shard.snapshot().arrays)
 
 
 def test_a_restored_shard_and_a_successor_remember_no_cut(tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ def test_a_restored_shard_and_a_successor_remember_no_cut(tmp_path: Path) -> Non
     successor = make_shard(directory=str(tmp_path / "s"))
     assert successor.attached
     # Killed between a commit and the move of its generation, it could not know what changed.
-    assert successor.cut(2, since=1)[0]["since"] is None
+    assert successor.cut(2, since=1)[0].since is None
     work(successor, range(3))
-    successor.restore(whole, {"next_chain": 24})
-    assert successor.cut(3, since=2)[0]["since"] is None
+    successor.restore(whole, Origin(next_chain=24))
+    assert successor.cut(3, since=2)[0].since is None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from shards import Clock, chain_ids, make_shard, move, total
 
+from ebm_dist.buffer.answers import Origin
 from ebm_dist.buffer.config import BufferConfig, shard_capacities
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.core.types import Batch, EventSpec
@@ -18,7 +19,7 @@ def test_a_lease_takes_slots_that_no_other_lease_has():
     slots = np.concatenate([lease.slots for lease in leases if lease is not None])
     assert sorted(slots.tolist()) == list(range(24))
     assert shard.checkout(6, 1) is None
-    assert shard.counts()["leased"] == 24
+    assert shard.counts().leased == 24
 
 
 def test_more_chains_than_a_lease_may_have_are_refused():
@@ -30,7 +31,7 @@ def test_a_shard_with_too_few_free_chains_gives_none_and_keeps_them():
     shard = make_shard(6)
     shard.checkout(0, 4)
     assert shard.checkout(1, 4) is None
-    assert shard.counts()["free"] == 2
+    assert shard.counts().free == 2
 
 
 def test_a_repeated_checkout_gives_the_same_lease_with_the_same_noise():
@@ -41,7 +42,7 @@ def test_a_repeated_checkout_gives_the_same_lease_with_the_same_noise():
     assert first.slots.tolist() == again.slots.tolist()
     assert first.seed == again.seed
     assert np.array_equal(first.position, again.position)
-    assert shard.counts()["leased"] == 4
+    assert shard.counts().leased == 4
 
 
 def test_a_checkin_commits_and_a_repeated_one_changes_nothing():
@@ -49,15 +50,15 @@ def test_a_checkin_commits_and_a_repeated_one_changes_nothing():
     lease = shard.checkout(0, 4)
     moved = move(lease, version=3)
     reply = shard.checkin(moved)
-    assert reply["accepted"]
-    assert reply["counts"]["ready"] == 4
-    after = shard.snapshot()["arrays"]
+    assert reply.accepted
+    assert reply.counts.ready == 4
+    after = shard.snapshot().arrays
     repeated = shard.checkin(move(lease, version=9, position=moved.position + 5))
-    assert repeated["accepted"]
-    assert repeated["version"] == 3
-    for name, array in shard.snapshot()["arrays"].items():
+    assert repeated.accepted
+    assert repeated.version == 3
+    for name, array in shard.snapshot().arrays.items():
         assert np.array_equal(array, after[name]), name
-    assert shard.counts()["late_checkins"] == 0
+    assert shard.counts().late_checkins == 0
 
 
 def test_a_committed_lease_asked_for_again_repeats_its_reply_and_takes_no_slots():
@@ -66,10 +67,10 @@ def test_a_committed_lease_asked_for_again_repeats_its_reply_and_takes_no_slots(
     shard.checkin(move(shard.checkout(0, 4), version=3))
     assert shard.checkout(0, 4) is None
     reply = shard.checkin(None, 0)
-    assert reply["accepted"]
-    assert reply["version"] == 3
-    assert shard.counts()["leased"] == 0
-    assert not shard.checkin(None, 1)["accepted"]
+    assert reply.accepted
+    assert reply.version == 3
+    assert shard.counts().leased == 0
+    assert not shard.checkin(None, 1).accepted
 
 
 def test_negatives_are_handed_over_once_and_only_after_the_commit():
@@ -81,25 +82,25 @@ def test_negatives_are_handed_over_once_and_only_after_the_commit():
     ready, negatives = shard.take(0)
     assert ready
     assert negatives is not None
-    assert np.array_equal(negatives["x"], moved.position)
-    assert np.array_equal(negatives["energy"], moved.energy)
-    assert negatives["version"].tolist() == [3] * 4
+    assert np.array_equal(negatives.x, moved.position)
+    assert np.array_equal(negatives.energy, moved.energy)
+    assert negatives.version.tolist() == [3] * 4
     assert shard.take(0) == (False, None)
-    assert shard.counts()["free"] == 24
+    assert shard.counts().free == 24
 
 
 def test_an_expired_lease_gives_the_old_chains_back_and_its_late_checkin_is_counted():
     clock = Clock()
     shard = make_shard(clock=clock)
-    before = shard.snapshot()["arrays"]
+    before = shard.snapshot().arrays
     lease = shard.checkout(0, 4)
     clock.now = 10.5
     reply = shard.checkin(move(lease))
-    assert not reply["accepted"]
-    assert reply["counts"]["free"] == 24
-    assert reply["counts"]["expired_leases"] == 1
-    assert reply["counts"]["late_checkins"] == 1
-    after = shard.snapshot()["arrays"]
+    assert not reply.accepted
+    assert reply.counts.free == 24
+    assert reply.counts.expired_leases == 1
+    assert reply.counts.late_checkins == 1
+    after = shard.snapshot().arrays
     for name in ("position", "energy", "version", "age", "log_weight", "chain_id"):
         assert np.array_equal(before[name], after[name]), name
 
@@ -120,9 +121,9 @@ def test_rounds_redone_after_their_leases_expired_move_the_chains_that_they_were
             expected = getattr(first[lease_id], name)
             assert np.array_equal(getattr(again, name), expected), (lease_id, name)
         assert again.seed == first[lease_id].seed
-        assert not shard.checkin(move(first[lease_id]))["accepted"], "the worker that was too late"
-        assert shard.checkin(move(again))["accepted"]
-    assert shard.counts()["expired_leases"] == 2
+        assert not shard.checkin(move(first[lease_id])).accepted, "the worker that was too late"
+        assert shard.checkin(move(again)).accepted
+    assert shard.counts().expired_leases == 2
 
 
 def test_it_moves_others_where_those_have_gone_to_another_lease():
@@ -132,7 +133,7 @@ def test_it_moves_others_where_those_have_gone_to_another_lease():
     clock.now = 10.5
     assert shard.checkout(1, 4) is not None
     assert shard.checkout(0, 4) is None
-    assert shard.counts()["leased"] == 4
+    assert shard.counts().leased == 4
 
 
 def test_a_late_checkin_does_not_touch_the_lease_that_has_its_slots_now():
@@ -142,11 +143,11 @@ def test_a_late_checkin_does_not_touch_the_lease_that_has_its_slots_now():
     clock.now = 11.0
     current = shard.checkout(1, 4)
     assert set(current.slots.tolist()) == set(late.slots.tolist())
-    assert not shard.checkin(move(late, position=np.full((4, 3), 99.0)))["accepted"]
+    assert not shard.checkin(move(late, position=np.full((4, 3), 99.0))).accepted
     # Not under the id of the present lease either: its generations are of the old one.
-    assert not shard.checkin(move(late, lease_id=1))["accepted"]
-    assert shard.checkin(move(current))["accepted"]
-    assert (shard.snapshot()["arrays"]["position"] != 99.0).all()
+    assert not shard.checkin(move(late, lease_id=1)).accepted
+    assert shard.checkin(move(current)).accepted
+    assert (shard.snapshot().arrays["position"] != 99.0).all()
 
 
 def test_a_renewed_lease_lives_from_its_renewal():
@@ -156,7 +157,7 @@ def test_a_renewed_lease_lives_from_its_renewal():
     clock.now = 8.0
     lease = shard.checkout(0, 4)
     clock.now = 15.0
-    assert shard.checkin(move(lease))["accepted"]
+    assert shard.checkin(move(lease)).accepted
 
 
 @pytest.mark.parametrize(
@@ -172,12 +173,12 @@ def test_a_checkin_of_another_epoch_lease_generation_or_slots_is_refused(changes
     shard = make_shard()
     lease = shard.checkout(0, 4)
     assert sorted(lease.slots.tolist()) != [0, 1, 2, 3]
-    before = shard.snapshot()["arrays"]
+    before = shard.snapshot().arrays
     reply = shard.checkin(move(lease, **changes))
-    assert not reply["accepted"]
-    assert reply["counts"]["late_checkins"] == 1
-    assert reply["counts"]["leased"] == 4
-    assert np.array_equal(before["position"], shard.snapshot()["arrays"]["position"])
+    assert not reply.accepted
+    assert reply.counts.late_checkins == 1
+    assert reply.counts.leased == 4
+    assert np.array_equal(before["position"], shard.snapshot().arrays["position"])
 
 
 def test_chains_of_another_shape_or_number_are_an_error_that_names_both():
@@ -198,9 +199,9 @@ def test_a_repair_leases_the_ready_chains_again_from_where_they_are():
     assert np.array_equal(lease.position, moved.position)
     assert lease.version.tolist() == [1] * 4
     assert shard.take(0) == (False, None)
-    assert shard.checkin(move(lease, version=5))["accepted"]
+    assert shard.checkin(move(lease, version=5)).accepted
     _, negatives = shard.take(1)
-    assert negatives["version"].tolist() == [5] * 4
+    assert negatives.version.tolist() == [5] * 4
     assert shard.checkout_ready(2, 0) is None
 
 
@@ -209,7 +210,7 @@ def test_released_negatives_are_free_again():
     shard.checkin(move(shard.checkout(0, 4)))
     assert shard.release(0) == 4
     assert shard.release(0) == 0
-    assert shard.counts()["free"] == 24
+    assert shard.counts().free == 24
 
 
 def test_leases_drawn_together_do_not_depend_on_what_comes_back_when():
@@ -230,14 +231,14 @@ def test_leases_drawn_together_do_not_depend_on_what_comes_back_when():
 def test_a_chain_that_starts_afresh_is_young_and_keeps_its_identity():
     shard = make_shard(config={"reinit_prob": 1.0})
     before = chain_ids(shard)
-    old = shard.snapshot()["arrays"]["position"]
+    old = shard.snapshot().arrays["position"]
     lease = shard.checkout(0, 4)
     assert not np.isclose(lease.position, old[lease.slots]).any()
     assert lease.version.tolist() == [-1] * 4
     for _ in range(2):
         shard.checkin(move(lease))
         shard.take(lease.lease_id)
-        assert shard.snapshot()["arrays"]["age"][lease.slots].tolist() == [1] * 4
+        assert shard.snapshot().arrays["age"][lease.slots].tolist() == [1] * 4
         lease = shard.checkout(lease.lease_id + 1, 4)
     assert chain_ids(shard) == before
 
@@ -249,7 +250,7 @@ def test_a_chain_restarts_as_often_as_reinit_prob_says():
         shard.take(i)
     num = 200 * 50
     standard_error = (0.1 * 0.9 / num) ** 0.5
-    assert abs(shard.counts()["reinitialised"] / num - 0.1) < 4 * standard_error
+    assert abs(shard.counts().reinitialised / num - 0.1) < 4 * standard_error
 
 
 @pytest.mark.parametrize("capacity", [24, 25, 26])
@@ -267,10 +268,10 @@ def test_identities_number_the_chains_of_all_shards(capacity):
 def test_chains_that_a_worker_mixed_up_are_refused_by_name(mixed_up):
     shard = make_shard()
     lease = shard.checkout(0, 4)
-    before = shard.snapshot()["arrays"]
+    before = shard.snapshot().arrays
     with pytest.raises(ValueError, match=r"lease 0 came back with chains \[.*went out"):
         shard.checkin(move(lease, chain_id=lease.chain_id[mixed_up]))
-    for name, array in shard.snapshot()["arrays"].items():
+    for name, array in shard.snapshot().arrays.items():
         assert np.array_equal(array, before[name]), name
 
 
@@ -282,7 +283,7 @@ def test_no_two_leases_and_no_two_shards_share_noise():
             lease = shard.checkout(3 * i + index, 4)  # ids are unique over the run
             seeds.append(lease.seed)
             starts += [tuple(row) for row in lease.position.tolist()]
-        starts += [tuple(row) for row in shard.snapshot()["arrays"]["position"].tolist()]
+        starts += [tuple(row) for row in shard.snapshot().arrays["position"].tolist()]
     assert len(set(seeds)) == len(seeds)
     assert len(set(starts)) == len(starts)
 
@@ -327,20 +328,20 @@ def data_shard(noise: float = 0.0, spec: EventSpec | None = None) -> Shard:
 
 def test_data_chains_start_at_consecutive_data_and_resume_at_the_cursor():
     shard = data_shard()
-    assert shard.snapshot()["arrays"]["position"][:, 0].tolist() == list(range(8))
+    assert shard.snapshot().arrays["position"][:, 0].tolist() == list(range(8))
     shard.checkin(move(shard.checkout(0, 4)))
     shard.take(0)
     saved = shard.snapshot()
     other = data_shard()
-    other.restore(saved["arrays"], saved["meta"])
+    other.restore(saved.arrays, Origin(saved.meta.data))
     assert other.checkout(1, 4).position[:, 0].tolist() == [12, 13, 14, 15]
     assert shard.checkout(1, 4).position[:, 0].tolist() == [12, 13, 14, 15]
 
 
 def test_data_noise_is_added_to_real_events_and_never_to_discrete_ones():
-    noisy = data_shard(0.1).snapshot()["arrays"]["position"]
+    noisy = data_shard(0.1).snapshot().arrays["position"]
     assert 0 < np.abs(noisy - np.arange(8)[:, None]).max() < 1
-    binary = data_shard(0.1, EventSpec((3,), "binary")).snapshot()["arrays"]["position"]
+    binary = data_shard(0.1, EventSpec((3,), "binary")).snapshot().arrays["position"]
     assert (binary == np.arange(8)[:, None]).all()
 
 

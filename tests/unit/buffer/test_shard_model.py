@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from shards import Clock, chain_ids, chains_of, make_shard, move, total
 
+from ebm_dist.buffer.answers import Origin
 from ebm_dist.buffer.rows import open_rows
 
 CAPACITY, SIZE = 12, 3
@@ -44,7 +45,7 @@ class ShardMachine(RuleBasedStateMachine):
         )
 
     def snapshot(self):
-        return self.shard.snapshot()["arrays"]
+        return self.shard.snapshot().arrays
 
     def teardown(self) -> None:
         shutil.rmtree(self.directory.parent)
@@ -108,7 +109,7 @@ class ShardMachine(RuleBasedStateMachine):
         moved = move(lease, version=lease_id)
         committed = lease_id in self.committed and lease.shard_epoch == self.shard.epoch
         reply = self.shard.checkin(moved)
-        assert reply["accepted"] == (lease_id in self.live or committed)
+        assert reply.accepted == (lease_id in self.live or committed)
         if lease_id in self.live:
             del self.live[lease_id]
             self.committed.add(lease_id)
@@ -131,7 +132,7 @@ class ShardMachine(RuleBasedStateMachine):
         else:
             ready, negatives = self.shard.take(lease_id)
             assert ready
-            assert np.array_equal(negatives["x"], self.content[slots])
+            assert np.array_equal(negatives.x, self.content[slots])
 
     @precondition(lambda self: self.ready)
     @rule(data=st.data(), by_rows=st.booleans())
@@ -165,7 +166,7 @@ class ShardMachine(RuleBasedStateMachine):
     @rule()
     def restored_from_its_snapshot(self) -> None:
         saved = self.shard.snapshot()
-        self.shard.restore(saved["arrays"], saved["meta"])
+        self.shard.restore(saved.arrays, Origin(saved.meta.data))
         self.live.clear()
         self.ready.clear()
         self.committed.clear()

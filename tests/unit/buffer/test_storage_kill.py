@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from shards import chain_ids, make_shard, move, total
 
+from ebm_dist.buffer.answers import Origin
 from ebm_dist.buffer.rows import ROW
 
 CAPACITY, LEASE = 64, 16
@@ -36,7 +37,7 @@ while True:
     position = np.full(lease.position.shape, float(lease_id), np.float32)
     energy = np.full({LEASE}, float(lease_id), np.float32)
     moved = shards.move(lease, version=lease_id, position=position, energy=energy)
-    assert shard.checkin(moved)["accepted"]
+    assert shard.checkin(moved).accepted
     shard.take(lease_id)
     lease_id += 1
     if lease_id == first + 3:
@@ -94,14 +95,14 @@ def test_a_successor_takes_the_chains_over_and_refuses_the_leases_of_the_dead(
     first = make_shard(directory=path)
     first.checkin(move(first.checkout(0, 4), version=2))  # ready, never taken
     lost = first.checkout(1, 4)
-    saved, ids = first.snapshot()["arrays"], chain_ids(first)
+    saved, ids = first.snapshot().arrays, chain_ids(first)
     second = make_shard(directory=path)
     assert second.attached
-    assert second.counts()["free"] == total(second) == 24
-    for name, array in second.snapshot()["arrays"].items():
+    assert second.counts().free == total(second) == 24
+    for name, array in second.snapshot().arrays.items():
         assert np.array_equal(array, saved[name]), name
-    assert not second.checkin(move(lost))["accepted"]
-    assert second.counts()["late_checkins"] == 1
+    assert not second.checkin(move(lost)).accepted
+    assert second.counts().late_checkins == 1
     second = make_shard(directory=path, config={"reinit_prob": 1.0})
     second.checkin(move(second.checkout(2, 4)))
     assert chain_ids(second) == ids
@@ -120,7 +121,7 @@ def test_what_is_not_whole_is_filled_anew_under_a_later_epoch(damage: str, tmp_p
     second = make_shard(32 if damage == "other capacity" else 24, directory=str(path))
     assert not second.attached
     assert second.epoch == 1
-    assert not second.checkin(move(lease))["accepted"]
+    assert not second.checkin(move(lease)).accepted
     assert chain_ids(second) == list(range(second.capacity))
 
 
@@ -128,12 +129,12 @@ def test_a_shard_killed_while_it_is_restored_does_not_pass_for_whole(tmp_path: P
     saved = make_shard(seed=9).snapshot()
     path = str(tmp_path / "shard")
     shard = make_shard(directory=path)
-    broken = saved["arrays"] | {"chain_id": saved["arrays"]["chain_id"][:5]}
+    broken = saved.arrays | {"chain_id": saved.arrays["chain_id"][:5]}
     with pytest.raises(ValueError, match="shape"):  # half-way, like a kill there
-        shard.restore(broken, saved["meta"])
+        shard.restore(broken, Origin(saved.meta.data))
     assert not make_shard(directory=path).attached
     shard = make_shard(directory=path)
-    shard.restore(saved["arrays"], saved["meta"])
+    shard.restore(saved.arrays, Origin(saved.meta.data))
     successor = make_shard(directory=path)
     assert successor.attached
-    assert np.array_equal(successor.snapshot()["arrays"]["position"], saved["arrays"]["position"])
+    assert np.array_equal(successor.snapshot().arrays["position"], saved.arrays["position"])

@@ -156,7 +156,7 @@ def rounds(sampler: str, storage: str = "float32", *, jarzynski: bool = False) -
             lease = shard.checkout(lease_id, 8)
             moved = worker.run_round(lease, weights, lease_id, 2)
             assert moved is not None
-            assert shard.checkin(moved)["accepted"]
+            assert shard.checkin(moved).accepted
             shard.take(lease_id)
             lease_id += 1
             if engine == "compiled" and sampler not in UNTRACED:

@@ -1,0 +1,246 @@
+"""The remote methods of every part, with their types: nothing else names one by a string.
+
+A method here has the name and the arguments of the part's own; an argument that is a reference
+there is its value. `tests/unit/actors/test_clients.py` holds the two against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ebm_dist.actors.auditor import AuditFindings
+from ebm_dist.buffer.answers import (
+    ChainHealth,
+    CheckinReply,
+    Distribution,
+    Origin,
+    ShardStatus,
+    WeightedChains,
+)
+from ebm_dist.cluster.backend import Handle, Ref
+from ebm_dist.core.types import (
+    Arrays,
+    Cursor,
+    Lease,
+    MovedChains,
+    NegativeArrays,
+    RankState,
+    ShardMeta,
+)
+from ebm_dist.metrics.hub import HubInfo
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Client:
+    """A part, wherever it runs."""
+
+    handle: Handle
+
+    @property
+    def name(self) -> str:
+        return self.handle.name
+
+    @property
+    def node(self) -> str | None:
+        """Id of the node that it was put on, None where Ray chose."""
+        return self.handle.node
+
+    @property
+    def runs_on(self) -> str | None:
+        """Id of the node once it has started there, None where it is not known."""
+        return getattr(self.handle, "runs_on", None)
+
+    @property
+    def num_gpus(self) -> float:
+        """Its claim."""
+        return self.handle.num_gpus
+
+
+class ShardClient(Client):
+    """`actors.shard.ShardHost`."""
+
+    __slots__ = ()
+
+    def checkout(
+        self, lease_id: int, num: int, by_rows: bool, drawn: Ref[int] | None = None
+    ) -> Ref[Lease | None]:
+        return self.handle.call("checkout", lease_id, num, by_rows, drawn)
+
+    def checkout_many(
+        self, lease_ids: Sequence[int], num: int, by_rows: bool
+    ) -> list[Ref[Lease | None]]:
+        """One reference for each lease."""
+        num_leases = len(lease_ids)
+        if num_leases == 1:  # of a list of one, a single return would be the list
+            return [self.checkout(lease_ids[0], num, by_rows)]
+        return self.handle.call("checkout_many", lease_ids, num, by_rows, num_returns=num_leases)
+
+    def checkout_ready(self, lease_id: int, ready_id: int, by_rows: bool) -> Ref[Lease | None]:
+        return self.handle.call("checkout_ready", lease_id, ready_id, by_rows)
+
+    def draw(self, lease_ids: Sequence[int], num: int) -> Ref[int]:
+        return self.handle.call("draw", lease_ids, num)
+
+    def checkin(self, moved: Ref[MovedChains | None], lease_id: int) -> Ref[CheckinReply]:
+        return self.handle.call("checkin", moved, lease_id)
+
+    def take(self, lease_id: int) -> tuple[Ref[bool], Ref[NegativeArrays]]:
+        """Whether the lease was ready, and its negatives, which are there if it was."""
+        ready, negatives = self.handle.call("take", lease_id, num_returns=2)
+        return ready, negatives
+
+    def release(self, lease_id: int) -> Ref[int]:
+        return self.handle.call("release", lease_id)
+
+    def renew(self, lease_ids: Sequence[int]) -> Ref[None]:
+        return self.handle.call("renew", lease_ids)
+
+    def status(self) -> Ref[ShardStatus]:
+        return self.handle.call("status")
+
+    def health(self, reseed: bool) -> Ref[ChainHealth | None]:
+        return self.handle.call("health", reseed)
+
+    def distribution(self) -> Ref[Distribution]:
+        return self.handle.call("distribution")
+
+    def peek(self, num: int, key: int) -> Ref[np.ndarray]:
+        return self.handle.call("peek", num, key)
+
+    def weighted(self) -> Ref[WeightedChains]:
+        return self.handle.call("weighted")
+
+    def cut(self, number: int, since: int | None) -> tuple[Ref[ShardMeta], Ref[Arrays]]:
+        meta, arrays = self.handle.call("cut", number, since, num_returns=2)
+        return meta, arrays
+
+    def restore(self, arrays: Arrays | Ref[Arrays], origin: Origin | Ref[Origin]) -> Ref[None]:
+        return self.handle.call("restore", arrays, origin)
+
+    def hand_over(self) -> tuple[Ref[Origin], Ref[Arrays]]:
+        origin, arrays = self.handle.call("hand_over", num_returns=2)
+        return origin, arrays
+
+    def remove_files(self) -> Ref[None]:
+        return self.handle.call("remove_files")
+
+
+class WorkerClient(Client):
+    """`actors.worker.Worker`."""
+
+    __slots__ = ()
+
+    def run_round(
+        self, lease: Ref[Lease | None], weights: Ref[np.ndarray], version: int, num_steps: int
+    ) -> Ref[MovedChains | None]:
+        return self.handle.call("run_round", lease, weights, version, num_steps)
+
+    def hold(self, weights: Ref[np.ndarray], version: int) -> Ref[int]:
+        return self.handle.call("hold", weights, version)
+
+    def sample(
+        self, num: int, num_steps: int, weights: Ref[np.ndarray], seed: int, start_std: float
+    ) -> Ref[np.ndarray]:
+        return self.handle.call("sample", num, num_steps, weights, seed, start_std)
+
+
+class LearnerClient(Client):
+    """`actors.learner_rank.LearnerRank`."""
+
+    __slots__ = ()
+
+    def start(self, rendezvous: tuple[str, int]) -> Ref[None]:
+        return self.handle.call("start", rendezvous)
+
+    def update(
+        self,
+        step: int,
+        lr: float,
+        after: Ref[bool] | None,
+        parts: Sequence[tuple[int, int]],
+        *negatives: Ref[NegativeArrays],
+    ) -> Ref[dict[str, float]]:
+        return self.handle.call("update", step, lr, after, parts, *negatives)
+
+    def published(self, average: bool) -> tuple[Ref[bool], Ref[np.ndarray], Ref[np.ndarray]]:
+        """Beside the other calls. The third is there where `average` asked for it."""
+        done, flat, mean = self.handle.aside("published", average, num_returns=3)
+        return done, flat, mean
+
+    def weights(self) -> Ref[np.ndarray]:
+        """Of rank 0; the others have to be asked as well, and answer with nothing."""
+        return self.handle.call("weights")
+
+    def fetched(self, *negatives: Ref[NegativeArrays]) -> Ref[None]:
+        return self.handle.call("fetched", *negatives)
+
+    def state(self) -> tuple[Ref[bool], Ref[RankState]]:
+        taken, state = self.handle.call("state", num_returns=2)
+        return taken, state
+
+    def load(
+        self,
+        learner: Mapping[str, torch.Tensor | np.ndarray],
+        ema: Mapping[str, torch.Tensor | np.ndarray] | None,
+        data: Cursor | None,
+        attempt: int,
+    ) -> Ref[None]:
+        return self.handle.call("load", learner, ema, data, attempt)
+
+    def close(self) -> Ref[None]:
+        return self.handle.call("close")
+
+
+class HubClient(Client):
+    """`metrics.hub.MetricHub`."""
+
+    __slots__ = ()
+
+    def log(self, step: int, epoch: int, values: Mapping[str, float]) -> Ref[None]:
+        return self.handle.call("log", step, epoch, values)
+
+    def images(self, name: str, step: int, images: str) -> Ref[None]:
+        return self.handle.call("images", name, step, images)
+
+    def histogram(self, name: str, step: int, values: np.ndarray) -> Ref[None]:
+        return self.handle.call("histogram", name, step, values)
+
+    def info(self) -> Ref[HubInfo]:
+        return self.handle.call("info")
+
+    def flush(self) -> Ref[bool]:
+        return self.handle.call("flush")
+
+    def close(self) -> Ref[None]:
+        return self.handle.call("close")
+
+
+class EvaluatorClient(Client):
+    """`actors.evaluator.Evaluator`."""
+
+    __slots__ = ()
+
+    def evaluate(
+        self,
+        step: int,
+        chains: np.ndarray,
+        ema: Ref[np.ndarray],
+        flat: Ref[np.ndarray],
+        *weighted: Ref[WeightedChains],
+    ) -> Ref[dict[str, float]]:
+        return self.handle.call("evaluate", step, chains, ema, flat, *weighted)
+
+
+class AuditorClient(Client):
+    """`actors.auditor.Auditor`."""
+
+    __slots__ = ()
+
+    def audit(
+        self, step: int, flat: Ref[np.ndarray], chains: np.ndarray | None
+    ) -> Ref[AuditFindings]:
+        return self.handle.call("audit", step, flat, chains)

@@ -1,0 +1,188 @@
+"""Links to the evaluator and the auditor, which measure while training goes on.
+
+Either may die at any moment: the update that it was at then goes without its measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar, Generic, TypeVar
+
+import numpy as np
+
+from ebm_dist.actors.auditor import AuditFindings
+from ebm_dist.buffer.answers import WeightedChains
+from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref, first_line
+from ebm_dist.controller.clients import AuditorClient, EvaluatorClient
+from ebm_dist.core.types import NegativeArrays
+from ebm_dist.evaluation.config import EvaluationConfig
+
+C = TypeVar("C", EvaluatorClient, AuditorClient)
+T = TypeVar("T")
+
+
+class MeasurementLink(Generic[C, T]):
+    """One measurement at a time, whose result is logged when it comes."""
+
+    part: ClassVar[str]
+    failure: ClassVar[str]
+    """Begins the line that says that the measurement of an update failed."""
+    without: ClassVar[str]
+    """Ends the line that says that an update goes without it."""
+
+    def __init__(
+        self, backend: Backend, spawn: Callable[[], C], *, say: Callable[[str], None]
+    ) -> None:
+        self.restarts = 0
+        self.client = spawn()
+        self._backend = backend
+        self._spawn = spawn
+        self._say = say
+        self._pending: tuple[int, Ref[T]] | None = None
+
+    @property
+    def handle(self) -> Handle:
+        return self.client.handle
+
+    @property
+    def busy(self) -> bool:
+        """Whether a measurement is under way."""
+        return self._pending is not None
+
+    def _result(self, timeout: float) -> tuple[int, T] | None:
+        """The measurement under way if it is done within `timeout` seconds, and its update."""
+        if self._pending is None:
+            return None
+        step, ref = self._pending
+        if not self._backend.wait([ref], timeout):
+            return None
+        self._pending = None
+        try:
+            return step, self._backend.get(ref, 60.0)
+        except PartDied as died:
+            self._say(f"{self.part} died ({died}); update {step} {self.without}")
+            self.start_anew()
+        except Exception as error:  # a measurement that fails must not cost the run
+            self._say(f"{self.failure} update {step} failed: {first_line(error)}")
+        return None
+
+    def give_up(self, why: str) -> None:
+        """Do without the measurement under way."""
+        if self._pending is not None:
+            self._say(f"update {self._pending[0]} {self.without}: {why}")
+            self._pending = None
+            self.start_anew()
+
+    def start_anew(self) -> None:
+        """Another process in place of one that is dead, or is not waited for any more."""
+        self.restarts += 1
+        self._backend.kill(self.handle)
+        self.client = self._spawn()
+
+
+class EvaluatorLink(MeasurementLink[EvaluatorClient, dict[str, float]]):
+    """Measures chains and weights."""
+
+    part, failure, without = "the evaluator", "evaluation at", "goes unmeasured"
+
+    def start(
+        self,
+        step: int,
+        chains: np.ndarray,
+        ema: Ref[np.ndarray],
+        flat: Ref[np.ndarray],
+        *weighted: Ref[WeightedChains],
+    ) -> None:
+        """Measure `chains` and the weights of update `step`; nothing may be under way."""
+        assert self._pending is None
+        self._pending = step, self.client.evaluate(step, chains, ema, flat, *weighted)
+
+    def collect(self, timeout: float) -> tuple[int, dict[str, float]] | None:
+        """The measurement under way if it is done within `timeout` seconds, as (step, metrics)."""
+        return self._result(timeout)
+
+
+class AuditLink(MeasurementLink[AuditorClient, AuditFindings]):
+    """Audits weights, and feeds what was found back as negatives where asked."""
+
+    part, failure, without = "the auditor", "the audit of", "goes without an audit"
+
+    def __init__(
+        self,
+        backend: Backend,
+        spawn: Callable[[], AuditorClient],
+        config: EvaluationConfig,
+        *,
+        batch_size: int,
+        divisor: int,
+        from_chains: bool,
+        wait_s: float,
+        say: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            batch_size: negatives of an update without those fed back.
+            divisor: the number fed back is a multiple of it.
+            from_chains: audits go on from the buffer's chains.
+            wait_s: how long training waits for an audit; in sync mode its findings must enter at
+                the same update in every run.
+        """
+        super().__init__(backend, spawn, say=say)
+        assert config.audit_every is not None
+        self.from_chains = from_chains
+        self.every: int = config.audit_every
+        self.num_chains = config.audit_chains
+        self.wait_s = wait_s
+        self._config = config
+        self._batch_size = batch_size
+        self._divisor = divisor
+        self._extra: tuple[int, Ref[NegativeArrays]] | None = None
+        self._left = 0
+        self._fed_back = 0
+
+    def start(self, step: int, flat: Ref[np.ndarray], chains: np.ndarray | None) -> None:
+        """Audit the weights of update `step`; nothing may be under way."""
+        assert self._pending is None
+        self._pending = step, self.client.audit(step, flat, chains)
+
+    def collect(self, timeout: float, version: int) -> tuple[int, dict[str, float]] | None:
+        """The audit under way if it is done within `timeout` seconds, as (step, metrics).
+
+        Args:
+            version: of the learner's weights, that of negatives fed back from now on.
+        """
+        if (done := self._result(timeout)) is None:
+            return None
+        step, found = done
+        if found.alarm is not None:
+            self._say(f"update {step}: {found.alarm}")
+        if self._config.audit_feedback:
+            self._feed_back(found.negatives, found.energies, version)
+        return step, {**found.values, "audit/fed_back": float(self._fed_back)}
+
+    def extra(self) -> tuple[int, Ref[NegativeArrays]] | None:
+        """(number, reference) of the negatives that the next update gets on top, if any."""
+        if self._left == 0:
+            return None
+        self._left -= 1
+        return self._extra
+
+    def _feed_back(self, x: np.ndarray, energy: np.ndarray, version: int) -> None:
+        self._extra, self._left = None, 0
+        if len(x) == 0:
+            return
+        num = -(-len(x) // self._divisor) * self._divisor
+        index = np.arange(num) % len(x)
+        share = self._config.audit_feedback_weight
+        # Chains of the buffer have log-weight 0, so that these have `share` of the whole.
+        log_weight = math.log(share / (1 - share) * self._batch_size / num)
+        negatives = NegativeArrays(
+            x=x[index],
+            energy=energy[index],
+            version=np.full(num, version, np.int64),
+            log_weight=np.full(num, log_weight, np.float32),
+        )
+        self._extra = num, self._backend.put(negatives)
+        self._left = self._config.audit_feedback_updates
+        self._fed_back += len(x)
