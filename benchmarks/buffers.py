@@ -38,7 +38,7 @@ from ebm_dist.buffer.codec import Codec
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.rows import open_rows
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.cluster.backend import tune_process
+from ebm_dist.cluster.process import tune_process
 from ebm_dist.core.types import EventSpec, Lease, MovedChains
 
 EVENT = (3, 32, 32)

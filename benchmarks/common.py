@@ -45,7 +45,7 @@ _memory_is_kept = False
 
 def keep_memory() -> None:
     """Let this process keep what it frees, as those of a run do."""
-    from ebm_dist.cluster.backend import tune_process
+    from ebm_dist.cluster.process import tune_process
 
     global _memory_is_kept
     tune_process(None)

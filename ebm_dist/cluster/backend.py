@@ -1,22 +1,18 @@
 """What the controller knows of the parts: handles, references, and the backend that has them.
 
-`InlineBackend` runs each call at once and keeps its result; `ray_backend.RayBackend` sends it to
-an actor. A reference may be passed as an argument of a later call: the data then goes from actor
-to actor and never through the controller.
+`inline.InlineBackend` runs each call at once and keeps its result; `ray_backend.RayBackend` sends
+it to an actor. A reference may be passed as an argument of a later call: the data then goes from
+actor to actor and never through the controller.
 """
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from ebm_dist.cluster.halt import Halt
-from ebm_dist.core.errors import RunFailed, UserError
+from ebm_dist.core.errors import RunFailed
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
@@ -187,158 +183,3 @@ def fault_of_the_machine(error: BaseException) -> str | None:
     if isinstance(cause, RuntimeError | MemoryError) and not isinstance(cause, RunFailed):
         return first_line(cause)
     return None
-
-
-def tune_process(num_threads: int | None) -> None:
-    """Settings of a process that hosts a part: threads, and memory kept instead of returned."""
-    # Not imported for it: torch takes two seconds, and a part without torch has no threads to set.
-    torch = sys.modules.get("torch")
-    if torch is not None and num_threads is not None:
-        torch.set_num_threads(num_threads)
-    # glibc gives every block past 128 KiB back to the kernel at once, and each sampler step
-    # then faults its activations in again: keeping them was 1.4 times faster in eager mode.
-    with contextlib.suppress(OSError, AttributeError):
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
-
-
-def meeting_point(host: str, port: int | None, *, patience_s: float = 15.0) -> tuple[str, int]:
-    """(host, `port`), or with a port that nobody listens on at the moment.
-
-    Raises:
-        UserError: `port` was taken for `patience_s` seconds. The process of a predecessor may
-            hold it a moment longer than Ray says.
-    """
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            with socket.socket() as probe:
-                # As the rendezvous itself does: connections of a predecessor may linger.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, port or 0))
-                return host, probe.getsockname()[1]
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"learner.port: {port} cannot be had on {host} ({error.strerror}); choose "
-                    "another, or leave it out for a free one"
-                ) from None
-            time.sleep(0.2)
-
-
-@dataclass(slots=True, eq=False)
-class InlineResult(Ref[T]):
-    value: T | None = None
-    error: BaseException | None = None
-
-
-@dataclass(slots=True)
-class InlineHandle:
-    name: str
-    part: Any
-    num_threads: int | None
-    node: str | None = None
-    num_gpus: float = 0.0
-
-    def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
-        import torch
-
-        results: list[InlineResult[Any]] = [InlineResult() for _ in range(num_returns)]
-        try:
-            if self.num_threads is not None and torch.get_num_threads() != self.num_threads:
-                torch.set_num_threads(self.num_threads)
-            value = getattr(self.part, method)(*(_resolve(arg) for arg in args))
-            values = [value] if num_returns == 1 else list(value)
-            for result, item in zip(results, values):
-                result.value = item
-        except Exception as error:  # it belongs to whoever asks for the result
-            for result in results:
-                result.error = error
-        return results[0] if num_returns == 1 else results
-
-    def aside(self, method: str, *args: Any, num_returns: int = 1) -> Any:
-        return self.call(method, *args, num_returns=num_returns)
-
-
-def _resolve(arg: Any) -> Any:
-    if not isinstance(arg, InlineResult):
-        return arg
-    if arg.error is not None:
-        raise arg.error
-    return arg.value
-
-
-class InlineBackend:
-    """Every part in this process: for debugging, notebooks and as the reference in tests."""
-
-    concurrent = False
-    scattered = False
-
-    def __init__(self, told: Callable[[], bool] = lambda: False) -> None:
-        """
-        Args:
-            told: whether the run is told to stop.
-        """
-        self.halt = Halt(told)
-        tune_process(None)
-        self._parts: list[InlineHandle] = []
-
-    def spawn(
-        self,
-        factory: Callable[..., Any],
-        kwargs: dict[str, Any],
-        *,
-        name: str,
-        num_threads: int | None = None,
-        num_cpus: float = 0.0,
-        num_gpus: float = 0.0,
-        beside_driver: bool = False,
-        any_order: bool = False,
-        aside: bool = False,
-        shared: bool = False,
-        node: str | None = None,
-    ) -> InlineHandle:
-        handle = InlineHandle(name, factory(**kwargs), num_threads)
-        self._parts.append(handle)
-        return handle
-
-    def put(self, value: T) -> InlineResult[T]:
-        return InlineResult(value)
-
-    def wait(self, refs: Sequence[Ref[T]], timeout: float) -> list[Ref[T]]:
-        return list(refs)
-
-    def get(self, ref: Ref[T], timeout: float) -> T:
-        return _resolve(ref)
-
-    def lost(self, ref: Ref[object]) -> bool:
-        return False
-
-    def nodes(self) -> list[Node]:
-        return []
-
-    def rendezvous(self, handle: Handle, port: int | None = None) -> InlineResult[tuple[str, int]]:
-        return InlineResult(meeting_point("127.0.0.1", port))
-
-    def await_started(self, handles: Sequence[Handle]) -> None:
-        """They have: `spawn` runs the constructor."""
-
-    def where(self, handle: Handle) -> str | None:
-        return None
-
-    def alive(self, handle: Handle, timeout: float = 0.5) -> bool:
-        return True
-
-    def kill(self, handle: Handle) -> None:
-        self._parts = [part for part in self._parts if part is not handle]
-
-    def close(self) -> None:
-        for part in reversed(self._parts):
-            if hasattr(part.part, "close"):
-                with contextlib.suppress(Exception):
-                    part.part.close()
-        self._parts.clear()

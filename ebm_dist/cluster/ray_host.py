@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from ebm_dist.cluster.backend import meeting_point, tune_process
+from ebm_dist.cluster.process import meeting_point, tune_process
 from ebm_dist.cluster.shared_memory import RunMemory
 
 ASIDE = "aside"

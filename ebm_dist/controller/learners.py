@@ -8,14 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ebm_dist.cluster.backend import (
-    Backend,
-    ObjectLost,
-    PartDied,
-    Ref,
-    T,
-    fault_of_the_machine,
-)
+from ebm_dist.cluster.backend import Backend, ObjectLost, PartDied, Ref, T, fault_of_the_machine
 from ebm_dist.controller.clients import LearnerClient
 from ebm_dist.core.errors import RunFailed
 from ebm_dist.core.types import Cursor, NegativeArrays, RankState

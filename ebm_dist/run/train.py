@@ -19,8 +19,9 @@ from rich.console import Console
 from ebm_dist._version import __version__
 from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.cluster.access import chosen_address
-from ebm_dist.cluster.backend import Backend, InlineBackend
+from ebm_dist.cluster.backend import Backend
 from ebm_dist.cluster.halt import Halted
+from ebm_dist.cluster.inline import InlineBackend
 from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.checks import check_event
 from ebm_dist.config.run_config import RunConfig, dump, load

@@ -13,7 +13,8 @@ from ebm_dist.actors.worker import Worker
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.checkpoint.cut import Progress
-from ebm_dist.cluster.backend import Backend, InlineBackend
+from ebm_dist.cluster.backend import Backend
+from ebm_dist.cluster.inline import InlineBackend
 from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient

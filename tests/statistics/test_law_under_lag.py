@@ -19,7 +19,7 @@ from ebm_dist.actors.worker import Worker
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.checkpoint.cut import Progress
-from ebm_dist.cluster.backend import InlineBackend, InlineHandle
+from ebm_dist.cluster.inline import InlineBackend, InlineHandle
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives.source import Consumed, NegativeFlow

@@ -6,13 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ebm_dist.cluster.backend import (
-    Backend,
-    ObjectLost,
-    PartDied,
-    Ref,
-    fault_of_the_machine,
-)
+from ebm_dist.cluster.backend import Backend, ObjectLost, PartDied, Ref, fault_of_the_machine
 from ebm_dist.controller.clients import WorkerClient
 from ebm_dist.controller.rounds.round import MAX_ATTEMPTS, MAX_STARTS
 from ebm_dist.controller.workers.load import Seat, Seats

@@ -9,13 +9,8 @@ from typing import Any
 import pytest
 from small_runs import run
 
-from ebm_dist.cluster.backend import (
-    UNREACHABLE_S,
-    InlineHandle,
-    InlineResult,
-    PartDied,
-    Unreachable,
-)
+from ebm_dist.cluster.backend import UNREACHABLE_S, PartDied, Unreachable
+from ebm_dist.cluster.inline import InlineHandle, InlineResult
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.negatives.source import RollBack
 from ebm_dist.controller.retry import Attempts

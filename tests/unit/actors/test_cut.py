@@ -17,7 +17,7 @@ from ebm_dist.buffer.config import BufferConfig, shard_capacities
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.checkpoint.cut import Progress, deal_chains, read_manifest, write_cut
-from ebm_dist.cluster.backend import InlineBackend
+from ebm_dist.cluster.inline import InlineBackend
 from ebm_dist.core.errors import RunFailed
 from ebm_dist.core.types import EventSpec, Lease, MovedChains, RankState
 

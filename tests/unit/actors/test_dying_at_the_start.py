@@ -11,7 +11,8 @@ from small_runs import run
 from torch import Tensor
 
 from ebm_dist.actors.learner_rank import LearnerRank
-from ebm_dist.cluster.backend import InlineBackend, InlineHandle, InlineResult, PartDied
+from ebm_dist.cluster.backend import PartDied
+from ebm_dist.cluster.inline import InlineBackend, InlineHandle, InlineResult
 from ebm_dist.controller.controller import Controller
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.recovery import WayBack

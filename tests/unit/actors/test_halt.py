@@ -14,8 +14,8 @@ from small_runs import run
 from worlds import World
 
 from ebm_dist.checkpoint import files as checkpoint
-from ebm_dist.cluster.backend import InlineBackend
 from ebm_dist.cluster.halt import GRACE_S, Halt, Halted
+from ebm_dist.cluster.inline import InlineBackend
 from ebm_dist.cluster.own_ray import OwnRay, RayDied
 from ebm_dist.cluster.stall import answer
 from ebm_dist.controller.learners import LearnerGroup

@@ -9,8 +9,9 @@ import pytest
 from small_runs import run
 from worlds import CHAINS, World
 
-from ebm_dist.cluster.backend import InlineBackend, InlineResult, PartDied
+from ebm_dist.cluster.backend import PartDied
 from ebm_dist.cluster.halt import Halt
+from ebm_dist.cluster.inline import InlineBackend, InlineResult
 from ebm_dist.cluster.stall import answer
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.negatives.source import NegativeFlow

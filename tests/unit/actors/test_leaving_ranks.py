@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file
 from small_runs import curve, run
 
-from ebm_dist.cluster.backend import InlineBackend, InlineHandle, Node, PartDied
+from ebm_dist.cluster.backend import Node, PartDied
+from ebm_dist.cluster.inline import InlineBackend, InlineHandle
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.parts import Graph, Leave
 from ebm_dist.controller.rounds.round import MAX_STARTS

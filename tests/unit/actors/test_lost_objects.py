@@ -12,7 +12,8 @@ from simulation import SimRef
 from small_runs import curve, run
 from worlds import BATCH, CHAINS, WEIGHTS, World
 
-from ebm_dist.cluster.backend import InlineBackend, InlineHandle, InlineResult, ObjectLost
+from ebm_dist.cluster.backend import ObjectLost
+from ebm_dist.cluster.inline import InlineBackend, InlineHandle, InlineResult
 from ebm_dist.controller.clients import LearnerClient
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.negatives import delivery

@@ -12,7 +12,8 @@ from simulation import SimRef
 from small_runs import curve, run
 from worlds import World
 
-from ebm_dist.cluster.backend import InlineBackend, InlineHandle, InlineResult, PartDied
+from ebm_dist.cluster.backend import PartDied
+from ebm_dist.cluster.inline import InlineBackend, InlineHandle, InlineResult
 from ebm_dist.controller.learners import LearnerGroup
 
 STEPS = 8

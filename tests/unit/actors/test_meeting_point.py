@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebm_dist.cluster.backend import meeting_point
+from ebm_dist.cluster.process import meeting_point
 from ebm_dist.core.errors import UserError
 
 HERE = "127.0.0.1"

@@ -15,7 +15,7 @@ import pytest
 from packing import Machine, part
 from small_runs import run
 
-from ebm_dist.cluster.backend import InlineBackend
+from ebm_dist.cluster.inline import InlineBackend
 from ebm_dist.config.sections import RuntimeConfig
 from ebm_dist.core.errors import UserError
 from ebm_dist.run.placement.gpu_shares import Shares, share_out
