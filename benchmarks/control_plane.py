@@ -39,6 +39,8 @@ from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives.source import NegativeFlow
 from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.shards import Shards
+from ebm_dist.controller.workers.membership import Crew
 from ebm_dist.core.types import EventSpec, Lease, MovedChains
 
 CHAINS, STEPS, SLOTS = 64, 40, 10**6
@@ -135,16 +137,18 @@ class Simulated:
 
 
 def _flow(
-    backend: Any, shards: list[Any], workers: list[Any], num_workers: int, **options: Any
+    backend: Any, parts: list[ShardClient], workers: list[WorkerClient], **options: Any
 ) -> tuple[RoundPool, Progress, Callable[[], None]]:
     """A pool, its progress, and what makes an update of a quarter as many leases as workers."""
-    progress = Progress()
+    progress, num_workers = Progress(), len(workers)
+    shards, crew = Shards(backend, [SLOTS] * len(parts)), Crew(backend, say=print, **options)
+    shards.start(lambda index: parts[index])
+    crew.start(num_workers, lambda index: workers[index])
     pool = RoundPool(
         backend,
         shards,
-        workers,
-        respawn_worker=lambda index: workers[index],
-        respawn_shard=lambda index: shards[index],
+        crew,
+        on_replaced=lambda shard: None,
         on_rejected=lambda shard: None,
         say=print,
         num_chains=CHAINS,
@@ -152,7 +156,7 @@ def _flow(
         hang_s=1e9,
         **options,
     )
-    graph: Any = SimpleNamespace(backend=backend, shards=shards, capacities=[SLOTS] * len(shards))
+    graph: Any = SimpleNamespace(backend=backend, shards=shards)
     negatives = max(1, num_workers // 4) * CHAINS
     schedule: Any = SimpleNamespace(num_negatives=negatives, num_chains=CHAINS, num_steps=STEPS)
     config = FlowConfig(mode="async", max_lag=8)
@@ -174,7 +178,7 @@ def simulate(
     backend = Simulated(round_s, call_s)
     shards = [ShardClient(Part(backend, f"shard-{i}")) for i in range(num_shards)]
     workers = [WorkerClient(Part(backend, f"worker-{i}")) for i in range(num_workers)]
-    pool, _, make_update = _flow(backend, shards, workers, num_workers, clock=backend.now)
+    pool, _, make_update = _flow(backend, shards, workers, clock=backend.now)
     pool.set_weights(Ref(), 0)
     start, first = backend.now(), 0
     computed = waits = calls = 0.0
@@ -272,7 +276,7 @@ def through_ray(
         ]
         backend.await_started(handles)
         shards = [ShardClient(handle) for handle in handles]
-        pool, progress, update = _flow(backend, shards, workers, num_workers)
+        pool, progress, update = _flow(backend, shards, workers)
         pool.set_weights(backend.put(None), 0)
         for _ in range(12):
             update()

@@ -18,7 +18,7 @@ class InlineResult(Ref[T]):
     error: BaseException | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class InlineHandle:
     name: str
     part: Any

@@ -16,7 +16,7 @@ from ebm_dist.core.errors import RunFailed
 log = logging.getLogger("ebm_dist")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RayHandle:
     name: str
     actor: Any

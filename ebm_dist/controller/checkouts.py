@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ebm_dist.cluster.backend import Backend, Ref
 from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.rounds.round import Drawn, Round
+from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.load import Seat
 from ebm_dist.core.types import Lease
 
@@ -15,7 +16,7 @@ class Checkouts:
     """Asks shards for leases. Of each, the same may be asked for again, for another worker: what
     the one before had by rows is void then."""
 
-    def __init__(self, backend: Backend, shards: Sequence[ShardClient], num_chains: int) -> None:
+    def __init__(self, backend: Backend, shards: Shards, num_chains: int) -> None:
         self._shards = shards
         self._num_chains = num_chains
         self._one_machine = not backend.scattered

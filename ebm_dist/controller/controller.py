@@ -90,15 +90,13 @@ class Controller:
         self._pool = RoundPool(
             graph.backend,
             graph.shards,
-            graph.workers,
-            respawn_worker=graph.respawn_worker,
-            respawn_shard=self._way_back.respawn_shard,
+            graph.crew,
+            on_replaced=self._way_back.on_replaced,
             on_rejected=self._way_back.on_rejected,
             say=view.say,
             num_chains=schedule.num_chains,
             depth=2,
             hang_s=2.0 * graph.lease_timeout_s,
-            start_timeout_s=graph.start_timeout_s,
         )
         self._way_back.serve(self._pool)
         self._negatives = NegativeFlow(

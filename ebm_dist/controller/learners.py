@@ -8,7 +8,15 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ebm_dist.cluster.backend import Backend, ObjectLost, PartDied, Ref, T, fault_of_the_machine
+from ebm_dist.cluster.backend import (
+    Backend,
+    Handle,
+    ObjectLost,
+    PartDied,
+    Ref,
+    T,
+    fault_of_the_machine,
+)
 from ebm_dist.controller.clients import LearnerClient
 from ebm_dist.core.errors import RunFailed
 from ebm_dist.core.types import Cursor, NegativeArrays, RankState
@@ -65,6 +73,16 @@ class LearnerGroup:
         self._start_timeout_s = start_timeout_s
         self._call_timeout_s = call_timeout_s
         self.ranks = [spawn(rank, None) for rank in range(num_ranks)]
+
+    @property
+    def handles(self) -> list[Handle]:
+        return [rank.handle for rank in self.ranks]
+
+    def start_again(self, dead: Handle) -> None:
+        """Another process for a rank that died before the ranks met."""
+        rank = self.handles.index(dead)
+        self._backend.kill(dead)
+        self.ranks[rank] = self._spawn(rank, None)
 
     def meet(self, wait: Wait) -> None:
         """Form the process group and build the engines."""

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ebm_dist.cluster.backend import Backend
-from ebm_dist.controller.clients import ShardClient, WorkerClient
+from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.observers.chain_health import ShardWatch
 from ebm_dist.controller.observers.hub import HubLink
 from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
+from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.autoscaler import Elasticity
+from ebm_dist.controller.workers.membership import Crew
 
 
 class View(Protocol):
@@ -63,19 +65,15 @@ class Graph:
     """The parts, wired."""
 
     backend: Backend
-    shards: list[ShardClient]
-    capacities: list[int]
-    """Slots of each shard."""
-    workers: list[WorkerClient]
+    shards: Shards
+    crew: Crew
     learners: LearnerGroup
     hub: HubLink
     evaluator: EvaluatorLink | None
-    respawn_worker: Callable[[int], WorkerClient]
-    respawn_shard: Callable[[int], ShardClient]
     needs_negatives: bool
     lease_timeout_s: float
     start_timeout_s: float
-    """What a worker that joins or is replaced may take until it holds weights."""
+    """What a part that is started may take."""
     elasticity: Elasticity | None = None
     """None where the pool is as it is: in one process."""
     leave: Leave | None = None

@@ -97,7 +97,7 @@ class WayBack:
 
     def _load_shards(self, found: checkpoint.CheckpointDir | None, only: int | None = None) -> bool:
         """Whether the checkpoint holds chains for the shards, which have them now."""
-        dealt = deal_chains(found, self._graph.capacities)
+        dealt = deal_chains(found, self._graph.shards.capacities)
         if dealt is None:
             return False
         asked = [
@@ -206,10 +206,12 @@ class WayBack:
                 with contextlib.suppress(RollBack):
                     self._pool.replace_shard(index, "its process is gone")
 
-    def respawn_shard(self, index: int) -> ShardClient:
-        """A process that takes over the chains of shard `index`, or what the last cut had."""
+    def on_replaced(self, index: int) -> None:
+        """A new process holds the chains of shard `index`, or is given what the last cut had."""
         start = time.monotonic()
-        shard = self._graph.shards[index] = self._graph.respawn_shard(index)
+        shard = self._graph.shards[index]
+        # Its node may have taken a rank along as well, and that takes seconds to start.
+        self._graph.learners.renew_if_dead()
         if self._flow.mode == "sync":
             raise RollBack(f"shard {index} died with the leases of this update")
         status = self._answer(shard, shard.status(), "to take its chains over")
@@ -221,7 +223,6 @@ class WayBack:
                 str(found.step) if found is not None and taken else "0"
             )
         self._view.say(f"{shard.name} is back with {what} after {time.monotonic() - start:.1f} s")
-        return shard
 
     def on_rejected(self, shard: int) -> None:
         """A shard refused a round, which in sync mode no other round can replace."""

@@ -30,7 +30,9 @@ from ebm_dist.controller.observers.chain_health import ShardWatch
 from ebm_dist.controller.observers.hub import HubLink
 from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
 from ebm_dist.controller.parts import Graph, Leave
+from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.autoscaler import Elasticity
+from ebm_dist.controller.workers.membership import Crew
 from ebm_dist.core.types import EventSpec
 from ebm_dist.evaluation.regime import SHORT_RUN_REINIT, is_short_run_generator
 from ebm_dist.metrics.credentials import run_name, with_environment
@@ -59,11 +61,13 @@ def assemble(
     Raises:
         RunFailed: a part did not start in runtime.start_timeout_s.
     """
-    spawn = _Spawner(config, spec, run_dir, backend, found, say)
+    needs_negatives = bool(config.objective.build().needs_negatives)
+    capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
+    shards = Shards(backend, capacities if needs_negatives else ())
+    crew = Crew(backend, say=say, start_timeout_s=config.runtime.start_timeout_s)
+    spawn = _Spawner(config, spec, run_dir, backend, found, shards, crew, say)
     hub = HubLink(backend, spawn.hub, resume_id=spawn.tracking_id, say=say)
-    shards, workers = spawn.shards, spawn.workers
-    for index in range(len(spawn.capacities) if spawn.needs_negatives else 0):
-        shards.append(spawn.shard(index))
+    shards.start(spawn.shard)
     # Before the workers, which are given what the ranks leave.
     learners = LearnerGroup(
         backend,
@@ -75,9 +79,8 @@ def assemble(
     )
     # Of an elastic pool the run waits for the fewest alone; the others join when Ray has them.
     low, high = config.workers.bounds
-    for index in range(low if backend.concurrent else config.workers.num_workers):
-        workers.append(spawn.worker(index))
-    nodes = {worker.node for worker in workers}
+    crew.start(low if backend.concurrent else config.workers.num_workers, spawn.worker)
+    nodes = {worker.node for worker in crew}
     if backend.concurrent and (line := shard_notice(len(shards), high, nodes)):
         say(line)
     evaluator = None
@@ -91,15 +94,14 @@ def assemble(
             config.evaluation,
             batch_size=config.num_negatives,
             divisor=config.learner.num_ranks * config.learner.accumulation,
-            from_chains=spawn.needs_negatives and config.buffer.reinit_prob < SHORT_RUN_REINIT,
+            from_chains=needs_negatives and config.buffer.reinit_prob < SHORT_RUN_REINIT,
             wait_s=config.flow.stall_timeout_s
             if config.flow.mode == "sync" and config.evaluation.audit_feedback
             else 0.0,
             say=say,
         )
-    links = [link for link in (hub, evaluator, auditor) if link is not None]
-    kinds = ((shards, spawn.shard), (workers, spawn.worker), (learners.ranks, spawn.rank))
-    await_parts(backend, links, kinds, say)
+    observers = [link for link in (hub, evaluator, auditor) if link is not None]
+    await_parts(backend, [*observers, shards, crew, learners], say)
     meet(backend, learners, say)
 
     def close_ranks() -> None:
@@ -109,16 +111,6 @@ def assemble(
                 backend.get(ref, 10.0)
 
     stack.callback(close_ranks)
-    early: dict[int, ShardClient] = {}
-
-    def respawn_shard(index: int) -> ShardClient:
-        """A successor of the shard, and at once those of all that died with its node."""
-        for other, shard in enumerate(shards):
-            if other not in (index, *early) and not backend.alive(shard.handle, 0.0):
-                early[other] = spawn.shard(other)
-        learners.renew_if_dead()
-        return early.pop(index, None) or spawn.shard(index)
-
     watch = None
     if shards and spawn.trace.num_chains > 0:
         watch = ShardWatch(
@@ -134,14 +126,11 @@ def assemble(
     return Graph(
         backend=backend,
         shards=shards,
-        capacities=spawn.capacities,
-        workers=workers,
+        crew=crew,
         learners=learners,
         hub=hub,
         evaluator=evaluator,
-        respawn_worker=spawn.worker,
-        respawn_shard=respawn_shard,
-        needs_negatives=spawn.needs_negatives,
+        needs_negatives=needs_negatives,
         lease_timeout_s=config.buffer.lease_timeout_s,
         start_timeout_s=config.runtime.start_timeout_s,
         elasticity=Elasticity(
@@ -167,6 +156,8 @@ class _Spawner:
         run_dir: Path,
         backend: Backend,
         found: checkpoint.CheckpointDir | None,
+        shards: Shards,
+        crew: Crew,
         say: Callable[[str], None],
     ) -> None:
         self._say = say
@@ -176,15 +167,15 @@ class _Spawner:
         self._backend = backend
         self._found = found
         self._hubs = 0
-        self.shards: list[ShardClient] = []
-        self.workers: list[WorkerClient] = []
+        self._shards = shards
         self._plan, self.placer = placed(
             backend,
             config.runtime,
             config.workers,
             config.learner,
             mode=config.flow.mode,
-            parts=(self.shards, self.workers),
+            shards=shards,
+            crew=crew,
             say=say,
         )
         self._ranks: list[Place] = []
@@ -194,8 +185,6 @@ class _Spawner:
         self._lineage = {"lineage": lineage} if lineage else {}
         tracking: dict[str, Any] = (found.meta.get("tracking") or {}) if found else {}
         self.tracking_id: str | None = tracking.get("id")
-        self.needs_negatives = bool(config.objective.build().needs_negatives)
-        self.capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
         # Of the rounds that the flow keeps under way: two for each worker or lease of an update.
         # One more for a round that is redone; a lease that finds no rows goes by value.
         leases = -(-config.num_negatives // config.workers.num_chains)
@@ -276,7 +265,7 @@ class _Spawner:
     def shard(self, index: int, node: str | None = None) -> ShardClient:
         """A process for the shard, on `node` or else where its chains are mapped, if they are."""
         config = self._config
-        before = self.shards[index] if index < len(self.shards) else None
+        before = self._shards[index] if index < len(self._shards) else None
         node = node or self.placer.for_shard(before.node if before else None)
         life = len(self._lives)
         if before is not None and before.node == node:
@@ -289,7 +278,7 @@ class _Spawner:
                 "spec": self._spec,
                 "index": index,
                 "num_shards": config.buffer.num_shards,
-                "capacity": self.capacities[index],
+                "capacity": self._shards.capacities[index],
                 "max_lease": config.workers.num_chains,
                 "seed": config.run.seed,
                 "trace": self.trace if self.trace.num_chains > 0 else None,

@@ -8,32 +8,24 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref, T
-from ebm_dist.controller.clients import Client
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.retry import Attempts
 from ebm_dist.controller.rounds.round import MAX_STARTS
 from ebm_dist.core.errors import RunFailed
 
 
-class Link(Protocol):
-    """A part on which no update depends, such as the evaluator."""
+class Owner(Protocol):
+    """Owns all parts of one kind."""
 
     @property
-    def handle(self) -> Handle: ...
-    def start_anew(self) -> None: ...
+    def handles(self) -> list[Handle]: ...
+    def start_again(self, dead: Handle) -> None: ...
 
 
-def await_parts(
-    backend: Backend,
-    links: Sequence[Link],
-    kinds: Sequence[tuple[list[Client], Callable[[int], Client]]],
-    say: Callable[[str], None],
-) -> None:
+def await_parts(backend: Backend, owners: Sequence[Owner], say: Callable[[str], None]) -> None:
     """Wait until every part has started; a part that dies meanwhile is started again.
 
     Args:
-        kinds: for each kind, the list of parts and a function that starts the part of an index;
-            successors replace the dead in the list.
         say: reports deaths.
 
     Raises:
@@ -41,8 +33,7 @@ def await_parts(
     """
     deaths: Counter[str] = Counter()
     while True:
-        handles = [link.handle for link in links]
-        handles += [part.handle for parts, _ in kinds for part in parts]
+        handles = [handle for owner in owners for handle in owner.handles]
         if (lost := backend.await_started(handles)) is None:
             return
         dead, died = lost
@@ -53,14 +44,7 @@ def await_parts(
                 "memory ran out, lower workers.num_workers or data.batch_size; see its log"
             )
         say(f"{dead.name} died while the run started ({died}); another one is started")
-        for link in links:
-            if link.handle is dead:
-                link.start_anew()
-        for parts, start in kinds:
-            for index, part in enumerate(parts):
-                if part.handle is dead:
-                    backend.kill(dead)
-                    parts[index] = start(index)
+        next(owner for owner in owners if dead in owner.handles).start_again(dead)
 
 
 def meet(backend: Backend, learners: LearnerGroup, say: Callable[[str], None]) -> None:

@@ -20,6 +20,8 @@ from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives.source import NegativeFlow
 from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.shards import Shards
+from ebm_dist.controller.workers.membership import Crew
 from ebm_dist.core.section import Section
 from ebm_dist.core.types import EventSpec
 from ebm_dist.energies import EnergyConfig
@@ -46,24 +48,21 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
     )
     capacity = 20 * CHAINS
     buffer = BufferConfig(capacity=2 * capacity, num_shards=2, reinit_prob=0.0)
-    shards = [
-        ShardClient(
-            backend.spawn(
-                Shard,
-                {"config": buffer, "spec": spec, "index": i, "capacity": capacity}
-                | {"max_lease": CHAINS, "seed": 7},
-                name=f"shard-{i}",
-                any_order=True,
-            )
-        )
-        for i in range(2)
-    ]
+
+    def shard(index: int) -> ShardClient:
+        options = {"index": index, "capacity": capacity, "max_lease": CHAINS, "seed": 7}
+        options |= {"config": buffer, "spec": spec}
+        return ShardClient(backend.spawn(Shard, options, name=f"shard-{index}", any_order=True))
+
     kwargs = {"energy": parts.energy, "sampler": parts.sampler, "spec": spec}
-    workers = [
-        WorkerClient(backend.spawn(Worker, kwargs, name=f"worker-{i}", num_threads=1))
-        for i in range(num_workers)
-    ]
-    backend.await_started([part.handle for part in (*shards, *workers)])
+
+    def worker(index: int) -> WorkerClient:
+        return WorkerClient(backend.spawn(Worker, kwargs, name=f"worker-{index}", num_threads=1))
+
+    shards, crew = Shards(backend, [capacity] * 2), Crew(backend, say=print)
+    shards.start(shard)
+    crew.start(num_workers, worker)
+    backend.await_started([*shards.handles, *crew.handles])
     progress = Progress()
 
     def fail(index: int) -> Any:
@@ -72,9 +71,8 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
     pool = RoundPool(
         backend,
         shards,
-        workers,
-        respawn_worker=fail,
-        respawn_shard=fail,
+        crew,
+        on_replaced=fail,
         on_rejected=fail,
         say=print,
         num_chains=CHAINS,
@@ -83,7 +81,7 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
     )
     schedule = SimpleNamespace(num_negatives=2 * CHAINS, num_chains=CHAINS, num_steps=NUM_STEPS)
     flow = NegativeFlow(
-        SimpleNamespace(backend=backend, shards=shards, capacities=[capacity] * 2),  # type: ignore[arg-type]
+        SimpleNamespace(backend=backend, shards=shards),  # type: ignore[arg-type]
         schedule,  # type: ignore[arg-type]
         FlowConfig(mode="async", max_lag=8, stall_timeout_s=120),
         pool,
@@ -101,6 +99,7 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
         progress.version += 1
         pool.set_weights(weights, progress.version)
     assert len({seat.index for seat in pool.crew.seats}) == num_workers
+    assert pool.restarts == 0
     return np.concatenate(out), lag
 
 

@@ -24,6 +24,8 @@ from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.negatives.delivery import Delivery
 from ebm_dist.controller.negatives.source import Consumed, NegativeFlow
 from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.shards import Shards
+from ebm_dist.controller.workers.membership import Crew
 from ebm_dist.core.types import EventSpec, Lease, MovedChains, NegativeArrays
 
 pytestmark = pytest.mark.ray
@@ -104,8 +106,10 @@ class Graph:
         self.counts: Counter[str] = Counter()
         self.said: list[str] = []
         self.progress = Progress()
-        self.shards = [self.shard(i) for i in range(2)]
-        self.workers = [self.worker(i) for i in range(2)]
+        self.shards = Shards(backend, [CAPACITY // 2] * 2)
+        self.shards.start(self.shard)
+        self.crew = Crew(backend, say=self.said.append)
+        self.crew.start(2, self.worker)
         self.learners = LearnerGroup(
             backend,
             lambda rank, node: LearnerClient(
@@ -118,14 +122,12 @@ class Graph:
             start_timeout_s=60.0,
             call_timeout_s=60.0,
         )
-        parts = [*self.shards, *self.workers, *self.learners.ranks]
-        backend.await_started([part.handle for part in parts])
+        backend.await_started([*self.shards.handles, *self.crew.handles, *self.learners.handles])
         self.pool = RoundPool(
             backend,
             self.shards,
-            self.workers,
-            respawn_worker=self.worker,
-            respawn_shard=self.shard,
+            self.crew,
+            on_replaced=lambda shard: None,
             on_rejected=lambda shard: None,
             say=self.said.append,
             num_chains=CHAINS,
@@ -137,7 +139,6 @@ class Graph:
             backend=backend,
             learners=self.learners,
             shards=self.shards,
-            capacities=[CAPACITY // 2] * 2,
         )
         config = FlowConfig(mode="async", max_lag=4, stall_timeout_s=60)
         self.flow = NegativeFlow(

@@ -25,6 +25,8 @@ from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives.source import Consumed, NegativeFlow
 from ebm_dist.controller.rounds.round import Committed
 from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.shards import Shards
+from ebm_dist.controller.workers.membership import Crew
 from ebm_dist.core.section import Section
 from ebm_dist.core.types import EventSpec, NegativeArrays
 from ebm_dist.energies import EnergyConfig
@@ -127,21 +129,25 @@ class Scripted:
         worker = WorkerClient(InlineHandle("worker", mover, None))
         self.progress = Progress()
         ticks = itertools.count()
+        clock = lambda: next(ticks) / 100  # noqa: E731
+        shards = Shards(self.backend, [capacity])
+        shards.start(lambda index: client)
+        crew = Crew(self.backend, say=print, clock=clock)
+        crew.start(num_handles, lambda index: worker)
         self.pool = RoundPool(
             self.backend,
-            [client],
-            [worker] * num_handles,
-            respawn_worker=lambda index: worker,
-            respawn_shard=lambda index: client,
+            shards,
+            crew,
+            on_replaced=lambda shard: None,
             on_rejected=lambda shard: None,
             say=print,
             num_chains=num_chains,
             depth=2,
             hang_s=1e9,
             # By which rounds are tried again: with the machine's own, no two runs would be alike.
-            clock=lambda: next(ticks) / 100,
+            clock=clock,
         )
-        graph = SimpleNamespace(backend=self.backend, shards=[client], capacities=[capacity])
+        graph = SimpleNamespace(backend=self.backend, shards=shards)
         schedule = SimpleNamespace(
             num_negatives=num_chains, num_chains=num_chains, num_steps=num_steps
         )

@@ -95,7 +95,7 @@ class NegativeFlow:
         updates_ahead = 1 + flow.max_lag if graph.backend.concurrent else 1
         self._max_ahead = self._leases_per_update * updates_ahead
         self._being_learnt = 0  # leases that the learner is at
-        self._room = sum(capacity // schedule.num_chains for capacity in graph.capacities)
+        self._room = sum(capacity // schedule.num_chains for capacity in graph.shards.capacities)
         if self._band.low > needed:
             self._room -= len(graph.shards)  # or ready chains could fill them, and none be spare
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ebm_dist.cluster.backend import Backend
 from ebm_dist.cluster.stall import answer
-from ebm_dist.controller.clients import ShardClient
+from ebm_dist.controller.shards import Shards
 from ebm_dist.evaluation.regime import GENERATOR
 
 
@@ -18,7 +18,7 @@ class ShardWatch:
     def __init__(
         self,
         backend: Backend,
-        shards: list[ShardClient],
+        shards: Shards,
         *,
         reseed: bool,
         generator: bool,
@@ -27,7 +27,6 @@ class ShardWatch:
     ) -> None:
         """
         Args:
-            shards: the list itself, in which successors of the dead are put.
             reseed: give stuck chains a fresh start where the alarm sounds.
             generator: chains are a short-run generator's, which keep their mode: it is said once,
                 and is no alarm.

@@ -54,8 +54,8 @@ class HubLink:
         self._unconfirmed: deque[tuple[Ref[None], _Call]] = deque(maxlen=MAX_UNCONFIRMED)
 
     @property
-    def handle(self) -> Handle:
-        return self.client.handle
+    def handles(self) -> list[Handle]:
+        return [self.client.handle]
 
     def log(self, step: int, epoch: int, values: dict[str, float]) -> None:
         self._send(lambda hub: hub.log(step, epoch, values))
@@ -131,8 +131,12 @@ class HubLink:
         for _, call in again:
             self._unconfirmed.append((call(self.client), call))
 
+    def start_again(self, dead: Handle) -> None:
+        """Another process for a hub that died before the run began."""
+        self.start_anew()
+
     def start_anew(self) -> None:
         """Another process in place of one that is dead."""
         self.restarts += 1
-        self._backend.kill(self.handle)
+        self._backend.kill(self.client.handle)
         self.client = self._spawn(self._info.id)

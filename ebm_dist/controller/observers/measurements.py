@@ -42,8 +42,8 @@ class MeasurementLink(Generic[C, T]):
         self._pending: tuple[int, Ref[T]] | None = None
 
     @property
-    def handle(self) -> Handle:
-        return self.client.handle
+    def handles(self) -> list[Handle]:
+        return [self.client.handle]
 
     @property
     def busy(self) -> bool:
@@ -74,10 +74,14 @@ class MeasurementLink(Generic[C, T]):
             self._pending = None
             self.start_anew()
 
+    def start_again(self, dead: Handle) -> None:
+        """Another process for a part that died before the run began."""
+        self.start_anew()
+
     def start_anew(self) -> None:
         """Another process in place of one that is dead, or is not waited for any more."""
         self.restarts += 1
-        self._backend.kill(self.handle)
+        self._backend.kill(self.client.handle)
         self.client = self._spawn()
 
 

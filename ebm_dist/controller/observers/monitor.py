@@ -163,8 +163,8 @@ class Lookout:
         # A shard says how it stands with each round; of one that has had none all chains are free.
         for index in range(len(self._graph.shards)):
             if index not in self._pool.counts:
-                values["buffer/free"] += self._graph.capacities[index]
-                values["buffer/capacity"] += self._graph.capacities[index]
+                values["buffer/free"] += self._graph.shards.capacities[index]
+                values["buffer/capacity"] += self._graph.shards.capacities[index]
         if counts:
             values["chain/age_mean"] = sum(c.age_mean for c in counts) / len(counts)
         if self._schedule.jarzynski:
@@ -186,8 +186,7 @@ class Lookout:
         self._log_distributions(step)
         if self._graph.evaluator is None:
             return
-        shards = self._graph.shards if self._schedule.jarzynski else []
-        weighted = [shard.weighted() for shard in shards]
+        weighted = [s.weighted() for s in self._graph.shards] if self._schedule.jarzynski else []
         self._graph.evaluator.start(step, chains, ema, flat, *weighted)
 
     def _log_distributions(self, step: int) -> None:
@@ -208,7 +207,7 @@ class Lookout:
             share = -(-num // len(shards))
             asked = [(shard, shard.peek(share, key)) for shard in shards]
         else:
-            worker, schedule = self._graph.workers[0], self._schedule
+            worker, schedule = next(iter(self._graph.crew)), self._schedule
             seed = derive_seed(schedule.seed, "samples", key)
             std = schedule.start_std
             asked = [(worker, worker.sample(num, schedule.num_steps, ema, seed, std))]

@@ -7,11 +7,11 @@ for the first that is not done. That tells a worker that hangs from a shard that
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from ebm_dist.cluster.backend import Backend, Ref
-from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.rounds.round import Round
+from ebm_dist.controller.shards import Shards
 
 
 class Overdue:
@@ -20,7 +20,7 @@ class Overdue:
     def __init__(
         self,
         backend: Backend,
-        shards: Sequence[ShardClient],
+        shards: Shards,
         hang_s: float,
         clock: Callable[[], float],
     ) -> None:

@@ -12,7 +12,6 @@ whoever is free first takes them; a newcomer is free once it holds weights.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +31,7 @@ from ebm_dist.controller.rounds.round import (
     Round,
     failed_too_often,
 )
+from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.load import Seat
 from ebm_dist.controller.workers.membership import Crew
 from ebm_dist.core.errors import RunFailed
@@ -43,32 +43,29 @@ class RoundPool:
     def __init__(
         self,
         backend: Backend,
-        shards: list[ShardClient],
-        workers: list[WorkerClient],
+        shards: Shards,
+        crew: Crew,
         *,
-        respawn_worker: Callable[[int], WorkerClient],
-        respawn_shard: Callable[[int], ShardClient],
+        on_replaced: Callable[[int], None],
         on_rejected: Callable[[int], None],
         say: Callable[[str], None],
         num_chains: int,
         depth: int,
         hang_s: float,
-        start_timeout_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
-            shards, workers: the lists themselves; who comes is put in them, who goes taken out.
+            on_replaced: is told the shard that has just been given another process.
             on_rejected: is told the shard of a round that it did not accept.
             say: is told what died.
             num_chains: of a round.
             depth: rounds that a worker may have before it.
             hang_s: a part that holds a round for longer is replaced.
-            start_timeout_s: one that does not hold weights by then is given up.
         """
         self._backend = backend
         self._shards = shards
-        self._respawn_shard = respawn_shard
+        self._on_replaced = on_replaced
         self._on_rejected = on_rejected
         self._say = say
         self._checkouts = Checkouts(backend, shards, num_chains)
@@ -82,14 +79,7 @@ class RoundPool:
         self._delayed: list[tuple[float, Round]] = []
         self._noted: set[str] = set()
         self._shard_failures = [0] * len(self._shards)
-        self.crew = Crew(
-            backend,
-            workers,
-            respawn=respawn_worker,
-            say=say,
-            start_timeout_s=start_timeout_s,
-            clock=clock,
-        )
+        self.crew = crew
         self._seats = self.crew.seats
         # Ordered dicts: the first key of a plain one is found past all that were taken before it.
         self.committed: OrderedDict[int, Committed] = OrderedDict()
@@ -376,16 +366,17 @@ class RoundPool:
             raise RunFailed(f"{shard.name} died {MAX_ATTEMPTS} times without a commit: {why}")
         self._say(f"{shard.name} died ({why}); another process takes its chains over")
         self.restarts += 1
-        self._forget_shard(index)
-        self._shards[index] = self._respawn_shard(index)
+        self._forget_rounds_of(index)
+        self._shards.replace(index)
+        self._on_replaced(index)
 
     def move_shard(self, index: int, successor: ShardClient) -> None:
         """Go on with `successor`, which holds the chains of the shard, without its rounds."""
-        self._forget_shard(index)
-        self._shards[index] = successor
+        self._forget_rounds_of(index)
+        self._shards.move(index, successor)
 
-    def _forget_shard(self, index: int) -> None:
-        """End a shard's process, and give up the rounds and negatives that it knows of."""
+    def _forget_rounds_of(self, index: int) -> None:
+        """Give up the rounds and negatives that a shard knows of."""
         for ref in [ref for ref, round_ in self._rounds.items() if round_.shard == index]:
             seat = self._rounds.pop(ref).seat
             assert seat is not None
@@ -395,7 +386,6 @@ class RoundPool:
         self._delayed = [item for item in self._delayed if item[1].shard != index]
         for lease_id in [k for k, v in self.committed.items() if v.shard == index]:
             del self.committed[lease_id]
-        self._backend.kill(self._shards[index].handle)
 
     def _redo_rounds_of(self, seat: Seat, why: str) -> None:
         lost = [ref for ref, round_ in self._rounds.items() if round_.seat is seat]

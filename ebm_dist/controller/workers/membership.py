@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ebm_dist.cluster.backend import Backend, ObjectLost, PartDied, Ref, fault_of_the_machine
+from ebm_dist.cluster.backend import (
+    Backend,
+    Handle,
+    ObjectLost,
+    PartDied,
+    Ref,
+    fault_of_the_machine,
+)
 from ebm_dist.controller.clients import WorkerClient
 from ebm_dist.controller.rounds.round import MAX_ATTEMPTS, MAX_STARTS
 from ebm_dist.controller.workers.load import Seat, Seats
@@ -19,35 +28,50 @@ class Crew:
     def __init__(
         self,
         backend: Backend,
-        workers: list[WorkerClient],
         *,
-        respawn: Callable[[int], WorkerClient],
         say: Callable[[str], None],
-        start_timeout_s: float,
-        clock: Callable[[], float],
+        start_timeout_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
-            workers: the list itself; who comes is put in it, who goes taken out.
-            respawn: starts another process for the worker of that number.
             start_timeout_s: a worker that does not hold weights by then is given up.
         """
         self._backend = backend
-        self._workers = workers
-        self._respawn = respawn
+        self._spawn: Callable[[int], WorkerClient] | None = None
         self._say = say
         self._start_timeout_s = start_timeout_s
         self._clock = clock
         self.weights: Ref[np.ndarray] | None = None
         self.version = -1
         self.seats = Seats(clock)
-        for index, worker in enumerate(workers):
-            self.seats.add(index, worker)
-        self._next_index = len(workers)
+        self._next_index = 0
         self.arriving: dict[Ref[int], Seat] = {}
         """Seats whose process has been sent weights, by the reference of its answer."""
         self._empty_handed: list[Seat] = []
         """Newcomers whose weights were lost on the way; the next ones are sent to them."""
+
+    def start(self, num: int, spawn: Callable[[int], WorkerClient]) -> None:
+        """Start the first `num`.
+
+        Args:
+            spawn: starts a process for the worker of that number, the first time and later on.
+        """
+        self._spawn = spawn
+        for _ in range(num):
+            self.join(spawn(self._next_index))
+
+    def __iter__(self) -> Iterator[WorkerClient]:
+        """Those there are, the ones that start or leave included."""
+        return (seat.worker for seat in self.seats)
+
+    @property
+    def handles(self) -> list[Handle]:
+        return [worker.handle for worker in self]
+
+    def start_again(self, dead: Handle) -> None:
+        """Another process for a worker that died before the run began."""
+        self._renew(next(seat for seat in self.seats if seat.worker.handle is dead))
 
     def set_weights(self, weights: Ref[np.ndarray], version: int) -> None:
         """Weights of the rounds started from now on.
@@ -60,6 +84,7 @@ class Crew:
         first, self.weights, self.version = self.version < 0, weights, version
         if first:
             for seat in self.seats:
+                seat.since = self._clock()  # what came before them was the start of the run
                 self._send_weights(seat)
         while self._empty_handed:
             self._send_weights(self._empty_handed.pop())
@@ -73,7 +98,6 @@ class Crew:
         """A newcomer; it serves from when it holds weights."""
         seat = self.seats.add(self._next_index, worker)
         self._next_index += 1
-        self._list()
         self._send_weights(seat)
 
     def retire(self, seat: Seat) -> None:
@@ -154,10 +178,13 @@ class Crew:
             self._remove(seat)
             return
         self._forget(seat)
-        self._backend.kill(seat.worker.handle)
-        self.seats.renew(seat, self._respawn(seat.index))
-        self._list()
+        self._renew(seat)
         self._send_weights(seat)
+
+    def _renew(self, seat: Seat) -> None:
+        assert self._spawn is not None
+        self._backend.kill(seat.worker.handle)
+        self.seats.renew(seat, self._spawn(seat.index))
 
     def _send_weights(self, seat: Seat) -> None:
         if self.weights is not None:
@@ -167,13 +194,9 @@ class Crew:
     def _remove(self, seat: Seat) -> None:
         self._forget(seat)
         self.seats.remove(seat)
-        self._list()
         self._backend.kill(seat.worker.handle)
 
     def _forget(self, seat: Seat) -> None:
         if seat in self._empty_handed:
             self._empty_handed.remove(seat)
         self.arriving = {ref: other for ref, other in self.arriving.items() if other is not seat}
-
-    def _list(self) -> None:
-        self._workers[:] = [seat.worker for seat in self.seats]

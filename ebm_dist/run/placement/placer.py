@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ebm_dist.cluster.backend import Node
@@ -47,8 +47,8 @@ class Placer:
     def __init__(
         self,
         look: Callable[[], list[Node]],
-        shards: Sequence[ShardClient],
-        workers: Sequence[WorkerClient],
+        shards: Iterable[ShardClient],
+        workers: Iterable[WorkerClient],
         plan: Plan,
         *,
         cpus_per_worker: float,
@@ -59,7 +59,7 @@ class Placer:
         """
         Args:
             look: returns Ray's view of the nodes; empty if there is only one machine.
-            shards, workers: the current parts; the owner of these lists updates them.
+            shards, workers: the owners of the parts, which hold the current ones.
             plan: of one machine, for parts whose node is not known.
             num_workers: the largest size of the pool.
         """
@@ -217,7 +217,7 @@ class Placer:
         return yielding
 
     def _place_ranks(
-        self, held: Sequence[str | None], workers: Sequence[WorkerClient]
+        self, held: Sequence[str | None], workers: Iterable[WorkerClient]
     ) -> list[Place] | None:
         self._look_again()  # their node may have died a moment ago
         free, num_gpus = self._view(), self.shares().rank
@@ -263,14 +263,14 @@ class Placer:
     def _node_of(self, part: WorkerClient) -> str | None:
         return part.node or part.runs_on
 
-    def _gpus_for_workers(self, node: str, workers: Sequence[WorkerClient]) -> float:
+    def _gpus_for_workers(self, node: str, workers: Iterable[WorkerClient]) -> float:
         """GPUs of a node that neither the ranks nor `workers` hold."""
         claimed = sum(worker.num_gpus for worker in workers if self._node_of(worker) == node)
         ranks = self._ranks.count(node) * self._rank_gpus
         return self._total[node].get("GPU", 0.0) - ranks - claimed
 
     def _gpus_for_ranks(
-        self, node: str, held: Sequence[str | None], workers: Sequence[WorkerClient]
+        self, node: str, held: Sequence[str | None], workers: Iterable[WorkerClient]
     ) -> float:
         """GPUs of a node that neither `workers` nor other programs hold."""
         ours = [w.num_gpus for w in self._workers if self._node_of(w) == node]
@@ -280,7 +280,7 @@ class Placer:
         return min(free, self._total[node].get("GPU", free + sum(kept)) - sum(kept))
 
     def _left(
-        self, free: Mapping[str, Mapping[str, float]], workers: Sequence[WorkerClient]
+        self, free: Mapping[str, Mapping[str, float]], workers: Iterable[WorkerClient]
     ) -> dict[str, dict[str, float]]:
         """`free`, less the GPUs given to ranks and `workers` that Ray may not count yet."""
         return {

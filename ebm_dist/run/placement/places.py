@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 from ebm_dist.cluster.backend import Backend
 from ebm_dist.config.sections import RuntimeConfig, WorkersConfig
-from ebm_dist.controller.clients import ShardClient, WorkerClient
+from ebm_dist.controller.shards import Shards
+from ebm_dist.controller.workers.membership import Crew
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.run.placement.placer import Placer
 from ebm_dist.run.placement.plan import Plan, available_cores, plan
@@ -23,10 +24,11 @@ def placed(
     learner: LearnerConfig,
     *,
     mode: Literal["sync", "async"],
-    parts: tuple[Sequence[ShardClient], Sequence[WorkerClient]],
+    shards: Shards,
+    crew: Crew,
     say: Callable[[str], None],
 ) -> tuple[Plan, Placer]:
-    """The plan for the current resources, and the placer of `parts` (shards, workers).
+    """The plan for the current resources, and the placer of the run's parts.
 
     Raises:
         UserError: the run needs more GPUs than there are.
@@ -52,7 +54,8 @@ def placed(
     )
     placer = Placer(
         backend.nodes,
-        *parts,
+        shards,
+        crew,
         made,
         cpus_per_worker=runtime.cpus_per_worker,
         num_workers=num_workers,

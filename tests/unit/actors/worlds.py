@@ -18,6 +18,8 @@ from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives.source import NegativeFlow
 from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.shards import Shards
+from ebm_dist.controller.workers.membership import Crew
 from ebm_dist.core.types import EventSpec
 
 WEIGHTS: Ref[np.ndarray] = Ref()
@@ -73,25 +75,26 @@ class World:
             on_tick=self.misfortune,
             scattered=scattered,
         )
-        self.shards = [self.spawn_shard(i) for i in range(2)]
-        self.workers = [self.spawn_worker(i) for i in range(num_workers)]
+        backend: Any = self.backend
+        clock: Any = {"clock": lambda: self.now} if tick_s else {}
+        self.shards = Shards(backend, [capacity // 2] * 2)
+        self.shards.start(self.spawn_shard)
+        self.crew = Crew(backend, say=self.said.append, **clock)
+        self.crew.start(num_workers, self.spawn_worker)
         self.progress = Progress()
         self.pool = RoundPool(
-            self.backend,  # type: ignore[arg-type]
+            backend,
             self.shards,
-            self.workers,
-            respawn_worker=self.spawn_worker,
-            respawn_shard=self.spawn_shard,
+            self.crew,
+            on_replaced=lambda shard: None,
             on_rejected=lambda shard: None,
             say=self.said.append,
             num_chains=CHAINS,
             depth=2,
             hang_s=2.0 * lease_timeout_s if tick_s else 1e9,
-            **({"clock": lambda: self.now} if tick_s else {}),
+            **clock,
         )
-        graph = SimpleNamespace(
-            backend=self.backend, shards=self.shards, capacities=[capacity // 2] * 2
-        )
+        graph = SimpleNamespace(backend=self.backend, shards=self.shards)
         schedule = SimpleNamespace(num_negatives=BATCH, num_chains=CHAINS, num_steps=NUM_STEPS)
         self.flow = NegativeFlow(
             graph,  # type: ignore[arg-type]
@@ -102,6 +105,10 @@ class World:
             lambda name, num: self.counts.update({name: num}),
         )
         self.pool.set_weights(WEIGHTS, 0)
+
+    @property
+    def workers(self) -> list[WorkerClient]:
+        return list(self.crew)
 
     def spawn_worker(self, index: int) -> WorkerClient:
         node = self.nodes[index % len(self.nodes)]
