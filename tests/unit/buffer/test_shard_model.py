@@ -178,10 +178,10 @@ class ShardMachine(RuleBasedStateMachine):
         assert total(self.shard) == CAPACITY
         counts = self.shard.counts()
         states = np.bincount(self.shard._slots.state, minlength=3)
-        assert states.tolist() == [counts["free"], counts["leased"], counts["ready"]]
-        assert counts["age_mean"] == self.snapshot()["age"].mean()
-        assert counts["ready"] == sum(len(slots) for slots in self.ready.values())
-        assert counts["late_checkins"] == self.late
+        assert states.tolist() == [counts.free, counts.leased, counts.ready]
+        assert counts.age_mean == self.snapshot()["age"].mean()
+        assert counts.ready == sum(len(slots) for slots in self.ready.values())
+        assert counts.late_checkins == self.late
         assert np.array_equal(self.snapshot()["position"], self.content)
         assert chain_ids(self.shard) == list(range(CAPACITY))
 
