@@ -209,4 +209,4 @@ class RankState:
     """Weights and optimiser, whole, of rank 0."""
     ema: Arrays | None
     """The averaged weights, of rank 0."""
-    data: Cursor
+    data: Cursor | None

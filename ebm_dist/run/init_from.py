@@ -29,7 +29,7 @@ from ebm_dist.config.run_config import RunConfig
 from ebm_dist.config.sections import RunSection
 from ebm_dist.core.errors import UserError, one_line
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.core.types import EventSpec
+from ebm_dist.core.types import EventSpec, RankState, ShardState
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.energies.limits import limited
 from ebm_dist.export.reader import (
@@ -86,8 +86,9 @@ class Beginning:
             meta: the fields that every checkpoint of the run holds.
         """
         flat = FlatLayout.of(self.energy).pack(self.energy)
-        average = {"flat": flat, "num_updates": torch.tensor(0)}
-        ranks = [{"learner": self._state, "ema": average, "data": None}]
+        average = {"flat": flat.numpy(), "num_updates": np.array(0)}
+        learner = {name: tensor.numpy() for name, tensor in self._state.items()}
+        ranks = [RankState(learner, average, data=None)]
         # Resuming from this checkpoint adds 1 to the epoch, which must then be 0.
         progress = Progress(epoch=-1)
         shards = _shards(config, spec, self._chains)
@@ -404,7 +405,7 @@ def _chains_of(found: checkpoint.CheckpointDir, spec: EventSpec) -> Chains:
 
 def _shards(
     config: RunConfig, spec: EventSpec, chains: Chains | None
-) -> list[dict[str, dict[str, Any]]]:
+) -> list[ShardState]:
     """Snapshots of the shards at update 0."""
     buffer, seed = config.buffer, config.run.seed
     if not config.objective.build().needs_negatives:
@@ -429,7 +430,7 @@ def _shards(
             theirs = array[share]
             if name == "position":
                 theirs = Codec.of(buffer.storage, spec).converted(theirs)
-            snapshot["arrays"][name][: len(share)] = theirs
+            snapshot.arrays[name][: len(share)] = theirs
         shards.append(snapshot)
     return shards
 
