@@ -38,6 +38,7 @@ from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives.source import NegativeFlow
+from ebm_dist.controller.retry import Redo
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.membership import Crew
@@ -148,8 +149,8 @@ def _flow(
         backend,
         shards,
         crew,
-        on_replaced=lambda shard: None,
-        on_rejected=lambda shard: None,
+        on_replaced=lambda shard: Redo(),
+        on_rejected=lambda shard: Redo(),
         say=print,
         num_chains=CHAINS,
         depth=2,

@@ -36,10 +36,6 @@ class ObjectLost(PartDied):
     """
 
 
-class RollBack(PartDied):
-    """The run as a whole has to go back to its last checkpoint."""
-
-
 UNREACHABLE_S = 90.0
 """Longer than Ray takes to give a node up: 63 s by its own settings, 37 s by those of launch."""
 

@@ -1,7 +1,7 @@
 """The training loop: rounds to workers, negatives to learners, weights back, cuts to disk.
 
 Any part but this one may die. Workers and shards are the pool's to replace, the hub and the
-evaluator their links'; `going_back.py` has what follows for the learners.
+evaluator their links'; `recovery.py` has what follows for the learners.
 
 Weights are handed out before they have left the learner, which sends them beside its next update.
 Every wait looks whether they came: rounds that were given lost ones do not come back.
@@ -30,7 +30,7 @@ from ebm_dist.controller.negatives.source import POLL_S, NegativeFlow
 from ebm_dist.controller.observers.metric_window import MetricWindow
 from ebm_dist.controller.observers.monitor import Lookout
 from ebm_dist.controller.parts import Graph, Schedule, View
-from ebm_dist.controller.recovery import WayBack
+from ebm_dist.controller.recovery import TROUBLE, Trouble, WayBack
 from ebm_dist.controller.retry import Attempts
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.controller.workers.autoscaler import Steward
@@ -142,8 +142,8 @@ class Controller:
             while self._flat is None:
                 try:
                     self._publish_current()
-                except PartDied as died:
-                    self._recover(died)
+                except TROUBLE as trouble:
+                    self._recover(trouble)
             self._window.reset()
             while True:
                 try:
@@ -164,7 +164,7 @@ class Controller:
                     self._update()
                     self.progress.wall_s = time.monotonic() - start
                     self._lookout.observe(self._flat, self._ema)
-                except (PartDied, NonFinite) as trouble:
+                except TROUBLE as trouble:
                     self._recover(trouble)
         except TimeoutError as error:
             raise RunFailed(
@@ -182,7 +182,7 @@ class Controller:
             raise RunFailed(why)
         return False
 
-    def _recover(self, trouble: PartDied | NonFinite) -> None:
+    def _recover(self, trouble: Trouble) -> None:
         self._is_whole = False
         self._way_back.recover(trouble)
         self._is_whole = True

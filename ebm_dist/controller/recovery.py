@@ -8,7 +8,6 @@ everything goes back, and the updates are not repeated but tried with other nois
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +21,15 @@ from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.checkpointer import Checkpointer
 from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.learners import Wait
-from ebm_dist.controller.negatives.source import RollBack
 from ebm_dist.controller.parts import Graph, View
-from ebm_dist.controller.retry import Attempts
+from ebm_dist.controller.retry import Attempts, Decision, GoBack, Redo, RollBack, obey
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.core.errors import NonFinite, RunFailed
 from ebm_dist.learner import LearnerConfig
+
+Trouble = PartDied | NonFinite | RollBack
+TROUBLE = (PartDied, NonFinite, RollBack)
+"""What a run recovers from."""
 
 RETRY_S = 0.5
 """Between two attempts to go back: what has just died is known to be dead a moment later."""
@@ -87,7 +89,7 @@ class WayBack:
             self._load_shards(found)
         except PartDied as died:
             self.chains_go_back = True
-            self.recover(RollBack(f"while the run was restored: {died}"))
+            self.recover(RollBack(GoBack(f"while the run was restored: {died}")))
 
     def _load_learners(self, found: checkpoint.CheckpointDir) -> None:
         learner, ema = found.tensors("learner"), found.tensors("ema") or None
@@ -115,7 +117,7 @@ class WayBack:
         timeout = max(self._flow.stall_timeout_s, self._graph.start_timeout_s)
         return answer(self._backend, shard.handle, ref, timeout, detail)
 
-    def recover(self, trouble: PartDied | NonFinite) -> None:
+    def recover(self, trouble: Trouble) -> None:
         """Replace what is dead, and go back to the last checkpoint where state was lost or is
         worth nothing.
 
@@ -124,23 +126,33 @@ class WayBack:
             RunFailed: parts died too often without a new update between.
         """
         self._attempts.reached(self._progress.step)
-        back = False
+        decision = self._decide(trouble)
         while True:
-            if isinstance(trouble, NonFinite):
-                self._try_otherwise(trouble)
-            else:
-                self._attempts.failed(trouble)
-            back = back or isinstance(trouble, RollBack | NonFinite)
             try:
-                if back or self._graph.learners.lost():
+                if isinstance(decision, GoBack):
                     self._attempts.begin_start()
-                    self._go_back(trouble)
+                    self._go_back(decision)
                     self._attempts.started()
-                self._pool.check(trouble)
+                    decision = Redo()
+                obey(self._pool.check(trouble))
                 return
-            except (PartDied, NonFinite) as again:
+            except TROUBLE as again:
                 trouble = again
-                time.sleep(RETRY_S)
+            time.sleep(RETRY_S)
+            following = self._decide(trouble)
+            if isinstance(decision, GoBack):  # it stands, whatever hit the way back
+                following = GoBack(str(trouble))
+            decision = following
+
+    def _decide(self, trouble: Trouble) -> Decision:
+        """Whether state was lost or is worth nothing; counts the attempt that `trouble` ended."""
+        if isinstance(trouble, NonFinite):
+            self._try_otherwise(trouble)
+            return GoBack(str(trouble))
+        self._attempts.failed(trouble)
+        if isinstance(trouble, RollBack) or self._graph.learners.lost():
+            return GoBack(str(trouble))
+        return Redo()
 
     def _try_otherwise(self, trouble: NonFinite) -> None:
         """Count a roll-back from `trouble`; the next attempt has other noise and a smaller rate."""
@@ -157,7 +169,7 @@ class WayBack:
         progress.next_lease = max(progress.next_lease, progress.lease_of(0))
         self.chains_go_back = True
 
-    def _go_back(self, trouble: PartDied | NonFinite) -> None:
+    def _go_back(self, decision: GoBack) -> None:
         """Continue from the last checkpoint: the learners, and the chains as well in sync mode
         and where they are worth nothing."""
         start = time.monotonic()
@@ -175,10 +187,10 @@ class WayBack:
             self._pool.redo_lost()
             return
         if found is None:
-            raise RunFailed(f"{trouble}, and there is no checkpoint to go back to") from trouble
+            raise RunFailed(f"{decision.reason}, and there is no checkpoint to go back to")
         lost = self._progress.step - found.step
         what = " and ".join(self._graph.learners.dead())
-        why = f"{what} died ({trouble})" if what else str(trouble)
+        why = f"{what} died ({decision.reason})" if what else decision.reason
         self._view.say(f"{why}: going back {lost} updates to {found.path.name}")
         if self._graph.learners.lost():
             self._graph.learners.rebuild(self._wait)
@@ -202,18 +214,17 @@ class WayBack:
     def _replace_dead_shards(self) -> None:
         for index, shard in enumerate(self._graph.shards):
             if not self._backend.alive(shard.handle):
-                # What it asks for, to go back as a whole, is under way.
-                with contextlib.suppress(RollBack):
-                    self._pool.replace_shard(index, "its process is gone")
+                # Whatever follows from it: the run is on its way back.
+                self._pool.replace_shard(index, "its process is gone")
 
-    def on_replaced(self, index: int) -> None:
+    def on_replaced(self, index: int) -> Decision:
         """A new process holds the chains of shard `index`, or is given what the last cut had."""
         start = time.monotonic()
         shard = self._graph.shards[index]
         # Its node may have taken a rank along as well, and that takes seconds to start.
         self._graph.learners.renew_if_dead()
         if self._flow.mode == "sync":
-            raise RollBack(f"shard {index} died with the leases of this update")
+            return GoBack(f"shard {index} died with the leases of this update")
         status = self._answer(shard, shard.status(), "to take its chains over")
         what = f"all {status.counts.capacity} chains"
         if not status.attached:
@@ -223,12 +234,14 @@ class WayBack:
                 str(found.step) if found is not None and taken else "0"
             )
         self._view.say(f"{shard.name} is back with {what} after {time.monotonic() - start:.1f} s")
+        return Redo()
 
-    def on_rejected(self, shard: int) -> None:
+    def on_rejected(self, shard: int) -> Decision:
         """A shard refused a round, which in sync mode no other round can replace."""
         # Drawn again, the lease would have other slots than in a run where nothing was late.
         if self._flow.mode == "sync":
-            raise RollBack(
+            return GoBack(
                 f"shard {shard} refused a round of this update, which came after its lease had "
                 "expired (buffer.lease_timeout_s)"
             )
+        return Redo()

@@ -1,13 +1,42 @@
-"""How often a run goes on after a death before it gives up: updates and starts apart."""
+"""What follows from a death: the run goes on, goes back, or after many of them gives up."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ebm_dist.cluster.backend import UNREACHABLE_S, PartDied, Unreachable
 from ebm_dist.controller.rounds.round import MAX_ATTEMPTS, MAX_STARTS, RETRY_S
 from ebm_dist.core.errors import RunFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Redo:
+    """Nothing is lost that is not started again: the update goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class GoBack:
+    """The run goes back to its last checkpoint: what this update has begun cannot be completed."""
+
+    reason: str
+
+
+Decision = Redo | GoBack
+
+
+class RollBack(RunFailed):
+    """Ends an update, wherever in it one stands, once it is decided to go back."""
+
+    def __init__(self, decision: GoBack) -> None:
+        super().__init__(decision.reason)
+
+
+def obey(decision: Decision) -> None:
+    """Go on within the update, or raise RollBack."""
+    if isinstance(decision, GoBack):
+        raise RollBack(decision)
 
 
 class Attempts:
@@ -39,7 +68,7 @@ class Attempts:
         """They have it: the next update is tried."""
         self._starting, self._num_starts = False, 0
 
-    def failed(self, died: PartDied) -> None:
+    def failed(self, died: PartDied | RollBack) -> None:
         """A part died, in an update or in a start, or cannot be reached, which is waited for.
 
         Raises:

@@ -23,6 +23,7 @@ from ebm_dist.controller.clients import LearnerClient, ShardClient, WorkerClient
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.negatives.delivery import Delivery
 from ebm_dist.controller.negatives.source import Consumed, NegativeFlow
+from ebm_dist.controller.retry import Redo
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.membership import Crew
@@ -127,8 +128,8 @@ class Graph:
             backend,
             self.shards,
             self.crew,
-            on_replaced=lambda shard: None,
-            on_rejected=lambda shard: None,
+            on_replaced=lambda shard: Redo(),
+            on_rejected=lambda shard: Redo(),
             say=self.said.append,
             num_chains=CHAINS,
             depth=2,

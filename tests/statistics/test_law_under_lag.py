@@ -23,6 +23,7 @@ from ebm_dist.cluster.inline import InlineBackend, InlineHandle
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives.source import Consumed, NegativeFlow
+from ebm_dist.controller.retry import Redo
 from ebm_dist.controller.rounds.round import Committed
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.controller.shards import Shards
@@ -138,8 +139,8 @@ class Scripted:
             self.backend,
             shards,
             crew,
-            on_replaced=lambda shard: None,
-            on_rejected=lambda shard: None,
+            on_replaced=lambda shard: Redo(),
+            on_rejected=lambda shard: Redo(),
             say=print,
             num_chains=num_chains,
             depth=2,

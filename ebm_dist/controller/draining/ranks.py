@@ -14,7 +14,6 @@ from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.backend import PartDied
 from ebm_dist.controller.draining.shards import LOOK_S
 from ebm_dist.controller.learners import Wait
-from ebm_dist.controller.negatives.source import RollBack
 from ebm_dist.controller.parts import Graph
 from ebm_dist.controller.retry import Attempts
 
@@ -98,8 +97,6 @@ class RankMover:
                 )
                 self._publish()
                 break
-            except RollBack:
-                raise
             except PartDied as died:
                 self._attempts.failed(died)
                 where = None  # one of the nodes may be gone: Ray knows which are there

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ebm_dist.checkpoint.cut import Progress
-from ebm_dist.cluster.backend import PartDied, Ref, RollBack, T
+from ebm_dist.cluster.backend import PartDied, Ref, T
 from ebm_dist.cluster.stall import (
     CREDITS,
     FREE_CHAINS,
@@ -32,6 +32,7 @@ from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.negatives.shard_choice import ShardChoice, shards_of_update
 from ebm_dist.controller.negatives.step_budget import StepBand, num_late
 from ebm_dist.controller.parts import Graph, Schedule
+from ebm_dist.controller.retry import GoBack, RollBack, obey
 from ebm_dist.controller.rounds.round import Committed, Purpose
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.controller.workers.utilisation import LearnerWaits
@@ -133,7 +134,8 @@ class NegativeFlow:
             RollBack: in sync mode, where no others would do.
         """
         if self._flow.mode == "sync":
-            raise RollBack("negatives of this update were lost with the node that held them")
+            lost_with = "negatives of this update were lost with the node that held them"
+            raise RollBack(GoBack(lost_with))
         self._num_taken -= len(lost)
         for index in lost:
             self._count("flow/lost", consumed.leases[index].num_chains)
@@ -167,7 +169,7 @@ class NegativeFlow:
         chosen = [pool.committed.pop(i) for i in wanted]
         taken = self._take(chosen)
         if len(taken) < len(chosen):
-            raise RollBack("a shard died with negatives of this update")
+            raise RollBack(GoBack("a shard died with negatives of this update"))
         return taken
 
     def _take_async(self, wanted: int) -> list[tuple[Committed, Ref[NegativeArrays]]]:
@@ -279,7 +281,7 @@ class NegativeFlow:
                     taken.append((lease, negatives))
             except PartDied as died:
                 if not self._backend.alive(self._shards[lease.shard].handle):
-                    self._pool.replace_shard(lease.shard, str(died))
+                    obey(self._pool.replace_shard(lease.shard, str(died)))
         self._num_taken += len(taken)
         self._in_hand = 0
         return taken

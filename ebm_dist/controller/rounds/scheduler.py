@@ -22,6 +22,7 @@ from ebm_dist.buffer.answers import CheckinReply, ShardCounts
 from ebm_dist.cluster.backend import Backend, PartDied, Ref, T, fault_of_the_machine
 from ebm_dist.controller.checkouts import Checkouts
 from ebm_dist.controller.clients import ShardClient, WorkerClient
+from ebm_dist.controller.retry import Decision, Redo, obey
 from ebm_dist.controller.rounds.overdue import Overdue
 from ebm_dist.controller.rounds.round import (
     MAX_ATTEMPTS,
@@ -46,8 +47,8 @@ class RoundPool:
         shards: Shards,
         crew: Crew,
         *,
-        on_replaced: Callable[[int], None],
-        on_rejected: Callable[[int], None],
+        on_replaced: Callable[[int], Decision],
+        on_rejected: Callable[[int], Decision],
         say: Callable[[str], None],
         num_chains: int,
         depth: int,
@@ -56,8 +57,8 @@ class RoundPool:
     ) -> None:
         """
         Args:
-            on_replaced: is told the shard that has just been given another process.
-            on_rejected: is told the shard of a round that it did not accept.
+            on_replaced: decides what follows, given the shard that has just been replaced.
+            on_rejected: the same, given the shard of a round that it did not accept.
             say: is told what died.
             num_chains: of a round.
             depth: rounds that a worker may have before it.
@@ -269,7 +270,7 @@ class RoundPool:
         round_.starved = reply.lease_id is None
         if not round_.starved:
             self.num_refused += 1
-            self._on_rejected(round_.shard)
+            obey(self._on_rejected(round_.shard))
         if round_.purpose == "repair":
             return  # the repaired chains expired back into the shard: nothing to redo
         if round_.starved:
@@ -302,13 +303,13 @@ class RoundPool:
         """Replace a shard that a round older than `seconds` waits for, if there is one."""
         index = self._overdue.shard(self._rounds.values(), seconds)
         if index is not None:
-            self.replace_shard(index, f"a round has waited for it for {seconds:.0f} s")
+            obey(self.replace_shard(index, f"a round has waited for it for {seconds:.0f} s"))
         return index is not None
 
     def _recover(self, failed: Round, seat: Seat, died: PartDied) -> None:
         """Replace the part that took `failed` with it, and start its rounds again."""
         if not self._backend.alive(self._shards[failed.shard].handle):
-            self.replace_shard(failed.shard, str(died))
+            obey(self.replace_shard(failed.shard, str(died)))
         elif not self._backend.alive(seat.worker.handle):
             self._fail(failed, seat, str(died))
         else:  # no fault of the round: weights are lost, or a node is and Ray has yet to see
@@ -339,22 +340,25 @@ class RoundPool:
             self._submit(round_)
         self.crew.send_again()
 
-    def check(self, trouble: Exception | None = None) -> None:
+    def check(self, trouble: Exception | None = None) -> Decision:
         """Replace the shards and workers that are known to be dead; `trouble` may say why."""
+        decision: Decision = Redo()
 
         def why(part: ShardClient | WorkerClient) -> str:
             return str(trouble) if f"{part.name} " in str(trouble) else "its process is gone"
 
         for index, shard in enumerate(self._shards):
             if not self._backend.alive(shard.handle):
-                self.replace_shard(index, why(shard))
+                what_follows = self.replace_shard(index, why(shard))
+                decision = what_follows if isinstance(decision, Redo) else decision
         for seat in self._seats:
             # One that starts has been sent weights, and is found out by its answer; to ask whether
             # it is alive would wait for Ray to place it.
             if seat.state != "starting" and not self._backend.alive(seat.worker.handle):
                 self._redo_rounds_of(seat, why(seat.worker))
+        return decision
 
-    def replace_shard(self, index: int, why: str) -> None:
+    def replace_shard(self, index: int, why: str) -> Decision:
         """Start another process on the chains of a dead shard, without the rounds it knew of.
 
         Raises:
@@ -368,7 +372,7 @@ class RoundPool:
         self.restarts += 1
         self._forget_rounds_of(index)
         self._shards.replace(index)
-        self._on_replaced(index)
+        return self._on_replaced(index)
 
     def move_shard(self, index: int, successor: ShardClient) -> None:
         """Go on with `successor`, which holds the chains of the shard, without its rounds."""

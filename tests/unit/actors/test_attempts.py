@@ -12,8 +12,7 @@ from small_runs import run
 from ebm_dist.cluster.backend import UNREACHABLE_S, PartDied, Unreachable
 from ebm_dist.cluster.inline import InlineHandle, InlineResult
 from ebm_dist.controller.learners import LearnerGroup
-from ebm_dist.controller.negatives.source import RollBack
-from ebm_dist.controller.retry import Attempts
+from ebm_dist.controller.retry import Attempts, GoBack, RollBack
 from ebm_dist.controller.rounds.round import MAX_ATTEMPTS, MAX_STARTS
 from ebm_dist.core.errors import RunFailed
 
@@ -124,7 +123,7 @@ def test_a_run_whose_starts_are_hit_more_often_than_an_update_may_fail_goes_on(
     def dies(self: LearnerGroup, step: int, *args: Any, **options: Any) -> Any:
         if step == 3 and not hits:
             hits.append("update")
-            raise RollBack("killed by the test")
+            raise RollBack(GoBack("killed by the test"))
         return update(self, step, *args, **options)
 
     def dies_too(self: LearnerGroup, *args: Any, **options: Any) -> None:

@@ -8,9 +8,9 @@ import pytest
 from small_runs import curve, run
 
 from ebm_dist.cluster.backend import PartDied
-from ebm_dist.controller.negatives.source import RollBack
 from ebm_dist.controller.observers.measurements import EvaluatorLink
 from ebm_dist.controller.observers.monitor import Lookout
+from ebm_dist.controller.retry import GoBack, RollBack
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_run_that_goes_back_evaluates_at_its_usual_updates(
     def dying(self: Lookout, *args):
         calls.append(args)
         if len(calls) == 1:
-            raise RollBack("a shard was killed")
+            raise RollBack(GoBack("a shard was killed"))
         return chains(self, *args)
 
     monkeypatch.setattr(Lookout, "chains", dying)

@@ -18,7 +18,7 @@ from ebm_dist.controller.clients import LearnerClient
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.negatives import delivery
 from ebm_dist.controller.negatives.delivery import Delivery
-from ebm_dist.controller.negatives.source import RollBack
+from ebm_dist.controller.retry import RollBack
 from ebm_dist.controller.rounds.round import MAX_ATTEMPTS
 from ebm_dist.core.types import NegativeArrays
 

@@ -17,6 +17,7 @@ from ebm_dist.cluster.backend import Ref
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives.source import NegativeFlow
+from ebm_dist.controller.retry import Redo
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.membership import Crew
@@ -86,8 +87,8 @@ class World:
             backend,
             self.shards,
             self.crew,
-            on_replaced=lambda shard: None,
-            on_rejected=lambda shard: None,
+            on_replaced=lambda shard: Redo(),
+            on_rejected=lambda shard: Redo(),
             say=self.said.append,
             num_chains=CHAINS,
             depth=2,
