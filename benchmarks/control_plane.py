@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from common import keep
@@ -157,11 +156,17 @@ def _flow(
         hang_s=1e9,
         **options,
     )
-    graph: Any = SimpleNamespace(backend=backend, shards=shards)
-    negatives = max(1, num_workers // 4) * CHAINS
-    schedule: Any = SimpleNamespace(num_negatives=negatives, num_chains=CHAINS, num_steps=STEPS)
-    config = FlowConfig(mode="async", max_lag=8)
-    flow = NegativeFlow(graph, schedule, config, pool, progress, lambda name, num: None)
+    flow = NegativeFlow(
+        backend,
+        shards,
+        FlowConfig(mode="async", max_lag=8),
+        pool,
+        progress,
+        lambda name, num: None,
+        num_negatives=max(1, num_workers // 4) * CHAINS,
+        num_chains=CHAINS,
+        num_steps=STEPS,
+    )
 
     def update() -> None:
         flow.take_negatives()

@@ -15,7 +15,7 @@ from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.checkpoint.cut import Progress, shard_file, write_cut
 from ebm_dist.cluster.backend import PartDied, Ref, first_line
 from ebm_dist.cluster.stall import answer
-from ebm_dist.controller.parts import Graph, Schedule
+from ebm_dist.controller.parts import Graph
 from ebm_dist.core.errors import NonFinite, RunFailed
 from ebm_dist.core.types import Arrays, RankState, ShardMeta, ShardState
 
@@ -61,7 +61,7 @@ class Checkpointer:
     def __init__(
         self,
         graph: Graph,
-        schedule: Schedule,
+        config: checkpoint.CheckpointConfig,
         run_dir: Path,
         *,
         meta: Mapping[str, Any],
@@ -75,7 +75,7 @@ class Checkpointer:
             say: is told what was written and what was not.
         """
         self._graph = graph
-        self._schedule = schedule
+        self._config = config
         self._run_dir = run_dir
         self._meta = dict(meta)
         self._timeout = timeout
@@ -105,7 +105,7 @@ class Checkpointer:
             NonFinite: the cut before holds numbers that nothing can go on from.
         """
         self.settle(0.0)
-        due = self._owed or progress.step % self._schedule.checkpoint_every == 0
+        due = self._owed or progress.step % self._config.every == 0
         if not due or progress.step == self._taken:
             return
         if not self.settle(0.0 if self._owed else PATIENCE_S):
@@ -259,7 +259,7 @@ class Checkpointer:
                 if about.since is not None and whole is not None
             }
             write.path = write_cut(
-                self._run_dir, progress, states, shards, meta, keep=self._schedule.keep, bases=bases
+                self._run_dir, progress, states, shards, meta, keep=self._config.keep, bases=bases
             )
         except Exception as error:  # whatever it is, who settles has to be told
             write.error = error

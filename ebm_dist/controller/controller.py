@@ -21,7 +21,7 @@ from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.backend import PartDied, Ref, T
 from ebm_dist.cluster.halt import GRACE_S, IDLE_GRACE_S, Halted
-from ebm_dist.config.sections import FlowConfig
+from ebm_dist.config.run_config import RunConfig
 from ebm_dist.controller.checkpointer import Checkpointer
 from ebm_dist.controller.draining.ranks import RankMover
 from ebm_dist.controller.draining.shards import Mover
@@ -29,13 +29,13 @@ from ebm_dist.controller.negatives.delivery import Delivery
 from ebm_dist.controller.negatives.source import POLL_S, NegativeFlow
 from ebm_dist.controller.observers.metric_window import MetricWindow
 from ebm_dist.controller.observers.monitor import Lookout
-from ebm_dist.controller.parts import Graph, Schedule, View
+from ebm_dist.controller.parts import Graph, View
 from ebm_dist.controller.recovery import TROUBLE, Trouble, WayBack
 from ebm_dist.controller.retry import Attempts
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.controller.workers.autoscaler import Steward
 from ebm_dist.core.errors import NonFinite, RunFailed
-from ebm_dist.learner import LearnerConfig, learning_rate
+from ebm_dist.learner import learning_rate
 
 LEAVING_S = 30.0
 """A run that fails waits this long for the checkpoint that is being written."""
@@ -48,10 +48,8 @@ class Controller:
     def __init__(
         self,
         graph: Graph,
-        schedule: Schedule,
+        config: RunConfig,
         *,
-        flow: FlowConfig,
-        learner: LearnerConfig,
         run_dir: Path,
         view: View,
         meta: dict[str, Any],
@@ -59,9 +57,8 @@ class Controller:
     ) -> None:
         self.progress = Progress()
         self._graph = graph
-        self._schedule = schedule
-        self._flow = flow
-        self._learner = learner
+        self._config = config
+        self._flow = flow = config.flow
         self._run_dir = run_dir
         self._view = view
         self._halt = graph.backend.halt
@@ -72,12 +69,12 @@ class Controller:
         """Whether the parts stand where a checkpoint can be taken: no update has half begun."""
         attempts = Attempts()
         self._cuts = Checkpointer(
-            graph, schedule, run_dir, meta=meta, timeout=flow.stall_timeout_s, say=view.say
+            graph, config.checkpoint, run_dir, meta=meta, timeout=flow.stall_timeout_s, say=view.say
         )
         self._way_back = WayBack(
             graph,
             flow,
-            learner,
+            config.learner,
             self.progress,
             attempts,
             self._cuts,
@@ -94,29 +91,58 @@ class Controller:
             on_replaced=self._way_back.on_replaced,
             on_rejected=self._way_back.on_rejected,
             say=view.say,
-            num_chains=schedule.num_chains,
+            num_chains=config.workers.num_chains,
             depth=2,
             hang_s=2.0 * graph.lease_timeout_s,
         )
         self._way_back.serve(self._pool)
         self._negatives = NegativeFlow(
-            graph, schedule, flow, self._pool, self.progress, self._window.count, self._tend
+            graph.backend,
+            graph.shards,
+            flow,
+            self._pool,
+            self.progress,
+            self._window.count,
+            self._tend,
+            num_negatives=config.num_negatives,
+            num_chains=config.workers.num_chains,
+            num_steps=config.sampler.num_steps,
         )
         self._delivery = Delivery(
-            graph, schedule, flow, self._pool, self._negatives, self._meanwhile
+            graph.backend,
+            graph.learners,
+            self._pool,
+            self._negatives,
+            self._meanwhile,
+            num_negatives=config.num_negatives,
+            timeout=flow.stall_timeout_s,
         )
         self._steward = None
         if graph.elasticity is not None:
             self._steward = Steward(
                 self._pool.crew, self._negatives.waits, graph.elasticity, view.say
             )
-        self._mover = Mover(graph, self._pool, say=view.say, timeout=flow.stall_timeout_s)
+        self._mover = Mover(
+            graph.backend,
+            graph.shards,
+            graph.leave,
+            self._pool,
+            say=view.say,
+            timeout=flow.stall_timeout_s,
+        )
         self._rank_mover = RankMover(
-            graph, self.progress, attempts, self._wait, self._publish_current, say=view.say
+            graph.backend,
+            graph.learners,
+            graph.leave,
+            self.progress,
+            attempts,
+            self._wait,
+            self._publish_current,
+            say=view.say,
         )
         self._lookout = Lookout(
             graph,
-            schedule,
+            config,
             self._pool,
             self.progress,
             self._window,
@@ -150,7 +176,7 @@ class Controller:
                     if self._halt.due:
                         self._cuts.finish(self.progress, f"stopped at update {self.progress.step}")
                         break
-                    if self.progress.step >= self._schedule.num_updates:
+                    if self.progress.step >= self._config.run.steps:
                         self._lookout.catch_up(self._flat, self._ema)
                         self._cuts.finish(self.progress)
                         self._lookout.finish()
@@ -217,7 +243,7 @@ class Controller:
         consumed = self._negatives.take_negatives() if self._graph.needs_negatives else None
         if consumed is not None:
             self._delivery.bring(consumed, step)
-        lr = learning_rate(self._learner, step, self._schedule.num_updates)
+        lr = learning_rate(self._config.learner, step, self._config.run.steps)
         lr *= self.progress.lr_factor
         learners, auditor = self._graph.learners, self._graph.auditor
         average = self._lookout.reads_average(step + 1)
@@ -225,7 +251,7 @@ class Controller:
         replies = learners.update(
             step,
             lr,
-            self._schedule.num_negatives,
+            self._config.num_negatives,
             consumed.negatives if consumed else None,
             auditor.extra() if auditor and consumed else None,
         )

@@ -1,4 +1,4 @@
-"""What a running graph is made of, and when things happen in it."""
+"""What a running graph is made of."""
 
 from __future__ import annotations
 
@@ -22,30 +22,6 @@ class View(Protocol):
 
     def update(self, step: int, metrics: dict[str, float], waits: str) -> None: ...
     def say(self, line: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """When things happen, in updates, and how much of each."""
-
-    num_updates: int
-    num_negatives: int
-    """Of an update."""
-    num_chains: int
-    num_steps: int
-    """MCMC steps of a round."""
-    log_every: int
-    checkpoint_every: int
-    keep: int
-    evaluate_every: int | None
-    num_grid: int
-    num_samples: int
-    temperature: float
-    seed: int
-    """Of the run."""
-    start_std: float
-    """Of the noise that chains start from."""
-    jarzynski: bool = False
 
 
 @dataclass(frozen=True, slots=True)

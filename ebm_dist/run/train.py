@@ -26,7 +26,6 @@ from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.checks import check_event
 from ebm_dist.config.run_config import RunConfig, dump, load
 from ebm_dist.controller.controller import Controller
-from ebm_dist.controller.parts import Schedule
 from ebm_dist.core.errors import RunFailed, UserError, one_line
 from ebm_dist.core.paths import user_path
 from ebm_dist.core.signals import asking, interrupting
@@ -185,9 +184,7 @@ def _train(
 
         controller = Controller(
             graph,
-            _schedule(config),
-            flow=config.flow,
-            learner=config.learner,
+            config,
             run_dir=run_dir,
             view=_Logged(view),
             meta=_meta(config, spec, found.meta.get("init_from") if found else None),
@@ -256,25 +253,6 @@ def _interrupted(run_dir: Path, console: Console) -> RunResult:
         raise KeyboardInterrupt
     console.print(f"interrupted; the same command goes on from {name}")
     return RunResult(run_dir, int(name.rpartition("_")[2]), False, None, {})
-
-
-def _schedule(config: RunConfig) -> Schedule:
-    return Schedule(
-        num_updates=config.run.steps,
-        num_negatives=config.num_negatives,
-        num_chains=config.workers.num_chains,
-        num_steps=config.sampler.num_steps,
-        log_every=config.tracking.log_every,
-        checkpoint_every=config.checkpoint.every,
-        keep=config.checkpoint.keep,
-        evaluate_every=config.evaluation.every,
-        num_grid=config.evaluation.num_grid,
-        num_samples=config.evaluation.num_samples,
-        temperature=config.sampler.build().temperature,
-        seed=config.run.seed,
-        start_std=config.buffer.init_std,
-        jarzynski=config.buffer.jarzynski,
-    )
 
 
 def _backend(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -79,14 +78,16 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
         depth=2,
         hang_s=1e9,
     )
-    schedule = SimpleNamespace(num_negatives=2 * CHAINS, num_chains=CHAINS, num_steps=NUM_STEPS)
     flow = NegativeFlow(
-        SimpleNamespace(backend=backend, shards=shards),  # type: ignore[arg-type]
-        schedule,  # type: ignore[arg-type]
+        backend,
+        shards,
         FlowConfig(mode="async", max_lag=8, stall_timeout_s=120),
         pool,
         progress,
         lambda name, num: None,
+        num_negatives=2 * CHAINS,
+        num_chains=CHAINS,
+        num_steps=NUM_STEPS,
     )
     weights = backend.put(np.array([PRECISION], np.float32))
     pool.set_weights(weights, 0)

@@ -6,7 +6,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -135,22 +134,27 @@ class Graph:
             depth=2,
             hang_s=120.0,
         )
-        schedule: Any = SimpleNamespace(num_negatives=BATCH, num_chains=CHAINS, num_steps=10)
-        graph: Any = SimpleNamespace(
-            backend=backend,
-            learners=self.learners,
-            shards=self.shards,
-        )
         config = FlowConfig(mode="async", max_lag=4, stall_timeout_s=60)
         self.flow = NegativeFlow(
-            graph,
-            schedule,
+            backend,
+            self.shards,
             config,
             self.pool,
             self.progress,
             lambda name, num: self.counts.update({name: num}),
+            num_negatives=BATCH,
+            num_chains=CHAINS,
+            num_steps=10,
         )
-        self.delivery = Delivery(graph, schedule, config, self.pool, self.flow, self.flow.top_up)
+        self.delivery = Delivery(
+            backend,
+            self.learners,
+            self.pool,
+            self.flow,
+            self.flow.top_up,
+            num_negatives=BATCH,
+            timeout=60.0,
+        )
         self.weights = backend.put(np.zeros(NUM_WEIGHTS))
         self.pool.set_weights(self.weights, 0)
 

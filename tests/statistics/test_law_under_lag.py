@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -148,17 +147,16 @@ class Scripted:
             # By which rounds are tried again: with the machine's own, no two runs would be alike.
             clock=clock,
         )
-        graph = SimpleNamespace(backend=self.backend, shards=shards)
-        schedule = SimpleNamespace(
-            num_negatives=num_chains, num_chains=num_chains, num_steps=num_steps
-        )
         self.flow = NegativeFlow(
-            graph,  # type: ignore[arg-type]
-            schedule,  # type: ignore[arg-type]
+            self.backend,
+            shards,
             FlowConfig(mode="async", stall_timeout_s=60, **flow),
             self.pool,
             self.progress,
             lambda name, num: None,
+            num_negatives=num_chains,
+            num_chains=num_chains,
+            num_steps=num_steps,
         )
         self.moved_at: dict[int, int] = {}
         """By lease of a repair, the version that its chains were moved under before."""

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 
 from ebm_dist.checkpoint.cut import Progress
-from ebm_dist.cluster.backend import PartDied
+from ebm_dist.cluster.backend import Backend, PartDied
 from ebm_dist.controller.draining.shards import LOOK_S
-from ebm_dist.controller.learners import Wait
-from ebm_dist.controller.parts import Graph
+from ebm_dist.controller.learners import LearnerGroup, Wait
+from ebm_dist.controller.parts import Leave
 from ebm_dist.controller.retry import Attempts
 
 
@@ -27,7 +27,9 @@ class RankMover:
 
     def __init__(
         self,
-        graph: Graph,
+        backend: Backend,
+        learners: LearnerGroup,
+        leave: Leave | None,
         progress: Progress,
         attempts: Attempts,
         wait: Wait,
@@ -41,9 +43,9 @@ class RankMover:
             progress, attempts: the controller's own.
             publish: hands out the weights as they are; those of before lie on the node that goes.
         """
-        self._backend = graph.backend
-        self._learners = graph.learners
-        self._leave = graph.leave
+        self._backend = backend
+        self._learners = learners
+        self._leave = leave
         self._progress = progress
         self._attempts = attempts
         self._say = say

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ebm_dist.buffer.answers import ShardStatus
-from ebm_dist.cluster.backend import PartDied, Ref
+from ebm_dist.cluster.backend import Backend, PartDied, Ref
 from ebm_dist.cluster.stall import answer
 from ebm_dist.controller.clients import ShardClient
-from ebm_dist.controller.parts import Graph
+from ebm_dist.controller.parts import Leave
 from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.shards import Shards
 
 LOOK_S = 2.0
 """Between two looks at the cluster."""
@@ -38,7 +39,9 @@ class Mover:
 
     def __init__(
         self,
-        graph: Graph,
+        backend: Backend,
+        shards: Shards,
+        leave: Leave | None,
         pool: RoundPool,
         *,
         say: Callable[[str], None],
@@ -47,11 +50,12 @@ class Mover:
     ) -> None:
         """
         Args:
+            leave: None where there is nowhere else to go.
             timeout: seconds within which a shard answers.
         """
-        self._backend = graph.backend
-        self._shards = graph.shards
-        self._leave = graph.leave
+        self._backend = backend
+        self._shards = shards
+        self._leave = leave
         self._pool = pool
         self._say = say
         self._timeout = timeout

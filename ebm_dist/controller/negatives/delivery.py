@@ -10,10 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from ebm_dist.cluster.backend import Backend
 from ebm_dist.cluster.stall import DELIVERY, Stalled
-from ebm_dist.config.sections import FlowConfig
+from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.negatives.source import POLL_S, Consumed, NegativeFlow
-from ebm_dist.controller.parts import Graph, Schedule
 from ebm_dist.controller.rounds.scheduler import RoundPool
 
 LOOK_S = 1.0
@@ -25,23 +25,27 @@ class Delivery:
 
     def __init__(
         self,
-        graph: Graph,
-        schedule: Schedule,
-        flow: FlowConfig,
+        backend: Backend,
+        learners: LearnerGroup,
         pool: RoundPool,
         negatives: NegativeFlow,
         meanwhile: Callable[[], None],
+        *,
+        num_negatives: int,
+        timeout: float,
     ) -> None:
         """
         Args:
             meanwhile: is called while the negatives are on their way.
+            num_negatives: of an update.
+            timeout: seconds after which those that do not come end the run.
         """
-        self._backend = graph.backend
-        self._learners = graph.learners
+        self._backend = backend
+        self._learners = learners
         self._pool = pool
         self._negatives = negatives
-        self._num_negatives = schedule.num_negatives
-        self._timeout = flow.stall_timeout_s
+        self._num_negatives = num_negatives
+        self._timeout = timeout
         self._meanwhile = meanwhile
 
     def bring(self, consumed: Consumed, step: int) -> None:

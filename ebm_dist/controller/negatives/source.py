@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ebm_dist.checkpoint.cut import Progress
-from ebm_dist.cluster.backend import PartDied, Ref, T
+from ebm_dist.cluster.backend import Backend, PartDied, Ref, T
 from ebm_dist.cluster.stall import (
     CREDITS,
     FREE_CHAINS,
@@ -31,10 +31,10 @@ from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.negatives.shard_choice import ShardChoice, shards_of_update
 from ebm_dist.controller.negatives.step_budget import StepBand, num_late
-from ebm_dist.controller.parts import Graph, Schedule
 from ebm_dist.controller.retry import GoBack, RollBack, obey
 from ebm_dist.controller.rounds.round import Committed, Purpose
 from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.utilisation import LearnerWaits
 from ebm_dist.core.types import NegativeArrays
 
@@ -56,49 +56,56 @@ class NegativeFlow:
 
     def __init__(
         self,
-        graph: Graph,
-        schedule: Schedule,
+        backend: Backend,
+        shards: Shards,
         flow: FlowConfig,
         pool: RoundPool,
         progress: Progress,
         count: Callable[[str, int], None],
         tend: Callable[[], None] = lambda: None,
+        *,
+        num_negatives: int,
+        num_chains: int,
+        num_steps: int,
     ) -> None:
         """
         Args:
             progress: the controller's own, read for step and version; lease ids are taken from it.
             count: adds to a counter by metric name.
             tend: is called while the learner waits.
+            num_negatives: of an update.
+            num_chains, num_steps: of a round.
         """
-        self._backend = graph.backend
-        self._shards = graph.shards
-        self._schedule = schedule
+        self._backend = backend
+        self._shards = shards
+        self._num_chains = num_chains
+        self._num_steps = num_steps
         self._flow = flow
         self._pool = pool
         self._progress = progress
         self._count = count
         self._tend = tend
-        self._leases_per_update = schedule.num_negatives // schedule.num_chains
-        self._round_steps = schedule.num_chains * schedule.num_steps
-        needed = schedule.num_negatives * schedule.num_steps
+        self._leases_per_update = num_negatives // num_chains
+        self._round_steps = num_chains * num_steps
+        needed = num_negatives * num_steps
         self._band = StepBand(
             low=flow.min_steps_per_update or needed,
             high=flow.max_steps_per_update or math.inf,
             needed=needed,
             round_steps=self._round_steps,
         )
-        self._choice = ShardChoice(len(graph.shards), self._leases_per_update)
+        self._choice = ShardChoice(len(shards), self._leases_per_update)
         self._booked = 0
         self._num_taken = 0  # leases that learners were given
         self._in_hand = 0  # and those that the update under way has chosen
         self.waits = LearnerWaits(pool.crew.seats)
         # Inline rounds run where they are started: starting them early would only age them.
-        updates_ahead = 1 + flow.max_lag if graph.backend.concurrent else 1
+        updates_ahead = 1 + flow.max_lag if backend.concurrent else 1
         self._max_ahead = self._leases_per_update * updates_ahead
         self._being_learnt = 0  # leases that the learner is at
-        self._room = sum(capacity // schedule.num_chains for capacity in graph.shards.capacities)
+        self._room = sum(capacity // num_chains for capacity in shards.capacities)
         if self._band.low > needed:
-            self._room -= len(graph.shards)  # or ready chains could fill them, and none be spare
+            self._room -= len(shards)  # or ready chains could fill them, and none be spare
 
     def take_negatives(self) -> Consumed:
         """Leases of one update, moved under its own weights (sync) or within max_lag (async).
@@ -158,7 +165,7 @@ class NegativeFlow:
         self._progress.next_lease = spare.stop
         leases = range(first, spare.stop)
         shards = shards_of_update(first, len(leases), len(self._shards))
-        self._pool.start_together([*zip(leases, shards)], self._schedule.num_steps, spare=spare)
+        self._pool.start_together([*zip(leases, shards)], self._num_steps, spare=spare)
         pool = self._pool
         self._poll_until(
             lambda: pool.outstanding == 0 and all(i in pool.committed for i in wanted),
@@ -239,12 +246,12 @@ class NegativeFlow:
 
     @property
     def _repair_steps(self) -> int:
-        return self._flow.repair_steps or max(1, self._schedule.num_steps // 4)
+        return self._flow.repair_steps or max(1, self._num_steps // 4)
 
     @property
     def _late_cost(self) -> int:
-        steps = self._repair_steps if self._flow.stale == "repair" else self._schedule.num_steps
-        return steps * self._schedule.num_chains
+        steps = self._repair_steps if self._flow.stale == "repair" else self._num_steps
+        return steps * self._num_chains
 
     def _extra(self) -> int:
         """Chain steps committed that no negative needed: repairs, spare rounds, and the rounds of
@@ -260,7 +267,7 @@ class NegativeFlow:
 
     def _in_flight(self, *purposes: str) -> int:
         """Chain steps of the rounds that are under way for these purposes."""
-        chains = self._schedule.num_chains
+        chains = self._num_chains
         return sum(r.num_steps * chains for r in self._pool.rounds() if r.purpose in purposes)
 
     def _credit(self) -> float:
@@ -348,7 +355,7 @@ class NegativeFlow:
         nodes = [shard.node for shard in self._shards]
         lease_id = self._new_lease()
         shard = self._choice.next(lease_id, self._pool.idle_node, nodes)
-        self._pool.start(lease_id, shard, self._schedule.num_steps, purpose=purpose)
+        self._pool.start(lease_id, shard, self._num_steps, purpose=purpose)
 
     def _new_lease(self) -> int:
         lease_id = self._progress.next_lease

@@ -12,10 +12,11 @@ import numpy as np
 from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.backend import PartDied, Ref, T, fault_of_the_machine
 from ebm_dist.cluster.stall import LOOK_S, answer
+from ebm_dist.config.run_config import RunConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
 from ebm_dist.controller.observers.metric_window import MetricWindow
-from ebm_dist.controller.parts import Graph, Schedule
+from ebm_dist.controller.parts import Graph
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.core.seeds import derive_seed
 
@@ -35,7 +36,7 @@ class Lookout:
     def __init__(
         self,
         graph: Graph,
-        schedule: Schedule,
+        config: RunConfig,
         pool: RoundPool,
         progress: Progress,
         window: MetricWindow,
@@ -53,7 +54,8 @@ class Lookout:
         self.metrics: dict[str, float] = {}
         """The last value of each metric."""
         self._graph = graph
-        self._schedule = schedule
+        self._config = config
+        self._temperature = config.sampler.build().temperature
         self._pool = pool
         self._progress = progress
         self._window = window
@@ -67,9 +69,9 @@ class Lookout:
 
     def reads_average(self, step: int) -> bool:
         """Whether anything looks at the averaged weights as of update `step`."""
-        graph, schedule = self._graph, self._schedule
-        every = [schedule.evaluate_every, graph.auditor.every if graph.auditor else None]
-        due = step == schedule.num_updates or any(n is not None and step % n == 0 for n in every)
+        auditor, config = self._graph.auditor, self._config
+        every = [config.evaluation.every, auditor.every if auditor else None]
+        due = step == config.run.steps or any(n is not None and step % n == 0 for n in every)
         if not due and step > self._owed_since:
             self._collect_evaluation(0.0)
             due = not self._is_measuring
@@ -83,9 +85,9 @@ class Lookout:
     def observe(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
         """Do what is due after an update, of which `flat` and `ema` are the weights."""
         step = self._progress.step
-        if (every := self._schedule.evaluate_every) is not None and step % every == 0:
+        if (every := self._config.evaluation.every) is not None and step % every == 0:
             self._owed_since = step
-        if step % self._schedule.log_every == 0 or step == self._schedule.num_updates:
+        if step % self._config.tracking.log_every == 0 or step == self._config.run.steps:
             self._log()
         self.catch_up(flat, ema)
         self._collect_evaluation(0.0)
@@ -99,7 +101,7 @@ class Lookout:
         step = self._progress.step
         if step < self._owed_since or step != self._averaged:
             return
-        if step == self._schedule.num_updates:
+        if step == self._config.run.steps:
             self.finish()
         self._collect_evaluation(0.0)
         if self._is_measuring:
@@ -147,7 +149,7 @@ class Lookout:
         values = self._window.close(
             mcmc_steps=steps, idle_s=self._pool.crew.seats.take_idle_seconds()
         )
-        values["sampler/temperature"] = self._schedule.temperature
+        values["sampler/temperature"] = self._temperature
         values["weights/version"] = float(self._progress.version)
         values["fault/restarts"] = float(self.restarts)
         values["fault/rollbacks"] = float(self._progress.rollbacks)
@@ -167,7 +169,7 @@ class Lookout:
                 values["buffer/capacity"] += self._graph.shards.capacities[index]
         if counts:
             values["chain/age_mean"] = sum(c.age_mean for c in counts) / len(counts)
-        if self._schedule.jarzynski:
+        if self._config.buffer.jarzynski:
             values["likelihood/resampled"] = float(sum(c.resampled for c in counts))
         try:
             if self._graph.watch is not None:
@@ -179,14 +181,16 @@ class Lookout:
     def evaluate(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
         """Write the sample grid and start the measurements, which are logged when they come."""
         step = self._progress.step
-        chains = self.chains(max(self._schedule.num_samples, self._schedule.num_grid), ema)
-        picture = self._save_grid(chains[: self._schedule.num_grid], step)
+        config, graph = self._config.evaluation, self._graph
+        chains = self.chains(max(config.num_samples, config.num_grid), ema)
+        picture = self._save_grid(chains[: config.num_grid], step)
         if picture is not None:
             self._graph.hub.images("samples/chains", step, str(picture))
         self._log_distributions(step)
         if self._graph.evaluator is None:
             return
-        weighted = [s.weighted() for s in self._graph.shards] if self._schedule.jarzynski else []
+        weighs = self._config.buffer.jarzynski
+        weighted = [shard.weighted() for shard in graph.shards] if weighs else []
         self._graph.evaluator.start(step, chains, ema, flat, *weighted)
 
     def _log_distributions(self, step: int) -> None:
@@ -207,10 +211,10 @@ class Lookout:
             share = -(-num // len(shards))
             asked = [(shard, shard.peek(share, key)) for shard in shards]
         else:
-            worker, schedule = next(iter(self._graph.crew)), self._schedule
-            seed = derive_seed(schedule.seed, "samples", key)
-            std = schedule.start_std
-            asked = [(worker, worker.sample(num, schedule.num_steps, ema, seed, std))]
+            worker, config = next(iter(self._graph.crew)), self._config
+            seed = derive_seed(config.run.seed, "samples", key)
+            std = config.buffer.init_std
+            asked = [(worker, worker.sample(num, config.sampler.num_steps, ema, seed, std))]
         pieces = [np.asarray(self._answer(*call, "a picture of the chains")) for call in asked]
         # Interleaved, so that the first k show every shard.
         order = np.argsort(np.concatenate([np.arange(len(p)) for p in pieces]), kind="stable")

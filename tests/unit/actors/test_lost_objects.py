@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -47,9 +46,15 @@ def deliver(world: World, num_ranks: int = 2) -> Delivery:
         start_timeout_s=1.0,
         call_timeout_s=1.0,
     )
-    graph: Any = SimpleNamespace(backend=backend, learners=learners)
-    schedule: Any = SimpleNamespace(num_negatives=BATCH)
-    return Delivery(graph, schedule, world.config, world.pool, world.flow, world.flow.top_up)
+    return Delivery(
+        backend,
+        learners,
+        world.pool,
+        world.flow,
+        world.flow.top_up,
+        num_negatives=BATCH,
+        timeout=world.config.stall_timeout_s,
+    )
 
 
 @pytest.mark.parametrize("lost", [[0], [1], [0, 1]])

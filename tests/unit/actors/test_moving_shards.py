@@ -23,11 +23,14 @@ class Leaving:
         self.draining, self.other = draining, other
         self.started: list[ShardClient] = []
         self.now = 0.0
-        graph: Any = type("G", (), {})()
-        graph.backend, graph.shards = self.world.backend, self.world.shards
-        graph.leave = Leave(lambda: self.draining, self.start, lambda held: None)
         self.mover = Mover(
-            graph, self.world.pool, say=self.world.said.append, timeout=30.0, clock=self.clock
+            self.world.backend,  # type: ignore[arg-type]
+            self.world.shards,
+            Leave(lambda: self.draining, self.start, lambda held: None),
+            self.world.pool,
+            say=self.world.said.append,
+            timeout=30.0,
+            clock=self.clock,
         )
 
     def clock(self) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -95,15 +94,16 @@ class World:
             hang_s=2.0 * lease_timeout_s if tick_s else 1e9,
             **clock,
         )
-        graph = SimpleNamespace(backend=self.backend, shards=self.shards)
-        schedule = SimpleNamespace(num_negatives=BATCH, num_chains=CHAINS, num_steps=NUM_STEPS)
         self.flow = NegativeFlow(
-            graph,  # type: ignore[arg-type]
-            schedule,  # type: ignore[arg-type]
+            backend,
+            self.shards,
             self.config,
             self.pool,
             self.progress,
             lambda name, num: self.counts.update({name: num}),
+            num_negatives=BATCH,
+            num_chains=CHAINS,
+            num_steps=NUM_STEPS,
         )
         self.pool.set_weights(WEIGHTS, 0)
 
