@@ -199,7 +199,7 @@ def _open_export(path: Path, config: RunConfig, spec: EventSpec) -> _Found:
                 "run's directory in run.init_from, or set run.init_chains: false"
             )
         _check_jarzynski(config, False, path)
-        chains = {"position": x.numpy()}
+        chains = {"position": Codec.of(config.buffer.storage, spec).converted(x.numpy())}
     state = {f"{_ENERGY[0]}{name}": tensor for name, tensor in tensors.items()}
     return _Found(lineage, _section_of(content), state, chains)
 
@@ -237,7 +237,7 @@ def _open_checkpoint(path: Path, config: RunConfig, spec: EventSpec, energy: nn.
             _check_event(read_spec(found.meta, found.path / "meta.json"), spec, path)
             weighted = bool(found.meta["config"]["buffer"].get("jarzynski", False))
             _check_jarzynski(config, weighted, path)
-            chains = _chains_of(found, spec)
+            chains = _chains_of(found, Codec.of(config.buffer.storage, spec), spec)
     return _Found(lineage, section, state, chains)
 
 
@@ -281,11 +281,11 @@ def _layout(
     """The layout of the averaged weights of a checkpoint."""
     if section == config.energy.model_dump(mode="json"):
         return FlatLayout.of(energy)
-    if section.get("target") != getattr(config.energy, "target", None):
+    if foreign := _targets(section) - _targets(config.energy.model_dump(mode="json")):
         # The order of its weights is unknown without importing the module.
         raise UserError(
-            f"its averaged weights are of {section.get('target')!r:.80}, which this run does not "
-            "name; have it train the same module, or set run.init_weights: last"
+            f"{config.run.init_from}: its averaged weights are of {min(foreign):.80}, which this "
+            "run does not name; have it train the same module, or set run.init_weights: last"
         )
     numbers = sum(tensor.numel() for tensor in learner.values())
     try:
@@ -294,6 +294,16 @@ def _layout(
     except RuntimeError as error:
         raise ValueError(error) from None
     return FlatLayout.of(built)
+
+
+def _targets(section: Any) -> set[str]:
+    """What a section and those within it would import."""
+    if isinstance(section, list):
+        return set().union(*map(_targets, section))
+    if not isinstance(section, dict):
+        return set()
+    own = {str(section["target"])} if "target" in section else set()
+    return own.union(*map(_targets, section.values()))
 
 
 def _check_event(theirs: EventSpec, ours: EventSpec, path: Path) -> None:
@@ -386,8 +396,8 @@ def _differences(theirs: Mapping[str, Any], config: RunConfig) -> list[str]:
 # --- chains --------------------------------------------------------------------------------------
 
 
-def _chains_of(found: checkpoint.CheckpointDir, spec: EventSpec) -> Chains:
-    """Every chain of a checkpoint."""
+def _chains_of(found: checkpoint.CheckpointDir, codec: Codec, spec: EventSpec) -> Chains:
+    """Every chain of a checkpoint, as this run stores them."""
     parts = [found.arrays(name) for name in found.names if name.startswith("shard_")]
     if not parts:
         raise UserError(
@@ -398,14 +408,15 @@ def _chains_of(found: checkpoint.CheckpointDir, spec: EventSpec) -> Chains:
     chains = {name: np.concatenate([part[name] for part in parts]) for name in names}
     if chains["position"].shape[1:] != spec.shape or len({len(v) for v in chains.values()}) > 1:
         raise ValueError(f"its chains have shape {chains['position'].shape}")
+    chains["position"] = codec.converted(chains["position"])
+    if not np.isfinite(codec.to_numpy(chains["position"])).all():
+        raise ValueError("its chains are not finite")
     # Versions count this run's weights: 0 for chains that another run has moved, -1 for unmoved
     # ones.
     return {**chains, "version": np.minimum(chains["version"], 0)}
 
 
-def _shards(
-    config: RunConfig, spec: EventSpec, chains: Chains | None
-) -> list[ShardState]:
+def _shards(config: RunConfig, spec: EventSpec, chains: Chains | None) -> list[ShardState]:
     """Snapshots of the shards at update 0."""
     buffer, seed = config.buffer, config.run.seed
     if not config.objective.build().needs_negatives:
@@ -427,10 +438,7 @@ def _shards(
             )
             snapshot = shard.snapshot()
         for name, array in (chains or {}).items():
-            theirs = array[share]
-            if name == "position":
-                theirs = Codec.of(buffer.storage, spec).converted(theirs)
-            snapshot.arrays[name][: len(share)] = theirs
+            snapshot.arrays[name][: len(share)] = array[share]
         shards.append(snapshot)
     return shards
 

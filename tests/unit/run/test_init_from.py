@@ -27,7 +27,6 @@ from ebm_dist.learner.engine import Engine
 from ebm_dist.learner.partition import first_state
 from ebm_dist.learner.step import LearningStep
 from ebm_dist.metrics.hub import MetricHub
-from ebm_dist.run import init_from
 from ebm_dist.run.train import RunResult, bind, train
 
 SOURCE: dict[str, Any] = {
@@ -369,15 +368,31 @@ def test_a_relative_path_is_recorded_whole_and_a_tilde_is_the_home(source, tmp_p
     assert first(tmp_path / "b").meta["init_from"]["path"] == str(source)
 
 
-def test_the_warm_up_moves_under_the_weights_that_the_run_begins_with(source, tmp_path):
-    config = load(
-        CONTRASTIVE,
-        [f"run.init_from={source}", "sampler.name=mala", "sampler.adapt_steps=5", "run.seed=9"],
-    )
-    spec = describe(config.data)
-    config = bind(config, spec)
-    beginning = init_from.read_beginning(config, spec)
-    assert torch.equal(beginning.energy.eval()(X), load_energy(source / "export")(X))
+def test_the_warm_up_moves_under_the_weights_that_the_run_begins_with(
+    source, tmp_path, monkeypatch
+):
+    seen = []
+
+    def watched(kernel, x, energy, *args):
+        seen.append(energy(X))
+        return kernel
+
+    monkeypatch.setattr("ebm_dist.run.warm_up.adapt_step_size", watched)
+    sampler = "sampler={name: mala, step_size: 0.01, adapt_steps: 5}"
+    run(tmp_path / "new", f"run.init_from={source}", sampler, "run.steps=1", "run.seed=9")
+    assert torch.equal(seen[0], load_energy(source / "export")(X))
+
+
+def test_a_module_that_only_the_checkpoint_names_is_not_imported(source, tmp_path):
+    shutil.copytree(source, tmp_path / "source")
+    part = tmp_path / "source" / "checkpoints" / "step_00000006"
+    meta = json.loads((part / "meta.json").read_text())
+    meta["config"]["energy"] = {"name": "sum", "members": [{"target": "strange.code:Net"}]}
+    (part / "meta.json").write_text(json.dumps(meta))
+    _sign(part)
+    with pytest.raises(UserError, match=r"averaged weights are of strange.code:Net.*weights: last"):
+        run(tmp_path / "a", f"run.init_from={part}")
+    run(tmp_path / "b", f"run.init_from={part}", "run.init_weights=last", "run.steps=1")
 
 
 # --- hostile ------------------------------------------------------------------------------------
@@ -409,6 +424,13 @@ def _link(path: Path) -> None:
     (part / "ema.safetensors").symlink_to(path / "elsewhere")
 
 
+def _chains_of_another_kind(path: Path) -> None:
+    part = path / "checkpoints" / "step_00000006"
+    arrays = load_file(part / "shard_0001.safetensors")
+    save_file(arrays | {"position": arrays["position"].double()}, part / "shard_0001.safetensors")
+    _sign(part)
+
+
 def _sign(part: Path) -> None:
     sums = {f.name: sha256(f) for f in part.iterdir() if f.name != "checksums.json"}
     (part / "checksums.json").write_text(json.dumps(sums))
@@ -421,6 +443,7 @@ def _sign(part: Path) -> None:
         (_forge, "a run did not write this"),
         (_not_finite, "is not finite"),
         (_link, "is a link|unreadable"),
+        (_chains_of_another_kind, "a run did not write this"),
     ],
 )
 def test_a_damaged_or_hostile_checkpoint_is_refused_in_one_line(damage, said, source, tmp_path):
@@ -428,7 +451,7 @@ def test_a_damaged_or_hostile_checkpoint_is_refused_in_one_line(damage, said, so
     damage(tmp_path / "source")
     newest = tmp_path / "source" / "checkpoints" / "step_00000006"
     with pytest.raises(UserError, match=said) as error:
-        run(tmp_path / "new", f"run.init_from={newest}")
+        run(tmp_path / "new", f"run.init_from={newest}", "run.init_chains=true")
     assert str(error.value).startswith("run.init_from: ")
     assert "\n" not in str(error.value)
 
