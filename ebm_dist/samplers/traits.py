@@ -37,8 +37,10 @@ class UnadjustedKernel(Protocol):
     @property
     def step_size(self) -> float: ...
 
-    temperature_ratio_formula: ClassVar[str]
-    """`temperature_ratio` as a formula in the curvature a and the step size h."""
+    @property
+    def temperature_ratio_formula(self) -> str:
+        """`temperature_ratio` as a formula in the curvature a and the step size h."""
+        ...
 
     def temperature_ratio(self, curvature: float) -> float:
         """T / T_eff of the chains on a quadratic of that curvature; 0 or less if they diverge."""
