@@ -69,6 +69,8 @@ def names_with(name: str) -> str:
     """The samplers whose kernels have the trait `name`, for messages: "mala, hmc or nuts"."""
     found = []
     for member, section in FAMILY.members.items():
+        if "target" in section.model_fields:
+            continue  # code that is not ours, and a message is no reason to import it
         example: Any = section(**section.example)  # type: ignore[attr-defined]
         if getattr(example.build(), name, False):
             found.append(member)
