@@ -57,7 +57,8 @@ def examine(series: Series, config: Mapping[str, Any] | None = None) -> list[Fin
             continue
         if generator and metric in OF_A_SAMPLER and finding.state != "ok":
             finding = Finding("note", f"{finding.what.split(':')[0]}: {GENERATOR}")
-        findings.append(replace(finding, metric=metric, page=page if finding.advice else ""))
+            page = "docs/report.md#Two regimes"
+        findings.append(replace(finding, metric=metric, page=page if finding.state != "ok" else ""))
     if config is not None:
         findings = [replace(found, advice=_fitting(found.advice, config)) for found in findings]
     return sorted(findings, key=lambda finding: STATES.index(finding.state))
@@ -315,16 +316,16 @@ _EXPLODED = "docs/failures.md#Numbers that are not finite, and energies that exp
 
 _RULES: tuple[tuple[str, str, _Rule], ...] = (
     ("loss/total", _EXPLODED, _finite),
-    ("energy/positive", _EXPLODED, _bounded),
-    ("energy/gap", "docs/gallery/README.md#Regularisation against mixing", _gap),
+    ("energy/positive", "docs/report.md#Energies that grow", _bounded),
+    ("energy/gap", "docs/report.md#Energy gap", _gap),
     (
         "sampler/acceptance",
-        "docs/gallery/README.md#Discretisation bias",
+        "docs/report.md#Acceptance",
         _between("sampler/acceptance", ("most moves are refused", "lower sampler.step_size"), None),
     ),
     (
         "chain/self_transition",
-        "docs/gallery/README.md#Regularisation against mixing",
+        "docs/report.md#Chains that stand still",
         _between(
             "chain/self_transition",
             None,
@@ -334,7 +335,7 @@ _RULES: tuple[tuple[str, str, _Rule], ...] = (
     ),
     (
         "chain/stagnant",
-        "docs/gallery/README.md#Short run and long run",
+        "docs/report.md#Chains that stand still",
         _between(
             "chain/stagnant",
             None,
@@ -359,6 +360,6 @@ _RULES: tuple[tuple[str, str, _Rule], ...] = (
     ("wait/learner", "docs/flow.md#How many workers", _waits),
     ("buffer/free", "docs/failures.md#A worker", _leases),
     ("fault/restarts", "docs/failures.md#What happens when something dies", _restarts),
-    ("fidelity/distance", "docs/objectives.md#Weights of far modes", _fidelity),
-    ("audit/spurious", "docs/gallery/README.md#Short run and long run", _spurious),
+    ("fidelity/distance", "docs/report.md#Sample quality", _fidelity),
+    ("audit/spurious", "docs/report.md#Spurious minima", _spurious),
 )

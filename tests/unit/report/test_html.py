@@ -228,7 +228,8 @@ def test_the_page_is_for_phones_and_for_dark_rooms(tmp_path: Path) -> None:
 
 def test_what_the_verdicts_refer_to_is_in_the_docs() -> None:
     root = Path(__file__).parents[3]
-    for _, page, _ in health._RULES:
+    pages = {page for _, page, _ in health._RULES} | {"docs/report.md#Two regimes"}
+    for page in pages:
         file, heading = page.split("#")
         assert re.search(rf"^#+ {re.escape(heading)}$", (root / file).read_text(), re.MULTILINE), (
             page
@@ -340,6 +341,7 @@ def test_chains_of_a_short_run_generator_keep_their_mode_and_are_no_alarm(logged
     assert {finding.state for finding in findings} == {"note"}
     assert all(GENERATOR in finding.what and not finding.advice for finding in findings)
     assert "landscape" in GENERATOR
+    assert {finding.page for finding in findings} == {"docs/report.md#Two regimes"}
     assert not judged(series, config).keys() & STUCK.keys()
 
 
