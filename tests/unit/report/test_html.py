@@ -14,6 +14,7 @@ from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventSpec
 from ebm_dist.export.model_card import last_metrics
 from ebm_dist.metrics.jsonl import encode
+from ebm_dist.metrics.names import METRICS
 from ebm_dist.report import health
 from ebm_dist.report.figure import HEIGHT, WIDTH, Curve, Figure, figure, spans_of
 from ebm_dist.report.grid import save_grid
@@ -93,7 +94,7 @@ def test_the_page_holds_curves_samples_config_table_and_health(tmp_path: Path) -
     assert "torn lines of metrics.jsonl passed over: 1" in words
     assert "the learner mostly waits for negatives" in words
     assert "workers.num_workers" in words
-    assert "share of time that the learner waits for negatives" in words
+    assert METRICS["wait/learner"].meaning in words
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["page.html"]
 
 
