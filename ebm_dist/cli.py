@@ -66,6 +66,26 @@ ConfigFile = Annotated[Path, _Argument(help="The YAML config.")]
 ExportDir = Annotated[Path, _Argument(help="An export, or a run directory with one.")]
 
 
+def _import(names: list[str]) -> list[str]:
+    """The values of --plugin, once the modules that they name are imported."""
+    if names:
+        from ebm_dist.core.plugins import import_plugins
+
+        import_plugins(names, "--plugin")
+    return names
+
+
+Plugins = Annotated[
+    list[str],
+    typer.Option(
+        "--plugin",
+        metavar="MODULE",
+        show_default=False,
+        help="Import this module of yours first; several times for several. Its code is run.",
+    ),
+]
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"ebm_dist {__version__}")
@@ -203,7 +223,7 @@ def train(
     """Train the energy that CONFIG describes."""
     from ebm_dist.config.run_config import load
 
-    loaded = load(config, overrides or [])
+    loaded = load(config, overrides or [], trusted=True)
     from ebm_dist.run.train import train as run
 
     directory = run_dir or Path(loaded.run.dir) / loaded.run.name
@@ -227,13 +247,14 @@ def sample(
     ] = "noise",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the starts and the noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    plugin: Plugins = [],  # noqa: B006
 ) -> None:
     """Draw samples from an exported model with its training sampler."""
     from ebm_dist.export.reader import open_export
     from ebm_dist.export.sample import check_suffix, draw, save_samples
 
     check_suffix(out)
-    export = open_export(checkpoint)
+    export = open_export(checkpoint, plugins=_import(plugin))
     with _progress("sampling", num * steps) as advance:
         x, energy = draw(
             export,
@@ -261,6 +282,7 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="The model's data, if no longer at data.source.")
     ] = None,
+    plugin: Plugins = [],  # noqa: B006
 ) -> None:
     """Evaluate an exported model on one suite."""
     import json
@@ -272,7 +294,7 @@ def evaluate(
     def say(text: str) -> None:
         print(f"{suite}: {text}", file=sys.stderr, flush=True)
 
-    export = open_export(checkpoint)
+    export = open_export(checkpoint, plugins=_import(plugin))
     result = run_suite(export, suite, seed=seed, device=_device(device), data=data, say=say)
     width = max(map(len, result["metrics"]), default=0)
     for name, value in result["metrics"].items():
@@ -287,11 +309,12 @@ def evaluate(
 def export(
     run_dir: Annotated[Path, _Argument(help="A run directory.")],
     out_dir: Annotated[Path, _Argument(help="The export to write.")],
+    plugin: Plugins = [],  # noqa: B006
 ) -> None:
     """Write a run's newest checkpoint as safetensors, config, model card and sample grid."""
     from ebm_dist.export.writer import export_run
 
-    print(export_run(run_dir, out_dir))
+    print(export_run(run_dir, out_dir, plugins=_import(plugin)))
 
 
 @data_app.command(
@@ -381,20 +404,26 @@ def doctor(
 
 
 @config_app.command("show", epilog="Example: ebm-dist config show configs/digits.yaml run.steps=10")
-def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
+def config_show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    plugin: Plugins = [],  # noqa: B006
+) -> None:
     """Print the complete CONFIG, with every default."""
     from ebm_dist.config.run_config import dump, load
 
+    _import(plugin)
     print(dump(load(config, overrides or [])), end="")
 
 
 @config_app.command("schema", epilog="Example: ebm-dist config schema > ebm_dist.schema.json")
-def config_schema() -> None:
+def config_schema(plugin: Plugins = []) -> None:  # noqa: B006
     """Print the JSON schema of a config, for editors."""
     import json
 
     from ebm_dist.config.run_config import schema
 
+    _import(plugin)
     print(json.dumps(schema(), indent=2))
 
 

@@ -12,6 +12,7 @@ from ebm_dist.buffer.rows import open_rows
 from ebm_dist.cluster.shared_memory import NodeMemory
 from ebm_dist.core.errors import NonFinite
 from ebm_dist.core.generators import seeded
+from ebm_dist.core.plugins import USER_METRICS
 from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import EventSpec, Lease, MovedChains, NegativeArrays
 from ebm_dist.core.weights import FlatLayout
@@ -19,6 +20,7 @@ from ebm_dist.diagnostics import autocorrelation_time, effective_sample_size, sp
 from ebm_dist.energies import EnergySection
 from ebm_dist.jarzynski.kernel import GAIN, carried, weighted
 from ebm_dist.jarzynski.weights import resampling
+from ebm_dist.metrics.names import describe
 from ebm_dist.samplers import Chain, Engine, KernelSection, run_chain
 
 
@@ -218,7 +220,8 @@ def round_stats(chain: Chain, start: Tensor) -> dict[str, float]:
     """Diagnostics of a round, by metric name; two transfers from the device."""
     names, values = [], []
     for key, per_chain in chain.info.items():
-        names.append(f"sampler/{key}")
+        name = f"sampler/{key}"  # a sampler of the user may report anything
+        names.append(name if describe(name) is not None else f"{USER_METRICS}{key}")
         values.append(per_chain.float().mean())
     moved = rearrange(chain.position - start, "b ... -> b (...)")
     names.append("sampler/displacement")

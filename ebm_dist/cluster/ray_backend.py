@@ -24,7 +24,7 @@ from ebm_dist.cluster.backend import (
 )
 from ebm_dist.cluster.halt import Halt
 from ebm_dist.cluster.own_ray import OwnRay, RayDied
-from ebm_dist.cluster.ray_starts import RayHandle, Starts, constructor_error
+from ebm_dist.cluster.ray_starts import RayHandle, Starts, constructor_error, unreadable_argument
 from ebm_dist.cluster.ray_temp import private_temp_dir
 from ebm_dist.cluster.shared_memory import RunMemory
 from ebm_dist.cluster.stall import LOOK_S
@@ -48,10 +48,12 @@ class RayBackend:
         namespace: str,
         start_timeout_s: float,
         object_store_bytes: int | None = None,
+        working_dir: str | None = None,
         told: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
+            working_dir: a directory that Ray ships to every node, where the actors then run.
             told: whether the run is told to stop.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -90,6 +92,10 @@ class RayBackend:
             "log_to_driver": False,
             "logging_level": logging.ERROR,
         }
+        if working_dir is not None:
+            if not os.path.isdir(working_dir):
+                raise UserError(f"runtime.working_dir: {working_dir} is no directory")
+            options["runtime_env"] = {"working_dir": os.path.abspath(working_dir)}
         if self.local:
             options |= {
                 "address": "local",
@@ -284,6 +290,8 @@ class RayBackend:
             cause = constructor_error(error)
             if isinstance(cause, (UserError, RunFailed, ValueError)):
                 raise cause from None
+            if (line := unreadable_argument(error)) is not None:
+                raise UserError(line) from None
             raise self._gone(error) from None
 
     def _gone(self, error: Exception) -> PartDied:

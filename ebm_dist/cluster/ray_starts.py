@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,3 +99,22 @@ def constructor_error(error: Exception) -> BaseException | None:
     """What the constructor of an actor raised, where Ray kept it."""
     inner = getattr(error, "cause", None) or error.__cause__
     return getattr(inner, "cause", None) or inner
+
+
+_UNREADABLE = re.compile(r"could not be computed:\s*\S*RaySystemError: System error: (.*)")
+
+
+def unreadable_argument(error: Exception) -> str | None:
+    """What to say where an actor could not read what it was given, for want of a user's module.
+
+    Ray keeps of such an error its text alone.
+    """
+    text = str(error)
+    if (found := _UNREADABLE.search(text)) is None:
+        return None
+    node = re.search(r"\bip=([^,)\s]+)", text)
+    return (
+        f"plugins: the node {node[1] if node else 'of an actor'} cannot read a section or object "
+        f"of the user ({found[1].strip()}); install its module there, or set runtime.working_dir "
+        "to the directory that holds it, which Ray then ships to every node"
+    )

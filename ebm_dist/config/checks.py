@@ -27,6 +27,7 @@ def check(config: RunConfig) -> Iterator[str]:
     yield from _check_buffer(config)
     yield from _check_step_budget(config)
     yield from _check_temperature(config)
+    yield from _check_weights(config)
     yield from _check_jarzynski(config)
     yield from _check_recompute(config)
     yield from _check_wire(config)
@@ -91,7 +92,7 @@ def _check_step_budget(config: RunConfig) -> Iterator[str]:
     low, high = config.flow.min_steps_per_update, config.flow.max_steps_per_update
     if low is None and high is None:
         return
-    if not config.objective.build().needs_negatives:
+    if not config.objective.takes_negatives:
         key = "max_steps_per_update" if low is None else "min_steps_per_update"
         yield (
             f"flow.{key}: set, but objective.name {config.objective.name} takes no negatives; "  # type: ignore[attr-defined]
@@ -124,7 +125,7 @@ def _check_step_budget(config: RunConfig) -> Iterator[str]:
 
 def _check_temperature(config: RunConfig) -> Iterator[str]:
     """Objective and sampler must have the same T, that of the model exp(-E/T)/Z."""
-    objective, temperature = config.objective, config.sampler.build().temperature
+    objective, temperature = config.objective, config.sampler.law_temperature
     reweights = config.flow.mode == "async" and (
         config.flow.stale == "reweight" or config.buffer.jarzynski
     )
@@ -141,6 +142,23 @@ def _check_temperature(config: RunConfig) -> Iterator[str]:
             f"objective.temperature: expected the model's, which is the sampler's T = "
             f"{temperature:g}, got {stated:g}; leave it out (objective.temperature=null), or "
             "change the sampler's"
+        )
+
+
+def _check_weights(config: RunConfig) -> Iterator[str]:
+    """Weighted negatives are for an objective that reads the weights."""
+    if config.objective.reweights or not config.objective.takes_negatives:
+        return
+    name = config.objective.name  # type: ignore[attr-defined]
+    if config.flow.mode == "async" and config.flow.stale == "reweight":
+        yield (
+            f"flow.stale: reweight, but objective.name {name} may not weight its negatives; set "
+            "flow.stale: repair"
+        )
+    if config.buffer.jarzynski:
+        yield (
+            f"buffer.jarzynski: true, but objective.name {name} may not weight its negatives; set "
+            "it to false"
         )
 
 
@@ -191,7 +209,7 @@ def _check_audit(config: RunConfig) -> Iterator[str]:
             f"evaluation.audit_chains: expected 2 or more, 50 for its tests to see anything, got "
             f"{audit.audit_chains}"
         )
-    if audit.audit_feedback and not config.objective.build().needs_negatives:
+    if audit.audit_feedback and not config.objective.takes_negatives:
         yield (
             f"evaluation.audit_feedback: true, but objective.name {config.objective.name} takes no "  # type: ignore[attr-defined]
             "negatives; set it to false"
@@ -217,7 +235,7 @@ def _check_jarzynski(config: RunConfig) -> Iterator[str]:
             f"buffer.init: {config.buffer.init}, but the Jarzynski correction needs chains that "
             "start from a known density; set buffer.init: noise, or buffer.jarzynski: false"
         )
-    if not config.objective.build().needs_negatives:
+    if not config.objective.takes_negatives:
         yield (
             f"buffer.jarzynski: true, but objective.name {config.objective.name} trains without "  # type: ignore[attr-defined]
             "chains; set it to false"

@@ -16,6 +16,7 @@ from ebm_dist.config.checks import check
 from ebm_dist.config.sections import FlowConfig, RunSection, RuntimeConfig, WorkersConfig
 from ebm_dist.config.text import apply_override, validate
 from ebm_dist.core.errors import UserError, one_line
+from ebm_dist.core.plugins import ModuleName, import_plugins
 from ebm_dist.core.section import Section
 from ebm_dist.data.config import DataConfig
 from ebm_dist.energies import EnergyConfig
@@ -32,6 +33,10 @@ MAX_FILE_BYTES = 2**20
 
 class RunConfig(Section):
     """The complete config of a run. `load` reads it from a file."""
+
+    plugins: tuple[ModuleName, ...] = ()
+    """Modules that `train` imports before it reads the rest; what they register can be named like
+    what is built in. Training a stranger's config runs the code that it names."""
 
     run: RunSection = RunSection()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -59,8 +64,17 @@ class RunConfig(Section):
         return self
 
 
-def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+def load(
+    source: str | Path | Mapping[str, Any],
+    overrides: Iterable[str] = (),
+    *,
+    trusted: bool = False,
+) -> RunConfig:
     """The config from `source`, a YAML file or a mapping, with `a.b=value` overrides applied.
+
+    Args:
+        trusted: import the modules of `plugins` first, as a training does. Otherwise nothing of
+            a user's is imported, and sections that plugins register are known only if they are.
 
     Raises:
         UserError: one line for each fault: the key's path in the user's file, the expected value,
@@ -73,9 +87,19 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     for override in overrides:
         data = apply_override(data, override, RunConfig)
     try:
+        if trusted:
+            _import_plugins_of(data)
         return validate(RunConfig, data)
     except UserError as error:
         raise UserError(*(f"{prefix}{line}" for line in error.args)) from None
+
+
+def _import_plugins_of(data: dict[str, Any]) -> None:
+    names, runtime = data.get("plugins") or (), data.get("runtime")
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return  # which the validation says
+    directory = runtime.get("working_dir") if isinstance(runtime, Mapping) else None
+    import_plugins(names, directory=directory if isinstance(directory, str) else None)
 
 
 def dump(config: RunConfig) -> str:

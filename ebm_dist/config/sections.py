@@ -78,6 +78,10 @@ class RuntimeConfig(Section):
     cpus_per_worker: PositiveFloat = 1.0
     """Ray CPUs that a worker requests on a cluster; a local Ray has no requests."""
 
+    working_dir: UserPath | None = None
+    """A directory that Ray ships to every node, and where actors then run: for packages of your own
+    that are not installed there. Modules in it can be imported; keep data and runs out of it."""
+
     object_store_mb: PositiveInt | None = None
     """Size of a local Ray's object store in MiB; computed from the config when left out."""
 

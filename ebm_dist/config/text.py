@@ -12,7 +12,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from ebm_dist.core.errors import UserError
-from ebm_dist.core.section import nearest
+from ebm_dist.core.plugins import plugin_hint
+from ebm_dist.core.section import OneOf, nearest
 from ebm_dist.files.strict_yaml import MAX_DEPTH, read_yaml, short
 
 MAX_FAULTS = 50
@@ -224,7 +225,8 @@ def _text(fault: Any, path: tuple[str, ...], model: type[BaseModel], data: Any) 
         if kind == "union_tag_not_found":
             return f"missing; add one of {', '.join(known)}"
         tag = str(fault["ctx"]["tag"])
-        return f"{short(tag)} is unknown{nearest(tag, known)}; known: {', '.join(known)}"
+        hint = plugin_hint(data.get("plugins"))
+        return f"{short(tag)} is unknown{nearest(tag, known)}; known: {', '.join(known)}{hint}"
     if kind in ("model_type", "model_attributes_type", "dict_type", "dataclass_type"):
         return f"expected a section of keys and values, got {short(value)}"
     message = str(fault["msg"])
@@ -271,6 +273,8 @@ def models_at(model: type[BaseModel], path: Iterable[str], data: Any) -> list[ty
 def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
+    if isinstance(annotation, type) and issubclass(annotation, OneOf):
+        return list(annotation.family.members.values())
     origin = get_origin(annotation)
     if origin is Annotated:
         return _models(get_args(annotation)[0])

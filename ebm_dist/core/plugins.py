@@ -17,7 +17,7 @@ import socket
 import sys
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -28,6 +28,9 @@ from ebm_dist.core.section import nearest
 
 ENTRY_POINTS = "ebm_dist.plugins"
 """The entry point group in which an installed package names modules that register sections."""
+
+USER_METRICS = "user/"
+"""Begins the names of metrics that a user's own objective or sampler reports."""
 
 IN_SESSION = "__main__"
 """Module of a target that no import can reach: its object was given from Python."""
@@ -123,26 +126,88 @@ def target_of(given: Any) -> str:
     return f"{named.__module__}:{name}"
 
 
-def import_plugins(names: Sequence[str], key: str = "plugins") -> None:
+def import_plugins(
+    names: Sequence[str], key: str = "plugins", *, directory: str | None = None
+) -> None:
     """Import the modules `names` and those of the entry points, whose sections then register.
 
     The working directory is searched last, as if it stood at the end of PYTHONPATH: a file there
     does not hide an installed package. Ray gives the same directory to its actors.
 
+    Args:
+        directory: `runtime.working_dir`, which is searched as well.
+
     Raises:
         UserError: in one line, as of `load_target`.
     """
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
+    folders = [os.getcwd()] + ([os.path.expanduser(directory)] if directory else [])
+    sys.path += [path for path in map(os.path.abspath, folders) if path not in sys.path]
     for name in names:
         try:
             _module_name(name)
         except ValueError as error:
             raise UserError(f"{key}: {error}") from None
         _import(name, key)
-    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+    for point in _entry_points():
         owner = point.dist.name if point.dist is not None else point.name
         _import(point.module, f"entry point {ENTRY_POINTS} of the package {owner}")
+
+
+def _entry_points() -> Iterable[importlib.metadata.EntryPoint]:
+    return importlib.metadata.entry_points(group=ENTRY_POINTS)
+
+
+def plugin_hint(names: object) -> str:
+    """What to add to a command whose config names a section that a plugin may register.
+
+    Args:
+        names: what stands at `plugins` in the config; anything.
+    """
+    listed = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    missing = [
+        name
+        for name in (*listed, *(point.module for point in _entry_points()))
+        if name not in sys.modules
+    ]
+    if not missing:
+        return ""
+    flags = " ".join(f"--plugin {name}" for name in missing)
+    return f"; a plugin may have it: add {flags}, which imports the module"
+
+
+def modules_of(section: object) -> Iterator[str]:
+    """The modules whose code a section, given as plain values, would run when it is built."""
+    if isinstance(section, Mapping):
+        target = section.get("target")
+        if "module" in (section.get("name"), section.get("source")) and isinstance(target, str):
+            yield target.partition(":")[0]
+        section = list(section.values())
+    if isinstance(section, list | tuple):
+        for item in section:
+            yield from modules_of(item)
+
+
+def require_named(section: object, plugins: Sequence[str], where: str) -> None:
+    """Refuse a section, given as plain values, that would run code nobody has asked for.
+
+    Args:
+        plugins: the modules that may be imported.
+        where: the file and the key of the section.
+
+    Raises:
+        UserError: the section names a module that is not in `plugins`.
+    """
+    for module in modules_of(section):
+        if module == IN_SESSION:
+            raise UserError(
+                f"{where}: was given from Python and lies in no module; pass it again, "
+                'ebm_dist.load_energy("PATH", energy=NET)'
+            )
+        if module not in plugins:
+            raise UserError(
+                f"{where}: is code of the module {module}, which is not imported unasked; if you "
+                f"trust it, add --plugin {module}, in Python plugins=[{module!r}]"
+            )
 
 
 def _import(name: str, key: str) -> ModuleType:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Annotated, Any, Generic, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+)
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema, to_json
 
 from ebm_dist.core.paths import user_path
 
@@ -73,11 +82,59 @@ class Family(Generic[T]):
         return section.build()
 
     def union(self) -> Any:
-        """The type of a config field that holds any member, discriminated by `name`."""
-        members = tuple(self.members.values())
-        if len(members) == 1:
-            return members[0]
-        return Annotated[Union[members], Field(discriminator="name")]  # noqa: UP007
+        """The type of a config field that holds any member, told apart by `name`.
+
+        Open: a section that is registered later, by a plugin, is a member as well.
+        """
+        return type(f"{self.kind}_section", (OneOf,), {"family": self})
+
+
+class OneOf:
+    """A field's type: one section of `family`, among those registered when a value is checked.
+
+    A pydantic union is closed once its model is built. This looks `name` up for each value, and
+    reports faults as a union that is told apart by `name` does.
+    """
+
+    family: ClassVar[Family[Any]]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def checked(strict: bool) -> CoreSchema:
+            def check(value: Any, info: ValidationInfo) -> Section:
+                return cls._checked(value, strict=strict, json=info.mode == "json")
+
+            return core_schema.with_info_plain_validator_function(check)
+
+        return core_schema.lax_or_strict_schema(checked(strict=False), checked(strict=True))
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        members = cls.family.members
+        choices = {name: section.__pydantic_core_schema__ for name, section in members.items()}
+        return handler(core_schema.tagged_union_schema(choices, discriminator="name"))
+
+    @classmethod
+    def _checked(cls, value: Any, *, strict: bool, json: bool) -> Section:
+        if isinstance(value, Section):
+            name = getattr(value, "name", None)
+        elif not isinstance(value, dict):
+            raise PydanticKnownError("model_attributes_type")
+        elif "name" not in value:
+            raise PydanticKnownError("union_tag_not_found", {"discriminator": "'name'"})
+        else:
+            name = value["name"]
+        member = cls.family.members.get(name) if isinstance(name, str) else None
+        if member is None:
+            known = ", ".join(repr(name) for name in cls.family.members)
+            context = {"discriminator": "'name'", "tag": str(name), "expected_tags": known}
+            raise PydanticKnownError("union_tag_invalid", context)
+        # In JSON's rules a list may fill a tuple, and JSON is what they are applied to.
+        if json:
+            return member.model_validate_json(to_json(value), strict=strict)
+        return member.model_validate(value, strict=strict)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from ebm_dist.energies.closed_form.planar import (
 from ebm_dist.energies.closed_form.spin import Ising, Potts, ising, potts
 from ebm_dist.energies.composition import Conditional, Mixture, Sum, Tempered
 from ebm_dist.energies.family import FAMILY, AnalyticEnergy, BoundSection, Energy, EnergySection
+from ebm_dist.energies.module import ModuleEnergySection, given
 from ebm_dist.energies.networks.mlp import MlpSection
 from ebm_dist.energies.networks.network import NetworkEnergy, NetworkSection
 from ebm_dist.energies.networks.resnet import ResNetSection
@@ -60,6 +61,7 @@ __all__ = [
     "Mixture",
     "MlpSection",
     "ModernHopfield",
+    "ModuleEnergySection",
     "NetworkEnergy",
     "NetworkSection",
     "Potts",
@@ -75,6 +77,7 @@ __all__ = [
     "checkerboard",
     "double_well",
     "gaussian_mixture",
+    "given",
     "hopfield",
     "ising",
     "lattice_phi4",

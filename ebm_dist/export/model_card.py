@@ -12,9 +12,11 @@ from typing import Any
 
 import ebm_dist
 from ebm_dist._version import __version__
+from ebm_dist.core.plugins import IN_SESSION, modules_of
 from ebm_dist.metrics.jsonl import read_rows
 from ebm_dist.samplers import KernelSection
 from ebm_dist.samplers.law import effective_temperature, unadjusted
+from ebm_dist.samplers.module import OwnKernel
 
 QUALITY = ("likelihood/", "fidelity/", "ood/", "robustness/", "audit/", "classifier/")
 """Metrics that measure the model; the rest measure the run."""
@@ -57,6 +59,11 @@ def sampler_law(sampler: KernelSection, curvature: float | None) -> list[str]:
             was not measured.
     """
     kernel, found = sampler.build(), []
+    if isinstance(kernel, OwnKernel):
+        found.append(
+            f"Moves by `{kernel.target}`, code of the user: how close its law is to exp(-E/T) is "
+            "not known here."
+        )
     moves = unadjusted(kernel)
     if moves is not None:
         step = (
@@ -159,6 +166,7 @@ def render(
     """
     lines = about["lineage"]
     grid = ["![The run's last chains](samples.png)", ""] if has_grid else []
+    load, command = _how_to_load(about.get("plugins", []), energy)
     quality = [key for key in metrics if key.startswith(QUALITY)]
     health = [key for key in CHAIN_HEALTH if key in metrics]
     return "\n".join(
@@ -176,13 +184,10 @@ def render(
             "```python",
             "import ebm_dist",
             "",
-            'energy = ebm_dist.load_energy("PATH")  # (B, *event) -> (B,), eval mode, no pickle',
+            f"energy = ebm_dist.load_energy({load})  # (B, *event) -> (B,), eval mode, no pickle",
             "```",
             "",
-            "```",
-            "ebm-dist sample PATH --num 64 --steps 1000 --out samples.png",
-            "```",
-            "",
+            *command,
             f"Events: {_events(event)}.",
             "",
             "## Temperature",
@@ -227,6 +232,18 @@ def render(
             "",
         ]
     )
+
+
+def _how_to_load(plugins: list[str], energy: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The arguments of `load_energy`, and the lines that show how to sample."""
+    if IN_SESSION in modules_of(energy):
+        name = str(energy["target"]).partition(":")[2]
+        text = f"The network, `{name}`, was given from Python: give one like it, or what makes one."
+        return '"PATH", energy=NETWORK', [text, ""]
+    flags = "".join(f" --plugin {name}" for name in plugins)
+    trusted = f", plugins={plugins!r}".replace("'", '"') if plugins else ""
+    command = f"ebm-dist sample PATH --num 64 --steps 1000 --out samples.png{flags}"
+    return f'"PATH"{trusted}', ["```", command, "```", ""]
 
 
 def _events(event: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from ebm_dist import energies, samplers
 from ebm_dist.core.errors import UserError
+from ebm_dist.core.plugins import import_plugins, plugin_hint, require_named
 from ebm_dist.core.types import MAX_EVENT_NUMBERS, EventKind, EventSpec
 from ebm_dist.energies import EnergySection
 from ebm_dist.energies.limits import limited
-from ebm_dist.samplers import KernelSection
+from ebm_dist.samplers import Kernel, KernelSection
 
 FORMAT = "ebm_dist"
 FORMAT_VERSION = 1
@@ -56,31 +57,62 @@ class Export:
     """Standard deviation of the noise that chains over real events start from."""
     config: dict[str, Any]
     """All of config.json."""
+    plugins: tuple[str, ...] = ()
+    """Modules of the user whose code may be run."""
+
+    def kernel(self) -> Kernel[Any]:
+        """The run's sampler; UserError where it is code of a module that is not in `plugins`."""
+        self.require_named("sampler")
+        return self.sampler.build()
+
+    def require_named(self, key: str) -> None:
+        """Refuse to use a section of config.json that is code of a module not in `plugins`."""
+        require_named(self.config.get(key), self.plugins, f"{self.path / CONFIG}: {key}")
 
     def chains(self) -> Tensor | None:
         """The run's last chains (N, *event), None where the export holds none."""
         return read_chains(self.path, self.spec)
 
 
-def load_energy(path: str | Path) -> nn.Module:
+def load_energy(
+    path: str | Path,
+    *,
+    plugins: Sequence[str] = (),
+    energy: nn.Module | Callable[..., Any] | None = None,
+) -> nn.Module:
     """The exported energy at `path`: (B, *event) -> (B,), eval mode, CPU, float32.
 
     Args:
         path: an export directory, a file in it, or a run directory with `export/` inside.
+        plugins: modules that are imported first, since the export is of a network or a section
+            that they define. No other module of a user is imported.
+        energy: for a network that lies in no module: one like it, or what makes one. It is
+            copied, and the copy gets the exported weights.
 
     Raises:
-        UserError: not an export, of another format version, cut short, or with weights that
-            do not fit its config. Nothing is ever unpickled.
+        UserError: not an export, of another format version, cut short, with weights that do
+            not fit its config, or of a module that is not in `plugins`. Nothing is ever unpickled.
     """
-    return open_export(path).energy
+    return open_export(path, plugins=plugins, energy=energy).energy
 
 
-def open_export(path: str | Path) -> Export:
+def open_export(
+    path: str | Path,
+    *,
+    plugins: Sequence[str] = (),
+    energy: nn.Module | Callable[..., Any] | None = None,
+) -> Export:
     """Read and check the export at `path`; arguments and errors as in `load_energy`."""
+    if plugins:
+        import_plugins(plugins)
     path = find_export(Path(path))
     config = _read_config(path / CONFIG)
     spec = read_spec(config, path / CONFIG)
-    section = _section(config, "energy", energies.FAMILY, path / CONFIG)
+    if energy is None:
+        require_named(config.get("energy"), plugins, f"{path / CONFIG}: energy")
+        section = _section(config, "energy", energies.FAMILY, path / CONFIG)
+    else:
+        section = energies.given(energy)
     sampler = _section(config, "sampler", samplers.FAMILY, path / CONFIG)
     assert isinstance(section, EnergySection)
     assert isinstance(sampler, KernelSection)
@@ -89,14 +121,14 @@ def open_export(path: str | Path) -> Export:
         raise UserError(
             f"{path / CONFIG}: start_std: expected a positive number, got {start_std!r:.80}"
         )
-    energy = _read_energy(path / WEIGHTS, section, config)
-    shape = getattr(energy, "event_shape", None)
+    module = _read_energy(path / WEIGHTS, section, config)
+    shape = getattr(module, "event_shape", None)
     if shape is not None and tuple(shape) != spec.shape:
         raise UserError(
             f"{path / CONFIG}: the energy takes events of shape {tuple(shape)}, event.shape is "
             f"{spec.shape}; the file was edited or mixed up: export the run again"
         )
-    return Export(path, energy, spec, sampler, float(start_std), config)
+    return Export(path, module, spec, sampler, float(start_std), config, tuple(plugins))
 
 
 def read_chains(directory: Path, spec: EventSpec) -> Tensor | None:
@@ -193,7 +225,9 @@ def _section(config: dict[str, Any], key: str, family: Any, path: Path) -> Any:
     try:
         return family.section(**params)
     except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+        unknown = params["name"] not in family.members
+        hint = plugin_hint(config.get("plugins")) if unknown else ""
+        raise UserError(f"{path}: {' '.join(str(error).split())}{hint}") from None
 
 
 def _refuse_nesting(config: Any, path: Path) -> None:

@@ -56,7 +56,7 @@ def draw(
         )
     device = torch.device(device)
     energy = export.energy.to(device)
-    kernel = export.sampler.build()
+    kernel = export.kernel()
     begin = starting_points(export, num, start, seed)
     positions, energies, done = [], [], 0
     for index, first in enumerate(range(0, num, batch_size)):

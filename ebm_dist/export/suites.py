@@ -91,13 +91,14 @@ def evaluate(
 
 def temperature_of(export: Export) -> float:
     """T of the model exp(-E/T)/Z: the temperature that its sampler was run at."""
-    return export.sampler.build().temperature
+    return export.sampler.law_temperature
 
 
 def _load(export: Export, split: Literal["train", "test"], limit: int) -> Batch:
     section = export.config.get("data")
     if not isinstance(section, dict):
         raise UserError(f"{export.path}: config.json records no data; export the run again")
+    export.require_named("data")
     try:
         return load_split(DataConfig.model_validate(section), split, limit)
     except UserError as error:
@@ -124,7 +125,7 @@ def _density(
     metrics: dict[str, float] = {}
     notes = []
     # The model is what its sampler draws: clamped chains have no density outside.
-    box = law.box(export.sampler.build())
+    box = law.box(export.kernel())
     if not export.spec.discrete:
         where = "all of space, as the sampler has no clamp"
         notes.append(f"log Z is over {where if box is None else f'[{box[0]:g}, {box[1]:g}]^d'}")
@@ -277,7 +278,7 @@ def _landscape(
     say(f"{len(start)} chains, {AUDIT_FACTOR * short} steps each")
     audit = long_run_audit(
         export.energy,
-        export.sampler.build(),
+        export.kernel(),
         start.to(device),
         data,
         short_steps=short,

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ebm_dist.buffer.codec import as_float32
 from ebm_dist.core.errors import UserError
+from ebm_dist.core.plugins import IN_SESSION, modules_of, require_named
 from ebm_dist.core.types import EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.energies import EnergySection
@@ -37,6 +38,9 @@ from ebm_dist.files.tensor_file import save_tensors
 from ebm_dist.samplers import KernelSection
 from ebm_dist.samplers.law import curvature, unadjusted
 
+if TYPE_CHECKING:
+    from ebm_dist.config.run_config import RunConfig
+
 __all__ = ["Export", "export_run", "find_export", "load_energy", "open_export", "write_export"]
 
 MAX_CHAINS = 512
@@ -46,11 +50,21 @@ NUM_PROBED = 64
 """Of them, where the curvature of the energy is measured for the card."""
 
 
-def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
+def export_run(
+    run_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    plugins: Sequence[str] | None = (),
+    energy: EnergySection | None = None,
+) -> Path:
     """Export the newest valid checkpoint of the run at `run_dir` to `out_dir`.
 
     The averaged (EMA) weights are exported, with the last chains of the run, the recipe, the
     last measurements in metrics.jsonl, and the lineage.
+
+    Args:
+        plugins: modules of the user whose code may be run; None for any, as in a training.
+        energy: the run's energy where it was given from Python.
 
     Raises:
         UserError: `run_dir` is no run, has no whole checkpoint, or `out_dir` cannot be written.
@@ -73,21 +87,27 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
     run = config.load(found.meta.get("config") or run_dir / "config.yaml")
     with found.of_a_run():
         spec, weights = _recorded_spec(found, run), found.tensors("ema")["flat"]
-    section = run.energy.bind(spec)
-    energy = section.build().eval()
+    energy_section = energy or run.energy
+    sections = {key: getattr(run, key).model_dump(mode="json") for key in ("energy", "sampler")}
+    if plugins is not None:
+        for key, plain in sections.items():
+            require_named(plain, plugins, f"{run_dir}: {key}")
+    section = energy_section.bind(spec)
+    module = section.build().eval()
     try:
-        FlatLayout.of(energy).load_(energy, weights)
+        FlatLayout.of(module).load_(module, weights)
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"{found.path}: its averaged weights do not fit its config "
             f"({' '.join(str(error).split())}); the checkpoint mixes two runs"
         ) from None
-    sampler = run.sampler.model_dump(mode="json")
+    sampler = sections["sampler"]
     began = found.meta.get("init_from")
     # An objective without negatives trains without chains, whatever these sections say.
     moved = ("buffer", "workers", "flow") if run.objective.build().needs_negatives else ()
     about = {
-        "temperature": run.sampler.build().temperature,
+        "plugins": _plugins(run),
+        "temperature": run.sampler.law_temperature,
         "temperature_source": model_card.temperature_source(sampler),
         "data": _set_keys(run.data.model_dump(mode="json")),
         "recipe": {
@@ -108,7 +128,7 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
     with found.of_a_run():
         chains = _last_chains(found, spec)
     metrics = model_card.last_metrics(run_dir / "metrics.jsonl")
-    measured = _curvature(energy, run.sampler, chains)
+    measured = _curvature(module, run.sampler, chains)
     if measured is None and "sampler/curvature" in metrics:
         measured = metrics["sampler/curvature"][0]
     card = model_card.render(
@@ -117,7 +137,7 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
         energy=_set_keys(section.model_dump(mode="json")),
         sampler=_set_keys(sampler),
         event=asdict(spec),
-        num_parameters=sum(p.numel() for p in energy.parameters()),
+        num_parameters=sum(p.numel() for p in module.parameters()),
         metrics=metrics,
         has_grid=chains is not None,
         law=model_card.sampler_law(run.sampler, measured),
@@ -125,7 +145,7 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
     )
     return write_export(
         out_dir,
-        energy=energy,
+        energy=module,
         section=section,
         spec=spec,
         sampler=run.sampler,
@@ -134,6 +154,15 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
         about=about,
         card=card,
     )
+
+
+def _plugins(run: RunConfig) -> list[str]:
+    """Modules of the user that the energy, the sampler or the data of a run come from."""
+    found = set(run.plugins)
+    for section in (run.energy, run.sampler, run.data):
+        found.update(modules_of(section.model_dump(mode="json")))
+        found.add(type(section).__module__)
+    return sorted(name for name in found if name.partition(".")[0] not in (IN_SESSION, "ebm_dist"))
 
 
 def _recorded_spec(found: Any, run: Any) -> EventSpec:

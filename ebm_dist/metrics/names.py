@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ebm_dist.core.plugins import USER_METRICS
 from ebm_dist.core.section import nearest
 
 
@@ -207,12 +208,16 @@ IMAGES: dict[str, Metric] = {
 }
 """Names for `MetricHub.images`."""
 
+_USERS = Metric("reported by an objective or a sampler of the user")
+
 FRAME = ("step", "epoch")
 """Fields of every row besides metrics: the learner's update and the epoch of the attempt."""
 
 
 def describe(name: str) -> Metric | None:
     """The entry of `name`, or None if it is not a metric."""
+    if name.startswith(USER_METRICS):
+        return _USERS
     return METRICS.get(name)
 
 

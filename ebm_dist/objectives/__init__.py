@@ -24,6 +24,7 @@ from ebm_dist.objectives.matching.score_matching import ScoreMatching
 from ebm_dist.objectives.matching.sliced_score_matching import (
     SlicedScoreMatching,
 )
+from ebm_dist.objectives.module import ModuleObjectiveSection
 from ebm_dist.objectives.objective import FAMILY, Objective, ObjectiveSection
 from ebm_dist.objectives.weighting import ess_ratio, staleness_log_weight
 
@@ -42,6 +43,7 @@ __all__ = [
     "EnergyDiscrepancy",
     "EnergyMatching",
     "Joint",
+    "ModuleObjectiveSection",
     "NoiseContrastive",
     "Objective",
     "ObjectiveConfig",

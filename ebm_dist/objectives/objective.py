@@ -150,6 +150,9 @@ class ObjectiveSection(Section):
     """Whether the loss depends on how the data's mass is shared among modes that are far apart:
     "seen ..." or "not seen ...", for the model card and docs/objectives.md."""
 
+    reweights: ClassVar[bool] = True
+    """Whether negatives count by their weights, staleness and Jarzynski ones alike."""
+
     temperature: PositiveFloat | None = None
     """T of the fitted law exp(-E/T)/Z, which negatives are drawn from. A run fills in the sampler's
     temperature and refuses any other; 1 where there is no sampler."""
@@ -172,6 +175,11 @@ class ObjectiveSection(Section):
     adjustable: ClassVar[frozenset[str]] = frozenset()
     """Keys that may change when a run is resumed: they regularise training, and neither the fitted
     law nor the meaning of any learnt parameter depends on them."""
+
+    @property
+    def takes_negatives(self) -> bool:
+        """Whether the loss reads chains of the model; told without importing anything."""
+        return self.build().needs_negatives
 
     def build(self, seed: int = 0) -> Objective:
         """The module on the CPU; the same seed gives the same weights anywhere.

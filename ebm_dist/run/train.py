@@ -28,6 +28,7 @@ from ebm_dist.config.run_config import RunConfig, dump, load
 from ebm_dist.controller.controller import Controller
 from ebm_dist.core.errors import RunFailed, UserError, one_line
 from ebm_dist.core.paths import user_path
+from ebm_dist.core.plugins import import_plugins
 from ebm_dist.core.signals import asking, interrupting
 from ebm_dist.core.types import EventSpec
 from ebm_dist.core.weights import FlatLayout
@@ -83,7 +84,9 @@ def train(
         RunFailed: the run could not go on; its checkpoints stay.
     """
     if not isinstance(config, RunConfig):
-        config = load(config)
+        config = load(config, trusted=True)
+    else:
+        import_plugins(config.plugins, directory=config.runtime.working_dir)
     preflight(config)
     config = config.model_copy(
         update={"data": located(config.data), "run": init_from.located(config.run)}
@@ -206,7 +209,9 @@ def _train(
         hub = graph.hub.info(60.0)
         graph.hub.close(config.tracking.finish_timeout + 10.0)
     try:
-        export_dir = export_run(run_dir, run_dir / "export") if finished else None
+        export_dir = None
+        if finished:
+            export_dir = export_run(run_dir, run_dir / "export", plugins=None, energy=config.energy)
     except UserError as error:
         raise RunFailed(f"trained to the last update, but not exported: {error}") from error
     pictures = sorted((run_dir / "samples").glob("*.png"))
@@ -278,6 +283,7 @@ def _backend(
         namespace=f"ebm_dist-{_short_hash(str(run_dir.absolute()))}",
         start_timeout_s=config.runtime.start_timeout_s,
         object_store_bytes=size,
+        working_dir=config.runtime.working_dir,
         told=told,
     )
 

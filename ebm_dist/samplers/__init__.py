@@ -32,6 +32,7 @@ from ebm_dist.samplers.kernel import (
     KernelSection,
     NonFiniteEnergy,
 )
+from ebm_dist.samplers.module import ModuleKernelSection
 from ebm_dist.samplers.tempering.parallel_tempering import (
     ParallelTempering,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "Langevin",
     "LangevinSection",
     "Mala",
+    "ModuleKernelSection",
     "NonFiniteEnergy",
     "Nuts",
     "ParallelTempering",

@@ -137,6 +137,11 @@ class KernelSection(Section):
         """The kernel with these parameters."""
         raise NotImplementedError
 
+    @property
+    def law_temperature(self) -> float:
+        """T of the law exp(-E/T) that the kernel draws from; told without importing anything."""
+        return self.build().temperature
+
     def bind(self, spec: EventSpec) -> Self:
         """This section, once the data's events are known.
 

@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import pytest
@@ -14,8 +14,8 @@ import typer
 
 from ebm_dist import cli
 from ebm_dist.config.run_config import RunConfig, load
+from ebm_dist.config.text import models_at
 from ebm_dist.core.errors import UserError
-from ebm_dist.core.section import Section
 
 PACKAGE = Path(cli.__file__).parent
 NO_KEYS = {"run.log", "energy.logits", "learner.safetensors"}
@@ -56,14 +56,9 @@ def messages() -> Iterator[tuple[str, str]]:
 def keys() -> dict[str, set[str]]:
     """The keys of each section, of all its members where it has several."""
     out: dict[str, set[str]] = {}
-    for name, field in RunConfig.model_fields.items():
-        members: list[Any] = [field.annotation, *get_args(field.annotation)]
-        out[name] = {
-            key
-            for member in members
-            if isinstance(member, type) and issubclass(member, Section)
-            for key in member.model_fields
-        }
+    for name in RunConfig.model_fields:
+        sections = models_at(RunConfig, [name], {})
+        out[name] = {key for section in sections for key in section.model_fields}
         assert out[name], name
     return out
 

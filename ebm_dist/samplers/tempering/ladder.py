@@ -8,6 +8,7 @@ from pydantic import Field, PlainSerializer, PositiveFloat, WithJsonSchema, mode
 
 from ebm_dist.core.types import EventSpec
 from ebm_dist.samplers.kernel import FAMILY, Kernel, KernelSection
+from ebm_dist.samplers.module import ModuleKernelSection
 
 Inner = Annotated[
     Any,
@@ -60,6 +61,11 @@ class LadderSection(KernelSection):
         if hasattr(kernel, "temperatures"):
             own = cls.model_fields["name"].default
             raise ValueError(f"kernel: {own} cannot hold another tempered sampler")
+        if isinstance(kernel, ModuleKernelSection):
+            raise ValueError(
+                "kernel: a sampler of your own cannot be moved to other temperatures from outside; "
+                "temper it in its own code, with sampler.name: module"
+            )
         inner = kernel if isinstance(kernel, KernelSection | Kernel) else None
         if inner is None:
             raise ValueError(f"kernel: expected a sampler section, got {type(kernel).__name__}")

@@ -1,0 +1,178 @@
+"""A user's own network or function as the energy, named in the config or given from Python."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, PositiveInt, PrivateAttr
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.plugins import Target, load_target, target_of
+from ebm_dist.core.types import EventSpec
+from ebm_dist.core.weights import flat_tensors
+from ebm_dist.energies.family import FAMILY, BoundSection, EnergySection
+
+NUM_TRIED = 4
+"""Events that a network is tried on before a run."""
+
+
+class FunctionEnergy(nn.Module):
+    """A callable (B, *event) -> (B,) that is no module; it has no parameters."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@FAMILY.register
+class ModuleEnergySection(BoundSection):
+    """A network of your own: a class or a factory function, named by the module that defines it."""
+
+    name: Literal["module"] = "module"
+    example: ClassVar[dict[str, Any]] = {
+        "target": "ebm_dist.energies.closed_form.planar:Ring",
+        "params": {"radius": 2.0, "width": 0.5},
+        "event_shape": (2,),
+    }
+
+    target: Target
+    """MODULE:NAME of an nn.Module class, of a function that makes one, or of a class with a
+    `__call__`: (B, *event) -> (B,), lower is likelier. Training imports the module."""
+
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments that the class or function is called with."""
+
+    num_classes: PositiveInt | None = None
+    """Classes of a network that has `logits(x)` (B, num_classes) too, for objective.name: joint."""
+
+    _given: Any = PrivateAttr(default=None)
+
+    def build(self, seed: int = 0) -> Any:
+        """The user's own module itself, so that its weights keep their names."""
+        return super().build(seed)
+
+    def module(self) -> Any:
+        made = self._made()
+        if not isinstance(made, nn.Module):
+            if not callable(made):
+                raise ValueError(
+                    f"energy.target: {self.target} gave a {type(made).__name__}, expected an "
+                    "nn.Module or a callable (B, *event) -> (B,)"
+                )
+            made = FunctionEnergy(made)
+        self._check_weights(made)
+        return made
+
+    def _made(self) -> Any:
+        if isinstance(self._given, nn.Module):
+            return copy.deepcopy(self._given).cpu()
+        factory = self._given
+        if factory is None:
+            factory = load_target(self.target, "energy.target")
+        elif not _takes_nothing(factory):
+            return factory
+        try:
+            return factory(**self.params)
+        except Exception as error:
+            params = ", ".join(f"{key}={value!r:.40}" for key, value in self.params.items())
+            raise ValueError(
+                f"energy.params: {self.target} called with ({params}) raises "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _check_weights(self, module: nn.Module) -> None:
+        for name, part in module.named_modules():
+            if isinstance(part, _BatchNorm):
+                raise ValueError(
+                    f"energy.target: {self.target} has batch norm ({name}: {type(part).__name__}), "
+                    "by which the energy of a chain would depend on the other chains of its batch; "
+                    "use GroupNorm or LayerNorm"
+                )
+        for name, weight in module.named_parameters():
+            if is_lazy(weight):
+                raise ValueError(
+                    f"energy.target: {self.target} has lazy weights ({name}); give their sizes"
+                )
+            if weight.dtype != torch.float32:
+                raise ValueError(
+                    f"energy.target: {self.target} has weights of {weight.dtype} ({name}), "
+                    "expected float32; learner.precision: bf16 computes in bfloat16"
+                )
+        flat_tensors(module)  # raises where a buffer cannot travel
+        if self.num_classes is not None and not hasattr(module, "logits"):
+            raise ValueError(
+                f"energy.num_classes: {self.num_classes}, but {self.target} has no method "
+                "logits(x); leave it out, or add the method"
+            )
+
+    def bind(self, spec: EventSpec) -> Self:
+        bound = super().bind(spec)
+        x = spec.noise(NUM_TRIED, torch.Generator().manual_seed(0))
+        energy = bound.build()
+        try:
+            with torch.no_grad():
+                out = energy_at(energy, x)
+        except Exception as error:
+            raise ValueError(
+                f"energy.target: {self.target} raises on events of shape {spec.shape} "
+                f"({NUM_TRIED} at once): {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(out, Tensor):
+            raise ValueError(
+                f"energy.target: {self.target} returns a {type(out).__name__}, expected a tensor "
+                "(B,): one energy for each event"
+            )
+        if tuple(out.shape) != (NUM_TRIED,):
+            hint = "sum over the event's own dimensions, and not over the batch"
+            if tuple(out.shape) == (NUM_TRIED, 1):
+                hint = "end it with .squeeze(-1)"
+            raise ValueError(
+                f"energy.target: {self.target} returns {tuple(out.shape)} for events of shape "
+                f"{tuple(x.shape)}, expected ({NUM_TRIED},): {hint}"
+            )
+        if not out.is_floating_point():
+            raise ValueError(
+                f"energy.target: {self.target} returns {out.dtype}, expected floats: end it with "
+                ".float()"
+            )
+        return bound
+
+
+def given(energy: nn.Module | Callable[..., Any]) -> EnergySection:
+    """The section of an energy that is given from Python, not named in a config.
+
+    It is copied here and shipped by pickling: to Ray's actors by value where its class is of
+    `__main__` or a notebook, else by the name of its module, which every node must have.
+
+    Args:
+        energy: a module, whose weights are where training starts; a class or function that takes
+            no argument and makes one; or a callable (B, *event) -> (B,).
+    """
+    if not callable(energy):
+        raise ValueError(
+            f"energy: expected an nn.Module, a function that makes one, or a callable "
+            f"(B, *event) -> (B,), got a {type(energy).__name__}"
+        )
+    section = ModuleEnergySection(target=target_of(energy))
+    section._given = copy.deepcopy(energy).cpu() if isinstance(energy, nn.Module) else energy
+    return section
+
+
+def _takes_nothing(function: Callable[..., Any]) -> bool:
+    """Whether `function` makes an energy, rather than being one."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # a builtin without a signature
+        return False
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return all(p.kind in kinds or p.default is not p.empty for p in parameters)

@@ -1,0 +1,122 @@
+"""A user's own objective in a run: a function, callable or module, by a target in the config."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ebm_dist.core.plugins import USER_METRICS, Target, load_target
+from ebm_dist.core.types import Batch, EnergyFn, Negatives
+from ebm_dist.objectives.objective import FAMILY, Metrics, Objective, ObjectiveSection
+
+
+class OwnObjective(Objective):
+    """A user's `(energy, batch, negatives, generator) -> (loss, metrics)`.
+
+    A metric without a slash in its name is logged as `user/NAME`; another one has a name of
+    `metrics/names.py`, such as `energy/gap`, which learner.gap_limit reads.
+    """
+
+    def __init__(
+        self, own: Callable[..., Any], says: object, section: ModuleObjectiveSection
+    ) -> None:
+        """
+        Args:
+            own: what is called for the loss.
+            says: what has the attributes `needs_labels` and `needs_generator`.
+        """
+        super().__init__()
+        self.own = own
+        self.target = section.target
+        self.needs_negatives = section.needs_negatives
+        self.needs_labels = bool(getattr(says, "needs_labels", False))
+        self.needs_generator = bool(getattr(says, "needs_generator", True))
+
+    def begin_update(self, step: int) -> None:
+        super().begin_update(step)
+        if isinstance(self.own, Objective):
+            self.own.begin_update(step)
+
+    def loss(
+        self,
+        energy: nn.Module | EnergyFn,
+        batch: Batch,
+        negatives: Negatives | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Metrics]:
+        came = self.own(energy, batch, negatives, generator)
+        if not (isinstance(came, tuple) and len(came) == 2 and isinstance(came[1], dict)):
+            raise ValueError(
+                f"objective.target: {self.target} returned a {type(came).__name__}, expected the "
+                "pair (loss, metrics) of a scalar tensor and a dict"
+            )
+        loss, metrics = came
+        named = {
+            key if "/" in key else f"{USER_METRICS}{key}": torch.as_tensor(value).detach()
+            for key, value in metrics.items()
+        }
+        for key, value in named.items():
+            if value.numel() != 1:
+                raise ValueError(
+                    f"objective.target: {self.target} returned the metric {key} of shape "
+                    f"{tuple(value.shape)}, expected one number"
+                )
+        return loss, named
+
+
+@FAMILY.register
+class ModuleObjectiveSection(ObjectiveSection):
+    """An objective of your own: a function, or a class that makes a callable or an nn.Module."""
+
+    name: Literal["module"] = "module"
+    far_modes: ClassVar[str] = "not known, since the objective is code of the user"
+    reweights: ClassVar[bool] = False
+
+    target: Target
+    """MODULE:NAME of a function `(energy, batch, negatives, generator) -> (loss, metrics)`, or of a
+    class that makes such a callable from `params`; as an nn.Module it may have weights of its own.
+    Attributes of it: `needs_labels`, false when left out, and `needs_generator`, true then."""
+
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments: of the class where it is made, of the function at every call."""
+
+    needs_negatives: bool = True
+    """Whether it reads negatives. With false no chains are drawn, and it is given None."""
+
+    @property
+    def takes_negatives(self) -> bool:
+        return self.needs_negatives
+
+    def reads_temperature(self, *, reweights: bool) -> bool:
+        return False
+
+    def module(self) -> Objective:
+        found = load_target(self.target, "objective.target")
+        if inspect.isfunction(found):
+            own, says = partial(found, **self.params), found
+        else:
+            try:
+                own = says = found(**self.params)
+            except Exception as error:
+                raise ValueError(
+                    f"objective.params: {self.target} made of {self.params} raises "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        if not callable(own):
+            raise ValueError(
+                f"objective.target: {self.target} made a {type(own).__name__}, expected a callable "
+                "(energy, batch, negatives, generator) -> (loss, metrics)"
+            )
+        stated = getattr(says, "needs_negatives", self.needs_negatives)
+        if stated != self.needs_negatives:
+            raise ValueError(
+                f"objective.needs_negatives: {str(self.needs_negatives).lower()}, but "
+                f"{self.target} says {stated}; set it to {str(stated).lower()}"
+            )
+        return OwnObjective(own, says, self)
