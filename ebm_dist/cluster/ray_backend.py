@@ -49,11 +49,13 @@ class RayBackend:
         start_timeout_s: float,
         object_store_bytes: int | None = None,
         working_dir: str | None = None,
+        plugins: tuple[str, ...] = (),
         told: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
             working_dir: a directory that Ray ships to every node, where the actors then run.
+            plugins: modules of the user that every actor imports before it makes its part.
             told: whether the run is told to stop.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -87,6 +89,7 @@ class RayBackend:
         self._errors = exceptions
         self._beside = NodeAffinitySchedulingStrategy
         self._start_timeout_s = start_timeout_s
+        self._plugins = plugins
         options: dict[str, Any] = {
             "namespace": namespace,
             "log_to_driver": False,
@@ -195,7 +198,7 @@ class RayBackend:
             scheduling_strategy=where,
             allow_out_of_order_execution=any_order,
             runtime_env={"env_vars": env} if env else None,
-        ).remote(factory, kwargs, num_threads, self._memory, shared)
+        ).remote(factory, kwargs, num_threads, self._memory, shared, self._plugins)
         handle = RayHandle(name, actor, node=node, num_gpus=num_gpus)
         self._handles.append(handle)
         self._starts.begin(handle, actor.ready.remote())

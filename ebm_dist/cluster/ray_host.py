@@ -10,6 +10,7 @@ import ray
 
 from ebm_dist.cluster.process import meeting_point, tune_process
 from ebm_dist.cluster.shared_memory import RunMemory
+from ebm_dist.core.plugins import import_plugins
 
 ASIDE = "aside"
 """Ray's name for the thread that a part with `aside` has."""
@@ -25,8 +26,11 @@ class Host:
         num_threads: int | None,
         memory: RunMemory,
         shared: bool,
+        plugins: tuple[str, ...] = (),
     ) -> None:
         tune_process(num_threads)
+        if plugins:
+            import_plugins(plugins)
         self._tune_thread()
         node = ray.get_runtime_context().get_node_id()
         # Held by each part, whether it looks into it or not.

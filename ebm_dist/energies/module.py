@@ -59,6 +59,9 @@ class ModuleEnergySection(BoundSection):
 
     def build(self, seed: int = 0) -> Any:
         """The user's own module itself, so that its weights keep their names."""
+        if self._given is None:
+            # Before the seed is set: what a module draws when it is first imported is not ours.
+            load_target(self.target, "energy.target")
         return super().build(seed)
 
     def module(self) -> Any:

@@ -109,8 +109,8 @@ def open_export(
     config = _read_config(path / CONFIG)
     spec = read_spec(config, path / CONFIG)
     if energy is None:
-        require_named(config.get("energy"), plugins, f"{path / CONFIG}: energy")
         section = _section(config, "energy", energies.FAMILY, path / CONFIG)
+        require_named(config["energy"], plugins, f"{path / CONFIG}: energy")
     else:
         section = energies.given(energy)
     sampler = _section(config, "sampler", samplers.FAMILY, path / CONFIG)

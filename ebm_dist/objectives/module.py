@@ -77,6 +77,7 @@ class ModuleObjectiveSection(ObjectiveSection):
     name: Literal["module"] = "module"
     far_modes: ClassVar[str] = "not known, since the objective is code of the user"
     reweights: ClassVar[bool] = False
+    example: ClassVar[dict[str, Any]] = {"target": "my_pkg.losses:contrast"}
 
     target: Target
     """MODULE:NAME of a function `(energy, batch, negatives, generator) -> (loss, metrics)`, or of a
@@ -92,6 +93,11 @@ class ModuleObjectiveSection(ObjectiveSection):
     @property
     def takes_negatives(self) -> bool:
         return self.needs_negatives
+
+    def build(self, seed: int = 0) -> Objective:
+        # Before the seed is set: what a module draws when it is first imported is not ours.
+        load_target(self.target, "objective.target")
+        return super().build(seed)
 
     def reads_temperature(self, *, reweights: bool) -> bool:
         return False

@@ -284,6 +284,7 @@ def _backend(
         start_timeout_s=config.runtime.start_timeout_s,
         object_store_bytes=size,
         working_dir=config.runtime.working_dir,
+        plugins=config.plugins,
         told=told,
     )
 

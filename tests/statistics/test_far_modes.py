@@ -100,7 +100,7 @@ def test_pseudo_likelihood_does_not_see_the_weights_of_opposite_states():
     assert slope.abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("name", sorted(objectives.FAMILY.members))
+@pytest.mark.parametrize("name", sorted(objectives.FAMILY.members.keys() - {"module"}))
 def test_every_objective_says_what_it_sees_in_its_docstring_and_in_the_docs(name):
     section = objectives.FAMILY.members[name]
     assert section.far_modes.startswith(("seen", "not seen"))

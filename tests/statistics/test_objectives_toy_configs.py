@@ -45,7 +45,7 @@ EXPECTED: dict[str, dict[str, tuple[list[float], float]]] = {
 
 def test_every_objective_has_a_toy_config():
     trained = {load(FOLDER / f"{name}.yaml").objective.name for name in CONFIGS}
-    assert trained == set(objectives.FAMILY.members)
+    assert trained == objectives.FAMILY.members.keys() - {"module"}, "a user brings that one"
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -268,7 +268,11 @@ def parts() -> dict[str, Callable[[], None]]:
             )
             for stage in (0, 1, 2, 3)
         },
-        **{f"sampler: {name}": partial(rounds, name) for name in samplers.FAMILY.members},
+        **{
+            f"sampler: {name}": partial(rounds, name)
+            for name in samplers.FAMILY.members
+            if name != "module"
+        },
         **{f"storage: {s}": partial(rounds, "langevin", s) for s in ("bfloat16", "uint8")},
         "storage: weighted chains": partial(rounds, "langevin", jarzynski=True),
     }

@@ -12,7 +12,7 @@ from ebm_dist import energies, objectives
 from ebm_dist.core.types import Batch, EventSpec, Negatives
 from ebm_dist.metrics import names
 
-NAMES = sorted(objectives.FAMILY.members)
+NAMES = sorted(objectives.FAMILY.members.keys() - {"module"})  # what a user brings has no example
 # Their loss is a surrogate: its gradient is not the slope of its value, by design.
 SURROGATES = {"recovery_likelihood", "reverse_kl"}
 

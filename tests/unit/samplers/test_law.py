@@ -64,7 +64,7 @@ def test_networks_have_a_curvature(name):
     assert math.isfinite(measured(kernel, energy, torch.randn(2, 1, 8, 8)))
 
 
-@pytest.mark.parametrize("name", sorted(samplers.FAMILY.members))
+@pytest.mark.parametrize("name", sorted(samplers.FAMILY.members.keys() - {"module"}))
 def test_a_card_says_of_every_sampler_whether_its_law_is_that_of_the_model(name):
     section = samplers.FAMILY.members[name]
     section = section(**{"name": name, **section.example})
