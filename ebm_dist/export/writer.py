@@ -104,7 +104,7 @@ def export_run(
     sampler = sections["sampler"]
     began = found.meta.get("init_from")
     # An objective without negatives trains without chains, whatever these sections say.
-    moved = ("buffer", "workers", "flow") if run.objective.build().needs_negatives else ()
+    moved = ("buffer", "workers", "flow") if run.objective.takes_negatives else ()
     about = {
         "plugins": _plugins(run),
         "temperature": run.sampler.law_temperature,

@@ -61,7 +61,7 @@ def assemble(
     Raises:
         RunFailed: a part did not start in runtime.start_timeout_s.
     """
-    needs_negatives = bool(config.objective.build().needs_negatives)
+    needs_negatives = config.objective.takes_negatives
     capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
     shards = Shards(backend, capacities if needs_negatives else ())
     crew = Crew(backend, say=say, start_timeout_s=config.runtime.start_timeout_s)

@@ -419,7 +419,7 @@ def _chains_of(found: checkpoint.CheckpointDir, codec: Codec, spec: EventSpec) -
 def _shards(config: RunConfig, spec: EventSpec, chains: Chains | None) -> list[ShardState]:
     """Snapshots of the shards at update 0."""
     buffer, seed = config.buffer, config.run.seed
-    if not config.objective.build().needs_negatives:
+    if not config.objective.takes_negatives:
         return []
     capacities = shard_capacities(buffer.capacity, buffer.num_shards)
     num = len(chains["position"]) if chains is not None else 0

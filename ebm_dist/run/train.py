@@ -273,7 +273,7 @@ def _backend(
         num_negatives=config.num_negatives,
         num_weights=FlatLayout.of(config.energy.build(seed=0)).size,
         wire=config.learner.wire,
-        needs_negatives=bool(config.objective.build().needs_negatives),
+        needs_negatives=config.objective.takes_negatives,
     )
     size = (config.runtime.object_store_mb or 0) << 20 or need.total
     if chosen_address(config.runtime.address)[0] == "local":  # a cluster has its own
