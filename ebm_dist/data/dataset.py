@@ -4,48 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-import zlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.section import nearest
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.format.decode import Layout, guess_layout
-from ebm_dist.data.format.manifest import FILE_NAME, SplitName, read_manifest
+from ebm_dist.data.format.manifest import FILE_NAME, read_manifest
 from ebm_dist.data.format.shards import SUFFIXES, ShardFile, read_shard
 from ebm_dist.data.sources.originals import WITHOUT_ORIGINALS, static_layout
 from ebm_dist.data.sources.prepare import materialise
+from ebm_dist.data.storage.shards import Shards
 
 _MAX_SHARDS = 1_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Dataset:
-    """Shards by split. `test` is None where nothing was held out."""
-
-    layout: Layout
-    train: tuple[ShardFile, ...]
-    test: tuple[ShardFile, ...] | None
-    holdout: float = 0.0
-    """Part of the training shards that is the test split; then `test` is `train`."""
-
-    def num_samples(self, split: SplitName) -> int | None:
-        """None where only reading the shards would tell."""
-        if self.holdout > 0:
-            return None
-        counts = [
-            shard.num_samples for shard in (self.train if split == "train" else self.test or ())
-        ]
-        return None if None in counts else sum(count or 0 for count in counts)
-
-    def belongs(self, sample: dict[str, Any], split: SplitName) -> bool:
-        """Whether a sample is in `split`, by a hash of its key where a part is held out."""
-        if self.holdout == 0:
-            return True
-        held_out = zlib.crc32(sample["__key__"].encode()) < self.holdout * 2**32
-        return held_out == (split == "test")
 
 
 def stored_layout(config: DataConfig) -> Layout:
@@ -57,7 +29,7 @@ def stored_layout(config: DataConfig) -> Layout:
     return layout
 
 
-def open_dataset(config: DataConfig) -> Dataset:
+def open_dataset(config: DataConfig) -> Shards:
     """Find the shards; built-in sources write theirs into the cache at first use.
 
     Raises:
@@ -68,7 +40,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         return _find(config)
     _refuse_plain_keys(config, f"{config.location}, which is built in,")
     directory = materialise(config.location, config.cache_dir, toy_samples=config.toy_samples)
-    return _of_manifest(directory, None)
+    return _of_manifest(directory, None, config)
 
 
 def located(config: DataConfig) -> DataConfig:
@@ -87,11 +59,11 @@ def located(config: DataConfig) -> DataConfig:
     )
 
 
-def _find(config: DataConfig) -> Dataset:
+def _find(config: DataConfig) -> Shards:
     location = config.location
     paths, directory = _expand(location)
     if directory is not None:
-        prepared = _of_manifest(directory, paths)
+        prepared = _of_manifest(directory, paths, config)
         what = f"{location}, whose {FILE_NAME} says so,"
         _refuse_plain_keys(config, what, has_test=prepared.test is not None)
         return _with_test(prepared, config)
@@ -102,10 +74,10 @@ def _find(config: DataConfig) -> Dataset:
     layout = guess_layout(
         sample, kind=config.kind, num_classes=config.num_classes, member=config.member
     )
-    return _with_test(Dataset(layout, train, None), config)
+    return _with_test(Shards(layout, train, None, verify=config.verify), config)
 
 
-def _with_test(dataset: Dataset, config: DataConfig) -> Dataset:
+def _with_test(dataset: Shards, config: DataConfig) -> Shards:
     if config.test_source is not None:
         paths, _ = _expand(config.test_source, "data.test_source")
         return replace(dataset, test=tuple(ShardFile(path) for path in paths))
@@ -114,7 +86,7 @@ def _with_test(dataset: Dataset, config: DataConfig) -> Dataset:
     return dataset
 
 
-def _of_manifest(directory: Path, chosen: list[Path] | None) -> Dataset:
+def _of_manifest(directory: Path, chosen: list[Path] | None, config: DataConfig) -> Shards:
     """`chosen`: shards named by a pattern inside a prepared directory, None for all of them."""
     manifest = read_manifest(directory)
     train, test = manifest.files("train", directory), manifest.files("test", directory)
@@ -129,7 +101,7 @@ def _of_manifest(directory: Path, chosen: list[Path] | None) -> Dataset:
         train = [by_name[path.name] for path in chosen]
         used = {shard.path.name for shard in train}
         test = [shard for shard in test if shard.path.name not in used]
-    return Dataset(manifest.layout, tuple(train), tuple(test) or None)
+    return Shards(manifest.layout, tuple(train), tuple(test) or None, verify=config.verify)
 
 
 def _expand(location: str, key: str = "data.source") -> tuple[list[Path], Path | None]:

@@ -7,14 +7,13 @@ import json
 import logging
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import Batch, EventSpec
 from ebm_dist.data.config import DataConfig
-from ebm_dist.data.dataset import Dataset, open_dataset
-from ebm_dist.data.format.shards import check_shard
+from ebm_dist.data.dataset import open_dataset
+from ebm_dist.data.storage.protocol import Storage
 from ebm_dist.data.stream.prefetch import Ahead
 from ebm_dist.data.stream.reader import Cursor, Reader
 from ebm_dist.data.stream.transform import event_spec
@@ -42,13 +41,14 @@ class DataStream:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0 to world_size - 1 = {world_size - 1}, got {rank}")
         self._config = config
-        self._dataset = open_dataset(config)
-        self.spec: EventSpec = event_spec(config, self._dataset.layout)
-        _refuse_unreadable(config, self._dataset)
+        storage = open_dataset(config)
+        self.spec: EventSpec = event_spec(config, storage.layout)
+        storage.refuse_missing()
+        refuse_few(config, storage)
         self._rank = rank
         self._world_size = world_size
-        self._reader = Reader(config, self._dataset, rank=rank, world_size=world_size, seed=seed)
-        self._order = _fingerprint(config, self._dataset, seed)
+        self._reader = Reader(config, storage, rank=rank, world_size=world_size, seed=seed)
+        self._order = _fingerprint(config, storage, seed)
         self._cursor = self._reader.start
         self._ahead: Ahead | None = None
 
@@ -136,11 +136,9 @@ def _checked(state: Mapping[str, Any]) -> tuple[int, int, int]:
     return state["epoch"], state["offset"], state["num_batches"]
 
 
-def _refuse_unreadable(config: DataConfig, dataset: Dataset) -> None:
-    """What can be seen from the file system alone, before a run starts."""
-    for shard in dataset.train:
-        check_shard(shard, checksum=False)
-    count = dataset.num_samples("train")
+def refuse_few(config: DataConfig, storage: Storage) -> None:
+    """Raise UserError where the training split is smaller than a batch, as far as is known."""
+    count = storage.num_samples("train")
     if count is not None and count < config.batch_size:
         raise UserError(
             f"data.batch_size: is {config.batch_size}, but {config.location} holds {count} "
@@ -148,19 +146,7 @@ def _refuse_unreadable(config: DataConfig, dataset: Dataset) -> None:
         )
 
 
-def _fingerprint(config: DataConfig, dataset: Dataset, seed: int) -> str:
+def _fingerprint(config: DataConfig, storage: Storage, seed: int) -> str:
     """Names the order of samples that a cursor counts in; paths may change, contents not."""
-    content = [shard.sha256 or _glance(shard.path) for shard in dataset.train]
-    text = json.dumps([seed, config.shuffle, config.holdout, content])
+    text = json.dumps([seed, config.shuffle, config.holdout, storage.identity()])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _glance(path: Path) -> str:
-    """A hash of a plain shard's name, size and end: reading all of it would take as long as an
-    epoch, and tar's padding makes files of different contents equally long."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        stream.seek(max(0, size - 2**14))
-        end = stream.read()
-    text = f"{path.name}/{size}/".encode() + end
-    return hashlib.blake2b(text, digest_size=8).hexdigest()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
-from ebm_dist.data.dataset import Dataset
 from ebm_dist.data.format.decode import DATA_EXTENSIONS, Layout, decode_sample
 from ebm_dist.data.format.shards import ShardFile, read_shard
 
@@ -13,20 +13,16 @@ MAX_BYTES = 16 * 2**20
 first epoch finds the faults."""
 
 
-def survey(dataset: Dataset) -> list[str]:
-    """What the shards hold beside their samples, one line for each kind; empty if nothing.
+def survey(shards: Iterable[ShardFile], layout: Layout) -> list[str]:
+    """What plain shards hold beside their samples, one line for each kind; empty if nothing.
 
     Raises:
         UserError: for a sample or shard that an epoch would refuse.
     """
-    shards = [
-        shard
-        for shard in dict.fromkeys((*dataset.train, *(dataset.test or ())))
-        if shard.num_samples is None
-    ]
+    shards = [shard for shard in shards if shard.num_samples is None]
     if sum(shard.path.stat().st_size for shard in shards) > MAX_BYTES:
         return []
-    return [line for shard in shards if (line := _unread(shard, dataset.layout))]
+    return [line for shard in shards if (line := _unread(shard, layout))]
 
 
 def _unread(shard: ShardFile, layout: Layout) -> str:

@@ -1,0 +1,1 @@
+"""Where samples lie: in shards that are read from front to end, or in a dataset read by index."""

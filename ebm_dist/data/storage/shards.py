@@ -1,0 +1,135 @@
+"""Samples in webdataset shards."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ebm_dist.core.errors import UserError
+from ebm_dist.data.config import DataConfig
+from ebm_dist.data.format.decode import Layout, decode_sample
+from ebm_dist.data.format.manifest import SplitName
+from ebm_dist.data.format.shards import ShardFile, check_shard, read_shard
+from ebm_dist.data.storage.plain_survey import survey
+from ebm_dist.data.storage.protocol import Rows
+from ebm_dist.data.stream.shard_epochs import ShardEpochs
+
+MAX_CHECKSUM_BYTES = 256 * 2**20
+"""Shards up to this total are read through before the start, in about a second; the readers
+check larger ones as they open them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Shards by split. `test` is None where nothing was held out. See `protocol.Storage`."""
+
+    layout: Layout
+    train: tuple[ShardFile, ...]
+    test: tuple[ShardFile, ...] | None
+    holdout: float = 0.0
+    """Part of the training shards that is the test split; then `test` is `train`."""
+    verify: bool = True
+    """Compare checksums."""
+
+    def has(self, split: SplitName) -> bool:
+        return split == "train" or self.test is not None
+
+    def num_samples(self, split: SplitName) -> int | None:
+        if self.holdout > 0:
+            return None
+        counts = [shard.num_samples for shard in self._of(split)]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    def belongs(self, sample: dict[str, Any], split: SplitName) -> bool:
+        """Whether a sample is in `split`, by a hash of its key where a part is held out."""
+        if self.holdout == 0:
+            return True
+        return held_out(sample["__key__"], self.holdout) == (split == "test")
+
+    def read(self, split: SplitName, limit: int | None) -> Rows:
+        # Prepared shards were shuffled when they were written, so the first are a fair part.
+        xs: list[np.ndarray] = []
+        labels: list[int | None] = []
+        for x, label in self._decoded(split):
+            xs.append(x)
+            labels.append(label)
+            if limit is not None and len(xs) == limit:
+                break
+        x = np.stack(xs) if xs else np.empty((0, *self.layout.spec.shape), self.layout.dtype)
+        return x, np.array(labels, np.int64) if self.layout.labelled else None
+
+    def epochs(
+        self, config: DataConfig, *, rank: int, world_size: int, seed: int
+    ) -> ShardEpochs:
+        return ShardEpochs(
+            config,
+            self.layout,
+            self.train,
+            lambda sample: self.belongs(sample, "train"),
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+        )
+
+    def identity(self) -> list[str]:
+        """Paths may change, contents not."""
+        return [shard.sha256 or _glance(shard.path) for shard in self.train]
+
+    def refuse_missing(self) -> None:
+        for shard in self.train:
+            check_shard(shard, checksum=False)
+
+    def survey(self) -> list[str]:
+        """Every shard's presence and size, and of a small data set checksums or samples."""
+        shards = self._all()
+        for shard in shards:
+            check_shard(shard, checksum=False)
+        if self.verify and sum(s.path.stat().st_size for s in shards) <= MAX_CHECKSUM_BYTES:
+            for shard in shards:
+                check_shard(shard, checksum=True)
+        return survey(shards, self.layout)
+
+    def problems(self) -> list[str]:
+        found = []
+        for shard in self._all():
+            try:
+                check_shard(shard, checksum=self.verify)
+                decode_sample(next(iter(read_shard(shard))), self.layout)
+            except UserError as error:
+                found.append(str(error))
+        return found
+
+    def _of(self, split: SplitName) -> tuple[ShardFile, ...]:
+        return self.train if split == "train" else self.test or ()
+
+    def _all(self) -> list[ShardFile]:
+        return list(dict.fromkeys((*self.train, *(self.test or ()))))
+
+    def _decoded(self, split: SplitName) -> Iterator[tuple[np.ndarray, int | None]]:
+        for shard in self._of(split):
+            check_shard(shard, checksum=self.verify)
+            for raw in read_shard(shard):
+                if self.belongs(raw, split):
+                    yield decode_sample(raw, self.layout)
+
+
+def held_out(key: str, part: float) -> bool:
+    """Whether the sample of this key is in the `part` that is the test split."""
+    return zlib.crc32(key.encode()) < part * 2**32
+
+
+def _glance(path: Path) -> str:
+    """A hash of a plain shard's name, size and end: reading all of it would take as long as an
+    epoch, and tar's padding makes files of different contents equally long."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        stream.seek(max(0, size - 2**14))
+        end = stream.read()
+    text = f"{path.name}/{size}/".encode() + end
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
