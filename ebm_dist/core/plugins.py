@@ -73,11 +73,13 @@ Target = Annotated[str, Field(max_length=200), AfterValidator(_target)]
 """`my_pkg.nets:Net`, a class or function by the module that defines it. Imports nothing."""
 
 
-def load_target(target: str, key: str) -> Any:
+def load_target(target: str, key: str, *, instances: bool = False) -> Any:
     """The class or function that `target` names, its module imported.
 
     Args:
         key: where the target stands in the config, such as `energy.target`.
+        instances: an object that the module holds will do as well, unless it is of a class of the
+            standard library.
 
     Raises:
         UserError: in one line; the module cannot be imported on this node or raises while it is
@@ -99,6 +101,12 @@ def load_target(target: str, key: str) -> Any:
         close = nearest(name, _own_names(module))
         where = getattr(module, "__file__", None) or "a package without code"
         raise UserError(f"{key}: {module_name} ({where}) has no {name!r}{close}")
+    if instances and not hasattr(found, "__qualname__"):
+        if type(found).__module__.partition(".")[0] in sys.stdlib_module_names:
+            raise UserError(
+                f"{key}: {target} is a plain {type(found).__name__}; wrap it in a class"
+            )
+        return found
     # An instance has no name of its own, and that of its class would pass for its own module.
     if not callable(found) or not hasattr(found, "__qualname__"):
         raise UserError(

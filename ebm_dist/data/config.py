@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    JsonValue,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    PrivateAttr,
+    model_validator,
+)
 
+from ebm_dist.core.plugins import Target
 from ebm_dist.core.section import Section, UserPath
 
 
@@ -14,7 +23,34 @@ class DataConfig(Section):
 
     source: UserPath | None = None
     """`digits`, `fashion-mnist`, `toy:NAME`, or prepared or plain webdataset shards: a directory,
-    a file, or a brace pattern such as `path/{00..07}.tar`. `digits` if `shards` is left out too."""
+    a file, or a brace pattern such as `path/{00..07}.tar`. `digits` if `shards` is left out too.
+    `module` for a dataset of your own, which `target` names; `given` where one was handed over in
+    Python."""
+
+    target: Target | None = None
+    """With `source: module`, a dataset of your own: `my_pkg.data:dataset`, the class, a function
+    that returns one, or one that the module holds. It has `__len__` and `__getitem__`, which
+    returns an event or (event, label) and should return the same at every call. An event is a PIL
+    image, an array or a tensor. Images and uint8 arrays of 2 or 3 dimensions are of kind `image`
+    and scaled from 0..255 to [-1, 1]; bools are `binary`; other numbers are `real` and taken as
+    they are, also with `kind: image`, where they must lie in [-1, 1]. Every process that reads
+    data makes the dataset for itself."""
+
+    params: dict[str, JsonValue] = Field(default_factory=dict)
+    """Keyword arguments for `target`. Paths should be absolute: parts of a run work elsewhere."""
+
+    test_target: Target | None = None
+    """The test split of `source: module`; `target` when only `test_params` is given."""
+
+    test_params: dict[str, JsonValue] | None = None
+    """Keyword arguments for the dataset of the test split, such as `{train: false}`."""
+
+    fingerprint: str | None = None
+    """Number of samples and a hash of some, for `source: module` and `given`. Filled in when a run
+    starts, so that it goes on with the same data; where given, other data is refused."""
+
+    _given: Any = PrivateAttr(default=None)
+    """Of `source: given`: the train and test `Items`."""
 
     shards: UserPath | None = None
     """The same for shards alone; give `source` or `shards`, not both."""
@@ -51,7 +87,8 @@ class DataConfig(Section):
 
     shuffle: NonNegativeInt = 5000
     """Samples in the shuffle buffer. It holds them encoded: 5000 photographs of 100 kB are 0.5 GB.
-    0 keeps the order of the shards."""
+    0 keeps the order of the shards. A dataset of your own needs no buffer: an epoch is a
+    permutation of all of it, or its own order where this is 0."""
 
     rank_split: Literal["auto", "shard", "sample"] = "auto"
     """How ranks share an epoch. `shard`: each reads shards of its own. `sample`: every rank reads
@@ -63,8 +100,8 @@ class DataConfig(Section):
     order is the same."""
 
     cache: Literal["auto", "always", "never"] = "auto"
-    """Keep decoded samples in memory after they were read once. `auto`: up to `cache_mib`.
-    The order is the same."""
+    """Keep decoded samples of shards in memory after they were read once. `auto`: up to
+    `cache_mib`. The order is the same."""
 
     cache_mib: PositiveInt = 512
     """Memory for decoded samples of one rank, in MiB, under `cache: auto`."""
@@ -77,11 +114,13 @@ class DataConfig(Section):
     """Compare each shard with its SHA-256 in dataset.json when it is first opened."""
 
     kind: Literal["image", "real", "binary", "categorical"] | None = None
-    """Kind of the events of plain shards; told from the first sample when left out."""
+    """Kind of the events of plain shards or your own dataset; told from the first sample when left
+    out."""
 
     num_classes: PositiveInt | None = None
-    """Number of classes of labelled plain shards, which only all labels together would tell.
-    Objectives and energies that read labels need it."""
+    """Number of classes of labelled plain shards or your own dataset, which only all labels
+    together would tell (`dataset.classes` is asked first). Objectives and energies that read
+    labels need it."""
 
     member: str | None = None
     """Extension of the member that holds x, where a sample has several: `jpg`, `image.png`, …"""
@@ -113,9 +152,55 @@ class DataConfig(Section):
             )
         if self.test_source is not None and self.holdout > 0:
             raise ValueError("test_source and holdout both name a test split; give one of the two")
+        if self.is_own_dataset:
+            self._check_own_dataset()
+        elif self.target is not None or self.params or self.has_test_target:
+            raise ValueError(
+                f"target, params, test_target and test_params are for source: module, but source "
+                f"is {self.location!r}; set source: module or leave them out"
+            )
         return self
+
+    def _check_own_dataset(self) -> None:
+        if self.target is None:
+            raise ValueError(
+                f"source is {self.source} and names no dataset; set target to MODULE:NAME, such as "
+                "my_pkg.data:dataset"
+            )
+        for key, value, instead in (
+            ("test_source", self.test_source, "test_target or test_params"),
+            ("member", self.member, "a dataset that returns that part"),
+            ("rank_split", self.rank_split if self.rank_split == "shard" else None, "sample"),
+            ("cache", self.cache if self.cache == "always" else None, "a dataset that keeps them"),
+        ):
+            if value is not None:
+                raise ValueError(f"{key}: {value} is for shards; use {instead}")
+        if self.has_test_target and self.holdout > 0:
+            raise ValueError(
+                "test_target or test_params and holdout both name a test split; give one of them"
+            )
+
+    @property
+    def is_own_dataset(self) -> bool:
+        """Whether samples come from a dataset of the user's, not from shards."""
+        return self.source in ("module", "given")
+
+    @property
+    def has_test_target(self) -> bool:
+        return self.test_target is not None or self.test_params is not None
+
+    @property
+    def how_to_hold_out(self) -> str:
+        """What names a test split beside `holdout`, for messages."""
+        if self.source == "given":
+            return 'one in data={"train": ..., "test": ...}'
+        if self.source == "module":
+            return "a dataset in data.test_target or data.test_params"
+        return "held-out shards in data.test_source"
 
     @property
     def location(self) -> str:
-        """The source, or the shards, whichever was given."""
+        """The source, the shards or the dataset, whichever was given."""
+        if self.is_own_dataset and self.target is not None:
+            return self.target
         return self.source or self.shards or "digits"

@@ -1,4 +1,4 @@
-"""`data.source` -> what is there: shards by split and the layout of their samples."""
+"""`data.source` -> the storage of its samples and their layout."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from ebm_dist.data.config import DataConfig
 from ebm_dist.data.format.decode import Layout, guess_layout
 from ebm_dist.data.format.manifest import FILE_NAME, read_manifest
 from ebm_dist.data.format.shards import SUFFIXES, ShardFile, read_shard
+from ebm_dist.data.sources.module import open_module
 from ebm_dist.data.sources.originals import WITHOUT_ORIGINALS, static_layout
 from ebm_dist.data.sources.prepare import materialise
+from ebm_dist.data.storage.protocol import Storage
 from ebm_dist.data.storage.shards import Shards
 
 _MAX_SHARDS = 1_000_000
@@ -22,19 +24,21 @@ _MAX_SHARDS = 1_000_000
 
 def stored_layout(config: DataConfig) -> Layout:
     """The layout of the source's samples: cheap, and a built-in source is not written for it."""
-    layout = static_layout(config.location)
+    layout = static_layout(config.location) if not config.is_own_dataset else None
     if layout is None:
-        return _find(config).layout
+        return open_dataset(config).layout
     _refuse_plain_keys(config, f"{config.location}, which is built in,")
     return layout
 
 
-def open_dataset(config: DataConfig) -> Shards:
-    """Find the shards; built-in sources write theirs into the cache at first use.
+def open_dataset(config: DataConfig) -> Storage:
+    """Find the samples; built-in sources write theirs into the cache at first use.
 
     Raises:
-        UserError: for a source that is not there or not shards.
+        UserError: for a source that is not there or will not do.
     """
+    if config.is_own_dataset:
+        return open_module(config)
     layout = static_layout(config.location)
     if layout is None:
         return _find(config)
@@ -44,7 +48,11 @@ def open_dataset(config: DataConfig) -> Shards:
 
 
 def located(config: DataConfig) -> DataConfig:
-    """`config` with relative paths made absolute: parts of a run work in other directories."""
+    """`config` with relative paths made absolute, since parts of a run work in other directories,
+    and with the fingerprint of a dataset that is not shards."""
+    if config.is_own_dataset:
+        found = config.fingerprint or open_module(config).fingerprint()
+        return config.model_copy(update={"fingerprint": found})
     paths = {"cache_dir": config.cache_dir, "test_source": config.test_source}
     if static_layout(config.location) is None:
         paths |= {"source": config.source, "shards": config.shards}

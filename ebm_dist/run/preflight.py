@@ -22,15 +22,10 @@ from ebm_dist.core.installed import require
 from ebm_dist.data import describe, load_split
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.dataset import open_dataset
-from ebm_dist.data.format.shards import check_shard
-from ebm_dist.data.sources.survey import survey
 from ebm_dist.evaluation.fidelity import check_data
 from ebm_dist.metrics.credentials import with_environment
 from ebm_dist.samplers.compile.compiler import missing
 
-MAX_CHECKSUM_BYTES = 256 * 2**20
-"""Shards up to this total size are verified before the start, in about a second; readers verify
-larger ones when they open them."""
 CONNECT_TIMEOUT_S = 5.0
 
 log = logging.getLogger("ebm_dist")
@@ -45,7 +40,7 @@ def preflight(config: RunConfig) -> None:
             settings name another cluster; or sync mode needs a compiler that is missing.
     """
     require("deepspeed", *(["ray"] if config.runtime.backend == "ray" else []))
-    check_shards(config.data)
+    check_samples(config.data)
     check_evaluation(config)
     check_compiler(config)
     if config.tracking.wandb != "off":
@@ -57,16 +52,9 @@ def preflight(config: RunConfig) -> None:
         check_agreement(config.runtime.address)
 
 
-def check_shards(config: DataConfig) -> None:
-    """Check every shard's presence and size, and the checksums of a small data set."""
-    dataset = open_dataset(config)
-    shards = list(dict.fromkeys((*dataset.train, *(dataset.test or ()))))
-    for shard in shards:
-        check_shard(shard, checksum=False)
-    if config.verify and sum(s.path.stat().st_size for s in shards) <= MAX_CHECKSUM_BYTES:
-        for shard in shards:
-            check_shard(shard, checksum=True)
-    for line in survey(dataset):
+def check_samples(config: DataConfig) -> None:
+    """Check every shard's presence and size, and the checksums or samples of a small data set."""
+    for line in open_dataset(config).survey():
         log.warning("data: %s", one_line(line))
 
 
@@ -74,11 +62,11 @@ def check_evaluation(config: RunConfig) -> None:
     """Check that there is a test split, and that the data suits the classifier of `fidelity`."""
     if (every := config.evaluation.every) is None:
         return
-    if open_dataset(config.data).test is None:
+    if not open_dataset(config.data).has("test"):
         raise UserError(
             f"evaluation.every: is {every}, but {config.data.location} has no test split to "
-            "measure on; set data.holdout=0.1 to keep a tenth of the samples for it, name held-out "
-            "shards in data.test_source, or set evaluation.every=null"
+            "measure on; set data.holdout=0.1 to keep a tenth of the samples for it, name "
+            f"{config.data.how_to_hold_out}, or set evaluation.every=null"
         )
     test, spec = load_split(config.data, "test", 4), describe(config.data)
     if wants_fidelity(config.evaluation, spec):

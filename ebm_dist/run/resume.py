@@ -119,6 +119,8 @@ def _is_fixed(key: str, old: Any, config: RunConfig) -> bool:
         # Data that has moved counts as the same; the events are compared as well.
         moved = os.path.isabs(old) and "{" not in old and not os.path.lexists(old)
         return not moved and old != config.data.location
+    if section == "data" and name == "target" and config.data.source == "given":
+        return False  # an array may be given as a tensor: the fingerprint tells
     if section == "data":
         return name not in (*_PLACES, *_READING, *_CACHE)
     return section == "energy" or key == "learner.optimizer"

@@ -53,7 +53,7 @@ def decode_sample(sample: Mapping[str, Any], layout: Layout) -> tuple[np.ndarray
         UserError: naming the shard and the sample, for anything that is not what `layout` says.
     """
     where = place(sample)
-    x = _fit(_read_member(sample, layout.member, where), layout, where)
+    x = fit(_read_member(sample, layout.member, where), layout, where)
     label = read_label(sample, where)
     if layout.labelled != (label is not None):
         came, others = ("a", "none") if label is not None else ("no", "one")
@@ -86,6 +86,25 @@ def guess_layout(
     """
     where = place(sample)
     x = _read_member(sample, member, where)
+    labelled = read_label(sample, where) is not None
+    if num_classes is not None and not labelled:
+        raise UserError(
+            f"{where}: has no .cls label, but data.num_classes is {num_classes}; add the labels "
+            f"or leave data.num_classes out. {TOGETHER}"
+        )
+    return layout_of(x, where, kind=kind, labelled=labelled, num_classes=num_classes, member=member)
+
+
+def layout_of(
+    x: np.ndarray,
+    where: str,
+    *,
+    kind: EventKind | None,
+    labelled: bool,
+    num_classes: int | None,
+    member: str | None = None,
+) -> Layout:
+    """The layout that an event suggests: see `guess_layout`."""
     if kind is None:
         if x.dtype == np.uint8 and x.ndim in (2, 3):
             kind = "image"
@@ -94,15 +113,12 @@ def guess_layout(
     levels = 256 if kind == "image" and x.dtype == np.uint8 else None
     shape = _as_image(x, where).shape if kind == "image" else x.shape
     if not shape or 0 in shape:
-        raise UserError(f"{where}: an event of shape {tuple(x.shape)} holds no numbers")
-    labelled = read_label(sample, where) is not None
-    if num_classes is not None and not labelled:
         raise UserError(
-            f"{where}: has no .cls label, but data.num_classes is {num_classes}; add the labels "
-            f"or leave data.num_classes out. {TOGETHER}"
+            f"{where}: an event of shape {tuple(x.shape)} holds no numbers"
+            + ("" if shape else " but is one; give it the shape (1,)")
         )
     layout = Layout(EventSpec(shape, kind, num_classes), levels, labelled, member)
-    _fit(x, layout, where)
+    fit(x, layout, where)
     return layout
 
 
@@ -214,7 +230,7 @@ def _as_image(x: np.ndarray, where: str) -> np.ndarray:
     )
 
 
-def _fit(x: np.ndarray, layout: Layout, where: str) -> np.ndarray:
+def fit(x: np.ndarray, layout: Layout, where: str) -> np.ndarray:
     """`x` in the layout's shape and dtype, or the error that says why it does not fit."""
     spec = layout.spec
     if spec.kind == "image":
@@ -229,6 +245,12 @@ def _fit(x: np.ndarray, layout: Layout, where: str) -> np.ndarray:
             "samples to one shape (`ebm-dist data prepare imagefolder` has --resize, and makes "
             "all images colour where one is)"
         )
+    return fit_numbers(x, layout, where)
+
+
+def fit_numbers(x: np.ndarray, layout: Layout, where: str) -> np.ndarray:
+    """Events `x` (..., *shape) in the layout's dtype; UserError where their numbers do not fit."""
+    spec = layout.spec
     if layout.levels is not None:
         if x.dtype != np.uint8:
             raise UserError(f"{where}: {x.dtype} image among 8-bit images; store all as one dtype")

@@ -47,26 +47,38 @@ def open_picture(data: bytes, where: str, *, formats: Collection[str]) -> Image.
                 f"{where}: image of {image.width} x {image.height} pixels; at most "
                 f"{MAX_PIXELS} are read, against decompression bombs; resize it"
             )
-        # Pillow cuts 16-bit colour to 8 bits and clips 16-bit grey to white. Scaling would be a
-        # guess: 12-bit cameras fill a sixteenth of the range. The depth is PNG's 25th byte.
-        if image.mode.startswith(("I", "F")) or (image.format == "PNG" and data[24] > 8):
-            raise UserError(
-                f"{where}: image of more than 8 bits a channel; rescale it to 8 bits, or store it "
-                "in a shard as a float .npy in [-1, 1] with data.kind: image"
-            )
+        # Pillow cuts 16-bit colour to 8 bits. The depth is PNG's 25th byte.
+        if image.format == "PNG" and data[24] > 8:
+            raise _too_deep(where)
         # Pillow is content once it has all rows, and a cut file may still have them.
         if image.format == "PNG" and _PNG_END not in data:
             raise ValueError("PNG without its end: truncated")
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode not in ("L", "RGB"):
-            image = image.convert("L" if image.mode in GREY_MODES else "RGB")
-        return image
+        return grey_or_colour(image, where)
     except UserError:
         raise
     except Exception as error:  # pillow raises SyntaxError, OSError, struct.error, …
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         names = _listed(formats)
         raise UserError(f"{where}: not a readable {names} ({reason}); write it again") from None
+
+
+def grey_or_colour(image: Image.Image, where: str) -> Image.Image:
+    """The image in 8-bit grey (`L`) or colour (`RGB`); UserError for more than 8 bits a channel."""
+    # Pillow clips 16-bit grey to white. Scaling would be a guess: 12-bit cameras fill a sixteenth
+    # of the range.
+    if image.mode.startswith(("I", "F")):
+        raise _too_deep(where)
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode in GREY_MODES else "RGB")
+
+
+def _too_deep(where: str) -> UserError:
+    return UserError(
+        f"{where}: image of more than 8 bits a channel; rescale it to 8 bits, or store it in a "
+        "shard as a float .npy in [-1, 1] with data.kind: image"
+    )
 
 
 def is_colour(path: Path, *, formats: Collection[str]) -> bool:

@@ -67,6 +67,9 @@ def check_shard(shard: ShardFile, *, checksum: bool) -> None:
     """Raise UserError unless the shard is there, whole, and (if asked) has its checksum."""
     path = shard.path
     if not path.is_file():
+        if path.exists():
+            what = "directory" if path.is_dir() else "device, FIFO or socket"
+            raise UserError(f"{path}: is a {what}, not a shard; name a .tar file")
         raise UserError(f"{path}: shard is missing; restore it or prepare the data set again")
     size = path.stat().st_size
     if size == 0:

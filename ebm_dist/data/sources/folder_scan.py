@@ -84,11 +84,20 @@ def _walk(folder: Path, above: frozenset[Path]) -> tuple[list[Path], list[Path]]
 def _left_out(others: list[Path]) -> tuple[str, ...]:
     if not others:
         return ()
-    kinds = Counter(
-        "empty folder" if path.is_dir() else path.suffix.lower() or "no suffix" for path in others
-    )
+    kinds = Counter(map(_kind, others))
     listed = ", ".join(f"{num} of {kind}" for kind, num in kinds.most_common(10))
     return (f"left out: {listed}; the first is {min(others)}",)
+
+
+def _kind(path: Path) -> str:
+    """What `path` is, which is no image."""
+    if path.is_dir():
+        # Only an empty folder has nothing inside that would be listed in its place.
+        back = path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
+        return "link to a folder above it" if back else "empty folder"
+    if path.is_file():
+        return path.suffix.lower() or "no suffix"
+    return "dead link" if path.is_symlink() else "FIFO, socket or device"
 
 
 def _split_folders(source: Path, images: list[Path]) -> tuple[Path | None, Path | None]:

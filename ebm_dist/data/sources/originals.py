@@ -47,6 +47,8 @@ def load_original(
     Raises:
         UserError: for an unknown name, or originals that are missing or damaged.
     """
+    if name.startswith("toy:") and name.removeprefix("toy:") not in TOYS:
+        raise _unknown(name)
     if resize is not None and name != "imagefolder":
         raise UserError(f"--resize: is for imagefolder, not for {name}; leave it out")
     if name == "digits" or name.startswith("toy:"):
@@ -63,10 +65,24 @@ def load_original(
         return cifar10.load(source)
     if name == "imagefolder":
         return image_folder.load(source, resize)
+    raise _unknown(name)
+
+
+def is_target(name: str) -> bool:
+    """Whether `prepare` takes `name` for a dataset of the user's own."""
+    return ":" in name and not name.startswith("toy:")
+
+
+def _unknown(name: str) -> UserError:
+    if Path(name).expanduser().is_dir():
+        return UserError(
+            f"unknown data set {name!r}, which is a directory; of images, run `ebm-dist data "
+            f"prepare imagefolder OUT --source {name}`"
+        )
     known = [*NAMES[:-1], *(f"toy:{toy_name}" for toy_name in TOYS)]
-    raise UserError(
+    return UserError(
         f"unknown data set {name!r}{nearest(name, known)}; known: {', '.join(NAMES)}, where the "
-        f"toys are {', '.join(sorted(TOYS))}"
+        f"toys are {', '.join(sorted(TOYS))}, and MODULE:NAME for a dataset of your own"
     )
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from ebm_dist.core.errors import RunFailed, UserError
 from ebm_dist.core.paths import user_path
 from ebm_dist.core.seeds import derive_seed
+from ebm_dist.data.config import DataConfig
 from ebm_dist.data.format.manifest import (
     FILE_NAME,
     EventEntry,
@@ -26,8 +27,9 @@ from ebm_dist.data.format.manifest import (
     read_manifest,
 )
 from ebm_dist.data.format.shards import sha256_of
+from ebm_dist.data.sources.module import open_module
 from ebm_dist.data.sources.original import Original, Samples
-from ebm_dist.data.sources.originals import load_original
+from ebm_dist.data.sources.originals import is_target, load_original
 from ebm_dist.files.durable import new_directory
 from ebm_dist.files.private import scratch
 
@@ -36,7 +38,7 @@ _MAX_LISTED = 100
 
 
 def prepare(
-    name: str,
+    name: str | DataConfig,
     out_dir: str | os.PathLike[str],
     source: str | os.PathLike[str] | None = None,
     *,
@@ -48,8 +50,9 @@ def prepare(
     """Write `name` as shards and dataset.json in `out_dir`, which appears when it is complete.
 
     Args:
-        name: digits, mnist, fashion-mnist, cifar10, imagefolder or toy:NAME.
-        out_dir: the directory to make; must not exist, or be empty.
+        name: digits, mnist, fashion-mnist, cifar10, imagefolder, toy:NAME, or a dataset of your
+            own: MODULE:NAME, or the data section of a run that has one.
+        out_dir: the directory to make; must not exist, or be empty; not inside a folder of images.
         source: where the originals are, for the names that have any.
         resize: side in pixels to which imagefolder cuts and scales its images.
         shard_size: samples a shard.
@@ -67,7 +70,22 @@ def prepare(
     _refuse_occupied(out)
     if shard_size is not None and shard_size < 1:
         raise UserError(f"shard_size: must be at least 1 sample, got {shard_size}")
-    original = load_original(name, originals, resize=resize, toy_samples=toy_samples)
+    if name == "imagefolder" and originals and out.resolve().is_relative_to(originals.resolve()):
+        raise UserError(
+            f"{out}: lies in {originals}, where the shards would stand among the originals; name a "
+            "directory beside it"
+        )
+    if isinstance(name, str) and is_target(name):
+        name = DataConfig(source="module", target=name)
+    if isinstance(name, DataConfig):
+        if originals is not None or resize is not None:
+            raise UserError(
+                f"--source, --resize: are for names of originals, not for {name.location}; leave "
+                "them out"
+            )
+        original = _of_module(name)
+    else:
+        original = load_original(name, originals, resize=resize, toy_samples=toy_samples)
     for note in original.notes:
         say(note)
     manifest = None
@@ -85,6 +103,37 @@ def prepare(
             f"{out}: writing failed ({error.strerror}); nothing was left there"
         ) from None
     return manifest
+
+
+def _of_module(config: DataConfig) -> Original:
+    if not config.is_own_dataset:
+        raise UserError(
+            f"data.source: expected module or given, got {config.location!r}; prepare another "
+            "source by its name alone"
+        )
+    storage = open_module(config)
+    num_classes = storage.layout.spec.num_classes
+    if storage.layout.labelled and num_classes is None:
+        raise UserError(
+            f"data.num_classes: {config.location} has labels, but no `classes` that says how many "
+            "there are; set data.num_classes"
+        )
+
+    def samples(split: SplitName) -> Samples:
+        def get(index: int) -> tuple[np.ndarray, int | None]:
+            x, label = storage.take(split, np.array([index]))
+            return x[0], None if label is None else int(label[0])
+
+        return Samples(storage.num_samples(split), get)
+
+    splits: tuple[SplitName, ...] = ("train", "test")
+    return Original(
+        config.location,
+        f"the samples of {config.location}",
+        storage.layout,
+        storage.classes or tuple(str(label) for label in range(num_classes or 0)),
+        {split: samples(split) for split in splits if storage.has(split)},
+    )
 
 
 def materialise(name: str, cache_dir: str | None, *, toy_samples: int) -> Path:

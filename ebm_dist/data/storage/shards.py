@@ -64,9 +64,7 @@ class Shards:
         x = np.stack(xs) if xs else np.empty((0, *self.layout.spec.shape), self.layout.dtype)
         return x, np.array(labels, np.int64) if self.layout.labelled else None
 
-    def epochs(
-        self, config: DataConfig, *, rank: int, world_size: int, seed: int
-    ) -> ShardEpochs:
+    def epochs(self, config: DataConfig, *, rank: int, world_size: int, seed: int) -> ShardEpochs:
         return ShardEpochs(
             config,
             self.layout,

@@ -23,6 +23,7 @@ from ebm_dist.data.storage.protocol import Rows, Storage
 from ebm_dist.data.stream.order import SplitMode
 from ebm_dist.data.stream.transform import Part, Transform
 
+
 @dataclass(frozen=True, slots=True)
 class Cursor:
     """Where a rank stands.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -89,7 +90,38 @@ def test_files_of_other_kinds_are_counted_by_kind(tmp_path: Path):
     _, said = prepared(tmp_path)
     assert "left out: 3 of .gif, " in said
     assert "1 of .txt" in said
-    assert "1 of .png" in said
+    assert "1 of dead link" in said
+
+
+def test_links_in_a_circle_and_fifos_are_named_for_what_they_are(tmp_path: Path):
+    pets(tmp_path / "in")
+    (tmp_path / "in" / "cat" / "all").symlink_to(tmp_path / "in")
+    os.mkfifo(tmp_path / "in" / "dog" / "pipe.png")
+    (tmp_path / "in" / "dog" / "a.png").symlink_to("b.png")
+    (tmp_path / "in" / "dog" / "b.png").symlink_to("a.png")
+    _, said = prepared(tmp_path)
+    for line in ("1 of link to a folder above it", "1 of FIFO, socket or device", "2 of dead link"):
+        assert line in said
+    assert "empty folder" not in said
+
+
+def test_shards_are_not_written_among_the_images(tmp_path: Path):
+    with pytest.raises(UserError, match="name a directory beside it"):
+        prepare("imagefolder", pets(tmp_path / "in") / "out", tmp_path / "in")
+    assert not (tmp_path / "in" / "out").exists()
+
+
+def test_a_folder_of_images_in_place_of_a_name_is_told_how_to_prepare_it(tmp_path: Path):
+    photos, out = pets(tmp_path / "photos"), tmp_path / "out"
+    with pytest.raises(UserError, match=f"imagefolder OUT --source {photos}`"):
+        prepare(str(photos), out)
+    prepare("imagefolder", out, photos)
+
+
+def test_an_unknown_toy_is_not_blamed_on_a_config(tmp_path: Path):
+    with pytest.raises(UserError, match="unknown data set 'toy:rinng'; did you mean") as caught:
+        prepare("toy:rinng", tmp_path / "out")
+    assert "data.source" not in str(caught.value)
 
 
 def test_bmp_and_webp_are_read_as_png_is(tmp_path: Path):

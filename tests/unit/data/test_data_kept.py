@@ -35,8 +35,8 @@ def test_epochs_in_memory_bring_what_reading_brings(
             assert torch.equal(ours.x, theirs.x)
             assert torch.equal(ours.label, theirs.label)  # type: ignore[arg-type]
             assert kept.state() == read.state()
-        assert kept._reader._rows is not None
-        assert read._reader._rows is None
+        assert kept._reader._epochs._rows is not None
+        assert read._reader._epochs._rows is None
 
 
 def test_unlabelled_epochs_in_memory_have_no_labels(tmp_path: Path):
@@ -44,7 +44,7 @@ def test_unlabelled_epochs_in_memory_have_no_labels(tmp_path: Path):
     stream = DataStream(numbered_config(str(write_tar(tmp_path / "0.tar", members))))
     for _ in range(6):
         assert stream.next_batch(4).label is None
-    assert stream._reader._rows is not None
+    assert stream._reader._epochs._rows is not None
 
 
 def test_a_cursor_goes_back_into_an_epoch_that_is_in_memory(tmp_path: Path):
@@ -62,11 +62,11 @@ def test_samples_that_a_cursor_passed_over_are_decoded_when_their_turn_comes(tmp
     take(through, 4, 4)
     late.load_state(through.state())
     assert take(late, 1, 4) == take(through, 1, 4)
-    assert not late._reader._kept._encoded
+    assert not late._reader._epochs._kept._encoded
     assert take(late, 1, 4) == take(through, 1, 4)
-    assert 0 < len(late._reader._kept._encoded) < 16
+    assert 0 < len(late._reader._epochs._kept._encoded) < 16
     assert take(late, 4, 4) == take(through, 4, 4)
-    assert not late._reader._kept._encoded
+    assert not late._reader._epochs._kept._encoded
 
 
 def test_a_broken_sample_that_was_passed_over_is_named_when_its_turn_comes(tmp_path: Path):

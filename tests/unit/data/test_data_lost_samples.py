@@ -22,7 +22,6 @@ from ebm_dist.config.run_config import dump, load
 from ebm_dist.core.errors import UserError
 from ebm_dist.data import DataConfig, describe, load_split, prepare
 from ebm_dist.data.dataset import open_dataset
-from ebm_dist.data.sources.survey import survey
 from ebm_dist.run.preflight import preflight
 from ebm_dist.run.train import bind, train
 
@@ -46,7 +45,7 @@ def refused(path: Path, **changes: object) -> str:
     with pytest.raises(UserError) as error:
         load_split(config, "train")
     with pytest.raises(UserError):  # before a run as well
-        survey(open_dataset(config))
+        open_dataset(config).survey()
     text = str(error.value)
     assert str(path) in text
     assert "\n" not in text
@@ -135,7 +134,7 @@ def test_members_that_no_sample_uses_are_counted_before_the_start(tmp_path: Path
         [("README", b"hello"), ("00.png", png(GREY)), ("00.json", b"{}"), ("01.png", png(GREY))],
     )
     config = DataConfig(source=str(path), batch_size=1)
-    (line,) = survey(open_dataset(config))
+    (line,) = open_dataset(config).survey()
     assert line == (
         f"{path}: not read: 1 members 'json', 1 members not named KEY.EXTENSION, the first 'README'"
     )
@@ -143,7 +142,7 @@ def test_members_that_no_sample_uses_are_counted_before_the_start(tmp_path: Path
 
 def test_folders_in_a_shard_are_said_to_be_no_labels(tmp_path: Path):
     path = write_tar(tmp_path / "s.tar", [("cat/0.png", png(GREY)), ("dog/0.png", png(GREY))])
-    (line,) = survey(open_dataset(DataConfig(source=str(path), batch_size=1)))
+    (line,) = open_dataset(DataConfig(source=str(path), batch_size=1)).survey()
     assert line == f"{path}: not read: the names of 2 folders (labels are .cls members)"
 
 
@@ -331,4 +330,4 @@ def test_images_too_few_for_fidelity_are_refused_before_the_start(tmp_path: Path
 
 def test_numbered_shards_survive_the_survey(tmp_path: Path):
     config = numbered_config(numbered_shards(tmp_path, [5, 4]))
-    assert survey(open_dataset(config)) == []
+    assert open_dataset(config).survey() == []

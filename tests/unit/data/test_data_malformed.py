@@ -522,3 +522,10 @@ def test_a_png_bomb_costs_no_memory(tmp_path: Path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10 * 2**20
+
+
+@pytest.mark.parametrize(("path", "what"), [("/dev/zero", "device"), ("/dev", "neither")])
+def test_what_is_no_shard_is_named_for_what_it_is(path: str, what: str):
+    with pytest.raises(UserError, match=what) as error:
+        describe(DataConfig(source=path))
+    assert "missing" not in str(error.value)

@@ -171,9 +171,9 @@ def test_cache_stays_inside_its_limit(tmp_path: Path):
     source = numbered_shards(tmp_path, [40] * 4, event=4096)  # 16 KiB each, 640 KiB a shard
     stream = DataStream(numbered_config(source, cache_mib=1))
     take(stream, 60, 8)
-    kept = [number for number in range(4) if number in stream._reader._kept]
+    kept = [number for number in range(4) if number in stream._reader._epochs._kept]
     assert len(kept) == 1
-    assert len(list(stream._reader._kept.samples(kept[0]))) == 40
+    assert len(list(stream._reader._epochs._kept.samples(kept[0]))) == 40
 
 
 def test_cached_epochs_do_not_open_the_shards_again(tmp_path: Path):

@@ -1,0 +1,108 @@
+"""A dataset of the user's own: by the name of a class or function, or given from Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.plugins import load_target, target_of
+from ebm_dist.core.section import one_line_each
+from ebm_dist.data.config import DataConfig
+from ebm_dist.data.storage.indexed import Indexed
+from ebm_dist.data.storage.items import Items, items_of
+
+
+def open_module(config: DataConfig) -> Indexed:
+    """The samples of `source: module` or `source: given`.
+
+    Raises:
+        UserError: in one line; the dataset cannot be imported or made, is not map-style, is empty,
+            or was given to another process.
+    """
+    if config.source == "given":
+        if config._given is None:
+            raise UserError(
+                f"data.source: given, so the data ({config.target}) was handed over in Python and "
+                "is not in the config; call ebm_dist.train(..., data=...) again, or write it by "
+                "ebm_dist.data.prepare and set data.source to the directory"
+            )
+        return Indexed(config, *config._given)
+    assert config.target is not None
+    train = _made(config.target, config.params, "")
+    test = None
+    if config.has_test_target:
+        test = _made(config.test_target or config.target, config.test_params or {}, "test_")
+    return Indexed(config, train, test)
+
+
+def given(
+    data: Dataset | Tensor | np.ndarray | tuple[Any, Any] | Mapping[str, Any],
+    section: DataConfig | None = None,
+) -> DataConfig:
+    """`section` with its samples taken from `data`.
+
+    The data is not copied, and stays out of every dump of the config. It goes along when the
+    config is pickled: on Ray each learner rank, the evaluator, the auditor and, where chains start
+    from data, each shard holds a copy, so write what is larger than about a gigabyte as shards.
+
+    Args:
+        data: events (N, *event) as a tensor or array, a tuple (events, labels), a map-style
+            dataset of events or (event, label), or {"train": ..., "test": ...} of two of these.
+
+    Raises:
+        UserError: in one line; it is none of these, or the section does not go with it.
+    """
+    parts = dict(data) if isinstance(data, Mapping) else {"train": data}
+    if "train" not in parts or not parts.keys() <= {"train", "test"}:
+        raise UserError(f"data: expected the keys train and test, got {', '.join(map(str, parts))}")
+    named = parts["train"][0] if isinstance(parts["train"], tuple) else parts["train"]
+    values = section.model_dump() if section is not None else {}
+    values |= {"source": "given", "target": target_of(named)}
+    values |= dict.fromkeys(("shards", "test_target", "test_params", "fingerprint"))
+    try:
+        config = DataConfig.model_validate({**values, "params": {}})
+    except ValidationError as error:
+        raise UserError(*(f"data.{line}" for line in one_line_each(error, DataConfig))) from None
+    if "test" in parts and config.holdout > 0:
+        raise UserError("data.holdout: a test split is given as well; leave one of the two out")
+    where = {"train": f"data: {config.target}", "test": f"data: test {config.target}"}
+    train, test = (
+        items_of(parts[split], where[split]) if split in parts else None
+        for split in ("train", "test")
+    )
+    config._given = (train, test)
+    Indexed(config, *config._given)  # so that what it would refuse is refused here
+    return config
+
+
+def _made(target: str, params: Mapping[str, Any], prefix: str) -> Items:
+    key, where = f"data.{prefix}target", f"data.{prefix}target: {target}"
+    found = load_target(target, key, instances=True)
+    if not hasattr(found, "__qualname__"):  # an instance, which is made already
+        if params:
+            raise UserError(
+                f"data.{prefix}params: {target} is an instance, which takes no parameters"
+            )
+        return items_of(found, where)
+    try:
+        return items_of(_called(found, json.dumps(params, sort_keys=True)), where)
+    except UserError:
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        given = ", ".join(f"{name}={value!r}" for name, value in params.items())
+        raise UserError(f"data.{prefix}params: {target}({given}) raises {said}") from error
+
+
+# A dataset may take minutes to make, and the start of a run asks for it several times.
+@lru_cache(maxsize=2)
+def _called(factory: Callable[..., Any], params: str) -> Any:
+    return factory(**json.loads(params))

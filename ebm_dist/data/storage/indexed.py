@@ -1,0 +1,177 @@
+"""Samples in a dataset that is read by index, so that an epoch is a permutation of all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+import numpy as np
+
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.seeds import derive_seed
+from ebm_dist.data.config import DataConfig
+from ebm_dist.data.format.decode import Layout, layout_of
+from ebm_dist.data.format.manifest import SplitName
+from ebm_dist.data.storage.items import Arrays, Items
+from ebm_dist.data.storage.protocol import Rows
+from ebm_dist.data.storage.shards import held_out
+from ebm_dist.data.stream.order import SplitMode
+
+SURVEY_S = 2.0
+"""Seconds in which samples are read before the start; of arrays all are."""
+NUM_SURVEYED, NUM_HASHED = 64, 16
+_BLOCK = 4096
+"""Rows of an array that are checked at a time: the checks make copies."""
+
+
+class Indexed:
+    """Items by split; `test` is None where nothing was held out. See `protocol.Storage`."""
+
+    def __init__(self, config: DataConfig, train: Items, test: Items | None) -> None:
+        for items in (train, *([] if test is None else [test])):
+            if len(items) == 0:
+                raise UserError(f"{items.where}: holds no samples")
+        x, label = train.example()
+        if label is None and config.num_classes is not None:
+            raise UserError(
+                f"{train.where}: sample 0 has no label, but data.num_classes is "
+                f"{config.num_classes}; return (event, label), or leave data.num_classes out"
+            )
+        self.layout: Layout = layout_of(
+            x,
+            f"{train.where}: sample 0",
+            kind=config.kind,
+            labelled=label is not None,
+            num_classes=None if label is None else config.num_classes or train.num_classes(),
+        )
+        self.classes = train.classes() if label is not None else ()
+        self._config = config
+        everything = np.arange(len(train))
+        if config.holdout > 0:
+            keys = [held_out(f"{row:08d}", config.holdout) for row in range(len(train))]
+            self._splits = {
+                "train": (train, everything[~np.array(keys)]),
+                "test": (train, everything[np.array(keys)]),
+            }
+        else:
+            self._splits = {"train": (train, everything)}
+            if test is not None:
+                self._splits["test"] = (test, np.arange(len(test)))
+
+    def has(self, split: SplitName) -> bool:
+        return split in self._splits
+
+    def num_samples(self, split: SplitName) -> int:
+        return len(self._splits[split][1])
+
+    def take(self, split: SplitName, rows: np.ndarray) -> Rows:
+        """Some samples of a split, by their number in it."""
+        items, own = self._splits[split]
+        if len(rows):
+            return items.take(own[rows], self.layout)
+        x = np.empty((0, *self.layout.spec.shape), self.layout.dtype)
+        return x, np.empty(0, np.int64) if self.layout.labelled else None
+
+    def read(self, split: SplitName, limit: int | None) -> Rows:
+        # The order in which `prepare` writes the split: datasets are often sorted by class.
+        path = ("data", "prepare", self._config.location, split)
+        order = np.random.default_rng(derive_seed(0, *path)).permutation(self.num_samples(split))
+        return self.take(split, order[:limit])
+
+    def epochs(self, config: DataConfig, *, rank: int, world_size: int, seed: int) -> IndexedEpochs:
+        return IndexedEpochs(
+            self, rank=rank, world_size=world_size, seed=seed, mix=config.shuffle > 0
+        )
+
+    def identity(self) -> list[str]:
+        return [self.fingerprint()]
+
+    def fingerprint(self) -> str:
+        """Number of training samples and a hash of some of them; without the hash where they are
+        not the same when they are read again."""
+        num = self.num_samples("train")
+        if not num:
+            return "0 samples"
+        rows = _spread(num, NUM_HASHED)
+        first, again = (_hash(self.take("train", rows)) for _ in range(2))
+        return f"{num} samples, {first if first == again else 'not repeatable'}"
+
+    def refuse_missing(self) -> None:
+        """Nothing can be missing before it is read."""
+
+    def survey(self) -> list[str]:
+        """Reads samples spread over both splits; of arrays, all."""
+        until = time.monotonic() + SURVEY_S
+        for split, (items, rows) in self._splits.items():
+            if isinstance(items, Arrays):
+                blocks = np.array_split(np.arange(len(rows)), -(-len(rows) // _BLOCK) or 1)
+            else:
+                blocks = _spread(len(rows), NUM_SURVEYED)[:, None]
+            for block in blocks:
+                self.take(split, block)
+                if time.monotonic() > until and not isinstance(items, Arrays):
+                    break
+        found = self.fingerprint()
+        if self._config.fingerprint not in (None, found):
+            raise UserError(
+                f"data.fingerprint: {self._config.location} held {self._config.fingerprint} and "
+                f"now holds {found}; bring the data back, or leave data.fingerprint out"
+            )
+        if "not repeatable" not in found:
+            return []
+        return [
+            f"{self._config.location}: a sample differs when it is read again, so that no run with "
+            "it can be repeated or resumed exactly; augment by data.flip, data.crop_padding or "
+            "data.noise_std instead, whose noise is seeded"
+        ]
+
+    def problems(self) -> list[str]:
+        try:
+            return self.survey()
+        except UserError as error:
+            return [str(error)]
+
+
+class IndexedEpochs:
+    """See `protocol.Epochs`. Ranks always split an epoch by sample, and any rank reads any."""
+
+    mode: SplitMode = "sample"
+
+    def __init__(
+        self, storage: Indexed, *, rank: int, world_size: int, seed: int, mix: bool
+    ) -> None:
+        self.offset = rank
+        self.num_seen = storage.num_samples("train")
+        self._storage = storage
+        self._world_size = world_size
+        self._seed = seed
+        self._mix = mix
+        self._order = np.arange(self.num_seen)
+
+    def open(self, epoch: int, offset: int) -> None:
+        self.offset = offset
+        if self._mix:
+            rng = np.random.default_rng(derive_seed(self._seed, "data", epoch, "shuffle"))
+            self._order = rng.permutation(self.num_seen)
+
+    def take(self, num: int) -> Rows:
+        stride = self._world_size
+        rows = self._order[self.offset : self.offset + num * stride : stride]
+        self.offset += len(rows) * stride
+        return self._storage.take("train", rows)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _spread(num: int, wanted: int) -> np.ndarray:
+    """At most `wanted` of the numbers below `num`, from end to end."""
+    return np.unique(np.linspace(0, num - 1, min(num, wanted)).astype(np.int64))
+
+
+def _hash(rows: Rows) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in rows:
+        if part is not None:
+            digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()

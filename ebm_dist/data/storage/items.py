@@ -1,0 +1,219 @@
+"""A dataset of the user's, by index: its events and labels as arrays, each checked when read."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ebm_dist.core.errors import UserError
+from ebm_dist.data.format.decode import Layout, fit, fit_numbers
+from ebm_dist.data.format.picture import grey_or_colour
+from ebm_dist.data.storage.protocol import Rows
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Inline, the streams of several ranks read one dataset from threads of their own, and a dataset
+that seeks in an open file is not made for that."""
+
+
+class Items(Protocol):
+    """Samples by index. `where` names them in messages."""
+
+    where: str
+
+    def __len__(self) -> int: ...
+
+    def example(self) -> tuple[np.ndarray, int | None]:
+        """The first event as it comes, and its label."""
+        ...
+
+    def num_classes(self) -> int | None:
+        """Number of classes, as far as it is known without reading every sample."""
+        ...
+
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, none where they have no names."""
+        ...
+
+    def take(self, rows: np.ndarray, layout: Layout) -> Rows:
+        """The samples of some indices.
+
+        Raises:
+            UserError: naming the sample that cannot be read or is not what `layout` says.
+        """
+        ...
+
+
+class Arrays:
+    """Events (N, *event) and labels (N,) in memory. Not copied."""
+
+    def __init__(self, x: np.ndarray, label: np.ndarray | None, where: str) -> None:
+        if x.ndim == 0 or (label is not None and label.shape != x.shape[:1]):
+            came = "" if label is None else f" and labels of shape {label.shape}"
+            raise UserError(
+                f"{where}: expected events (N, *event) and N labels or none, got events of shape "
+                f"{x.shape}{came}"
+            )
+        if label is not None and (label.dtype.kind not in "iu" or (label < 0).any()):
+            came = label.dtype if label.dtype.kind not in "iu" else label.min()
+            raise UserError(f"{where}: labels must be integers from 0, got {came}")
+        self.where = where
+        self._x = x
+        self._label = label
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def example(self) -> tuple[np.ndarray, int | None]:
+        return self._x[0], None if self._label is None else int(self._label[0])
+
+    def num_classes(self) -> int | None:
+        return None if self._label is None else int(self._label.max()) + 1
+
+    def classes(self) -> tuple[str, ...]:
+        return ()
+
+    def take(self, rows: np.ndarray, layout: Layout) -> Rows:
+        x, label = self._x[rows], None
+        if self._label is not None:
+            label = self._label[rows].astype(np.int64)
+            for row in rows[label >= (layout.spec.num_classes or np.inf)].tolist():
+                _check_label(int(self._label[row]), layout, self._name(row))
+        if x.shape[1:] == layout.spec.shape:
+            with contextlib.suppress(UserError):  # which the loop below names the sample of
+                return fit_numbers(x, layout, self.where), label
+        return np.stack([fit(self._x[row], layout, self._name(row)) for row in rows]), label
+
+    def _name(self, row: int) -> str:
+        return f"{self.where}: sample {row}"
+
+
+class Indexable:
+    """A map-style dataset: `__len__`, and `__getitem__` of an event or (event, label)."""
+
+    def __init__(self, dataset: Any, where: str) -> None:
+        if isinstance(dataset, type) or not (
+            hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        ):
+            what = f"the class {dataset.__name__}" if isinstance(dataset, type) else "one of type "
+            what += "" if isinstance(dataset, type) else type(dataset).__name__
+            raise UserError(
+                f"{where}: expected a map-style dataset, which has __len__ and __getitem__, got "
+                f"{what}; write what can only be iterated as shards"
+            )
+        self.where = where
+        self._dataset = dataset
+        try:
+            self._num = len(dataset)
+        except Exception as error:
+            raise UserError(f"{where}: __len__ raises {_said(error)}") from error
+
+    def __len__(self) -> int:
+        return self._num
+
+    def example(self) -> tuple[np.ndarray, int | None]:
+        return self._read(0)
+
+    def num_classes(self) -> int | None:
+        return len(self.classes()) or None
+
+    def classes(self) -> tuple[str, ...]:
+        names = getattr(self._dataset, "classes", ())  # as torchvision's datasets have
+        return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+
+    def take(self, rows: np.ndarray, layout: Layout) -> Rows:
+        xs, labels = [], []
+        for row in rows.tolist():
+            x, label = self._read(row)
+            where = self._name(row)
+            if layout.labelled != (label is not None):
+                came, others = ("a", "none") if label is not None else ("no", "one")
+                raise UserError(
+                    f"{where}: has {came} label, but the first sample has {others}; return "
+                    "(event, label) for every index or for none"
+                )
+            if label is not None:
+                _check_label(label, layout, where)
+            xs.append(fit(x, layout, where))
+            labels.append(label)
+        return np.stack(xs), np.array(labels, np.int64) if layout.labelled else None
+
+    def _read(self, row: int) -> tuple[np.ndarray, int | None]:
+        where = self._name(row)
+        try:
+            with _ONE_AT_A_TIME:
+                item = self._dataset[row]
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{where}: __getitem__ raises {_said(error)}") from error
+        if not isinstance(item, tuple | list):
+            return as_array(item, where), None
+        if len(item) not in (1, 2):
+            raise UserError(
+                f"{where}: expected an event or (event, label), got a {type(item).__name__} of "
+                f"{len(item)}"
+            )
+        return as_array(item[0], where), _label(item[1], where) if len(item) == 2 else None
+
+    def _name(self, row: int) -> str:
+        return f"{self.where}: sample {row}"
+
+
+def items_of(data: Any, where: str) -> Items:
+    """Events (N, *event), a tuple of them and labels (N,), or a map-style dataset.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if isinstance(data, Tensor | np.ndarray):
+        return Arrays(as_array(data, where), None, where)
+    if isinstance(data, tuple):
+        if len(data) != 2:
+            raise UserError(f"{where}: expected (events, labels), got a tuple of {len(data)}")
+        return Arrays(as_array(data[0], where), as_array(data[1], where), where)
+    return Indexable(data, where)
+
+
+def as_array(x: Any, where: str) -> np.ndarray:
+    """A tensor, array or PIL image as plain numbers; images as uint8 (H, W) or (H, W, 3)."""
+    if isinstance(x, Image.Image):
+        return np.asarray(grey_or_colour(x, where))
+    if isinstance(x, Tensor):
+        x = x.detach().cpu()
+        x = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    if not isinstance(x, np.ndarray | np.generic):
+        raise UserError(
+            f"{where}: an event must be a tensor, a numpy array or a PIL image, got "
+            f"{type(x).__name__}"
+        )
+    if x.dtype.kind not in "buif":
+        raise UserError(f"{where}: is of dtype {x.dtype}, expected plain real numbers")
+    return np.asarray(x)
+
+
+def _label(value: Any, where: str) -> int | None:
+    if value is None:
+        return None
+    number = value.item() if isinstance(value, Tensor | np.ndarray) and value.size == 1 else value
+    if isinstance(number, int | np.integer) and not isinstance(number, bool) and number >= 0:
+        return int(number)
+    raise UserError(f"{where}: its label must be an integer from 0, got {value!r:.60}")
+
+
+def _check_label(label: int, layout: Layout, where: str) -> None:
+    num_classes = layout.spec.num_classes
+    if num_classes is not None and label >= num_classes:
+        raise UserError(
+            f"{where}: label {label}, but there are {num_classes} classes, 0 to "
+            f"{num_classes - 1}; correct the label or data.num_classes"
+        )
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
