@@ -39,11 +39,8 @@ class DataConfig(Section):
     params: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments for `target`. Paths should be absolute: parts of a run work elsewhere."""
 
-    test_target: Target | None = None
-    """The test split of `source: module`; `target` when only `test_params` is given."""
-
     test_params: dict[str, JsonValue] | None = None
-    """Keyword arguments for the dataset of the test split, such as `{train: false}`."""
+    """Keyword arguments with which `target` makes the test split, such as `{train: false}`."""
 
     fingerprint: str | None = None
     """Number of samples and a hash of some, for `source: module` and `given`. Filled in when a run
@@ -154,10 +151,10 @@ class DataConfig(Section):
             raise ValueError("test_source and holdout both name a test split; give one of the two")
         if self.is_own_dataset:
             self._check_own_dataset()
-        elif self.target is not None or self.params or self.has_test_target:
+        elif self.target is not None or self.params or self.test_params is not None:
             raise ValueError(
-                f"target, params, test_target and test_params are for source: module, but source "
-                f"is {self.location!r}; set source: module or leave them out"
+                "target, params and test_params are for source: module, but source is "
+                f"{self.location!r}; set source: module or leave them out"
             )
         return self
 
@@ -168,17 +165,15 @@ class DataConfig(Section):
                 "my_pkg.data:dataset"
             )
         for key, value, instead in (
-            ("test_source", self.test_source, "test_target or test_params"),
+            ("test_source", self.test_source, "test_params"),
             ("member", self.member, "a dataset that returns that part"),
             ("rank_split", self.rank_split if self.rank_split == "shard" else None, "sample"),
             ("cache", self.cache if self.cache == "always" else None, "a dataset that keeps them"),
         ):
             if value is not None:
                 raise ValueError(f"{key}: {value} is for shards; use {instead}")
-        if self.has_test_target and self.holdout > 0:
-            raise ValueError(
-                "test_target or test_params and holdout both name a test split; give one of them"
-            )
+        if self.test_params is not None and self.holdout > 0:
+            raise ValueError("test_params and holdout both name a test split; give one of the two")
 
     @property
     def is_own_dataset(self) -> bool:
@@ -186,16 +181,12 @@ class DataConfig(Section):
         return self.source in ("module", "given")
 
     @property
-    def has_test_target(self) -> bool:
-        return self.test_target is not None or self.test_params is not None
-
-    @property
     def how_to_hold_out(self) -> str:
         """What names a test split beside `holdout`, for messages."""
         if self.source == "given":
             return 'one in data={"train": ..., "test": ...}'
         if self.source == "module":
-            return "a dataset in data.test_target or data.test_params"
+            return "in data.test_params what makes data.target return another part"
         return "held-out shards in data.test_source"
 
     @property

@@ -109,7 +109,7 @@ def _load(export: Export, split: Literal["train", "test"], limit: int) -> Batch:
 
 def _with_data(export: Export, data: str) -> Export:
     section = {**(export.config.get("data") or {}), "source": os.path.abspath(user_path(data))}
-    for key in ("shards", "target", "params", "test_target", "test_params", "fingerprint"):
+    for key in ("shards", "target", "params", "test_params", "fingerprint"):
         section.pop(key, None)
     return replace(export, config={**export.config, "data": section})
 

@@ -36,10 +36,10 @@ def open_module(config: DataConfig) -> Indexed:
             )
         return Indexed(config, *config._given)
     assert config.target is not None
-    train = _made(config.target, config.params, "")
+    train = _made(config.target, config.params, "data.params")
     test = None
-    if config.has_test_target:
-        test = _made(config.test_target or config.target, config.test_params or {}, "test_")
+    if config.test_params is not None:
+        test = _made(config.target, config.test_params, "data.test_params")
     return Indexed(config, train, test)
 
 
@@ -63,10 +63,12 @@ def given(
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
     if "train" not in parts or not parts.keys() <= {"train", "test"}:
         raise UserError(f"data: expected the keys train and test, got {', '.join(map(str, parts))}")
-    named = parts["train"][0] if isinstance(parts["train"], tuple) else parts["train"]
+    named = parts["train"]
+    if isinstance(named, tuple) and named:  # events and labels
+        named = named[0]
     values = section.model_dump() if section is not None else {}
     values |= {"source": "given", "target": target_of(named)}
-    values |= dict.fromkeys(("shards", "test_target", "test_params", "fingerprint"))
+    values |= dict.fromkeys(("shards", "test_params", "fingerprint"))
     try:
         config = DataConfig.model_validate({**values, "params": {}})
     except ValidationError as error:
@@ -83,14 +85,12 @@ def given(
     return config
 
 
-def _made(target: str, params: Mapping[str, Any], prefix: str) -> Items:
-    key, where = f"data.{prefix}target", f"data.{prefix}target: {target}"
-    found = load_target(target, key, instances=True)
+def _made(target: str, params: Mapping[str, Any], key: str) -> Items:
+    found = load_target(target, "data.target", instances=True)
+    where = f"{'data.target' if key == 'data.params' else key}: {target}"
     if not hasattr(found, "__qualname__"):  # an instance, which is made already
         if params:
-            raise UserError(
-                f"data.{prefix}params: {target} is an instance, which takes no parameters"
-            )
+            raise UserError(f"{key}: {target} is an instance, which takes no parameters")
         return items_of(found, where)
     try:
         return items_of(_called(found, json.dumps(params, sort_keys=True)), where)
@@ -98,8 +98,8 @@ def _made(target: str, params: Mapping[str, Any], prefix: str) -> Items:
         raise
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        given = ", ".join(f"{name}={value!r}" for name, value in params.items())
-        raise UserError(f"data.{prefix}params: {target}({given}) raises {said}") from error
+        arguments = ", ".join(f"{name}={value!r}" for name, value in params.items())
+        raise UserError(f"{key}: {target}({arguments}) raises {said}") from error
 
 
 # A dataset may take minutes to make, and the start of a run asks for it several times.
