@@ -57,7 +57,7 @@ class DataConfig(Section):
 
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Part of the samples kept for the test split where the source has none of its own, chosen by
-    a hash of the sample's key."""
+    a hash of the sample's key, or of its index in a dataset of your own."""
 
     batch_size: PositiveInt = 128
     """Samples of one update, over all learner ranks together."""

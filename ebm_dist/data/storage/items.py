@@ -147,19 +147,11 @@ class Indexable:
         where = self._name(row)
         try:
             with _ONE_AT_A_TIME:
-                item = self._dataset[row]
+                return _event_and_label(self._dataset[row], where)
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{where}: __getitem__ raises {_said(error)}") from error
-        if not isinstance(item, tuple | list):
-            return as_array(item, where), None
-        if len(item) not in (1, 2):
-            raise UserError(
-                f"{where}: expected an event or (event, label), got a {type(item).__name__} of "
-                f"{len(item)}"
-            )
-        return as_array(item[0], where), _label(item[1], where) if len(item) == 2 else None
 
     def _name(self, row: int) -> str:
         return f"{self.where}: sample {row}"
@@ -197,10 +189,22 @@ def as_array(x: Any, where: str) -> np.ndarray:
     return np.asarray(x)
 
 
+def _event_and_label(item: Any, where: str) -> tuple[np.ndarray, int | None]:
+    if not isinstance(item, tuple | list):
+        return as_array(item, where), None
+    if len(item) not in (1, 2):
+        raise UserError(
+            f"{where}: expected an event or (event, label), got a {type(item).__name__} of "
+            f"{len(item)}"
+        )
+    # An image that was opened lazily is read here.
+    return as_array(item[0], where), _label(item[1], where) if len(item) == 2 else None
+
+
 def _label(value: Any, where: str) -> int | None:
     if value is None:
         return None
-    number = value.item() if isinstance(value, Tensor | np.ndarray) and value.size == 1 else value
+    number = value.item() if isinstance(value, Tensor | np.ndarray) and not value.shape else value
     if isinstance(number, int | np.integer) and not isinstance(number, bool) and number >= 0:
         return int(number)
     raise UserError(f"{where}: its label must be an integer from 0, got {value!r:.60}")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from data_shards import take
+from PIL import Image
 from pydantic import ValidationError
 
 from ebm_dist.cli import main
@@ -192,6 +193,9 @@ def test_pictures_are_scaled_as_ours_are_and_floats_are_taken_as_they_are():
 def test_labels_and_classes_come_from_the_dataset_the_array_or_the_config():
     assert describe(own("Numbers")).num_classes == 3
     assert load_split(own(), "train").label.bincount().tolist() == [8, 8, 8]  # type: ignore[union-attr]
+    pairs = torch.utils.data.TensorDataset(torch.zeros(4, 2), torch.tensor([0, 2, 1, 1]))
+    assert describe(given(pairs, DataConfig(num_classes=3))).num_classes == 3
+    assert sorted(load_split(given(pairs), "train").label.tolist()) == [0, 1, 1, 2]  # type: ignore[union-attr]
     labels = np.array([0, 4, 1, 1])
     assert describe(given((np.zeros((4, 2)), labels))).num_classes == 5
     assert describe(given((np.zeros((4, 2)), labels), DataConfig(num_classes=7))).num_classes == 7
@@ -239,6 +243,23 @@ def test_a_sample_that_will_not_do_is_one_line_with_its_index(fault: str, messag
     assert check(config) == [str(error.value)]
     with pytest.raises(UserError, match=line):
         load_split(config, "train")
+
+
+def test_a_picture_that_is_read_late_and_is_damaged_is_one_line_with_its_index(tmp_path: Path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
+
+    class Lazy:
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> Image.Image:
+            return Image.open(tmp_path / f"{index}.png")
+
+    with pytest.raises(UserError, match="Lazy: sample 1: __getitem__ raises OSError"):
+        load_split(given(Lazy()), "train")
 
 
 def test_what_getitem_raises_is_one_line_with_the_index():
