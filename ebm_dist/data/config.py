@@ -181,6 +181,11 @@ class DataConfig(Section):
         return self.source in ("module", "given")
 
     @property
+    def num_given_bytes(self) -> int:
+        """Bytes of the arrays given from Python, which every process that reads data is sent."""
+        return sum(items.num_bytes for items in self._given or () if items is not None)
+
+    @property
     def how_to_hold_out(self) -> str:
         """What names a test split beside `holdout`, for messages."""
         if self.source == "given":

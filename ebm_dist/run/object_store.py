@@ -30,10 +30,12 @@ class StoreNeed:
     """Leases and negatives in transit."""
     weights: int
     """Versions that running rounds use, and the learner's state in a checkpoint."""
+    data: int = 0
+    """Copies of data given from Python, one for each part that reads it."""
 
     @property
     def total(self) -> int:
-        return FLOOR + self.chains + self.rounds + self.weights
+        return FLOOR + self.chains + self.rounds + self.weights + self.data
 
 
 def store_need(
@@ -46,6 +48,7 @@ def store_need(
     num_weights: int,
     wire: WireName,
     needs_negatives: bool = True,
+    data_bytes: int = 0,
 ) -> StoreNeed:
     """The largest size of the run's objects at any time.
 
@@ -58,9 +61,10 @@ def store_need(
     # A checkpoint holds the weights, two moments of the optimiser, and the moving average.
     weights = num_weights * (versions * WIRE_BYTES[wire] + 4 * 4)
     if not needs_negatives:
-        return StoreNeed(0, 0, weights)
+        return StoreNeed(0, 0, weights, data_bytes)
     chains = row * (buffer.capacity + -(-buffer.capacity // buffer.num_shards))
-    return StoreNeed(chains, 8 * (flow.max_lag + 2) * num_negatives * event * 4, weights)
+    rounds = 8 * (flow.max_lag + 2) * num_negatives * event * 4
+    return StoreNeed(chains, rounds, weights, data_bytes)
 
 
 def check_shared_memory(size: int, need: StoreNeed, shared: Path = Path("/dev/shm")) -> None:
@@ -77,6 +81,7 @@ def check_shared_memory(size: int, need: StoreNeed, shared: Path = Path("/dev/sh
             (need.chains, ("buffer.capacity", "lower buffer.capacity")),
             (need.rounds, ("flow.max_lag", "lower flow.max_lag or buffer.num_negatives")),
             (need.weights, ("energy", "lower flow.max_lag or take a smaller energy")),
+            (need.data, ("data", "write the data as shards with ebm_dist.data.prepare")),
         )[1]
         what += f", or set runtime.object_store_mb={max(80, free >> 21)} and let Ray use disk"
     raise UserError(

@@ -274,6 +274,7 @@ def _backend(
         num_weights=FlatLayout.of(config.energy.build(seed=0)).size,
         wire=config.learner.wire,
         needs_negatives=config.objective.takes_negatives,
+        data_bytes=config.data.num_given_bytes * _num_readers(config),
     )
     size = (config.runtime.object_store_mb or 0) << 20 or need.total
     if chosen_address(config.runtime.address)[0] == "local":  # a cluster has its own
@@ -287,6 +288,13 @@ def _backend(
         plugins=config.plugins,
         told=told,
     )
+
+
+def _num_readers(config: RunConfig) -> int:
+    """Parts that read data: learner ranks, the evaluator, the auditor, and shards if they start
+    chains from data."""
+    shards = config.buffer.num_shards if config.buffer.init == "data" else 0
+    return config.learner.num_ranks + 2 + shards
 
 
 class _Logged:

@@ -25,6 +25,8 @@ class Items(Protocol):
     """Samples by index. `where` names them in messages."""
 
     where: str
+    num_bytes: int
+    """Of arrays; what a dataset holds is not known, and counts as 0."""
 
     def __len__(self) -> int: ...
 
@@ -63,6 +65,7 @@ class Arrays:
             came = label.dtype if label.dtype.kind not in "iu" else label.min()
             raise UserError(f"{where}: labels must be integers from 0, got {came}")
         self.where = where
+        self.num_bytes = x.nbytes + (0 if label is None else label.nbytes)
         self._x = x
         self._label = label
 
@@ -95,6 +98,8 @@ class Arrays:
 
 class Indexable:
     """A map-style dataset: `__len__`, and `__getitem__` of an event or (event, label)."""
+
+    num_bytes = 0
 
     def __init__(self, dataset: Any, where: str) -> None:
         if isinstance(dataset, type) or not (

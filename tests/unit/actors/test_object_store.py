@@ -52,6 +52,7 @@ def test_a_run_without_chains_needs_memory_for_weights_alone() -> None:
         (StoreNeed(3 * GIB, 1, 1), "buffer.capacity"),
         (StoreNeed(1, 3 * GIB, 1), "flow.max_lag"),
         (StoreNeed(1, 1, 3 * GIB), "energy"),
+        (StoreNeed(1, 1, 1, 3 * GIB), "data"),
     ],
 )
 def test_memory_that_is_not_there_is_said_with_the_key_that_asks_for_it_and_works(
@@ -90,3 +91,27 @@ def test_the_memory_of_this_machine_does_not_limit_a_run_on_a_cluster(
         spec = describe(config.data)
         run._backend(run.bind(config, spec), spec, tmp_path, lambda: False)
         assert len(asked) == 1, address
+
+
+def test_given_data_has_room_for_each_part_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from small_runs import SMALL
+
+    from ebm_dist.config.run_config import load
+    from ebm_dist.data import describe, given
+    from ebm_dist.run import train as run
+
+    sizes = []
+    monkeypatch.setattr(
+        run, "RayBackend", lambda *args, object_store_bytes, **_: sizes.append(object_store_bytes)
+    )
+    for rows in (1000, 2000):
+        config = load(SMALL, ["runtime.backend=ray", "runtime.address=10.0.0.1:6379"])
+        data = given(torch.zeros(rows, 1, 8, 8), config.data.model_copy(update={"kind": "image"}))
+        config = config.model_copy(update={"data": data})
+        spec = describe(config.data)
+        run._backend(run.bind(config, spec), spec, tmp_path, lambda: False)
+    shards = config.buffer.num_shards if config.buffer.init == "data" else 0
+    assert sizes[1] - sizes[0] == 1000 * 64 * 4 * (config.learner.num_ranks + 2 + shards)

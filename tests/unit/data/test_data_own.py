@@ -376,6 +376,7 @@ def test_reading_and_showing_a_config_imports_nothing(capsys: pytest.CaptureFixt
 def test_given_data_stays_out_of_dumps_and_goes_along_with_copies_and_pickles():
     x = torch.arange(40.0).reshape(20, 2)
     config = given(x, DataConfig(batch_size=4))
+    assert config.num_given_bytes == 160
     assert "_given" not in config.model_dump()
     assert len(json.dumps(config.model_dump(mode="json"))) < 1000
     for copy in (config.model_copy(update={"prefetch": 0}), pickle.loads(pickle.dumps(config))):
