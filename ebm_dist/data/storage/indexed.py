@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 
 import numpy as np
 
@@ -12,16 +11,13 @@ from ebm_dist.core.seeds import derive_seed
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.format.decode import Layout, layout_of
 from ebm_dist.data.format.manifest import SplitName
-from ebm_dist.data.storage.items import Arrays, Items
+from ebm_dist.data.storage.items import Items, spread
 from ebm_dist.data.storage.protocol import Rows
 from ebm_dist.data.storage.shards import held_out
 from ebm_dist.data.stream.order import SplitMode
 
-SURVEY_S = 2.0
-"""Seconds in which samples are read before the start; of arrays all are."""
-NUM_SURVEYED, NUM_HASHED = 64, 16
-_BLOCK = 4096
-"""Rows of an array that are checked at a time: the checks make copies."""
+NUM_HASHED = 16
+"""Samples whose hash tells one dataset from another."""
 
 
 class Indexed:
@@ -92,7 +88,7 @@ class Indexed:
         num = self.num_samples("train")
         if not num:
             return "0 samples"
-        rows = _spread(num, NUM_HASHED)
+        rows = spread(np.arange(num), NUM_HASHED)
         first, again = (_hash(self.take("train", rows)) for _ in range(2))
         return f"{num} samples, {first if first == again else 'not repeatable'}"
 
@@ -101,16 +97,9 @@ class Indexed:
 
     def survey(self) -> list[str]:
         """Reads samples spread over both splits; of arrays, all."""
-        until = time.monotonic() + SURVEY_S
-        for split, (items, rows) in self._splits.items():
-            if isinstance(items, Arrays):
-                blocks = np.array_split(np.arange(len(rows)), -(-len(rows) // _BLOCK) or 1)
-            else:
-                blocks = _spread(len(rows), NUM_SURVEYED)[:, None]
-            for block in blocks:
-                self.take(split, block)
-                if time.monotonic() > until and not isinstance(items, Arrays):
-                    break
+        for items, rows in self._splits.values():
+            for some in items.surveyed(rows):
+                items.take(some, self.layout)
         found = self.fingerprint()
         if self._config.fingerprint not in (None, found):
             raise UserError(
@@ -162,11 +151,6 @@ class IndexedEpochs:
 
     def close(self) -> None:
         """Nothing is open."""
-
-
-def _spread(num: int, wanted: int) -> np.ndarray:
-    """At most `wanted` of the numbers below `num`, from end to end."""
-    return np.unique(np.linspace(0, num - 1, min(num, wanted)).astype(np.int64))
 
 
 def _hash(rows: Rows) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +21,12 @@ from ebm_dist.data.storage.protocol import Rows
 _ONE_AT_A_TIME = threading.Lock()
 """Inline, the streams of several ranks read one dataset from threads of their own, and a dataset
 that seeks in an open file is not made for that."""
+
+
+SURVEY_S, NUM_SURVEYED = 2.0, 64
+"""Seconds and samples of a dataset that are spent on it before a run; of arrays all are read."""
+_BLOCK = 4096
+"""Rows of an array that are checked at a time: the checks make copies."""
 
 
 class Items(Protocol):
@@ -42,8 +50,12 @@ class Items(Protocol):
         """The names of the classes, none where they have no names."""
         ...
 
+    def surveyed(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Those of `rows` that are to be read before a run, in parts."""
+        ...
+
     def take(self, rows: np.ndarray, layout: Layout) -> Rows:
-        """The samples of some indices.
+        """The samples of some indices, at least one.
 
         Raises:
             UserError: naming the sample that cannot be read or is not what `layout` says.
@@ -81,12 +93,18 @@ class Arrays:
     def classes(self) -> tuple[str, ...]:
         return ()
 
+    def surveyed(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, len(rows), _BLOCK):
+            yield rows[start : start + _BLOCK]
+
     def take(self, rows: np.ndarray, layout: Layout) -> Rows:
         x, label = self._x[rows], None
-        if self._label is not None:
+        if self._label is None:
+            _check_label(None, layout, self._name(0))
+        else:
             label = self._label[rows].astype(np.int64)
-            for row in rows[label >= (layout.spec.num_classes or np.inf)].tolist():
-                _check_label(int(self._label[row]), layout, self._name(row))
+            highest = int(label.argmax())
+            _check_label(int(label[highest]), layout, self._name(rows[highest]))
         if x.shape[1:] == layout.spec.shape:
             with contextlib.suppress(UserError):  # which the loop below names the sample of
                 return fit_numbers(x, layout, self.where), label
@@ -105,11 +123,11 @@ class Indexable:
         if isinstance(dataset, type) or not (
             hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         ):
-            what = f"the class {dataset.__name__}" if isinstance(dataset, type) else "one of type "
-            what += "" if isinstance(dataset, type) else type(dataset).__name__
+            is_class = isinstance(dataset, type)
+            came = f"the class {dataset.__name__}" if is_class else f"a {type(dataset).__name__}"
             raise UserError(
                 f"{where}: expected a map-style dataset, which has __len__ and __getitem__, got "
-                f"{what}; write what can only be iterated as shards"
+                f"{came}; write what can only be iterated as shards"
             )
         self.where = where
         self._dataset = dataset
@@ -131,19 +149,19 @@ class Indexable:
         names = getattr(self._dataset, "classes", ())  # as torchvision's datasets have
         return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
 
+    def surveyed(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        until = time.monotonic() + SURVEY_S
+        for row in spread(rows, NUM_SURVEYED):
+            yield row[None]
+            if time.monotonic() > until:
+                return
+
     def take(self, rows: np.ndarray, layout: Layout) -> Rows:
         xs, labels = [], []
         for row in rows.tolist():
             x, label = self._read(row)
             where = self._name(row)
-            if layout.labelled != (label is not None):
-                came, others = ("a", "none") if label is not None else ("no", "one")
-                raise UserError(
-                    f"{where}: has {came} label, but the first sample has {others}; return "
-                    "(event, label) for every index or for none"
-                )
-            if label is not None:
-                _check_label(label, layout, where)
+            _check_label(label, layout, where)
             xs.append(fit(x, layout, where))
             labels.append(label)
         return np.stack(xs), np.array(labels, np.int64) if layout.labelled else None
@@ -160,6 +178,11 @@ class Indexable:
 
     def _name(self, row: int) -> str:
         return f"{self.where}: sample {row}"
+
+
+def spread(rows: np.ndarray, num: int) -> np.ndarray:
+    """At most `num` of some rows, from end to end."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), num)).astype(np.int64))]
 
 
 def items_of(data: Any, where: str) -> Items:
@@ -215,9 +238,14 @@ def _label(value: Any, where: str) -> int | None:
     raise UserError(f"{where}: its label must be an integer from 0, got {value!r:.60}")
 
 
-def _check_label(label: int, layout: Layout, where: str) -> None:
+def _check_label(label: int | None, layout: Layout, where: str) -> None:
+    if layout.labelled != (label is not None):
+        came, others = ("a", "none") if label is not None else ("no", "one")
+        raise UserError(
+            f"{where}: has {came} label, but the first sample has {others}; label all or none"
+        )
     num_classes = layout.spec.num_classes
-    if num_classes is not None and label >= num_classes:
+    if label is not None and num_classes is not None and label >= num_classes:
         raise UserError(
             f"{where}: label {label}, but there are {num_classes} classes, 0 to "
             f"{num_classes - 1}; correct the label or data.num_classes"

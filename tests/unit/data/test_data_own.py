@@ -228,7 +228,7 @@ def test_the_test_split_is_made_by_other_parameters_or_held_out():
         ("range", "label 3, but there are 3 classes"),
         ("negative", "label must be an integer from 0, got -1"),
         ("float", "label must be an integer from 0, got 0.5"),
-        ("unlabelled", "has no label, but the first sample has one"),
+        ("unlabelled", "has no label, but the first sample has one; label all or none"),
         ("three", r"expected an event or \(event, label\), got a tuple of 3"),
         ("dict", "must be a tensor, a numpy array or a PIL image, got dict"),
         ("complex", "is of dtype complex64"),
