@@ -151,10 +151,10 @@ class DataConfig(Section):
             raise ValueError("test_source and holdout both name a test split; give one of the two")
         if self.is_own_dataset:
             self._check_own_dataset()
-        elif self.target is not None or self.params or self.test_params is not None:
+        elif self.params or (self.target, self.test_params, self.fingerprint) != (None,) * 3:
             raise ValueError(
-                "target, params and test_params are for source: module, but source is "
-                f"{self.location!r}; set source: module or leave them out"
+                "target, params, test_params and fingerprint are for source: module, but source "
+                f"is {self.location!r}; set source: module or leave them out"
             )
         return self
 

@@ -40,7 +40,8 @@ class Indexed:
             labelled=label is not None,
             num_classes=None if label is None else config.num_classes or train.num_classes(),
         )
-        self.classes = train.classes() if label is not None else ()
+        names = train.classes()
+        self.classes = names if len(names) == self.layout.spec.num_classes else ()
         self._config = config
         everything = np.arange(len(train))
         if config.holdout > 0:
