@@ -13,7 +13,13 @@ from ebm_dist import objectives
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.checkpoint.files import CheckpointConfig
 from ebm_dist.config.checks import check
-from ebm_dist.config.sections import FlowConfig, RunSection, RuntimeConfig, WorkersConfig
+from ebm_dist.config.sections import (
+    CallbackSection,
+    FlowConfig,
+    RunSection,
+    RuntimeConfig,
+    WorkersConfig,
+)
 from ebm_dist.config.text import apply_override, validate
 from ebm_dist.core.errors import UserError, one_line
 from ebm_dist.core.plugins import ModuleName, import_plugins
@@ -51,6 +57,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    callbacks: tuple[CallbackSection, ...] = ()
 
     @property
     def num_negatives(self) -> int:

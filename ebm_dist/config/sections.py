@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from ebm_dist.core.plugins import Target
 from ebm_dist.core.section import Section, UserPath
 
 
@@ -162,3 +163,14 @@ class FlowConfig(Section):
                 f"expected min_steps_per_update <= max_steps_per_update, got {low:g} > {high:g}"
             )
         return self
+
+
+class CallbackSection(Section):
+    """A user's object whose hooks are called in the driver while the run goes on."""
+
+    target: Target
+    """`my_pkg.hooks:Stop`, a class or function that makes it. The object has some of
+    on_update(step, metrics), on_evaluation(step, metrics), on_checkpoint(path), on_end(result)."""
+
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments that the target is called with."""

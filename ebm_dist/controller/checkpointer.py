@@ -67,12 +67,14 @@ class Checkpointer:
         meta: Mapping[str, Any],
         timeout: float,
         say: Callable[[str], None],
+        on_checkpoint: Callable[[Path], None],
     ) -> None:
         """
         Args:
             meta: what every checkpoint says of the run.
             timeout: seconds within which a part answers and a disk writes.
             say: is told what was written and what was not.
+            on_checkpoint: is called with each checkpoint that has been written.
         """
         self._graph = graph
         self._config = config
@@ -80,6 +82,7 @@ class Checkpointer:
         self._meta = dict(meta)
         self._timeout = timeout
         self._say = say
+        self._on_checkpoint = on_checkpoint
         self._backend = graph.backend
         self._number = 0
         self._taken = -1
@@ -227,6 +230,7 @@ class Checkpointer:
             f"checkpoint {path.name}{why}: {write.blocked_s:.3f} s of the loop, "
             f"{write.seconds:.2f} s to write{what}"
         )
+        self._on_checkpoint(path)
 
     def _since(self, index: int, name: str) -> int | None:
         """The cut that shard `index` may refer to in the checkpoint `name`."""

@@ -27,6 +27,7 @@ from ebm_dist.controller.draining.ranks import RankMover
 from ebm_dist.controller.draining.shards import Mover
 from ebm_dist.controller.negatives.delivery import Delivery
 from ebm_dist.controller.negatives.source import POLL_S, NegativeFlow
+from ebm_dist.controller.observers.callbacks import Callbacks
 from ebm_dist.controller.observers.metric_window import MetricWindow
 from ebm_dist.controller.observers.monitor import Lookout
 from ebm_dist.controller.parts import Graph, View
@@ -54,6 +55,7 @@ class Controller:
         view: View,
         meta: dict[str, Any],
         save_grid: Callable[[np.ndarray, int], Path | None],
+        callbacks: Callbacks,
     ) -> None:
         self.progress = Progress()
         self._graph = graph
@@ -61,6 +63,7 @@ class Controller:
         self._flow = flow = config.flow
         self._run_dir = run_dir
         self._view = view
+        self._callbacks = callbacks
         self._halt = graph.backend.halt
         self._window = MetricWindow()
         self._flat: Ref[np.ndarray] | None = None
@@ -69,7 +72,13 @@ class Controller:
         """Whether the parts stand where a checkpoint can be taken: no update has half begun."""
         attempts = Attempts()
         self._cuts = Checkpointer(
-            graph, config.checkpoint, run_dir, meta=meta, timeout=flow.stall_timeout_s, say=view.say
+            graph,
+            config.checkpoint,
+            run_dir,
+            meta=meta,
+            timeout=flow.stall_timeout_s,
+            say=view.say,
+            on_checkpoint=callbacks.on_checkpoint,
         )
         self._way_back = WayBack(
             graph,
@@ -149,6 +158,7 @@ class Controller:
             timeout=flow.stall_timeout_s,
             save_grid=save_grid,
             say=view.say,
+            on_evaluation=callbacks.on_evaluation,
         )
 
     # --- the loop -----------------------------------------------------------------------------
@@ -174,7 +184,8 @@ class Controller:
             while True:
                 try:
                     if self._halt.due:
-                        self._cuts.finish(self.progress, f"stopped at update {self.progress.step}")
+                        why = f"{self._callbacks.why_stopped} at update {self.progress.step}"
+                        self._cuts.finish(self.progress, why)
                         break
                     if self.progress.step >= self._config.run.steps:
                         self._lookout.catch_up(self._flat, self._ema)
@@ -218,7 +229,8 @@ class Controller:
         step = self.progress.step
         try:
             if self._is_whole:
-                self._cuts.finish(self.progress, f"stopped at update {step}")
+                why = f"{self._callbacks.why_stopped} at update {step}"
+                self._cuts.finish(self.progress, why)
             else:
                 self._view.say(f"stopped within update {step}: it is repeated from its checkpoint")
                 self._cuts.settle(LEAVING_S)
@@ -270,9 +282,9 @@ class Controller:
             self._window.add_lag([consumed.version - lease.version for lease in consumed.leases])
             for lease in consumed.leases:
                 self._window.add_round(lease.stats)
-        self._view.update(
-            self.progress.step, {**self._lookout.metrics, **metrics}, self._window.bottleneck()
-        )
+        latest = {**self._lookout.metrics, **metrics}
+        self._view.update(self.progress.step, latest, self._window.bottleneck())
+        self._callbacks.on_update(self.progress.step, latest)
         if average:  # these are read now, the last of a run as well: they must have come
             learners.settle(self._wait)
 

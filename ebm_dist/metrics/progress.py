@@ -259,6 +259,7 @@ def final_screen(
     export: str | Path | None = None,
     quality: Mapping[str, float] | None = None,
     interrupted: bool = False,
+    stopped_by: str | None = None,
     next_commands: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> None:
@@ -273,6 +274,7 @@ def final_screen(
         export: the export's directory.
         quality: a few final metrics to show.
         interrupted: whether the run stopped early; the resume command then comes first.
+        stopped_by: the callback that stopped it.
         next_commands: replaces the suggested commands.
     """
     console = console if console is not None else Console()
@@ -292,6 +294,8 @@ def final_screen(
         if wandb and wandb.sync:
             next_commands.append(_near(wandb.sync))
     state = "interrupted" if interrupted else "done"
+    if stopped_by:
+        state = f"stopped by callback {stopped_by}"
     console.print(
         Panel(
             rows,

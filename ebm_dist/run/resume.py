@@ -22,7 +22,7 @@ _CACHE = ("cache", "cache_mib", "cache_dir")
 """The keys of `data` above change how samples are read; all others change their distribution."""
 
 _BEGINNING = tuple(f"run.{key}" for key in RunSection.model_fields if key.startswith("init_"))
-_AROUND = ("run.dir", "run.steps", *_BEGINNING, "runtime.", "tracking.", "checkpoint.")
+_AROUND = ("run.dir", "run.steps", *_BEGINNING, "runtime.", "tracking.", "checkpoint.", "callbacks")
 """Keys that do not affect the result of a resumed run."""
 
 _SHOWN = 60

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ebm_dist._version import __version__
 from ebm_dist.checkpoint import files as checkpoint
@@ -24,8 +26,9 @@ from ebm_dist.cluster.halt import Halted
 from ebm_dist.cluster.inline import InlineBackend
 from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.checks import check_event
-from ebm_dist.config.run_config import RunConfig, dump, load
+from ebm_dist.config.run_config import RunConfig, dump
 from ebm_dist.controller.controller import Controller
+from ebm_dist.controller.observers.callbacks import Callbacks, load_callbacks
 from ebm_dist.core.errors import RunFailed, UserError, one_line
 from ebm_dist.core.paths import user_path
 from ebm_dist.core.plugins import import_plugins
@@ -41,6 +44,7 @@ from ebm_dist.metrics.progress import Progress, final_screen
 from ebm_dist.report.grid import save_grid
 from ebm_dist.run import init_from
 from ebm_dist.run.assembly import assemble
+from ebm_dist.run.given import config_of
 from ebm_dist.run.object_store import check_shared_memory, store_need
 from ebm_dist.run.preflight import preflight
 from ebm_dist.run.resume import changes, check_resumable
@@ -57,23 +61,45 @@ class RunResult:
     run_dir: Path
     step: int
     finished: bool
-    """False if a signal stopped the run; `train` with resume="must" goes on from there."""
+    """False if a signal or a callback stopped the run; the same call of `train` goes on."""
     export_dir: Path | None
     metrics: dict[str, float]
     """The last value of each metric."""
+    stopped_by: str | None = None
+    """The callback that stopped the run."""
 
 
 def train(
-    config: RunConfig | Mapping[str, Any] | str | Path,
+    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
     *,
+    energy: nn.Module | Callable[..., Any] | None = None,
+    data: Dataset | Tensor | np.ndarray | None = None,
+    callbacks: Iterable[object] = (),
     run_dir: str | Path | None = None,
     resume: Resume = "auto",
     console: Console | None = None,
 ) -> RunResult:
-    """Train the energy that `config` describes, and export it.
+    """Train an energy, and export it.
+
+    A mapping may leave out `sampler`: it then gets one that suits the data's kind, with the sizes
+    and rates that go with it (`run/recipe.py`), and the run says so. Where `energy` or `data` is
+    given, a mapping without `runtime` trains in this process.
+
+    It can be called in a notebook, in a coroutine and in any thread. Signals ask the run to stop
+    in the main thread alone; elsewhere a callback can. The same call goes on with a run that was
+    stopped.
 
     Args:
-        config: a RunConfig, a mapping of its sections, or the path of a YAML file.
+        config: a RunConfig, a mapping of its sections, or the path of a YAML file; all defaults
+            when left out.
+        energy: a module or a function (B, *event) -> (B,), or what makes a module when called
+            without arguments, in place of the config's. A given module is copied, not trained.
+        data: events (N, *event), or a map-style dataset of events or (event, label), in place of
+            the config's.
+        callbacks: objects with some of `on_update(step, metrics)`, `on_evaluation(step, metrics)`,
+            `on_checkpoint(path)` and `on_end(result)`, called in this process after those of
+            the config. One that returns True stops the run after a checkpoint. After a death
+            that costs updates they are made again, and `on_update` sees their numbers again.
         run_dir: where the run is kept; run.dir/run.name when left out.
         resume: go on from the newest valid checkpoint of `run_dir` if there is one (auto), only
             if there is one (must), or refuse a directory that holds a run (never).
@@ -83,10 +109,8 @@ def train(
         UserError: the config, the data or the run directory cannot be used; nothing was started.
         RunFailed: the run could not go on; its checkpoints stay.
     """
-    if not isinstance(config, RunConfig):
-        config = load(config, trusted=True)
-    else:
-        import_plugins(config.plugins, directory=config.runtime.working_dir)
+    config, chosen = config_of(config, energy, data)
+    hooks = Callbacks(load_callbacks(config.callbacks, callbacks), num_updates=config.run.steps)
     preflight(config)
     config = config.model_copy(
         update={"data": located(config.data), "run": init_from.located(config.run)}
@@ -109,7 +133,7 @@ def train(
             if found is not None:
                 check_resumable(config, spec, found)
             config, said = warmed_up(config, spec, found, beginning and beginning.energy)
-            notices = [line for line in (unguarded, said) if line]
+            notices = [line for line in (unguarded, chosen, said) if line]
             notices += changes(config, found) if found is not None else []
         with writable(directory):
             replace_text(directory / "config.yaml", dump(config))
@@ -121,16 +145,19 @@ def train(
             console = console or Console()
             try:
                 with interrupting():
-                    return _train(config, spec, directory, found, console, notices)
+                    result = _train(config, spec, directory, found, console, notices, hooks)
             except Halted as halted:  # while it started, or went back: there is nothing new to keep
                 if halted.is_failure:
                     raise RunFailed(str(halted)) from None
-                return _interrupted(directory, console)
+                result = _interrupted(directory, console)
             except Exception:
                 log.exception("the run failed")
                 raise
             except KeyboardInterrupt:
-                return _interrupted(directory, console)
+                result = _interrupted(directory, console)
+            hooks.on_end(result)
+            hooks.check()
+            return result
 
 
 def bind(config: RunConfig, spec: EventSpec) -> RunConfig:
@@ -157,6 +184,7 @@ def _train(
     found: checkpoint.CheckpointDir | None,
     console: Console,
     notices: Sequence[str],
+    callbacks: Callbacks,
 ) -> RunResult:
     with contextlib.ExitStack() as stack:
         view = stack.enter_context(Progress(config.run.steps, config.run.name, console))
@@ -165,7 +193,8 @@ def _train(
         view.say("starting " + ("in this process" if config.runtime.backend == "inline" else "Ray"))
         stop = threading.Event()
         try:
-            backend = _backend(config, spec, run_dir, stop.is_set)
+            told = lambda: stop.is_set() or callbacks.end_run  # noqa: E731
+            backend = _backend(config, spec, run_dir, told)
         except SystemExit:  # by Ray's handler of SIGTERM, which is now in place of ours
             raise KeyboardInterrupt from None
         stack.callback(backend.close)
@@ -192,6 +221,7 @@ def _train(
             view=_Logged(view),
             meta=_meta(config, spec, found.meta.get("init_from") if found else None),
             save_grid=draw,
+            callbacks=callbacks,
         )
         hub = graph.hub.info(60.0)
         view.say(hub.notice or f"W&B: {hub.mode}")
@@ -208,12 +238,14 @@ def _train(
         graph.hub.flush(120.0)
         hub = graph.hub.info(60.0)
         graph.hub.close(config.tracking.finish_timeout + 10.0)
+    callbacks.check()
     try:
         export_dir = None
         if finished:
             export_dir = export_run(run_dir, run_dir / "export", plugins=None, energy=config.energy)
     except UserError as error:
         raise RunFailed(f"trained to the last update, but not exported: {error}") from error
+    stopped_by = None if finished or stop.is_set() else callbacks.stopped_by
     pictures = sorted((run_dir / "samples").glob("*.png"))
     final_screen(
         run_dir=run_dir,
@@ -228,10 +260,16 @@ def _train(
             if name in controller.metrics
         },
         interrupted=not finished,
+        stopped_by=stopped_by,
         console=console,
     )
     return RunResult(
-        run_dir, controller.progress.step, finished, export_dir, dict(controller.metrics)
+        run_dir,
+        controller.progress.step,
+        finished,
+        export_dir,
+        dict(controller.metrics),
+        stopped_by,
     )
 
 

@@ -44,12 +44,14 @@ class Lookout:
         timeout: float,
         save_grid: Callable[[np.ndarray, int], Path | None],
         say: Callable[[str], None],
+        on_evaluation: Callable[[int, dict[str, float]], None],
     ) -> None:
         """
         Args:
             progress, window: the controller's own, read here.
             timeout: seconds within which a part answers.
             save_grid: writes chains (num, *event) of an update as a picture.
+            on_evaluation: is called with the update and the result of each evaluation.
         """
         self.metrics: dict[str, float] = {}
         """The last value of each metric."""
@@ -63,6 +65,7 @@ class Lookout:
         self._save_grid = save_grid
         self._backend = graph.backend
         self._say = say
+        self._on_evaluation = on_evaluation
         self._owed_since = math.inf  # the update whose evaluation is to be made
         self._averaged = -1  # the update that the averaged weights are of, if they were asked for
         self._said_busy = False
@@ -249,6 +252,7 @@ class Lookout:
             step, values = done
             self.metrics.update(values)
             self._graph.hub.log(step, self._progress.epoch, values)
+            self._on_evaluation(step, values)
 
     def _patiently(
         self,

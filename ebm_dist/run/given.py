@@ -1,0 +1,64 @@
+"""The arguments of `train` -> one RunConfig: what objects replace, and what was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import ebm_dist.data
+import ebm_dist.energies
+from ebm_dist.config.checks import check
+from ebm_dist.config.run_config import RunConfig, load
+from ebm_dist.config.text import validate
+from ebm_dist.core.errors import UserError
+from ebm_dist.core.section import Section
+from ebm_dist.data.config import DataConfig
+from ebm_dist.run.recipe import with_recipe
+
+
+class _DataPart(Section):
+    """The data section alone: what is left out of the others may depend on it."""
+
+    data: DataConfig = DataConfig()
+
+
+def config_of(
+    config: RunConfig | Mapping[str, Any] | str | Path | None,
+    energy: nn.Module | Callable[..., Any] | None,
+    data: Dataset | Tensor | np.ndarray | None,
+) -> tuple[RunConfig, str | None]:
+    """The config of a run, and what to say of the sampler that was chosen for it.
+
+    Raises:
+        UserError: the config is wrong, or an object cannot be used.
+    """
+    said, parts = None, {}
+    if energy is not None:
+        parts["energy"] = ebm_dist.energies.given(energy)
+    if isinstance(config, Mapping | None):
+        sections = dict(config or {})
+        if energy is not None or data is not None:
+            sections.setdefault("runtime", {"backend": "inline"})
+        section = validate(_DataPart, {"data": sections.get("data") or {}}).data
+        if data is not None:
+            section = ebm_dist.data.given(data, section)
+        if "sampler" not in sections:
+            sections, section, said = with_recipe(sections, section)
+        parts["data"] = section
+        dumps = {name: part.model_dump(mode="json") for name, part in parts.items()}
+        config = load(sections | dumps)
+    elif not isinstance(config, RunConfig):
+        config = load(config)
+    if data is not None and "data" not in parts:
+        parts["data"] = ebm_dist.data.given(data, config.data)
+    if not parts:
+        return config, None
+    config = config.model_copy(update=parts)
+    if problems := list(check(config)):
+        raise UserError(*problems)
+    return config, said
