@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 from ebm_dist._version import __version__
 
 if TYPE_CHECKING:
+    from ebm_dist.export.sample import sample
     from ebm_dist.export.writer import load_energy
     from ebm_dist.run.train import train
-_LAZY = {"load_energy": "ebm_dist.export.writer", "train": "ebm_dist.run.train"}
+_LAZY = {
+    "load_energy": "ebm_dist.export.writer",
+    "sample": "ebm_dist.export.sample",
+    "train": "ebm_dist.run.train",
+}
 _SUBMODULES = {"diagnostics", "energies", "evaluation", "objectives", "samplers"}
 
-__all__ = ["__version__", "load_energy", "train"]
+__all__ = ["__version__", "load_energy", "sample", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,13 +13,35 @@ from torch import Tensor
 
 from ebm_dist.core.errors import NonFinite, UserError
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.export.reader import Export
+from ebm_dist.export.reader import Export, open_export
 from ebm_dist.files.durable import replacing
 
 Start = Literal["noise", "chains"]
 
 MAX_DRAWN = 2**28
 """Numbers in all samples of one draw: a gibibyte, and a few times that while they are moved."""
+
+
+NUM_STEPS = 1000
+
+
+def sample(
+    export: Export | str | Path, num: int, *, num_steps: int | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Draw from an exported model by the sampler that it was trained with, starting at noise.
+
+    Args:
+        export: the path of an export or of a run that holds one, or what `open_export` or
+            `RunResult.open_export` returned.
+        num_steps: sampler steps of each chain; 1000 when left out.
+
+    Returns:
+        Samples (num, *event) and their energies (num,), float32 on the CPU.
+    """
+    if num < 1:
+        raise UserError(f"num: expected at least 1, got {num}")
+    opened = export if isinstance(export, Export) else open_export(export)
+    return draw(opened, num, NUM_STEPS if num_steps is None else num_steps, seed=seed)
 
 
 def draw(

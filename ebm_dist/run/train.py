@@ -8,7 +8,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from ebm_dist.core.types import EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.data import describe
 from ebm_dist.data.dataset import located
+from ebm_dist.export.reader import Export, open_export
 from ebm_dist.export.writer import export_run
 from ebm_dist.files.durable import refuse_link, replace_text
 from ebm_dist.files.safe_open import make_directory
@@ -67,6 +68,17 @@ class RunResult:
     """The last value of each metric."""
     stopped_by: str | None = None
     """The callback that stopped the run."""
+    config: RunConfig | None = field(default=None, repr=False)
+    """The complete config, which holds a given energy."""
+
+    def open_export(self) -> Export:
+        """The exported model, for `ebm_dist.sample`; its `energy` is in eval mode on the CPU.
+
+        Works also where the energy's class lies in no module, as one of a notebook does.
+        """
+        if self.export_dir is None or self.config is None:
+            raise ValueError(f"{self.run_dir}: the run is not finished, so it has no export yet")
+        return open_export(self.export_dir, energy=self.config.energy)
 
 
 def train(
@@ -270,6 +282,7 @@ def _train(
         export_dir,
         dict(controller.metrics),
         stopped_by,
+        config,
     )
 
 

@@ -1,0 +1,79 @@
+"""Each file of `examples/` and each line of docs/extending.md trains, from outside the package."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+import ebm_dist
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+LINES = [
+    yaml.safe_load(block)
+    for block in re.findall(
+        r"```yaml\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL
+    )
+]
+SMALL = {
+    "run": {"steps": 3},
+    "runtime": {"backend": "inline"},
+    "data": {"source": "toy:two_moons", "toy_samples": 64, "batch_size": 16, "prefetch": 0},
+    "energy": {"name": "mlp", "widths": [8]},
+    "sampler": {"name": "langevin", "step_size": 0.01, "temperature": 1.0, "num_steps": 2},
+    "buffer": {"capacity": 64},
+    "workers": {"num_chains": 16},
+    "tracking": {"wandb": "off"},
+    "evaluation": {"every": None},
+}
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch) -> Path:
+    """A copy of the examples in a directory that only Python's path knows."""
+    copy = shutil.copytree(EXAMPLES, tmp_path / "outside")
+    monkeypatch.setattr(sys, "path", [str(copy), *sys.path])
+    for example in EXAMPLES.glob("own_*.py"):
+        monkeypatch.delitem(sys.modules, example.stem, raising=False)
+    return copy
+
+
+@pytest.mark.parametrize("sections", LINES, ids=lambda sections: next(iter(sections)))
+def test_each_line_of_the_page_trains_with_its_example(sections, outside, tmp_path):
+    sections = {
+        name: section | {"batch_size": 16} if name == "data" else section
+        for name, section in sections.items()
+    }
+    result = ebm_dist.train(
+        SMALL | sections, run_dir=tmp_path / "run", console=Console(file=io.StringIO())
+    )
+    assert result.step == 3
+    module = yaml.safe_dump(sections).partition("target: ")[2].partition(":")[0]
+    assert Path(sys.modules[module].__file__ or "").parent == outside
+
+
+def test_the_page_shows_each_example():
+    text = (ROOT / "docs/extending.md").read_text()
+    targets = set(re.findall(r'target: "(\w+):', text))
+    assert targets == {example.stem for example in EXAMPLES.glob("own_*.py")}
+
+
+def test_the_first_program_runs_and_has_ten_lines(outside):
+    program = (outside / "first_program.py").read_text()
+    lines = [line for line in program.splitlines()[1:] if line]
+    assert len(lines) <= 10
+    assert program.count('"steps": 400') == 1
+    short = program.replace('"steps": 400', '"steps": 5').replace(", 1000)", ", 50, num_steps=5)")
+    done = subprocess.run(
+        [sys.executable, "-c", short], cwd=outside, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("% of the samples lie left")
