@@ -16,6 +16,7 @@ from ebm_dist.config.checks import check
 from ebm_dist.config.run_config import RunConfig, load
 from ebm_dist.config.text import validate
 from ebm_dist.core.errors import UserError
+from ebm_dist.core.plugins import import_plugins
 from ebm_dist.core.section import Section
 from ebm_dist.data.config import DataConfig
 from ebm_dist.run.recipe import with_recipe
@@ -39,7 +40,10 @@ def config_of(
     """
     said, parts = None, {}
     if energy is not None:
-        parts["energy"] = ebm_dist.energies.given(energy)
+        try:
+            parts["energy"] = ebm_dist.energies.given(energy)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     if isinstance(config, Mapping | None):
         sections = dict(config or {})
         if energy is not None or data is not None:
@@ -51,9 +55,11 @@ def config_of(
             sections, section, said = with_recipe(sections, section)
         parts["data"] = section
         dumps = {name: part.model_dump(mode="json") for name, part in parts.items()}
-        config = load(sections | dumps)
-    elif not isinstance(config, RunConfig):
-        config = load(config)
+        config = load(sections | dumps, trusted=True)
+    elif isinstance(config, RunConfig):
+        import_plugins(config.plugins, directory=config.runtime.working_dir)
+    else:
+        config = load(config, trusted=True)
     if data is not None and "data" not in parts:
         parts["data"] = ebm_dist.data.given(data, config.data)
     if not parts:

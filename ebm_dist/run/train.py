@@ -31,7 +31,7 @@ from ebm_dist.controller.controller import Controller
 from ebm_dist.controller.observers.callbacks import Callbacks, load_callbacks
 from ebm_dist.core.errors import RunFailed, UserError, one_line
 from ebm_dist.core.paths import user_path
-from ebm_dist.core.plugins import import_plugins
+from ebm_dist.core.plugins import IN_SESSION, modules_of
 from ebm_dist.core.signals import asking, interrupting
 from ebm_dist.core.types import EventSpec
 from ebm_dist.core.weights import FlatLayout
@@ -69,7 +69,7 @@ class RunResult:
     stopped_by: str | None = None
     """The callback that stopped the run."""
     config: RunConfig | None = field(default=None, repr=False)
-    """The complete config, which holds a given energy."""
+    """The complete config, with the objects that were given."""
 
     def open_export(self) -> Export:
         """The exported model, for `ebm_dist.sample`; its `energy` is in eval mode on the CPU.
@@ -78,7 +78,11 @@ class RunResult:
         """
         if self.export_dir is None or self.config is None:
             raise ValueError(f"{self.run_dir}: the run is not finished, so it has no export yet")
-        return open_export(self.export_dir, energy=self.config.energy)
+        # The run itself has imported them.
+        used = modules_of([self.config.energy.model_dump(), self.config.sampler.model_dump()])
+        given = getattr(self.config.energy, "_given", None)
+        plugins = {*self.config.plugins, *used} - {IN_SESSION}
+        return open_export(self.export_dir, plugins=sorted(plugins), energy=given)
 
 
 def train(
