@@ -260,6 +260,7 @@ def final_screen(
     quality: Mapping[str, float] | None = None,
     interrupted: bool = False,
     stopped_by: str | None = None,
+    from_python: bool = False,
     next_commands: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> None:
@@ -275,6 +276,7 @@ def final_screen(
         quality: a few final metrics to show.
         interrupted: whether the run stopped early; the resume command then comes first.
         stopped_by: the callback that stopped it.
+        from_python: whether objects were given in Python, which no command can find again.
         next_commands: replaces the suggested commands.
     """
     console = console if console is not None else Console()
@@ -290,7 +292,9 @@ def final_screen(
     if quality:
         rows.add_row("", Text("   ".join(f"{k} {number(v)}" for k, v in quality.items())))
     if next_commands is None:
-        next_commands = suggested_commands(run_dir, export, steps=steps, interrupted=interrupted)
+        next_commands = suggested_commands(
+            run_dir, export, steps=steps, interrupted=interrupted, from_python=from_python
+        )
         if wandb and wandb.sync:
             next_commands.append(_near(wandb.sync))
     state = "interrupted" if interrupted else "done"
@@ -312,11 +316,18 @@ def final_screen(
 
 
 def suggested_commands(
-    run_dir: Path, export: str | Path | None, *, steps: int, interrupted: bool = False
+    run_dir: Path,
+    export: str | Path | None,
+    *,
+    steps: int,
+    interrupted: bool = False,
+    from_python: bool = False,
 ) -> list[str]:
     """Commands to run after a run of `steps` updates, ready to paste."""
     ebm_dist = installed.command()
     run = shlex.quote(shown(run_dir).plain)
+    if from_python:
+        return [f"{ebm_dist} report {run}"]
     config = shlex.quote(shown(run_dir / "config.yaml").plain)
     resume = f"{ebm_dist} train {config} --run-dir {run} --resume must"
     if not interrupted:

@@ -68,3 +68,8 @@ def config_of(
     if problems := list(check(config)):
         raise UserError(*problems)
     return config, said
+
+
+def is_given(config: RunConfig) -> bool:
+    """Whether the config holds objects that its dump does not."""
+    return any(getattr(part, "_given", None) is not None for part in (config.energy, config.data))

@@ -45,7 +45,7 @@ from ebm_dist.metrics.progress import Progress, final_screen
 from ebm_dist.report.grid import save_grid
 from ebm_dist.run import init_from
 from ebm_dist.run.assembly import assemble
-from ebm_dist.run.given import config_of
+from ebm_dist.run.given import config_of, is_given
 from ebm_dist.run.object_store import check_shared_memory, store_need
 from ebm_dist.run.preflight import preflight
 from ebm_dist.run.resume import changes, check_resumable
@@ -277,6 +277,7 @@ def _train(
         },
         interrupted=not finished,
         stopped_by=stopped_by,
+        from_python=is_given(config),
         console=console,
     )
     return RunResult(

@@ -71,6 +71,7 @@ def test_the_first_program_runs_and_has_ten_lines(outside):
     lines = [line for line in program.splitlines()[1:] if line]
     assert len(lines) <= 10
     assert program.count('"steps": 400') == 1
+    assert program.partition('"""\n')[2].strip() in (ROOT / "README.md").read_text()
     short = program.replace('"steps": 400', '"steps": 5').replace(", 1000)", ", 50, num_steps=5)")
     done = subprocess.run(
         [sys.executable, "-c", short], cwd=outside, capture_output=True, text=True, timeout=300
