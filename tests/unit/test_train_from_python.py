@@ -135,7 +135,7 @@ def test_a_function_a_factory_and_numpy_data_are_taken(tmp_path):
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
+            self.scale = nn.Parameter(torch.ones(1))
 
         def forward(self, x):
             return self.scale * x.square().sum(1)
