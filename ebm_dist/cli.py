@@ -111,9 +111,9 @@ STOPPED = 75
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv` (sys.argv when None) and return its exit code.
 
-    0 done or stopped by a callback, 2 the user's input is wrong, 1 the run failed, 75 a signal stopped
-    the training after a checkpoint, 130 a signal stopped it before any checkpoint, or stopped another
-    command. `EBM_DIST_DEBUG=1` raises exceptions with their traceback.
+    0 done or stopped by a callback, 2 the user's input is wrong, 1 the run failed, 75 a signal
+    stopped the training after a checkpoint, 130 a signal stopped it before any checkpoint, or
+    stopped another command. `EBM_DIST_DEBUG=1` raises exceptions with their traceback.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
@@ -203,9 +203,9 @@ def _failures_say_how_to_resume(run_dir: Path) -> Iterator[None]:
 
 @app.command(
     epilog="Example: ebm-dist train configs/digits.yaml learner.lr=2e-4 --run-dir runs/digits\n\n"
-    "Exit codes: 0 done or stopped by a callback, 1 the run failed, 2 the input is wrong, 75 stopped "
-    "by Ctrl-C, SIGTERM or SIGHUP after a checkpoint (the same command resumes), 130 stopped before "
-    "any checkpoint."
+    "Exit codes: 0 done or stopped by a callback, 1 the run failed, 2 the input is wrong, 75 "
+    "stopped by Ctrl-C, SIGTERM or SIGHUP after a checkpoint (the same command resumes), 130 "
+    "stopped before any checkpoint."
 )
 def train(
     config: ConfigFile,

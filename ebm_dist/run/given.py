@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def config_of(
     elif isinstance(config, RunConfig):
         import_plugins(config.plugins, directory=config.runtime.working_dir)
     else:
-        config = load(config, trusted=True)
+        dumps = {name: part.model_dump(mode="json") for name, part in parts.items()}
+        instead = [f"{name}={json.dumps(dump)}" for name, dump in dumps.items()]
+        config = load(config, instead, trusted=True)
     if data is not None and "data" not in parts:
         parts["data"] = ebm_dist.data.given(data, config.data)
     if not parts:

@@ -16,8 +16,8 @@ from ebm_dist.data.config import DataConfig
 from ebm_dist.data.dataset import open_dataset
 from ebm_dist.samplers import adapt_step_size, make
 
-NUM_LOOKED_AT = 4096
-"""Events that the scale of real data is taken from."""
+MAX_LOOKED_AT = 2**24
+"""Numbers of real data that its scale is taken from."""
 
 FEW_NUMBERS = 64
 """Of an event: a second thread takes longer to wake than the operations of a small network take.
@@ -45,32 +45,45 @@ def with_recipe(
         The sections, the data section, and a line that names the choice.
     """
     spec = describe(data)
+    size = math.prod(spec.shape)
     if spec.kind == "real":
-        x = load_split(data, "train", NUM_LOOKED_AT).x
+        x = load_split(data, "train", max(NUM_CENTRES, MAX_LOOKED_AT // size)).x
         recipe, said = _real(x), f"of scale {x.std():.3g}"
     elif spec.kind == "image":
         recipe, said = _image(), f"of shape {spec.shape}"
     else:
         recipe, said = _discrete(), f"of shape {spec.shape}"
     batch = data.batch_size
-    recipe["workers"] = {"num_chains": math.gcd(batch, 1024)}
-    if math.prod(spec.shape) <= FEW_NUMBERS:
-        recipe["workers"]["num_threads"] = recipe["learner"]["num_threads"] = 1
-    recipe["buffer"]["capacity"] = 16 * batch  # each chain moves every 16 updates
-    given = {name: dict(section) for name, section in config.items() if section is not None}
-    inline = given.get("runtime", {}).get("backend") == "inline"
+    negatives = _told(config, "buffer").get("num_negatives") or batch
+    if isinstance(negatives, int):
+        recipe["workers"] = {"num_chains": math.gcd(negatives, 1024)}
+        recipe["buffer"]["capacity"] = 16 * negatives  # each chain moves every 16 updates
+    if size <= FEW_NUMBERS:
+        recipe["learner"]["num_threads"] = 1
+        recipe["workers"] = recipe.get("workers", {}) | {"num_threads": 1}
+    inline = _told(config, "runtime").get("backend") == "inline"
     # In one process nothing is gained by chains that run ahead; past a lag of 1 energies run away.
     recipe["flow"] = {"mode": "sync"} if inline else {"max_lag": 1}
     changes = recipe.pop("data", {})
-    if given.get("evaluation", {}).get("every", True) and not open_dataset(data).has("test"):
+    if _told(config, "evaluation").get("every", True) and not open_dataset(data).has("test"):
         changes["holdout"] = 0.1
-    told = given.get("data", {})
+    told = _told(config, "data")
     data = data.model_copy(update={k: v for k, v in changes.items() if k not in told})
-    filled = {**given, **{name: part | given.get(name, {}) for name, part in recipe.items()}}
+    if config.get("objective") is not None:
+        recipe.pop("objective", None)
+    filled = dict(config)
+    for name, part in recipe.items():
+        if isinstance(filled.get(name), Mapping | None):  # what is no section is refused later
+            filled[name] = part | _told(config, name)
     sampler = recipe["sampler"]
     shown = ", ".join(f"{key} {value:g}" for key, value in sampler.items() if key in _SHOWN)
     line = f"sampler left out: {sampler['name']} ({shown}) for {spec.kind} events {said}"
     return filled, data, f"{line}; config.yaml has the whole recipe"
+
+
+def _told(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = config.get(name)
+    return dict(section) if isinstance(section, Mapping) else {}
 
 
 _SHOWN = ("step_size", "noise_std", "grad_clip", "num_steps")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from torch import nn
 
@@ -178,6 +179,8 @@ def test_images_and_bits_get_the_recipe_of_their_kind():
     assert "langevin" in said
     assert config.sampler.clamp == (-1.0, 1.0)  # type: ignore[attr-defined]
     assert config.data.noise_std == 0.03
+    config, _ = config_of({"objective": {"name": "score_matching"}}, linear, images)
+    assert config.objective.name == "score_matching"  # type: ignore[attr-defined]
     bits = torch.rand(200, 9) < 0.5
     config, said = config_of({"data": {"holdout": 0.2}}, nn.Linear(9, 1), bits)
     assert said is not None
@@ -196,10 +199,20 @@ def test_what_the_caller_says_stays_beside_what_is_filled_in():
     assert given.buffer.reinit_prob == load(SMALL | {"energy": {"name": "mlp"}}).buffer.reinit_prob
 
 
+def test_a_file_that_leaves_the_energy_out_is_completed_by_the_one_given(tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(SMALL))
+    config, said = config_of(tmp_path / "run.yaml", net(), points())
+    assert said is None
+    assert config.energy.name == "module"  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="energy: missing"):
+        config_of(tmp_path / "run.yaml", None, points())
+
+
 @pytest.mark.parametrize(
     ("config", "energy", "data", "said"),
     [
         ({"data": {"batch_sise": 4}}, net(), points(), "data.batch_sise: unknown key"),
+        ({"buffer": "large"}, net(), points(), "buffer: expected a section of keys"),
         ({"run": {"steps": "many"}}, net(), points(), "run.steps: expected a whole number"),
         ({}, None, points(), "energy: missing"),
         ({}, net(), torch.ones(200, 2), "all events looked at are the same"),
