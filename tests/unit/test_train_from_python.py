@@ -172,9 +172,8 @@ def test_a_tensor_and_a_network_get_an_exact_sampler_at_the_scale_of_the_data():
 
 def test_images_and_bits_get_the_recipe_of_their_kind():
     images = torch.randint(0, 256, (200, 1, 8, 8), dtype=torch.uint8)
-    config, said = config_of(
-        {}, nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0)), images
-    )
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0))
+    config, said = config_of({}, linear, images)
     assert said is not None
     assert "langevin" in said
     assert config.sampler.clamp == (-1.0, 1.0)  # type: ignore[attr-defined]
