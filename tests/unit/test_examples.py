@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from rich.console import Console
 
 import ebm_dist
+from ebm_dist import energies
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -37,13 +39,21 @@ SMALL = {
 
 
 @pytest.fixture
-def outside(tmp_path, monkeypatch) -> Path:
+def outside(tmp_path, monkeypatch) -> Iterator[Path]:
     """A copy of the examples in a directory that only Python's path knows."""
     copy = shutil.copytree(EXAMPLES, tmp_path / "outside")
     monkeypatch.setattr(sys, "path", [str(copy), *sys.path])
     for example in EXAMPLES.glob("own_*.py"):
         monkeypatch.delitem(sys.modules, example.stem, raising=False)
-    return copy
+    yield copy
+    energies.FAMILY.members.pop("tall", None)
+    for example in EXAMPLES.glob("own_*.py"):  # of a directory that is about to go
+        sys.modules.pop(example.stem, None)
+
+
+def named(block: str) -> set[str]:
+    """The examples that lines of a config name."""
+    return set(re.findall(r"\bown_\w+", block))
 
 
 @pytest.mark.parametrize("sections", LINES, ids=lambda sections: next(iter(sections)))
@@ -56,14 +66,16 @@ def test_each_line_of_the_page_trains_with_its_example(sections, outside, tmp_pa
         SMALL | sections, run_dir=tmp_path / "run", console=Console(file=io.StringIO())
     )
     assert result.step == 3
-    module = yaml.safe_dump(sections).partition("target: ")[2].partition(":")[0]
+    (module,) = named(yaml.safe_dump(sections))
     assert Path(sys.modules[module].__file__ or "").parent == outside
 
 
 def test_the_page_shows_each_example():
     text = (ROOT / "docs/extending.md").read_text()
-    targets = set(re.findall(r'target: "(\w+):', text))
-    assert targets == {example.stem for example in EXAMPLES.glob("own_*.py")}
+    shown = set().union(
+        *(named(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    )
+    assert shown == {example.stem for example in EXAMPLES.glob("own_*.py")}
 
 
 def test_the_first_program_runs_and_has_ten_lines(outside):
