@@ -141,7 +141,7 @@ def _flow(
 ) -> tuple[RoundPool, Progress, Callable[[], None]]:
     """A pool, its progress, and what makes an update of a quarter as many leases as workers."""
     progress, num_workers = Progress(), len(workers)
-    shards, crew = Shards(backend, [SLOTS] * len(parts)), Crew(backend, say=print, **options)
+    shards, crew = Shards(backend, [SLOTS] * len(parts)), Crew(backend, **options)
     shards.start(lambda index: parts[index])
     crew.start(num_workers, lambda index: workers[index])
     pool = RoundPool(
@@ -150,7 +150,6 @@ def _flow(
         crew,
         on_replaced=lambda shard: Redo(),
         on_rejected=lambda shard: Redo(),
-        say=print,
         num_chains=CHAINS,
         depth=2,
         hang_s=1e9,

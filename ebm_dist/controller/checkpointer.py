@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ from ebm_dist.cluster.stall import answer
 from ebm_dist.controller.parts import Graph
 from ebm_dist.core.errors import NonFinite, RunFailed
 from ebm_dist.core.types import Arrays, RankState, ShardMeta, ShardState
+
+log = logging.getLogger("ebm_dist.run")
 
 PATIENCE_S = 5.0
 """The loop waits this long for the write before; then the cut that is due is taken later."""
@@ -66,14 +69,12 @@ class Checkpointer:
         *,
         meta: Mapping[str, Any],
         timeout: float,
-        say: Callable[[str], None],
         on_checkpoint: Callable[[Path], None],
     ) -> None:
         """
         Args:
             meta: what every checkpoint says of the run.
             timeout: seconds within which a part answers and a disk writes.
-            say: is told what was written and what was not.
             on_checkpoint: is called with each checkpoint that has been written.
         """
         self._graph = graph
@@ -81,7 +82,6 @@ class Checkpointer:
         self._run_dir = run_dir
         self._meta = dict(meta)
         self._timeout = timeout
-        self._say = say
         self._on_checkpoint = on_checkpoint
         self._backend = graph.backend
         self._number = 0
@@ -113,7 +113,7 @@ class Checkpointer:
             return
         if not self.settle(0.0 if self._owed else PATIENCE_S):
             if not self._owed:
-                self._say(
+                log.info(
                     f"the checkpoint of update {self._taken} is still being written; the one of "
                     f"update {progress.step} is taken once it is"
                 )
@@ -130,7 +130,7 @@ class Checkpointer:
         """
         if self.settle(self._timeout) and self._written == progress.step:
             if why:
-                self._say(why)
+                log.info(why)
             return
         for attempt in range(FINAL_TRIES):
             if self._write is not None:  # a disk that hangs
@@ -205,7 +205,7 @@ class Checkpointer:
             raise NonFinite(f"update {write.step}: {write.error}")
         elif isinstance(write.error, OSError):
             reason = write.error.strerror or first_line(write.error)
-            self._say(
+            log.info(
                 f"checkpoint at update {write.step} not written ({reason}): "
                 f"{self._run_dir}; the one before it is still valid, training goes on"
             )
@@ -226,7 +226,7 @@ class Checkpointer:
         changed = sum(meta.since is not None for meta in write.metas)
         what = f", {changed} of {len(write.metas)} shards by what changed" if changed else ""
         why = f" ({write.why})" if write.why else ""
-        self._say(
+        log.info(
             f"checkpoint {path.name}{why}: {write.blocked_s:.3f} s of the loop, "
             f"{write.seconds:.2f} s to write{what}"
         )

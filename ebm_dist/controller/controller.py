@@ -10,6 +10,7 @@ Every wait looks whether they came: rounds that were given lost ones do not come
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.controller.workers.autoscaler import Steward
 from ebm_dist.core.errors import NonFinite, RunFailed
 from ebm_dist.learner import learning_rate
+
+log = logging.getLogger("ebm_dist.run")
 
 LEAVING_S = 30.0
 """A run that fails waits this long for the checkpoint that is being written."""
@@ -77,7 +80,6 @@ class Controller:
             run_dir,
             meta=meta,
             timeout=flow.stall_timeout_s,
-            say=view.say,
             on_checkpoint=callbacks.on_checkpoint,
         )
         self._way_back = WayBack(
@@ -89,7 +91,6 @@ class Controller:
             self._cuts,
             wait=self._wait,
             publish=self._publish_current,
-            view=view,
             run_dir=run_dir,
             name=meta["name"],
         )
@@ -99,7 +100,6 @@ class Controller:
             graph.crew,
             on_replaced=self._way_back.on_replaced,
             on_rejected=self._way_back.on_rejected,
-            say=view.say,
             num_chains=config.workers.num_chains,
             depth=2,
             hang_s=2.0 * graph.lease_timeout_s,
@@ -128,15 +128,12 @@ class Controller:
         )
         self._steward = None
         if graph.elasticity is not None:
-            self._steward = Steward(
-                self._pool.crew, self._negatives.waits, graph.elasticity, view.say
-            )
+            self._steward = Steward(self._pool.crew, self._negatives.waits, graph.elasticity)
         self._mover = Mover(
             graph.backend,
             graph.shards,
             graph.leave,
             self._pool,
-            say=view.say,
             timeout=flow.stall_timeout_s,
         )
         self._rank_mover = RankMover(
@@ -147,7 +144,6 @@ class Controller:
             attempts,
             self._wait,
             self._publish_current,
-            say=view.say,
         )
         self._lookout = Lookout(
             graph,
@@ -157,7 +153,6 @@ class Controller:
             self._window,
             timeout=flow.stall_timeout_s,
             save_grid=save_grid,
-            say=view.say,
             on_evaluation=callbacks.on_evaluation,
         )
 
@@ -232,10 +227,10 @@ class Controller:
                 why = f"{self._callbacks.why_stopped} at update {step}"
                 self._cuts.finish(self.progress, why)
             else:
-                self._view.say(f"stopped within update {step}: it is repeated from its checkpoint")
+                log.info(f"stopped within update {step}: it is repeated from its checkpoint")
                 self._cuts.settle(LEAVING_S)
         except (PartDied, Halted, NonFinite, RunFailed) as trouble:
-            self._view.say(f"stopped at update {step}, without a checkpoint of it: {trouble}")
+            log.info(f"stopped at update {step}, without a checkpoint of it: {trouble}")
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -18,10 +18,9 @@ from ebm_dist.controller.workers.membership import Crew
 
 
 class View(Protocol):
-    """What the person watching sees; `metrics.progress.Progress` is one."""
+    """Shows how far the run is; `metrics.progress.Progress` is one. Events go to `logging`."""
 
     def update(self, step: int, metrics: dict[str, float], waits: str) -> None: ...
-    def say(self, line: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

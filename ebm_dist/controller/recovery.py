@@ -8,6 +8,7 @@ everything goes back, and the updates are not repeated but tried with other nois
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +22,13 @@ from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.checkpointer import Checkpointer
 from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.learners import Wait
-from ebm_dist.controller.parts import Graph, View
+from ebm_dist.controller.parts import Graph
 from ebm_dist.controller.retry import Attempts, Decision, GoBack, Redo, RollBack, obey
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.core.errors import NonFinite, RunFailed
 from ebm_dist.learner import LearnerConfig
+
+log = logging.getLogger("ebm_dist.run")
 
 Trouble = PartDied | NonFinite | RollBack
 TROUBLE = (PartDied, NonFinite, RollBack)
@@ -49,7 +52,6 @@ class WayBack:
         *,
         wait: Wait,
         publish: Callable[[], None],
-        view: View,
         run_dir: Path,
         name: str,
     ) -> None:
@@ -68,7 +70,6 @@ class WayBack:
         self._cuts = cuts
         self._wait = wait
         self._publish = publish
-        self._view = view
         self._run_dir = run_dir
         self._name = name
         self.chains_go_back = False
@@ -191,7 +192,7 @@ class WayBack:
         lost = self._progress.step - found.step
         what = " and ".join(self._graph.learners.dead())
         why = f"{what} died ({decision.reason})" if what else decision.reason
-        self._view.say(f"{why}: going back {lost} updates to {found.path.name}")
+        log.info(f"{why}: going back {lost} updates to {found.path.name}")
         if self._graph.learners.lost():
             self._graph.learners.rebuild(self._wait)
         self._load_learners(found)
@@ -209,7 +210,7 @@ class WayBack:
         self._pool.redo_lost()
         rate = f", learning rate x {progress.lr_factor:g}" if progress.rollbacks else ""
         seconds = time.monotonic() - start
-        self._view.say(f"the learners go on after {seconds:.1f} s{rate}")
+        log.info(f"the learners go on after {seconds:.1f} s{rate}")
 
     def _replace_dead_shards(self) -> None:
         for index, shard in enumerate(self._graph.shards):
@@ -233,7 +234,7 @@ class WayBack:
             what = f"{status.counts.capacity} chains rolled back to update " + (
                 str(found.step) if found is not None and taken else "0"
             )
-        self._view.say(f"{shard.name} is back with {what} after {time.monotonic() - start:.1f} s")
+        log.info(f"{shard.name} is back with {what} after {time.monotonic() - start:.1f} s")
         return Redo()
 
     def on_rejected(self, shard: int) -> Decision:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from ebm_dist.run.placement.placer import Place
 from ebm_dist.run.placement.places import placed, shard_notice
 from ebm_dist.run.start_up import await_parts, meet
 
+log = logging.getLogger("ebm_dist.run")
+
 
 def assemble(
     config: RunConfig,
@@ -49,14 +52,12 @@ def assemble(
     backend: Backend,
     found: checkpoint.CheckpointDir | None,
     stack: contextlib.ExitStack,
-    say: Callable[[str], None],
 ) -> Graph:
     """Start every part on `backend`, and wire them.
 
     Args:
         found: the checkpoint that the run goes on from.
         stack: is given what has to be left in order when the run ends.
-        say: is told what dies and is replaced.
 
     Raises:
         RunFailed: a part did not start in runtime.start_timeout_s.
@@ -64,9 +65,9 @@ def assemble(
     needs_negatives = config.objective.takes_negatives
     capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
     shards = Shards(backend, capacities if needs_negatives else ())
-    crew = Crew(backend, say=say, start_timeout_s=config.runtime.start_timeout_s)
-    spawn = _Spawner(config, spec, run_dir, backend, found, shards, crew, say)
-    hub = HubLink(backend, spawn.hub, resume_id=spawn.tracking_id, say=say)
+    crew = Crew(backend, start_timeout_s=config.runtime.start_timeout_s)
+    spawn = _Spawner(config, spec, run_dir, backend, found, shards, crew)
+    hub = HubLink(backend, spawn.hub, resume_id=spawn.tracking_id)
     shards.start(spawn.shard)
     # Before the workers, which are given what the ranks leave.
     learners = LearnerGroup(
@@ -82,10 +83,10 @@ def assemble(
     crew.start(low if backend.concurrent else config.workers.num_workers, spawn.worker)
     nodes = {worker.node for worker in crew}
     if backend.concurrent and (line := shard_notice(len(shards), high, nodes)):
-        say(line)
+        log.info(line)
     evaluator = None
     if config.evaluation.every is not None:
-        evaluator = EvaluatorLink(backend, spawn.evaluator, say=say)
+        evaluator = EvaluatorLink(backend, spawn.evaluator)
     auditor = None
     if config.evaluation.audit_every is not None:
         auditor = AuditLink(
@@ -98,11 +99,10 @@ def assemble(
             wait_s=config.flow.stall_timeout_s
             if config.flow.mode == "sync" and config.evaluation.audit_feedback
             else 0.0,
-            say=say,
         )
     observers = [link for link in (hub, evaluator, auditor) if link is not None]
-    await_parts(backend, [*observers, shards, crew, learners], say)
-    meet(backend, learners, say)
+    await_parts(backend, [*observers, shards, crew, learners])
+    meet(backend, learners)
 
     def close_ranks() -> None:
         # DeepSpeed's process group outlives the actor call that made it; leave it in order.
@@ -120,7 +120,6 @@ def assemble(
             generator=is_short_run_generator(
                 config.sampler.build().temperature, config.buffer.reinit_prob
             ),
-            say=say,
             timeout=config.flow.stall_timeout_s,
         )
     return Graph(
@@ -158,9 +157,7 @@ class _Spawner:
         found: checkpoint.CheckpointDir | None,
         shards: Shards,
         crew: Crew,
-        say: Callable[[str], None],
     ) -> None:
-        self._say = say
         self._config = config
         self._spec = spec
         self._run_dir = run_dir
@@ -176,7 +173,6 @@ class _Spawner:
             mode=config.flow.mode,
             shards=shards,
             crew=crew,
-            say=say,
         )
         self._ranks: list[Place] = []
         self._worker_of: dict[int, WorkerClient] = {}
@@ -307,7 +303,7 @@ class _Spawner:
         if (ranks := self.placer.for_ranks(held)) is None:
             return None
         for worker in ranks.yielding:
-            self._say(f"{worker.name} ends: the learner ranks need its GPU")
+            log.info(f"{worker.name} ends: the learner ranks need its GPU")
             self._backend.kill(worker.handle)
         self._ranks = ranks.places
         return ranks.places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from ebm_dist.controller.retry import Attempts
 from ebm_dist.controller.rounds.round import MAX_STARTS
 from ebm_dist.core.errors import RunFailed
 
+log = logging.getLogger("ebm_dist.run")
+
 
 class Owner(Protocol):
     """Owns all parts of one kind."""
@@ -22,11 +25,10 @@ class Owner(Protocol):
     def start_again(self, dead: Handle) -> None: ...
 
 
-def await_parts(backend: Backend, owners: Sequence[Owner], say: Callable[[str], None]) -> None:
+def await_parts(backend: Backend, owners: Sequence[Owner]) -> None:
     """Wait until every part has started; a part that dies meanwhile is started again.
 
     Args:
-        say: reports deaths.
 
     Raises:
         RunFailed: one part died too often.
@@ -43,11 +45,11 @@ def await_parts(backend: Backend, owners: Sequence[Owner], say: Callable[[str], 
                 f"{dead.name} was started {MAX_STARTS} times and died each time ({died}). If "
                 "memory ran out, lower workers.num_workers or data.batch_size; see its log"
             )
-        say(f"{dead.name} died while the run started ({died}); another one is started")
+        log.info(f"{dead.name} died while the run started ({died}); another one is started")
         next(owner for owner in owners if dead in owner.handles).start_again(dead)
 
 
-def meet(backend: Backend, learners: LearnerGroup, say: Callable[[str], None]) -> None:
+def meet(backend: Backend, learners: LearnerGroup) -> None:
     """Let the ranks form their group; if one dies meanwhile, all are replaced."""
 
     def wait(
@@ -75,5 +77,7 @@ def meet(backend: Backend, learners: LearnerGroup, say: Callable[[str], None]) -
             return
         except PartDied as died:
             attempts.failed(died)
-            say(f"{' and '.join(learners.dead()) or 'a rank'} died ({died}); all ranks start anew")
+            log.info(
+                f"{' and '.join(learners.dead()) or 'a rank'} died ({died}); all ranks start anew"
+            )
             form = learners.rebuild

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ from ebm_dist.run.run_dir import Resume, claimed, run_log, starting_point, writa
 from ebm_dist.run.warm_up import warmed_up
 
 log = logging.getLogger("ebm_dist")
+events = logging.getLogger("ebm_dist.run")
+"""What a person who watches the run sees, line by line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +206,9 @@ def _train(
 ) -> RunResult:
     with contextlib.ExitStack() as stack:
         view = stack.enter_context(Progress(config.run.steps, config.run.name, console))
+        stack.enter_context(_shown(view))
         for line in notices:
-            _Logged(view).say(line)
+            events.info(line)
         view.say("starting " + ("in this process" if config.runtime.backend == "inline" else "Ray"))
         stop = threading.Event()
         try:
@@ -217,7 +220,7 @@ def _train(
         stack.enter_context(interrupting())
         if (notice := getattr(backend, "log_dir", None)) is not None:
             log.info("Ray's logs: %s", notice)
-        graph = assemble(config, spec, run_dir, backend, found, stack, _Logged(view).say)
+        graph = assemble(config, spec, run_dir, backend, found, stack)
         for line in found.skipped if found else ():
             view.say(f"passed over a damaged checkpoint: {line}")
 
@@ -227,14 +230,14 @@ def _train(
                 make_directory(path.parent)
                 return save_grid(torch.from_numpy(np.array(chains)), path, spec)
             except OSError as error:
-                _Logged(view).say(f"{path.name} not written ({error.strerror or error})")
+                events.info(f"{path.name} not written ({error.strerror or error})")
                 return None
 
         controller = Controller(
             graph,
             config,
             run_dir=run_dir,
-            view=_Logged(view),
+            view=view,
             meta=_meta(config, spec, found.meta.get("init_from") if found else None),
             save_grid=draw,
             callbacks=callbacks,
@@ -353,18 +356,30 @@ def _num_readers(config: RunConfig) -> int:
     return config.learner.num_ranks + 2 + shards
 
 
-class _Logged:
-    """The view, with each line it is told kept in the run's log."""
+class _Events(logging.Handler):
+    """Shows in the view what is logged of a run; `run.log` keeps it as well."""
 
     def __init__(self, view: Progress) -> None:
+        super().__init__()
         self._view = view
 
-    def update(self, step: int, metrics: dict[str, float], waits: str) -> None:
-        self._view.update(step, metrics, waits)
+    def filter(self, record: logging.LogRecord) -> bool:
+        # Names in it may come from files: this handler is the first to see it, the log the next.
+        record.msg, record.args = one_line(record.getMessage()), ()
+        return True
 
-    def say(self, line: str) -> None:
-        log.info(one_line(line))
-        self._view.say(line)
+    def emit(self, record: logging.LogRecord) -> None:
+        self._view.say(record.getMessage())
+
+
+@contextlib.contextmanager
+def _shown(view: Progress) -> Iterator[None]:
+    handler = _Events(view)
+    events.addHandler(handler)
+    try:
+        yield
+    finally:
+        events.removeHandler(handler)
 
 
 def _short_hash(text: str) -> str:

@@ -58,7 +58,7 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
     def worker(index: int) -> WorkerClient:
         return WorkerClient(backend.spawn(Worker, kwargs, name=f"worker-{index}", num_threads=1))
 
-    shards, crew = Shards(backend, [capacity] * 2), Crew(backend, say=print)
+    shards, crew = Shards(backend, [capacity] * 2), Crew(backend)
     shards.start(shard)
     crew.start(num_workers, worker)
     backend.await_started([*shards.handles, *crew.handles])
@@ -73,7 +73,6 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
         crew,
         on_replaced=fail,
         on_rejected=fail,
-        say=print,
         num_chains=CHAINS,
         depth=2,
         hang_s=1e9,

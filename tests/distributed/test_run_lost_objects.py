@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import Counter
@@ -104,11 +105,10 @@ class Graph:
     def __init__(self, backend: RayBackend, nodes: list[str], rank_nodes: list[str]) -> None:
         self.backend, self.nodes = backend, list(nodes)
         self.counts: Counter[str] = Counter()
-        self.said: list[str] = []
         self.progress = Progress()
         self.shards = Shards(backend, [CAPACITY // 2] * 2)
         self.shards.start(self.shard)
-        self.crew = Crew(backend, say=self.said.append)
+        self.crew = Crew(backend)
         self.crew.start(2, self.worker)
         self.learners = LearnerGroup(
             backend,
@@ -129,7 +129,6 @@ class Graph:
             self.crew,
             on_replaced=lambda shard: Redo(),
             on_rejected=lambda shard: Redo(),
-            say=self.said.append,
             num_chains=CHAINS,
             depth=2,
             hang_s=120.0,
@@ -209,8 +208,13 @@ def backend(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayBacken
 
 
 def test_negatives_and_weights_lost_with_their_nodes_cost_neither_the_ranks_nor_the_run(
-    cluster: Any, backend: RayBackend
+    cluster: Any,
+    backend: RayBackend,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    caplog.set_level("INFO", logger="ebm_dist.run")
+    monkeypatch.setattr(logging.getLogger("ebm_dist.run"), "handlers", [caplog.handler])
     head = cluster.head_node.node_id
     first, second = (node for node in cluster.list_all_nodes() if node.node_id != head)
     graph = Graph(backend, [first.node_id, second.node_id], rank_nodes=[head, second.node_id])
@@ -240,8 +244,8 @@ def test_negatives_and_weights_lost_with_their_nodes_cost_neither_the_ranks_nor_
         assert max(graph.update()) <= 4
     graph.check()
     assert not graph.learners.lost()
-    assert sum(line.startswith("shard-0 died") for line in graph.said) == 1
-    assert not any("worker-1" in line for line in graph.said)
+    assert sum(line.startswith("shard-0 died") for line in caplog.messages) == 1
+    assert not any("worker-1" in line for line in caplog.messages)
 
     # Weights that nobody has fetched before their node goes: its rank was the first to hold them.
     # Rounds and newcomers under them wait for the next; no round is given up for it.

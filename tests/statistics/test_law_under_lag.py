@@ -132,7 +132,7 @@ class Scripted:
         clock = lambda: next(ticks) / 100  # noqa: E731
         shards = Shards(self.backend, [capacity])
         shards.start(lambda index: client)
-        crew = Crew(self.backend, say=print, clock=clock)
+        crew = Crew(self.backend, clock=clock)
         crew.start(num_handles, lambda index: worker)
         self.pool = RoundPool(
             self.backend,
@@ -140,7 +140,6 @@ class Scripted:
             crew,
             on_replaced=lambda shard: Redo(),
             on_rejected=lambda shard: Redo(),
-            say=print,
             num_chains=num_chains,
             depth=2,
             hang_s=1e9,

@@ -209,7 +209,7 @@ def test_a_log_that_the_disk_refuses_says_later_how_much_it_lost(tmp_path, capsy
     assert capsys.readouterr().err == ""
 
 
-def test_a_hub_that_cannot_start_on_a_full_disk_does_not_end_the_run():
+def test_a_hub_that_cannot_start_on_a_full_disk_does_not_end_the_run(caplog, monkeypatch):
     """The first hub dies, the second cannot start, the third takes what was sent meanwhile."""
 
     class Backend:
@@ -243,14 +243,15 @@ def test_a_hub_that_cannot_start_on_a_full_disk_does_not_end_the_run():
             return {}
 
     backend = Backend()
-    said: list[str] = []
+    caplog.set_level("INFO", logger="ebm_dist.run")
+    monkeypatch.setattr(logging.getLogger("ebm_dist.run"), "handlers", [caplog.handler])
     spawn = lambda resume_id: HubClient(backend.spawn(resume_id))  # type: ignore[arg-type]  # noqa: E731
-    hub = HubLink(backend, spawn, resume_id=None, say=said.append)  # type: ignore[arg-type]
+    hub = HubLink(backend, spawn, resume_id=None)  # type: ignore[arg-type]
     for step in range(3):
         hub.log(step, 0, {"energy/gap": 0.0})
     assert backend.num == 3
     assert [args[1] for args in backend.logged] == [0, 1, 2]
-    assert len(said) == 2
+    assert len(caplog.messages) == 2
 
 
 # --- signals ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ repeated, and the version of the weights stays, since they do.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from ebm_dist.controller.draining.shards import LOOK_S
 from ebm_dist.controller.learners import LearnerGroup, Wait
 from ebm_dist.controller.parts import Leave
 from ebm_dist.controller.retry import Attempts
+
+log = logging.getLogger("ebm_dist.run")
 
 
 class RankMover:
@@ -35,7 +38,6 @@ class RankMover:
         wait: Wait,
         publish: Callable[[], None],
         *,
-        say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -48,7 +50,6 @@ class RankMover:
         self._leave = leave
         self._progress = progress
         self._attempts = attempts
-        self._say = say
         self._wait = wait
         self._publish = publish
         self._clock = clock
@@ -75,7 +76,7 @@ class RankMover:
             self._move(leaving, nodes, now)
         elif leaving != self._stays:
             self._stays = leaving
-            self._say(
+            log.info(
                 f"{' and '.join(leaving)} cannot leave the node, which is about to leave: there is "
                 "no room for the learner ranks elsewhere. With the node they go back to the last "
                 "checkpoint"
@@ -103,7 +104,7 @@ class RankMover:
                 self._attempts.failed(died)
                 where = None  # one of the nodes may be gone: Ray knows which are there
         self._attempts.started()
-        self._say(
+        log.info(
             f"{' and '.join(leaving)} left the node, which is about to leave: the learners go on "
             f"from update {self._progress.step} after {self._clock() - since:.1f} s"
         )

@@ -7,6 +7,7 @@ is lost, and none goes back to a checkpoint as it would if the node took them al
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.parts import Leave
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.controller.shards import Shards
+
+log = logging.getLogger("ebm_dist.run")
 
 LOOK_S = 2.0
 """Between two looks at the cluster."""
@@ -44,7 +47,6 @@ class Mover:
         leave: Leave | None,
         pool: RoundPool,
         *,
-        say: Callable[[str], None],
         timeout: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -57,7 +59,6 @@ class Mover:
         self._shards = shards
         self._leave = leave
         self._pool = pool
-        self._say = say
         self._timeout = timeout
         self._clock = clock
         self._moves: dict[int, _Move] = {}
@@ -106,7 +107,7 @@ class Mover:
         self._backend.wait([move.old.remove_files()], REMOVAL_S)
         self._pool.move_shard(index, move.new)
         seconds = self._clock() - move.since
-        self._say(
+        log.info(
             f"{move.old.name} has left its node, which is about to leave, with all its chains "
             f"({seconds:.1f} s)"
         )

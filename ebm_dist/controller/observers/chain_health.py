@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable
 
 from ebm_dist.cluster.backend import Backend
 from ebm_dist.cluster.stall import answer
 from ebm_dist.controller.shards import Shards
 from ebm_dist.evaluation.regime import GENERATOR
+
+log = logging.getLogger("ebm_dist.run")
 
 
 class ShardWatch:
@@ -22,7 +24,6 @@ class ShardWatch:
         *,
         reseed: bool,
         generator: bool,
-        say: Callable[[str], None],
         timeout: float,
     ) -> None:
         """
@@ -30,14 +31,12 @@ class ShardWatch:
             reseed: give stuck chains a fresh start where the alarm sounds.
             generator: chains are a short-run generator's, which keep their mode: it is said once,
                 and is no alarm.
-            say: is told an alarm when a shard falls into it, and not again before it has recovered.
         """
         self._backend = backend
         self._shards = shards
         self._reseed = reseed
         self._generator = generator
         self._generator_told = False
-        self._say = say
         self._timeout = timeout
         self._alarmed: set[int] = set()
         self._num_alarms = 0
@@ -66,12 +65,12 @@ class ShardWatch:
             if self._generator:
                 if not self._generator_told:
                     self._generator_told = True
-                    self._say(GENERATOR)
+                    log.info(GENERATOR)
                 continue
             self._num_alarms += 1
             if index not in self._alarmed:
                 self._alarmed.add(index)
-                self._say(report.alarm)
+                log.info(report.alarm)
         if not sums:
             return {}
         return {

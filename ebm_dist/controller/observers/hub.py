@@ -7,6 +7,7 @@ told again to its successor.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref
 from ebm_dist.controller.clients import HubClient
 from ebm_dist.core.errors import UserError
 from ebm_dist.metrics.hub import HubInfo
+
+log = logging.getLogger("ebm_dist.run")
 
 MAX_UNCONFIRMED = 1000
 """Calls kept for a successor of the hub; the oldest are forgotten first."""
@@ -37,18 +40,15 @@ class HubLink:
         spawn: Callable[[str | None], HubClient],
         *,
         resume_id: str | None,
-        say: Callable[[str], None],
     ) -> None:
         """
         Args:
             spawn: starts a hub that continues the W&B run of the given id.
-            say: is told that a hub was replaced.
         """
         self.restarts = 0
         self.client = spawn(resume_id)
         self._backend = backend
         self._spawn = spawn
-        self._say = say
         self._info = HubInfo(id=resume_id)
         self._not_before = 0.0
         self._unconfirmed: deque[tuple[Ref[None], _Call]] = deque(maxlen=MAX_UNCONFIRMED)
@@ -124,7 +124,7 @@ class HubLink:
         self._replace(error)
 
     def _replace(self, died: Exception) -> None:
-        self._say(f"the metric hub died ({died}); another one goes on in its place")
+        log.info(f"the metric hub died ({died}); another one goes on in its place")
         self.start_anew()
         again = list(self._unconfirmed)
         self._unconfirmed.clear()

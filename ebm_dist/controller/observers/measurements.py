@@ -5,6 +5,7 @@ Either may die at any moment: the update that it was at then goes without its me
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import ClassVar, Generic, TypeVar
@@ -17,6 +18,8 @@ from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref, first_line
 from ebm_dist.controller.clients import AuditorClient, EvaluatorClient
 from ebm_dist.core.types import NegativeArrays
 from ebm_dist.evaluation.config import EvaluationConfig
+
+log = logging.getLogger("ebm_dist.run")
 
 C = TypeVar("C", EvaluatorClient, AuditorClient)
 T = TypeVar("T")
@@ -31,14 +34,11 @@ class MeasurementLink(Generic[C, T]):
     without: ClassVar[str]
     """Ends the line that says that an update goes without it."""
 
-    def __init__(
-        self, backend: Backend, spawn: Callable[[], C], *, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, backend: Backend, spawn: Callable[[], C]) -> None:
         self.restarts = 0
         self.client = spawn()
         self._backend = backend
         self._spawn = spawn
-        self._say = say
         self._pending: tuple[int, Ref[T]] | None = None
 
     @property
@@ -61,16 +61,16 @@ class MeasurementLink(Generic[C, T]):
         try:
             return step, self._backend.get(ref, 60.0)
         except PartDied as died:
-            self._say(f"{self.part} died ({died}); update {step} {self.without}")
+            log.info(f"{self.part} died ({died}); update {step} {self.without}")
             self.start_anew()
         except Exception as error:  # a measurement that fails must not cost the run
-            self._say(f"{self.failure} update {step} failed: {first_line(error)}")
+            log.info(f"{self.failure} update {step} failed: {first_line(error)}")
         return None
 
     def give_up(self, why: str) -> None:
         """Do without the measurement under way."""
         if self._pending is not None:
-            self._say(f"update {self._pending[0]} {self.without}: {why}")
+            log.info(f"update {self._pending[0]} {self.without}: {why}")
             self._pending = None
             self.start_anew()
 
@@ -122,7 +122,6 @@ class AuditLink(MeasurementLink[AuditorClient, AuditFindings]):
         divisor: int,
         from_chains: bool,
         wait_s: float,
-        say: Callable[[str], None],
     ) -> None:
         """
         Args:
@@ -132,7 +131,7 @@ class AuditLink(MeasurementLink[AuditorClient, AuditFindings]):
             wait_s: how long training waits for an audit; in sync mode its findings must enter at
                 the same update in every run.
         """
-        super().__init__(backend, spawn, say=say)
+        super().__init__(backend, spawn)
         assert config.audit_every is not None
         self.from_chains = from_chains
         self.every: int = config.audit_every
@@ -160,7 +159,7 @@ class AuditLink(MeasurementLink[AuditorClient, AuditFindings]):
             return None
         step, found = done
         if found.alarm is not None:
-            self._say(f"update {step}: {found.alarm}")
+            log.info(f"update {step}: {found.alarm}")
         if self._config.audit_feedback:
             self._feed_back(found.negatives, found.energies, version)
         return step, {**found.values, "audit/fed_back": float(self._fed_back)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from ebm_dist.controller.observers.metric_window import MetricWindow
 from ebm_dist.controller.parts import Graph
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.core.seeds import derive_seed
+
+log = logging.getLogger("ebm_dist.run")
 
 _Found = tuple[int, dict[str, float]] | None
 
@@ -43,7 +46,6 @@ class Lookout:
         *,
         timeout: float,
         save_grid: Callable[[np.ndarray, int], Path | None],
-        say: Callable[[str], None],
         on_evaluation: Callable[[int, dict[str, float]], None],
     ) -> None:
         """
@@ -64,7 +66,6 @@ class Lookout:
         self._timeout = timeout
         self._save_grid = save_grid
         self._backend = graph.backend
-        self._say = say
         self._on_evaluation = on_evaluation
         self._owed_since = math.inf  # the update whose evaluation is to be made
         self._averaged = -1  # the update that the averaged weights are of, if they were asked for
@@ -109,7 +110,7 @@ class Lookout:
         self._collect_evaluation(0.0)
         if self._is_measuring:
             if not self._said_busy:
-                self._say(
+                log.info(
                     f"the evaluation before is still under way at update {step}; those due "
                     "meanwhile are made as one when it is done (raise evaluation.every)"
                 )

@@ -12,6 +12,7 @@ whoever is free first takes them; a newcomer is free once it holds weights.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -37,6 +38,8 @@ from ebm_dist.controller.workers.load import Seat
 from ebm_dist.controller.workers.membership import Crew
 from ebm_dist.core.errors import RunFailed
 
+log = logging.getLogger("ebm_dist.run")
+
 
 class RoundPool:
     """Keeps workers supplied with rounds, and collects what they committed."""
@@ -49,7 +52,6 @@ class RoundPool:
         *,
         on_replaced: Callable[[int], Decision],
         on_rejected: Callable[[int], Decision],
-        say: Callable[[str], None],
         num_chains: int,
         depth: int,
         hang_s: float,
@@ -59,7 +61,6 @@ class RoundPool:
         Args:
             on_replaced: decides what follows, given the shard that has just been replaced.
             on_rejected: the same, given the shard of a round that it did not accept.
-            say: is told what died.
             num_chains: of a round.
             depth: rounds that a worker may have before it.
             hang_s: a part that holds a round for longer is replaced.
@@ -68,7 +69,6 @@ class RoundPool:
         self._shards = shards
         self._on_replaced = on_replaced
         self._on_rejected = on_rejected
-        self._say = say
         self._checkouts = Checkouts(backend, shards, num_chains)
         self._depth = depth
         self._overdue = Overdue(backend, shards, hang_s, clock)
@@ -261,7 +261,7 @@ class RoundPool:
         for note in reply.notes:
             if note not in self._noted:  # every worker of a pool chooses alike
                 self._noted.add(note)
-                self._say(note)
+                log.info(note)
         if reply.accepted:
             seat.failures = 0
             self._shard_failures[round_.shard] = 0
@@ -368,7 +368,7 @@ class RoundPool:
         self._shard_failures[index] += 1
         if self._shard_failures[index] > MAX_ATTEMPTS:
             raise RunFailed(f"{shard.name} died {MAX_ATTEMPTS} times without a commit: {why}")
-        self._say(f"{shard.name} died ({why}); another process takes its chains over")
+        log.info(f"{shard.name} died ({why}); another process takes its chains over")
         self.restarts += 1
         self._forget_rounds_of(index)
         self._shards.replace(index)

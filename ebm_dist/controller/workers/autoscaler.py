@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from ebm_dist.controller.clients import WorkerClient
 from ebm_dist.controller.workers.membership import Crew
 from ebm_dist.controller.workers.utilisation import LearnerWaits, Load, load_between
+
+log = logging.getLogger("ebm_dist.run")
 
 WINDOW_S = 15.0
 """What a decision looks at. A worker takes 4 to 10 s to start, most of it the import of torch."""
@@ -66,13 +69,11 @@ class Steward:
         crew: Crew,
         waits: LearnerWaits,
         elasticity: Elasticity,
-        say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._crew = crew
         self._waits = waits
         self._elastic = elasticity
-        self._say = say
         self._clock = clock
         self.size = elasticity.start
         """Workers there should be."""
@@ -103,7 +104,7 @@ class Steward:
             self._num_stay = len(leaving[:1])
             leaving = leaving[1:]
         for seat in leaving:
-            self._say(f"{seat.worker.name} ends with its round: its node is about to leave")
+            log.info(f"{seat.worker.name} ends with its round: its node is about to leave")
             self._crew.retire(seat)
 
     def _decide(self, now: float) -> None:
@@ -119,7 +120,7 @@ class Steward:
         if size > self.size and len(self._crew.seats) < self.size:
             return  # there is no room even for those that were wanted before
         if size != self.size:
-            self._say(
+            log.info(
                 f"{size} workers from now on, {self.size} before: the learner waits "
                 f"{load.learner_wait:.0%} of the time, workers {load.worker_idle:.0%}"
             )

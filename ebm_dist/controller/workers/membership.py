@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from ebm_dist.controller.rounds.round import MAX_ATTEMPTS, MAX_STARTS
 from ebm_dist.controller.workers.load import Seat, Seats
 from ebm_dist.core.errors import RunFailed
 
+log = logging.getLogger("ebm_dist.run")
+
 
 class Crew:
     """Opens a seat when its process holds weights, and closes it before the process ends."""
@@ -29,7 +32,6 @@ class Crew:
         self,
         backend: Backend,
         *,
-        say: Callable[[str], None],
         start_timeout_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -39,7 +41,6 @@ class Crew:
         """
         self._backend = backend
         self._spawn: Callable[[int], WorkerClient] | None = None
-        self._say = say
         self._start_timeout_s = start_timeout_s
         self._clock = clock
         self.weights: Ref[np.ndarray] | None = None
@@ -147,7 +148,7 @@ class Crew:
         """Do without the workers that Ray has not started by now."""
         for seat in list(self.arriving.values()):
             if now - seat.since > self._start_timeout_s:
-                self._say(
+                log.info(
                     f"{seat.worker.name} did not start in {self._start_timeout_s:.0f} s "
                     f"(runtime.start_timeout_s); {self.seats.num_serving} workers go on without it"
                 )
@@ -172,7 +173,7 @@ class Crew:
         if seat.failures > MAX_ATTEMPTS:
             raise RunFailed(f"{name} died {MAX_ATTEMPTS} times without finishing a round: {why}")
         heirs = "the others redo" if leaves else "another one redoes"
-        self._say(f"{name} died ({why}); {heirs} its rounds")
+        log.info(f"{name} died ({why}); {heirs} its rounds")
         self.seats.load(seat, -seat.load)
         if leaves:
             self._remove(seat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -13,6 +14,8 @@ from ebm_dist.controller.workers.membership import Crew
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.run.placement.placer import Placer
 from ebm_dist.run.placement.plan import Plan, available_cores, plan
+
+log = logging.getLogger("ebm_dist.run")
 
 MANY_WORKERS = 16
 
@@ -26,7 +29,6 @@ def placed(
     mode: Literal["sync", "async"],
     shards: Shards,
     crew: Crew,
-    say: Callable[[str], None],
 ) -> tuple[Plan, Placer]:
     """The plan for the current resources, and the placer of the run's parts.
 
@@ -48,7 +50,7 @@ def placed(
         worker_threads=workers.num_threads,
         learner_threads=learner.num_threads,
         num_cores=available_cores(),
-        num_gpus=await_gpus(runtime, count, num_ranks=learner.num_ranks, say=say)
+        num_gpus=await_gpus(runtime, count, num_ranks=learner.num_ranks)
         if backend.scattered
         else count(),
     )
@@ -69,7 +71,6 @@ def await_gpus(
     count: Callable[[], int],
     *,
     num_ranks: int,
-    say: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
@@ -83,12 +84,12 @@ def await_gpus(
     if runtime.device == "cpu" or num >= needed:
         return num
     if runtime.device == "auto" and num == 0:
-        say(
+        log.info(
             "runtime.device: auto, and no node of the cluster has a GPU yet, so the run takes "
             "CPUs; runtime.device=cuda waits for nodes that are still coming"
         )
         return 0
-    say(
+    log.info(
         f"the cluster has {num} of the {needed} GPUs that the run needs: waiting for more, at most "
         f"{runtime.start_timeout_s:.0f} s (runtime.start_timeout_s)"
     )

@@ -72,7 +72,6 @@ class Elastic(World):
             self.pool.crew,
             self.flow.waits,
             Elasticity(low, high, start, self.hire, lambda: self.leaving),
-            self.said.append,
             clock=lambda: 0.1 * self.backend.tick,
         )
         self.flow._tend = self.steward.tend

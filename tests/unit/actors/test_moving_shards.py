@@ -28,7 +28,6 @@ class Leaving:
             self.world.shards,
             Leave(lambda: self.draining, self.start, lambda held: None),
             self.world.pool,
-            say=self.world.said.append,
             timeout=30.0,
             clock=self.clock,
         )

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from packing import Machine, part
 from small_runs import run
+from worlds import said as lines_said
 
 from ebm_dist.cluster.inline import InlineBackend
 from ebm_dist.config.sections import RuntimeConfig
@@ -325,14 +326,13 @@ def test_shards_too_few_for_the_workers_are_said(
 def test_gpu_nodes_that_are_still_coming_are_waited_for_or_said(
     device: Any, num_ranks: int, counts: list[int], expected: int, said: str | None
 ) -> None:
-    lines: list[str] = []
+    lines = lines_said()
     times = iter(range(1000))
     left = iter(counts)
     num = await_gpus(
         RuntimeConfig(device=device, start_timeout_s=30),
         lambda: next(left, counts[-1]),
         num_ranks=num_ranks,
-        say=lines.append,
         clock=lambda: float(next(times)),
         sleep=lambda seconds: None,
     )

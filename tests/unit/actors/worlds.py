@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,24 @@ WEIGHTS: Ref[np.ndarray] = Ref()
 """A worker of the simulation looks at the version alone."""
 SPEC = EventSpec((3,), "real")
 CAPACITY, CHAINS, BATCH, NUM_STEPS = 48, 4, 8, 10
+
+
+class _Said(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def said() -> list[str]:
+    """The lines that a run has for whoever watches it, from now on and until the next call."""
+    handler = _Said()
+    logger = logging.getLogger("ebm_dist.run")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [handler]
+    return handler.lines
 
 
 class World:
@@ -64,7 +83,7 @@ class World:
         self.kills = (kill_worker, kill_shard)
         self.directory = directory
         self.counts: Counter[str] = Counter()
-        self.said: list[str] = []
+        self.said = said()
         self.now = 0.0
         self.tick_s = tick_s
         self.lease_timeout_s = lease_timeout_s
@@ -79,7 +98,7 @@ class World:
         clock: Any = {"clock": lambda: self.now} if tick_s else {}
         self.shards = Shards(backend, [capacity // 2] * 2)
         self.shards.start(self.spawn_shard)
-        self.crew = Crew(backend, say=self.said.append, **clock)
+        self.crew = Crew(backend, **clock)
         self.crew.start(num_workers, self.spawn_worker)
         self.progress = Progress()
         self.pool = RoundPool(
@@ -88,7 +107,6 @@ class World:
             self.crew,
             on_replaced=lambda shard: Redo(),
             on_rejected=lambda shard: Redo(),
-            say=self.said.append,
             num_chains=CHAINS,
             depth=2,
             hang_s=2.0 * lease_timeout_s if tick_s else 1e9,
