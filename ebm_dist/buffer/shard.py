@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -245,7 +244,7 @@ class Shard(ShardChains):
         else:
             known = None
         if known is not None:
-            return replace(known, counts=self.counts())
+            return known._replace(counts=self.counts())
         if moved is None:
             return CheckinReply(False, None, self.counts())
         out = self._leases.get(moved.lease_id)
