@@ -36,7 +36,7 @@ from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
-from ebm_dist.controller.negatives.source import NegativeFlow
+from ebm_dist.controller.negatives.asynchronous import AsyncNegatives
 from ebm_dist.controller.retry import Redo
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.controller.shards import Shards
@@ -155,7 +155,7 @@ def _flow(
         hang_s=1e9,
         **options,
     )
-    flow = NegativeFlow(
+    flow = AsyncNegatives(
         backend,
         shards,
         FlowConfig(mode="async", max_lag=8),

@@ -26,8 +26,9 @@ from ebm_dist.config.run_config import RunConfig
 from ebm_dist.controller.checkpointer import Checkpointer
 from ebm_dist.controller.draining.ranks import RankMover
 from ebm_dist.controller.draining.shards import Mover
+from ebm_dist.controller.negatives import MODES
 from ebm_dist.controller.negatives.delivery import Delivery
-from ebm_dist.controller.negatives.source import POLL_S, NegativeFlow
+from ebm_dist.controller.negatives.source import POLL_S
 from ebm_dist.controller.observers.callbacks import Callbacks
 from ebm_dist.controller.observers.metric_window import MetricWindow
 from ebm_dist.controller.observers.monitor import Lookout
@@ -104,8 +105,7 @@ class Controller:
             depth=2,
             hang_s=2.0 * graph.lease_timeout_s,
         )
-        self._way_back.serve(self._pool)
-        self._negatives = NegativeFlow(
+        self._negatives = MODES[flow.mode](
             graph.backend,
             graph.shards,
             flow,
@@ -117,6 +117,7 @@ class Controller:
             num_chains=config.workers.num_chains,
             num_steps=config.sampler.num_steps,
         )
+        self._way_back.serve(self._pool, self._negatives)
         self._delivery = Delivery(
             graph.backend,
             graph.learners,
@@ -245,8 +246,8 @@ class Controller:
 
     def _update(self) -> None:
         step = self.progress.step
-        # In sync mode its rounds move the chains that a repetition would have to begin with.
-        self._is_whole = self._flow.mode == "async"
+        # Of an exact one the rounds move the chains that a repetition would have to begin with.
+        self._is_whole = not self._negatives.exact
         consumed = self._negatives.take_negatives() if self._graph.needs_negatives else None
         if consumed is not None:
             self._delivery.bring(consumed, step)
@@ -315,8 +316,7 @@ class Controller:
     def _meanwhile(self) -> None:
         """What goes on while something is waited for."""
         self._tend()
-        ahead = self._flow.mode == "async" and self._graph.needs_negatives
-        if ahead and not self._way_back.chains_go_back:
+        if self._graph.needs_negatives and not self._way_back.chains_go_back:
             self._negatives.top_up()
 
     def _tend(self) -> None:

@@ -22,6 +22,7 @@ from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.checkpointer import Checkpointer
 from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.learners import Wait
+from ebm_dist.controller.negatives.source import NegativeSource
 from ebm_dist.controller.parts import Graph
 from ebm_dist.controller.retry import Attempts, Decision, GoBack, Redo, RollBack, obey
 from ebm_dist.controller.rounds.scheduler import RoundPool
@@ -75,9 +76,10 @@ class WayBack:
         self.chains_go_back = False
         """Whether rounds rest until the chains are those of a checkpoint again."""
 
-    def serve(self, pool: RoundPool) -> None:
+    def serve(self, pool: RoundPool, negatives: NegativeSource) -> None:
         """Replace the parts that `pool` finds dead, once there is one."""
         self._pool = pool
+        self._negatives = negatives
 
     def restore(self, found: checkpoint.CheckpointDir) -> None:
         """Continue from `found`, whatever its numbers of ranks and shards were."""
@@ -174,7 +176,7 @@ class WayBack:
         """Continue from the last checkpoint: the learners, and the chains as well in sync mode
         and where they are worth nothing."""
         start = time.monotonic()
-        self.chains_go_back = self.chains_go_back or self._flow.mode == "sync"
+        self.chains_go_back = self.chains_go_back or self._negatives.exact
         if self.chains_go_back:
             self._pool.forget_all()
         found = self._cuts.latest()
@@ -224,7 +226,7 @@ class WayBack:
         shard = self._graph.shards[index]
         # Its node may have taken a rank along as well, and that takes seconds to start.
         self._graph.learners.renew_if_dead()
-        if self._flow.mode == "sync":
+        if self._negatives.exact:
             return GoBack(f"shard {index} died with the leases of this update")
         status = self._answer(shard, shard.status(), "to take its chains over")
         what = f"all {status.counts.capacity} chains"
@@ -240,7 +242,7 @@ class WayBack:
     def on_rejected(self, shard: int) -> Decision:
         """A shard refused a round, which in sync mode no other round can replace."""
         # Drawn again, the lease would have other slots than in a run where nothing was late.
-        if self._flow.mode == "sync":
+        if self._negatives.exact:
             return GoBack(
                 f"shard {shard} refused a round of this update, which came after its lease had "
                 "expired (buffer.lease_timeout_s)"

@@ -17,7 +17,7 @@ from ebm_dist.cluster.inline import InlineBackend
 from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
-from ebm_dist.controller.negatives.source import NegativeFlow
+from ebm_dist.controller.negatives.asynchronous import AsyncNegatives
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.membership import Crew
@@ -77,7 +77,7 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
         depth=2,
         hang_s=1e9,
     )
-    flow = NegativeFlow(
+    flow = AsyncNegatives(
         backend,
         shards,
         FlowConfig(mode="async", max_lag=8, stall_timeout_s=120),

@@ -21,8 +21,9 @@ from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import LearnerClient, ShardClient, WorkerClient
 from ebm_dist.controller.learners import LearnerGroup
+from ebm_dist.controller.negatives.asynchronous import AsyncNegatives
 from ebm_dist.controller.negatives.delivery import Delivery
-from ebm_dist.controller.negatives.source import Consumed, NegativeFlow
+from ebm_dist.controller.negatives.source import Consumed
 from ebm_dist.controller.retry import Redo
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.controller.shards import Shards
@@ -134,7 +135,7 @@ class Graph:
             hang_s=120.0,
         )
         config = FlowConfig(mode="async", max_lag=4, stall_timeout_s=60)
-        self.flow = NegativeFlow(
+        self.flow = AsyncNegatives(
             backend,
             self.shards,
             config,

@@ -21,7 +21,8 @@ from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.inline import InlineBackend, InlineHandle
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
-from ebm_dist.controller.negatives.source import Consumed, NegativeFlow
+from ebm_dist.controller.negatives.asynchronous import AsyncNegatives
+from ebm_dist.controller.negatives.source import Consumed
 from ebm_dist.controller.retry import Redo
 from ebm_dist.controller.rounds.round import Committed
 from ebm_dist.controller.rounds.scheduler import RoundPool
@@ -146,7 +147,7 @@ class Scripted:
             # By which rounds are tried again: with the machine's own, no two runs would be alike.
             clock=clock,
         )
-        self.flow = NegativeFlow(
+        self.flow = AsyncNegatives(
             self.backend,
             shards,
             FlowConfig(mode="async", stall_timeout_s=60, **flow),

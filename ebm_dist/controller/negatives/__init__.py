@@ -1,1 +1,8 @@
 """Where an update's negatives come from, and how they get to the learners."""
+
+from ebm_dist.controller.negatives.asynchronous import AsyncNegatives
+from ebm_dist.controller.negatives.source import NegativeSource
+from ebm_dist.controller.negatives.sync import SyncNegatives
+
+MODES: dict[str, type[NegativeSource]] = {"sync": SyncNegatives, "async": AsyncNegatives}
+"""By `flow.mode`."""

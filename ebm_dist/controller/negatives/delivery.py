@@ -13,7 +13,7 @@ from collections.abc import Callable
 from ebm_dist.cluster.backend import Backend
 from ebm_dist.cluster.stall import DELIVERY, Stalled
 from ebm_dist.controller.learners import LearnerGroup
-from ebm_dist.controller.negatives.source import POLL_S, Consumed, NegativeFlow
+from ebm_dist.controller.negatives.source import POLL_S, Consumed, NegativeSource
 from ebm_dist.controller.rounds.scheduler import RoundPool
 
 LOOK_S = 1.0
@@ -28,7 +28,7 @@ class Delivery:
         backend: Backend,
         learners: LearnerGroup,
         pool: RoundPool,
-        negatives: NegativeFlow,
+        negatives: NegativeSource,
         meanwhile: Callable[[], None],
         *,
         num_negatives: int,

@@ -14,7 +14,7 @@ from ebm_dist.cluster.halt import Halt
 from ebm_dist.cluster.inline import InlineBackend, InlineResult
 from ebm_dist.cluster.stall import answer
 from ebm_dist.controller.learners import LearnerGroup
-from ebm_dist.controller.negatives.source import NegativeFlow
+from ebm_dist.controller.negatives.source import NegativeSource
 
 
 def test_a_shard_that_hangs_is_replaced_and_no_worker_is_blamed() -> None:
@@ -124,7 +124,7 @@ def test_a_lone_rank_that_hangs_is_replaced_and_the_run_goes_back(
 
 def test_the_flow_gives_a_stall_up_only_where_no_shard_hangs() -> None:
     world = World(mode="async", num_workers=2, stall_timeout_s=0.2)
-    assert isinstance(world.flow, NegativeFlow)
+    assert isinstance(world.flow, NegativeSource)
     assert not world.pool.replace_a_hung_shard(0.0), "nothing is under way"
     world.flow.top_up()
     assert not world.pool.replace_a_hung_shard(1000.0), "nothing is old"

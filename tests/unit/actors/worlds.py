@@ -16,7 +16,7 @@ from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.backend import Ref
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
-from ebm_dist.controller.negatives.source import NegativeFlow
+from ebm_dist.controller.negatives import MODES
 from ebm_dist.controller.retry import Redo
 from ebm_dist.controller.rounds.scheduler import RoundPool
 from ebm_dist.controller.shards import Shards
@@ -112,7 +112,7 @@ class World:
             hang_s=2.0 * lease_timeout_s if tick_s else 1e9,
             **clock,
         )
-        self.flow = NegativeFlow(
+        self.flow = MODES[self.config.mode](
             backend,
             self.shards,
             self.config,

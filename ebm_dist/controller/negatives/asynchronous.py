@@ -1,0 +1,209 @@
+"""`flow.mode: async`: rounds run ahead of the updates, so that the learner does not wait for them.
+
+As far as `flow.max_lag` gives credit; what has aged past it is repaired, reweighted or dropped
+before the learner sees it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+
+from ebm_dist.cluster.stall import LATE_ROUNDS, NEGATIVES, SPARE_STEPS, Queue
+from ebm_dist.controller.negatives.shard_choice import ShardChoice
+from ebm_dist.controller.negatives.source import Consumed, NegativeSource, Taken
+from ebm_dist.controller.negatives.step_budget import num_late
+from ebm_dist.controller.rounds.round import Committed, Purpose
+
+
+class AsyncNegatives(NegativeSource):
+    """Whichever negatives are ready, none of them older than the lag allows."""
+
+    exact = False
+
+    _being_learnt = 0
+    """Leases that the learner is at."""
+
+    @cached_property
+    def _choice(self) -> ShardChoice:
+        return ShardChoice(len(self._shards), self._leases_per_update)
+
+    @cached_property
+    def _max_ahead(self) -> int:
+        # Inline rounds run where they are started: starting them early would only age them.
+        updates_ahead = 1 + self._flow.max_lag if self._backend.concurrent else 1
+        return self._leases_per_update * updates_ahead
+
+    @cached_property
+    def _room(self) -> int:
+        """Leases that the shards have chains for."""
+        room = sum(capacity // self._num_chains for capacity in self._shards.capacities)
+        # One less of each, or ready chains could fill them, and none be spare.
+        return room - len(self._shards) if self._has_floor else room
+
+    def _take_update(self) -> Taken:
+        self._being_learnt = 0
+        taken = self._take_leases(self._leases_per_update)
+        if self._backend.concurrent:
+            self._being_learnt = self._leases_per_update
+        return taken
+
+    def replace(self, consumed: Consumed, lost: Sequence[int]) -> None:
+        # The slots of those are free by now: a shard lets go of what it hands over.
+        self._num_taken -= len(lost)
+        for index in lost:
+            self._count("flow/lost", consumed.leases[index].num_chains)
+        start = time.monotonic()
+        with self.waits.waiting():
+            taken = self._take_leases(len(lost))
+        for index, (lease, ref) in zip(lost, taken):
+            consumed.leases[index] = lease
+            consumed.negatives[index] = (lease.num_chains, ref)
+        self._extra()
+        consumed.wait_s += time.monotonic() - start
+
+    def _take_leases(self, wanted: int) -> Taken:
+        """Negatives of `wanted` leases; the others of the update have been taken already."""
+        before = self._leases_per_update - wanted
+        self.top_up(reserved=before)
+        self._pool.releases.clear()
+        taken: Taken = []
+        while len(taken) < wanted:
+            chosen: list[Committed] = []
+            while (num := len(taken) + len(chosen)) < wanted:
+                lease = self._next(wanted - num, reserved=before + num)
+                if self._is_usable(lease):
+                    chosen.append(lease)
+                    self._in_hand += 1
+                self.top_up(reserved=before + len(taken) + len(chosen))
+            taken += self._take(chosen)
+        band, progress = self._band, self._progress
+        self._poll_until(
+            lambda: not (self._has_floor and band.missing(progress.updates, self._extra())),
+            lambda: self._blocked(SPARE_STEPS),
+            reserved=before + len(taken),
+        )
+        return taken
+
+    def _next(self, left: int, reserved: int) -> Committed:
+        """The committed lease to consume, of those that can be had now or, where the band leaves
+        no steps for what would come too late by it, of those that are late already."""
+        found: list[Committed] = []
+
+        def look() -> bool:
+            lease = self._candidate(left)
+            if lease is not None:
+                found.append(lease)
+            return lease is not None
+
+        def blocked() -> tuple[Queue, str]:
+            return self._blocked(LATE_ROUNDS if self._pool.committed else NEGATIVES)
+
+        self._poll_until(look, blocked, reserved=reserved)
+        return self._pool.committed.pop(found[0].lease_id)
+
+    def _candidate(self, left: int) -> Committed | None:
+        committed = self._pool.committed
+        if not committed:
+            return None
+        first = next(iter(committed.values()))
+        if math.isinf(self._band.high) or self._flow.stale == "reweight":
+            return first
+        version = self._progress.version
+        # A round that nobody has begun will have the weights of when somebody does.
+        under_way = Counter(
+            version if round_.version < 0 else round_.version
+            for round_ in self._pool.rounds()
+            if round_.purpose != "spare"
+        )
+        versions = under_way + Counter(lease.version for lease in committed.values())
+        affordable = self._credit() // self._late_cost
+        oldest = min(committed.values(), key=lambda lease: lease.version)
+        for lease in (first, oldest):
+            rest = versions - Counter([lease.version])
+            late = num_late(rest, version, self._flow.max_lag, left - 1, self._leases_per_update)
+            if late <= affordable:
+                return lease
+        # Nothing better can be done than the oldest; a fault has cost more than there was.
+        return oldest if oldest.version <= min(under_way, default=version) else None
+
+    @property
+    def _repair_steps(self) -> int:
+        return self._flow.repair_steps or max(1, self._num_steps // 4)
+
+    @property
+    def _late_cost(self) -> int:
+        steps = self._repair_steps if self._flow.stale == "repair" else self._num_steps
+        return steps * self._num_chains
+
+    def _in_flight(self, *purposes: str) -> int:
+        """Chain steps of the rounds that are under way for these purposes."""
+        chains = self._num_chains
+        return sum(r.num_steps * chains for r in self._pool.rounds() if r.purpose in purposes)
+
+    def _credit(self) -> float:
+        extra = self._extra() + self._in_flight("repair", "spare")
+        return self._band.credit(self._progress.updates, extra)
+
+    def _is_usable(self, lease: Committed) -> bool:
+        """Whether the learner may consume `lease` now; if not, do what flow.stale says."""
+        lag = self._progress.version - lease.version
+        assert lag >= 0, f"negatives of version {lease.version} at {self._progress.version}"
+        if lag <= self._flow.max_lag or self._flow.stale == "reweight":
+            return True
+        if self._flow.stale == "drop":
+            self._shards[lease.shard].release(lease.lease_id)
+            self._count("flow/dropped", lease.num_chains)
+            return False
+        self._pool.start(
+            self._new_lease(),
+            lease.shard,
+            self._repair_steps,
+            purpose="repair",
+            ready_id=lease.lease_id,
+        )
+        self._count("flow/repaired", lease.num_chains)
+        return False
+
+    def top_up(self, reserved: int = 0) -> None:
+        """Start rounds while there is credit for them and a worker to run them."""
+        while self._pool.has_room:
+            if self._spare_is_due():
+                self._start("spare")
+            elif self._may_start(reserved):
+                self._start("negatives")
+            else:
+                return
+
+    def _may_start(self, reserved: int) -> bool:
+        """Whether a round that begins now is consumed in time, after all that are before it."""
+        most = min(self._room, self._max_ahead - self._being_learnt)
+        if self._backend.concurrent:
+            most = min(most, 2 * max(len(self._pool.crew.seats), self._leases_per_update))
+        return self._num_negatives() + reserved < most
+
+    @property
+    def _has_floor(self) -> bool:
+        return self._band.low > self._band.needed
+
+    def _spare_is_due(self) -> bool:
+        if not self._has_floor:
+            return False
+        under_way = self._extra() + self._in_flight("repair", "spare")
+        return self._band.missing(self._progress.updates, under_way)
+
+    def _num_negatives(self) -> int:
+        """Leases under way or ready that are meant for the learner."""
+        num = self._pool.outstanding + len(self._pool.committed)
+        if self._has_floor:
+            num -= sum(round_.purpose == "spare" for round_ in self._pool.rounds())
+        return num
+
+    def _start(self, purpose: Purpose) -> None:
+        nodes = [shard.node for shard in self._shards]
+        lease_id = self._new_lease()
+        shard = self._choice.next(lease_id, self._pool.idle_node, nodes)
+        self._pool.start(lease_id, shard, self._num_steps, purpose=purpose)

@@ -1,0 +1,46 @@
+"""`flow.mode: sync`: an update's rounds are started with it, under its own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ebm_dist.cluster.stall import NEGATIVES
+from ebm_dist.controller.negatives.shard_choice import shards_of_update
+from ebm_dist.controller.negatives.source import Consumed, NegativeSource, Taken
+from ebm_dist.controller.retry import GoBack, RollBack
+
+
+class SyncNegatives(NegativeSource):
+    """Negatives that follow from the number of the update alone, whoever moves them and when."""
+
+    exact = True
+
+    def _take_update(self) -> Taken:
+        step = self._progress.step
+        # Numbered by the update alone: whoever repeats it draws the same.
+        per_update = self._leases_per_update + self._band.max_spare_rounds
+        first = self._progress.lease_of(step * per_update)
+        wanted = range(first, first + self._leases_per_update)
+        spare = range(wanted.stop, wanted.stop + self._band.spare_rounds(step))
+        self._progress.next_lease = spare.stop
+        leases = range(first, spare.stop)
+        shards = shards_of_update(first, len(leases), len(self._shards))
+        self._pool.start_together([*zip(leases, shards)], self._num_steps, spare=spare)
+        pool = self._pool
+        self._poll_until(
+            lambda: pool.outstanding == 0 and all(i in pool.committed for i in wanted),
+            lambda: self._blocked(NEGATIVES),
+        )
+        while pool.releases:  # or the next update might draw before these chains are free
+            self._answer(*pool.releases.pop(), "chains")
+        chosen = [pool.committed.pop(i) for i in wanted]
+        taken = self._take(chosen)
+        if len(taken) < len(chosen):
+            raise RollBack(GoBack("a shard died with negatives of this update"))
+        return taken
+
+    def replace(self, consumed: Consumed, lost: Sequence[int]) -> None:
+        raise RollBack(GoBack("negatives of this update were lost with the node that held them"))
+
+    def top_up(self, reserved: int = 0) -> None:
+        """Nothing runs ahead."""
