@@ -38,9 +38,9 @@ from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives.asynchronous import AsyncNegatives
 from ebm_dist.controller.retry import Redo
-from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.controller.shards import Shards
-from ebm_dist.controller.workers.membership import Crew
+from ebm_dist.controller.workers.membership import WorkerPool
 from ebm_dist.core.types import EventSpec, Lease, MovedChains
 
 CHAINS, STEPS, SLOTS = 64, 40, 10**6
@@ -138,16 +138,16 @@ class Simulated:
 
 def _flow(
     backend: Any, parts: list[ShardClient], workers: list[WorkerClient], **options: Any
-) -> tuple[RoundPool, Progress, Callable[[], None]]:
+) -> tuple[RoundScheduler, Progress, Callable[[], None]]:
     """A pool, its progress, and what makes an update of a quarter as many leases as workers."""
     progress, num_workers = Progress(), len(workers)
-    shards, crew = Shards(backend, [SLOTS] * len(parts)), Crew(backend, **options)
+    shards, workers = Shards(backend, [SLOTS] * len(parts)), WorkerPool(backend, **options)
     shards.start(lambda index: parts[index])
-    crew.start(num_workers, lambda index: workers[index])
-    pool = RoundPool(
+    workers.start(num_workers, lambda index: workers[index])
+    scheduler = RoundScheduler(
         backend,
         shards,
-        crew,
+        workers,
         on_replaced=lambda shard: Redo(),
         on_rejected=lambda shard: Redo(),
         num_chains=CHAINS,
@@ -159,7 +159,7 @@ def _flow(
         backend,
         shards,
         FlowConfig(mode="async", max_lag=8),
-        pool,
+        scheduler,
         progress,
         lambda name, num: None,
         num_negatives=max(1, num_workers // 4) * CHAINS,
@@ -171,9 +171,9 @@ def _flow(
         flow.take_negatives()
         progress.step += 1
         progress.version += 1
-        pool.set_weights(pool.crew.weights, progress.version)
+        scheduler.set_weights(scheduler.workers.weights, progress.version)
 
-    return pool, progress, update
+    return scheduler, progress, update
 
 
 def simulate(
@@ -183,16 +183,16 @@ def simulate(
     backend = Simulated(round_s, call_s)
     shards = [ShardClient(Part(backend, f"shard-{i}")) for i in range(num_shards)]
     workers = [WorkerClient(Part(backend, f"worker-{i}")) for i in range(num_workers)]
-    pool, _, make_update = _flow(backend, shards, workers, clock=backend.now)
-    pool.set_weights(Ref(), 0)
+    scheduler, _, make_update = _flow(backend, shards, workers, clock=backend.now)
+    scheduler.set_weights(Ref(), 0)
     start, first = backend.now(), 0
     computed = waits = calls = 0.0
     for update in range(num_updates):
         if update == 8:  # every worker has two rounds before it from here on
-            start, first = backend.now(), pool.mcmc_steps
+            start, first = backend.now(), scheduler.mcmc_steps
             computed, waits, calls = backend.computed(), backend.num_waits, backend.num_calls
         make_update()
-    rounds = (pool.mcmc_steps - first) / (CHAINS * STEPS)
+    rounds = (scheduler.mcmc_steps - first) / (CHAINS * STEPS)
     cost = (backend.computed() - computed) / rounds
     calls = (backend.num_calls - calls) / rounds
     rate = rounds / (backend.now() - start)
@@ -281,16 +281,16 @@ def through_ray(
         ]
         backend.await_started(handles)
         shards = [ShardClient(handle) for handle in handles]
-        pool, progress, update = _flow(backend, shards, workers)
-        pool.set_weights(backend.put(None), 0)
+        scheduler, progress, update = _flow(backend, shards, workers)
+        scheduler.set_weights(backend.put(None), 0)
         for _ in range(12):
             update()
-        start, first = time.perf_counter(), pool.mcmc_steps
+        start, first = time.perf_counter(), scheduler.mcmc_steps
         computed = time.process_time()
         for _ in range(num_updates):
             update()
         seconds = time.perf_counter() - start
-        rounds = (pool.mcmc_steps - first) / (CHAINS * STEPS)
+        rounds = (scheduler.mcmc_steps - first) / (CHAINS * STEPS)
         assert progress.version == 12 + num_updates
         return {
             "rounds/s": rounds / seconds,

@@ -1,6 +1,6 @@
 """The training loop: rounds to workers, negatives to learners, weights back, cuts to disk.
 
-Any part but this one may die. Workers and shards are the pool's to replace, the hub and the
+Any part but this one may die. Workers and shards are the scheduler's to replace, the hub and the
 evaluator their links'; `recovery.py` has what follows for the learners.
 
 Weights are handed out before they have left the learner, which sends them beside its next update.
@@ -25,18 +25,18 @@ from ebm_dist.cluster.halt import GRACE_S, IDLE_GRACE_S, Halted
 from ebm_dist.config.run_config import RunConfig
 from ebm_dist.controller.checkpointer import Checkpointer
 from ebm_dist.controller.draining.ranks import RankMover
-from ebm_dist.controller.draining.shards import Mover
+from ebm_dist.controller.draining.shards import ShardMover
 from ebm_dist.controller.negatives import MODES
 from ebm_dist.controller.negatives.delivery import Delivery
 from ebm_dist.controller.negatives.source import POLL_S
 from ebm_dist.controller.observers.callbacks import Callbacks
 from ebm_dist.controller.observers.metric_window import MetricWindow
-from ebm_dist.controller.observers.monitor import Lookout
+from ebm_dist.controller.observers.monitor import Monitor
 from ebm_dist.controller.parts import Graph, View
-from ebm_dist.controller.recovery import TROUBLE, Trouble, WayBack
+from ebm_dist.controller.recovery import TROUBLE, Recovery, Trouble
 from ebm_dist.controller.retry import Attempts
-from ebm_dist.controller.rounds.scheduler import RoundPool
-from ebm_dist.controller.workers.autoscaler import Steward
+from ebm_dist.controller.rounds.scheduler import RoundScheduler
+from ebm_dist.controller.workers.autoscaler import Autoscaler
 from ebm_dist.core.errors import NonFinite, RunFailed
 from ebm_dist.learner import learning_rate
 
@@ -83,7 +83,7 @@ class Controller:
             timeout=flow.stall_timeout_s,
             on_checkpoint=callbacks.on_checkpoint,
         )
-        self._way_back = WayBack(
+        self._recovery = Recovery(
             graph,
             flow,
             config.learner,
@@ -95,12 +95,12 @@ class Controller:
             run_dir=run_dir,
             name=meta["name"],
         )
-        self._pool = RoundPool(
+        self._scheduler = RoundScheduler(
             graph.backend,
             graph.shards,
-            graph.crew,
-            on_replaced=self._way_back.on_replaced,
-            on_rejected=self._way_back.on_rejected,
+            graph.workers,
+            on_replaced=self._recovery.on_replaced,
+            on_rejected=self._recovery.on_rejected,
             num_chains=config.workers.num_chains,
             depth=2,
             hang_s=2.0 * graph.lease_timeout_s,
@@ -109,7 +109,7 @@ class Controller:
             graph.backend,
             graph.shards,
             flow,
-            self._pool,
+            self._scheduler,
             self.progress,
             self._window.count,
             self._tend,
@@ -117,24 +117,26 @@ class Controller:
             num_chains=config.workers.num_chains,
             num_steps=config.sampler.num_steps,
         )
-        self._way_back.serve(self._pool, self._negatives)
+        self._recovery.serve(self._scheduler, self._negatives)
         self._delivery = Delivery(
             graph.backend,
             graph.learners,
-            self._pool,
+            self._scheduler,
             self._negatives,
             self._meanwhile,
             num_negatives=config.num_negatives,
             timeout=flow.stall_timeout_s,
         )
-        self._steward = None
+        self._autoscaler = None
         if graph.elasticity is not None:
-            self._steward = Steward(self._pool.crew, self._negatives.waits, graph.elasticity)
-        self._mover = Mover(
+            self._autoscaler = Autoscaler(
+                self._scheduler.workers, self._negatives.waits, graph.elasticity
+            )
+        self._mover = ShardMover(
             graph.backend,
             graph.shards,
             graph.leave,
-            self._pool,
+            self._scheduler,
             timeout=flow.stall_timeout_s,
         )
         self._rank_mover = RankMover(
@@ -146,10 +148,10 @@ class Controller:
             self._wait,
             self._publish_current,
         )
-        self._lookout = Lookout(
+        self._monitor = Monitor(
             graph,
             config,
-            self._pool,
+            self._scheduler,
             self.progress,
             self._window,
             timeout=flow.stall_timeout_s,
@@ -161,7 +163,7 @@ class Controller:
 
     def restore(self, found: checkpoint.CheckpointDir) -> None:
         """Continue from `found`, whatever its numbers of ranks and shards were."""
-        self._way_back.restore(found)
+        self._recovery.restore(found)
 
     def run(self) -> bool:
         """Train to the last update; returns False if told to stop before it.
@@ -184,9 +186,9 @@ class Controller:
                         self._cuts.finish(self.progress, why)
                         break
                     if self.progress.step >= self._config.run.steps:
-                        self._lookout.catch_up(self._flat, self._ema)
+                        self._monitor.catch_up(self._flat, self._ema)
                         self._cuts.finish(self.progress)
-                        self._lookout.finish()
+                        self._monitor.finish()
                         return True
                     self._cuts.take_if_due(self.progress)
                     if self.progress.step == 0:  # from here on there is one to go back to
@@ -196,7 +198,7 @@ class Controller:
                     self._rank_mover.between_updates()
                     self._update()
                     self.progress.wall_s = time.monotonic() - start
-                    self._lookout.observe(self._flat, self._ema)
+                    self._monitor.observe(self._flat, self._ema)
                 except TROUBLE as trouble:
                     self._recover(trouble)
         except TimeoutError as error:
@@ -217,7 +219,7 @@ class Controller:
 
     def _recover(self, trouble: Trouble) -> None:
         self._is_whole = False
-        self._way_back.recover(trouble)
+        self._recovery.recover(trouble)
         self._is_whole = True
 
     def _keep_what_is_whole(self) -> None:
@@ -236,13 +238,13 @@ class Controller:
     @property
     def metrics(self) -> dict[str, float]:
         """The last value of each metric."""
-        return self._lookout.metrics
+        return self._monitor.metrics
 
     def evaluate(self) -> None:
         """Measure the weights as they are, and wait for it."""
-        self._lookout.finish()
-        self._lookout.evaluate(self._flat, self._ema)
-        self._lookout.finish()
+        self._monitor.finish()
+        self._monitor.evaluate(self._flat, self._ema)
+        self._monitor.finish()
 
     def _update(self) -> None:
         step = self.progress.step
@@ -254,7 +256,7 @@ class Controller:
         lr = learning_rate(self._config.learner, step, self._config.run.steps)
         lr *= self.progress.lr_factor
         learners, auditor = self._graph.learners, self._graph.auditor
-        average = self._lookout.reads_average(step + 1)
+        average = self._monitor.reads_average(step + 1)
         self._is_whole = False
         replies = learners.update(
             step,
@@ -278,7 +280,7 @@ class Controller:
             self._window.add_lag([consumed.version - lease.version for lease in consumed.leases])
             for lease in consumed.leases:
                 self._window.add_round(lease.stats)
-        latest = {**self._lookout.metrics, **metrics}
+        latest = {**self._monitor.metrics, **metrics}
         self._view.update(self.progress.step, latest, self._window.bottleneck())
         self._callbacks.on_update(self.progress.step, latest)
         if average:  # these are read now, the last of a run as well: they must have come
@@ -299,7 +301,7 @@ class Controller:
         start = time.monotonic()
         pending = list(refs)
         while pending:
-            done = self._pool.poll(POLL_S, *pending)
+            done = self._scheduler.poll(POLL_S, *pending)
             self._meanwhile()
             for ref in done:
                 if each is not None:
@@ -316,23 +318,23 @@ class Controller:
     def _meanwhile(self) -> None:
         """What goes on while something is waited for."""
         self._tend()
-        if self._graph.needs_negatives and not self._way_back.chains_go_back:
+        if self._graph.needs_negatives and not self._recovery.chains_go_back:
             self._negatives.top_up()
 
     def _tend(self) -> None:
         self._halt.check(grace_s=IDLE_GRACE_S if self._is_whole else GRACE_S)
         self._graph.learners.look()
-        if self._steward is not None:
-            self._steward.tend()
+        if self._autoscaler is not None:
+            self._autoscaler.tend()
 
     # --- weights ------------------------------------------------------------------------------
 
     def _publish_current(self) -> None:
-        """Hand the weights as they are to the pool, at the start of a run."""
+        """Hand the weights as they are to the workers, at the start of a run."""
         self._flat = self._ema = self._graph.learners.weights(self._wait)
-        self._pool.set_weights(self._flat, self.progress.version)
+        self._scheduler.set_weights(self._flat, self.progress.version)
 
     def _publish(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray] | None) -> None:
         self.progress.version += 1
         self._flat, self._ema = flat, ema
-        self._pool.set_weights(flat, self.progress.version)
+        self._scheduler.set_weights(flat, self.progress.version)

@@ -9,12 +9,12 @@ from typing import Protocol
 from ebm_dist.cluster.backend import Backend
 from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.learners import LearnerGroup
-from ebm_dist.controller.observers.chain_health import ShardWatch
+from ebm_dist.controller.observers.chain_health import ChainMonitor
 from ebm_dist.controller.observers.hub import HubLink
 from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
 from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.autoscaler import Elasticity
-from ebm_dist.controller.workers.membership import Crew
+from ebm_dist.controller.workers.membership import WorkerPool
 
 
 class View(Protocol):
@@ -41,7 +41,7 @@ class Graph:
 
     backend: Backend
     shards: Shards
-    crew: Crew
+    workers: WorkerPool
     learners: LearnerGroup
     hub: HubLink
     evaluator: EvaluatorLink | None
@@ -53,5 +53,5 @@ class Graph:
     """None where the pool is as it is: in one process."""
     leave: Leave | None = None
     """None where there is nowhere else to go."""
-    watch: ShardWatch | None = None
+    watch: ChainMonitor | None = None
     auditor: AuditLink | None = None

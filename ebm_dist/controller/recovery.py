@@ -25,7 +25,7 @@ from ebm_dist.controller.learners import Wait
 from ebm_dist.controller.negatives.source import NegativeSource
 from ebm_dist.controller.parts import Graph
 from ebm_dist.controller.retry import Attempts, Decision, GoBack, Redo, RollBack, obey
-from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.core.errors import NonFinite, RunFailed
 from ebm_dist.learner import LearnerConfig
 
@@ -39,7 +39,7 @@ RETRY_S = 0.5
 """Between two attempts to go back: what has just died is known to be dead a moment later."""
 
 
-class WayBack:
+class Recovery:
     """Replaces what is dead, and brings the learners, or everything, to a checkpoint."""
 
     def __init__(
@@ -76,9 +76,9 @@ class WayBack:
         self.chains_go_back = False
         """Whether rounds rest until the chains are those of a checkpoint again."""
 
-    def serve(self, pool: RoundPool, negatives: NegativeSource) -> None:
-        """Replace the parts that `pool` finds dead, once there is one."""
-        self._pool = pool
+    def serve(self, scheduler: RoundScheduler, negatives: NegativeSource) -> None:
+        """Replace the parts that `scheduler` finds dead, once there is one."""
+        self._scheduler = scheduler
         self._negatives = negatives
 
     def restore(self, found: checkpoint.CheckpointDir) -> None:
@@ -137,7 +137,7 @@ class WayBack:
                     self._go_back(decision)
                     self._attempts.started()
                     decision = Redo()
-                obey(self._pool.check(trouble))
+                obey(self._scheduler.check(trouble))
                 return
             except TROUBLE as again:
                 trouble = again
@@ -178,16 +178,16 @@ class WayBack:
         start = time.monotonic()
         self.chains_go_back = self.chains_go_back or self._negatives.exact
         if self.chains_go_back:
-            self._pool.forget_all()
+            self._scheduler.forget_all()
         found = self._cuts.latest()
-        untouched = not self.chains_go_back or self._pool.num_started == 0
+        untouched = not self.chains_go_back or self._scheduler.num_started == 0
         if found is None and self._progress.step == 0 and untouched:
             # Nothing is learnt or moved yet: ranks and chains begin with what the seed gives them.
             self._graph.learners.rebuild(self._wait)
             self._replace_dead_shards()
             self.chains_go_back = False
             self._publish()
-            self._pool.redo_lost()
+            self._scheduler.redo_lost()
             return
         if found is None:
             raise RunFailed(f"{decision.reason}, and there is no checkpoint to go back to")
@@ -209,7 +209,7 @@ class WayBack:
         self._cuts.stands_at(found.step)
         write_manifest(self._run_dir, found.path.name, progress, self._name)
         self._publish()
-        self._pool.redo_lost()
+        self._scheduler.redo_lost()
         rate = f", learning rate x {progress.lr_factor:g}" if progress.rollbacks else ""
         seconds = time.monotonic() - start
         log.info(f"the learners go on after {seconds:.1f} s{rate}")
@@ -218,7 +218,7 @@ class WayBack:
         for index, shard in enumerate(self._graph.shards):
             if not self._backend.alive(shard.handle):
                 # Whatever follows from it: the run is on its way back.
-                self._pool.replace_shard(index, "its process is gone")
+                self._scheduler.replace_shard(index, "its process is gone")
 
     def on_replaced(self, index: int) -> Decision:
         """A new process holds the chains of shard `index`, or is given what the last cut had."""

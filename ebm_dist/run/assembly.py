@@ -27,13 +27,13 @@ from ebm_dist.controller.clients import (
     WorkerClient,
 )
 from ebm_dist.controller.learners import LearnerGroup
-from ebm_dist.controller.observers.chain_health import ShardWatch
+from ebm_dist.controller.observers.chain_health import ChainMonitor
 from ebm_dist.controller.observers.hub import HubLink
 from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
 from ebm_dist.controller.parts import Graph, Leave
 from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.autoscaler import Elasticity
-from ebm_dist.controller.workers.membership import Crew
+from ebm_dist.controller.workers.membership import WorkerPool
 from ebm_dist.core.types import EventSpec
 from ebm_dist.evaluation.regime import SHORT_RUN_REINIT, is_short_run_generator
 from ebm_dist.metrics.credentials import run_name, with_environment
@@ -65,8 +65,8 @@ def assemble(
     needs_negatives = config.objective.takes_negatives
     capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
     shards = Shards(backend, capacities if needs_negatives else ())
-    crew = Crew(backend, start_timeout_s=config.runtime.start_timeout_s)
-    spawn = _Spawner(config, spec, run_dir, backend, found, shards, crew)
+    workers = WorkerPool(backend, start_timeout_s=config.runtime.start_timeout_s)
+    spawn = _Spawner(config, spec, run_dir, backend, found, shards, workers)
     hub = HubLink(backend, spawn.hub, resume_id=spawn.tracking_id)
     shards.start(spawn.shard)
     # Before the workers, which are given what the ranks leave.
@@ -80,8 +80,8 @@ def assemble(
     )
     # Of an elastic pool the run waits for the fewest alone; the others join when Ray has them.
     low, high = config.workers.bounds
-    crew.start(low if backend.concurrent else config.workers.num_workers, spawn.worker)
-    nodes = {worker.node for worker in crew}
+    workers.start(low if backend.concurrent else config.workers.num_workers, spawn.worker)
+    nodes = {worker.node for worker in workers}
     if backend.concurrent and (line := shard_notice(len(shards), high, nodes)):
         log.info(line)
     evaluator = None
@@ -101,7 +101,7 @@ def assemble(
             else 0.0,
         )
     observers = [link for link in (hub, evaluator, auditor) if link is not None]
-    await_parts(backend, [*observers, shards, crew, learners])
+    await_parts(backend, [*observers, shards, workers, learners])
     meet(backend, learners)
 
     def close_ranks() -> None:
@@ -113,7 +113,7 @@ def assemble(
     stack.callback(close_ranks)
     watch = None
     if shards and spawn.trace.num_chains > 0:
-        watch = ShardWatch(
+        watch = ChainMonitor(
             backend,
             shards,
             reseed=config.evaluation.reseed_stuck,
@@ -125,7 +125,7 @@ def assemble(
     return Graph(
         backend=backend,
         shards=shards,
-        crew=crew,
+        workers=workers,
         learners=learners,
         hub=hub,
         evaluator=evaluator,
@@ -156,7 +156,7 @@ class _Spawner:
         backend: Backend,
         found: checkpoint.CheckpointDir | None,
         shards: Shards,
-        crew: Crew,
+        workers: WorkerPool,
     ) -> None:
         self._config = config
         self._spec = spec
@@ -172,7 +172,7 @@ class _Spawner:
             config.learner,
             mode=config.flow.mode,
             shards=shards,
-            crew=crew,
+            worker_pool=workers,
         )
         self._ranks: list[Place] = []
         self._worker_of: dict[int, WorkerClient] = {}

@@ -18,9 +18,9 @@ from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives.asynchronous import AsyncNegatives
-from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.controller.shards import Shards
-from ebm_dist.controller.workers.membership import Crew
+from ebm_dist.controller.workers.membership import WorkerPool
 from ebm_dist.core.section import Section
 from ebm_dist.core.types import EventSpec
 from ebm_dist.energies import EnergyConfig
@@ -58,19 +58,19 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
     def worker(index: int) -> WorkerClient:
         return WorkerClient(backend.spawn(Worker, kwargs, name=f"worker-{index}", num_threads=1))
 
-    shards, crew = Shards(backend, [capacity] * 2), Crew(backend)
+    shards, workers = Shards(backend, [capacity] * 2), WorkerPool(backend)
     shards.start(shard)
-    crew.start(num_workers, worker)
-    backend.await_started([*shards.handles, *crew.handles])
+    workers.start(num_workers, worker)
+    backend.await_started([*shards.handles, *workers.handles])
     progress = Progress()
 
     def fail(index: int) -> Any:
         raise AssertionError(f"part {index} died")
 
-    pool = RoundPool(
+    scheduler = RoundScheduler(
         backend,
         shards,
-        crew,
+        workers,
         on_replaced=fail,
         on_rejected=fail,
         num_chains=CHAINS,
@@ -81,7 +81,7 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
         backend,
         shards,
         FlowConfig(mode="async", max_lag=8, stall_timeout_s=120),
-        pool,
+        scheduler,
         progress,
         lambda name, num: None,
         num_negatives=2 * CHAINS,
@@ -89,7 +89,7 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
         num_steps=NUM_STEPS,
     )
     weights = backend.put(np.array([PRECISION], np.float32))
-    pool.set_weights(weights, 0)
+    scheduler.set_weights(weights, 0)
     out, lag = [], 0
     for _ in range(UPDATES):
         taken = flow.take_negatives()
@@ -97,9 +97,9 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
         out += [backend.get(ref, 60.0).x[:, 0] for _, ref in taken.negatives]
         progress.step += 1
         progress.version += 1
-        pool.set_weights(weights, progress.version)
-    assert len({seat.index for seat in pool.crew.seats}) == num_workers
-    assert pool.restarts == 0
+        scheduler.set_weights(weights, progress.version)
+    assert len({seat.index for seat in scheduler.workers.seats}) == num_workers
+    assert scheduler.restarts == 0
     return np.concatenate(out), lag
 
 

@@ -25,9 +25,9 @@ from ebm_dist.controller.negatives.asynchronous import AsyncNegatives
 from ebm_dist.controller.negatives.delivery import Delivery
 from ebm_dist.controller.negatives.source import Consumed
 from ebm_dist.controller.retry import Redo
-from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.controller.shards import Shards
-from ebm_dist.controller.workers.membership import Crew
+from ebm_dist.controller.workers.membership import WorkerPool
 from ebm_dist.core.types import EventSpec, Lease, MovedChains, NegativeArrays
 
 pytestmark = pytest.mark.ray
@@ -109,8 +109,8 @@ class Graph:
         self.progress = Progress()
         self.shards = Shards(backend, [CAPACITY // 2] * 2)
         self.shards.start(self.shard)
-        self.crew = Crew(backend)
-        self.crew.start(2, self.worker)
+        self.workers = WorkerPool(backend)
+        self.workers.start(2, self.worker)
         self.learners = LearnerGroup(
             backend,
             lambda rank, node: LearnerClient(
@@ -123,11 +123,11 @@ class Graph:
             start_timeout_s=60.0,
             call_timeout_s=60.0,
         )
-        backend.await_started([*self.shards.handles, *self.crew.handles, *self.learners.handles])
-        self.pool = RoundPool(
+        backend.await_started([*self.shards.handles, *self.workers.handles, *self.learners.handles])
+        self.scheduler = RoundScheduler(
             backend,
             self.shards,
-            self.crew,
+            self.workers,
             on_replaced=lambda shard: Redo(),
             on_rejected=lambda shard: Redo(),
             num_chains=CHAINS,
@@ -139,7 +139,7 @@ class Graph:
             backend,
             self.shards,
             config,
-            self.pool,
+            self.scheduler,
             self.progress,
             lambda name, num: self.counts.update({name: num}),
             num_negatives=BATCH,
@@ -149,14 +149,14 @@ class Graph:
         self.delivery = Delivery(
             backend,
             self.learners,
-            self.pool,
+            self.scheduler,
             self.flow,
             self.flow.top_up,
             num_negatives=BATCH,
             timeout=60.0,
         )
         self.weights = backend.put(np.zeros(NUM_WEIGHTS))
-        self.pool.set_weights(self.weights, 0)
+        self.scheduler.set_weights(self.weights, 0)
 
     def shard(self, index: int) -> ShardClient:
         config = BufferConfig(capacity=CAPACITY, num_shards=2, reinit_prob=0.0)
@@ -185,7 +185,7 @@ class Graph:
             self.backend.get(reply, 20.0)
         self.progress.step += 1
         self.progress.version += 1
-        self.pool.set_weights(self.weights, self.progress.version)
+        self.scheduler.set_weights(self.weights, self.progress.version)
         return [consumed.version - lease.version for lease in consumed.leases]
 
     def check(self) -> None:
@@ -256,20 +256,20 @@ def test_negatives_and_weights_lost_with_their_nodes_cost_neither_the_ranks_nor_
     graph.nodes = [head]
     cluster.remove_node(second, allow_graceful=False)
     graph.progress.version += 1
-    graph.pool.set_weights(lost[1], graph.progress.version)
+    graph.scheduler.set_weights(lost[1], graph.progress.version)
     killed = time.monotonic()
     while not backend.lost(lost[1]):
-        graph.pool.poll(0.2)
+        graph.scheduler.poll(0.2)
         graph.flow.top_up()
         assert time.monotonic() - killed < 30, "Ray has not noticed"
     with pytest.raises(ObjectLost):
         backend.get(lost[1], 20.0)
     for _ in range(20):  # past as many tries as a round has
-        graph.pool.poll(0.2)
+        graph.scheduler.poll(0.2)
         graph.flow.top_up()
     graph.progress.version += 1
-    graph.pool.set_weights(graph.weights, graph.progress.version)
-    graph.pool.redo_lost()
+    graph.scheduler.set_weights(graph.weights, graph.progress.version)
+    graph.scheduler.redo_lost()
     consumed = graph.flow.take_negatives()
     assert len(consumed.negatives) == BATCH // CHAINS
     graph.check()

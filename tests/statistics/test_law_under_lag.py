@@ -25,9 +25,9 @@ from ebm_dist.controller.negatives.asynchronous import AsyncNegatives
 from ebm_dist.controller.negatives.source import Consumed
 from ebm_dist.controller.retry import Redo
 from ebm_dist.controller.rounds.round import Committed
-from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.controller.shards import Shards
-from ebm_dist.controller.workers.membership import Crew
+from ebm_dist.controller.workers.membership import WorkerPool
 from ebm_dist.core.section import Section
 from ebm_dist.core.types import EventSpec, NegativeArrays
 from ebm_dist.energies import EnergyConfig
@@ -133,12 +133,12 @@ class Scripted:
         clock = lambda: next(ticks) / 100  # noqa: E731
         shards = Shards(self.backend, [capacity])
         shards.start(lambda index: client)
-        crew = Crew(self.backend, clock=clock)
-        crew.start(num_handles, lambda index: worker)
-        self.pool = RoundPool(
+        workers = WorkerPool(self.backend, clock=clock)
+        workers.start(num_handles, lambda index: worker)
+        self.scheduler = RoundScheduler(
             self.backend,
             shards,
-            crew,
+            workers,
             on_replaced=lambda shard: Redo(),
             on_rejected=lambda shard: Redo(),
             num_chains=num_chains,
@@ -151,7 +151,7 @@ class Scripted:
             self.backend,
             shards,
             FlowConfig(mode="async", stall_timeout_s=60, **flow),
-            self.pool,
+            self.scheduler,
             self.progress,
             lambda name, num: None,
             num_negatives=num_chains,
@@ -163,7 +163,7 @@ class Scripted:
         self._note_repairs()
 
     def _note_repairs(self) -> None:
-        usable, start, late = self.flow._is_usable, self.pool.start, []
+        usable, start, late = self.flow._is_usable, self.scheduler.start, []
 
         def is_usable(lease: Committed) -> bool:
             late[:] = [lease.version]
@@ -175,13 +175,13 @@ class Scripted:
             start(lease_id, *args, **options)
 
         self.flow._is_usable = is_usable  # type: ignore[method-assign]
-        self.pool.start = noted  # type: ignore[method-assign]
+        self.scheduler.start = noted  # type: ignore[method-assign]
 
     def update(self, step: int, published: int) -> tuple[Consumed, NegativeArrays]:
         """Update `step`, while workers are given the weights of update `published`."""
         self.progress.step = self.progress.version = step
         flat = np.array([alpha(published)], np.float32)
-        self.pool.set_weights(self.backend.put(flat), published)
+        self.scheduler.set_weights(self.backend.put(flat), published)
         taken = self.flow.take_negatives()
         (_, ref), *_ = taken.negatives
         return taken, self.backend.get(ref, 1.0)

@@ -17,7 +17,7 @@ from ebm_dist.cluster.backend import Backend, PartDied, Ref
 from ebm_dist.cluster.stall import answer
 from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.parts import Leave
-from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.controller.shards import Shards
 
 log = logging.getLogger("ebm_dist.run")
@@ -37,7 +37,7 @@ class _Move:
     since: float
 
 
-class Mover:
+class ShardMover:
     """Looks for shards that have to leave, and moves them between two updates."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Mover:
         backend: Backend,
         shards: Shards,
         leave: Leave | None,
-        pool: RoundPool,
+        scheduler: RoundScheduler,
         *,
         timeout: float,
         clock: Callable[[], float] = time.monotonic,
@@ -58,7 +58,7 @@ class Mover:
         self._backend = backend
         self._shards = shards
         self._leave = leave
-        self._pool = pool
+        self._scheduler = scheduler
         self._timeout = timeout
         self._clock = clock
         self._moves: dict[int, _Move] = {}
@@ -105,7 +105,7 @@ class Mover:
         del self._moves[index]
         # Nothing depends on it: nobody takes over what was handed over.
         self._backend.wait([move.old.remove_files()], REMOVAL_S)
-        self._pool.move_shard(index, move.new)
+        self._scheduler.move_shard(index, move.new)
         seconds = self._clock() - move.since
         log.info(
             f"{move.old.name} has left its node, which is about to leave, with all its chains "

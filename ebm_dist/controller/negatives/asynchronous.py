@@ -69,7 +69,7 @@ class AsyncNegatives(NegativeSource):
         """Negatives of `wanted` leases; the others of the update have been taken already."""
         before = self._leases_per_update - wanted
         self.top_up(reserved=before)
-        self._pool.releases.clear()
+        self._scheduler.releases.clear()
         taken: Taken = []
         while len(taken) < wanted:
             chosen: list[Committed] = []
@@ -80,7 +80,7 @@ class AsyncNegatives(NegativeSource):
                     self._in_hand += 1
                 self.top_up(reserved=before + len(taken) + len(chosen))
             taken += self._take(chosen)
-        band, progress = self._band, self._progress
+        band, progress = self._budget, self._progress
         self._poll_until(
             lambda: not (self._has_floor and band.missing(progress.updates, self._extra())),
             lambda: self._blocked(SPARE_STEPS),
@@ -100,23 +100,23 @@ class AsyncNegatives(NegativeSource):
             return lease is not None
 
         def blocked() -> tuple[Queue, str]:
-            return self._blocked(LATE_ROUNDS if self._pool.committed else NEGATIVES)
+            return self._blocked(LATE_ROUNDS if self._scheduler.committed else NEGATIVES)
 
         self._poll_until(look, blocked, reserved=reserved)
-        return self._pool.committed.pop(found[0].lease_id)
+        return self._scheduler.committed.pop(found[0].lease_id)
 
     def _candidate(self, left: int) -> Committed | None:
-        committed = self._pool.committed
+        committed = self._scheduler.committed
         if not committed:
             return None
         first = next(iter(committed.values()))
-        if math.isinf(self._band.high) or self._flow.stale == "reweight":
+        if math.isinf(self._budget.high) or self._flow.stale == "reweight":
             return first
         version = self._progress.version
         # A round that nobody has begun will have the weights of when somebody does.
         under_way = Counter(
             version if round_.version < 0 else round_.version
-            for round_ in self._pool.rounds()
+            for round_ in self._scheduler.rounds()
             if round_.purpose != "spare"
         )
         versions = under_way + Counter(lease.version for lease in committed.values())
@@ -142,11 +142,11 @@ class AsyncNegatives(NegativeSource):
     def _in_flight(self, *purposes: str) -> int:
         """Chain steps of the rounds that are under way for these purposes."""
         chains = self._num_chains
-        return sum(r.num_steps * chains for r in self._pool.rounds() if r.purpose in purposes)
+        return sum(r.num_steps * chains for r in self._scheduler.rounds() if r.purpose in purposes)
 
     def _credit(self) -> float:
         extra = self._extra() + self._in_flight("repair", "spare")
-        return self._band.credit(self._progress.updates, extra)
+        return self._budget.credit(self._progress.updates, extra)
 
     def _is_usable(self, lease: Committed) -> bool:
         """Whether the learner may consume `lease` now; if not, do what flow.stale says."""
@@ -158,7 +158,7 @@ class AsyncNegatives(NegativeSource):
             self._shards[lease.shard].release(lease.lease_id)
             self._count("flow/dropped", lease.num_chains)
             return False
-        self._pool.start(
+        self._scheduler.start(
             self._new_lease(),
             lease.shard,
             self._repair_steps,
@@ -170,7 +170,7 @@ class AsyncNegatives(NegativeSource):
 
     def top_up(self, reserved: int = 0) -> None:
         """Start rounds while there is credit for them and a worker to run them."""
-        while self._pool.has_room:
+        while self._scheduler.has_room:
             if self._spare_is_due():
                 self._start("spare")
             elif self._may_start(reserved):
@@ -182,28 +182,28 @@ class AsyncNegatives(NegativeSource):
         """Whether a round that begins now is consumed in time, after all that are before it."""
         most = min(self._room, self._max_ahead - self._being_learnt)
         if self._backend.concurrent:
-            most = min(most, 2 * max(len(self._pool.crew.seats), self._leases_per_update))
+            most = min(most, 2 * max(len(self._scheduler.workers.seats), self._leases_per_update))
         return self._num_negatives() + reserved < most
 
     @property
     def _has_floor(self) -> bool:
-        return self._band.low > self._band.needed
+        return self._budget.low > self._budget.needed
 
     def _spare_is_due(self) -> bool:
         if not self._has_floor:
             return False
         under_way = self._extra() + self._in_flight("repair", "spare")
-        return self._band.missing(self._progress.updates, under_way)
+        return self._budget.missing(self._progress.updates, under_way)
 
     def _num_negatives(self) -> int:
         """Leases under way or ready that are meant for the learner."""
-        num = self._pool.outstanding + len(self._pool.committed)
+        num = self._scheduler.outstanding + len(self._scheduler.committed)
         if self._has_floor:
-            num -= sum(round_.purpose == "spare" for round_ in self._pool.rounds())
+            num -= sum(round_.purpose == "spare" for round_ in self._scheduler.rounds())
         return num
 
     def _start(self, purpose: Purpose) -> None:
         nodes = [shard.node for shard in self._shards]
         lease_id = self._new_lease()
-        shard = self._choice.next(lease_id, self._pool.idle_node, nodes)
-        self._pool.start(lease_id, shard, self._num_steps, purpose=purpose)
+        shard = self._choice.next(lease_id, self._scheduler.idle_node, nodes)
+        self._scheduler.start(lease_id, shard, self._num_steps, purpose=purpose)

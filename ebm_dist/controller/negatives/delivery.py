@@ -14,7 +14,7 @@ from ebm_dist.cluster.backend import Backend
 from ebm_dist.cluster.stall import DELIVERY, Stalled
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.negatives.source import POLL_S, Consumed, NegativeSource
-from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.rounds.scheduler import RoundScheduler
 
 LOOK_S = 1.0
 """What is not there by then is looked after: the node that holds it may be gone."""
@@ -27,7 +27,7 @@ class Delivery:
         self,
         backend: Backend,
         learners: LearnerGroup,
-        pool: RoundPool,
+        scheduler: RoundScheduler,
         negatives: NegativeSource,
         meanwhile: Callable[[], None],
         *,
@@ -42,7 +42,7 @@ class Delivery:
         """
         self._backend = backend
         self._learners = learners
-        self._pool = pool
+        self._scheduler = scheduler
         self._negatives = negatives
         self._num_negatives = num_negatives
         self._timeout = timeout
@@ -71,7 +71,7 @@ class Delivery:
         pending = self._learners.fetch(self._num_negatives, consumed.negatives)
         look_at = time.monotonic() + LOOK_S
         while pending:
-            done = self._pool.poll(POLL_S, *pending)
+            done = self._scheduler.poll(POLL_S, *pending)
             self._meanwhile()
             if not all(self._learners.came(ref) for ref in done):
                 return False

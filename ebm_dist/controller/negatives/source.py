@@ -25,12 +25,12 @@ from ebm_dist.cluster.stall import (
 )
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient
-from ebm_dist.controller.negatives.step_budget import StepBand
+from ebm_dist.controller.negatives.step_budget import StepBudget
 from ebm_dist.controller.retry import obey
 from ebm_dist.controller.rounds.round import Committed
-from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.controller.shards import Shards
-from ebm_dist.controller.workers.utilisation import LearnerWaits
+from ebm_dist.controller.workers.utilisation import Utilisation
 from ebm_dist.core.types import NegativeArrays
 
 POLL_S = 0.2
@@ -61,7 +61,7 @@ class NegativeSource(ABC):
         backend: Backend,
         shards: Shards,
         flow: FlowConfig,
-        pool: RoundPool,
+        scheduler: RoundScheduler,
         progress: Progress,
         count: Callable[[str, int], None],
         tend: Callable[[], None] = lambda: None,
@@ -83,14 +83,14 @@ class NegativeSource(ABC):
         self._num_chains = num_chains
         self._num_steps = num_steps
         self._flow = flow
-        self._pool = pool
+        self._scheduler = scheduler
         self._progress = progress
         self._count = count
         self._tend = tend
         self._leases_per_update = num_negatives // num_chains
         self._round_steps = num_chains * num_steps
         needed = num_negatives * num_steps
-        self._band = StepBand(
+        self._budget = StepBudget(
             low=flow.min_steps_per_update or needed,
             high=flow.max_steps_per_update or math.inf,
             needed=needed,
@@ -99,7 +99,7 @@ class NegativeSource(ABC):
         self._booked = 0
         self._num_taken = 0  # leases that learners were given
         self._in_hand = 0  # and those that the update under way has chosen
-        self.waits = LearnerWaits(pool.crew.seats)
+        self.waits = Utilisation(scheduler.workers.seats)
 
     def take_negatives(self) -> Consumed:
         """The leases of one update.
@@ -143,10 +143,10 @@ class NegativeSource(ABC):
     def _extra(self) -> int:
         """Chain steps committed that no negative needed: repairs, spare rounds, and the rounds of
         leases that were dropped or lost."""
-        pool = self._pool
-        in_repair = sum(round_.purpose == "repair" for round_ in pool.rounds())
-        needed = self._num_taken + self._in_hand + len(pool.committed) + in_repair
-        extra = pool.mcmc_steps - self._round_steps * needed
+        scheduler = self._scheduler
+        in_repair = sum(round_.purpose == "repair" for round_ in scheduler.rounds())
+        needed = self._num_taken + self._in_hand + len(scheduler.committed) + in_repair
+        extra = scheduler.mcmc_steps - self._round_steps * needed
         # Added up, since the run may have been resumed from other counts.
         self._progress.extra_steps += extra - self._booked
         self._booked = extra
@@ -166,7 +166,7 @@ class NegativeSource(ABC):
                     taken.append((lease, negatives))
             except PartDied as died:
                 if not self._backend.alive(self._shards[lease.shard].handle):
-                    obey(self._pool.replace_shard(lease.shard, str(died)))
+                    obey(self._scheduler.replace_shard(lease.shard, str(died)))
         self._num_taken += len(taken)
         self._in_hand = 0
         return taken
@@ -186,13 +186,18 @@ class NegativeSource(ABC):
         reserved: int = 0,
     ) -> None:
         watchdog = Watchdog(self._flow.stall_timeout_s)
-        pool = self._pool
+        scheduler = self._scheduler
         while not condition():
-            pool.poll(POLL_S)
+            scheduler.poll(POLL_S)
             self._tend()
             self.top_up(reserved)
-            state = (pool.mcmc_steps, pool.num_refused, pool.restarts, pool.crew.seats.num_serving)
-            watchdog.look(state, blocked, pool.replace_a_hung_shard)
+            state = (
+                scheduler.mcmc_steps,
+                scheduler.num_refused,
+                scheduler.restarts,
+                scheduler.workers.seats.num_serving,
+            )
+            watchdog.look(state, blocked, scheduler.replace_a_hung_shard)
 
     def _answer(self, shard: ShardClient, ref: Ref[T], what: str) -> T:
         timeout = self._flow.stall_timeout_s
@@ -200,19 +205,19 @@ class NegativeSource(ABC):
 
     def _blocked(self, queue: Queue) -> tuple[Queue, str]:
         """Which queue it is that keeps `queue` from being filled."""
-        pool = self._pool
-        if pool.crew.seats.num_serving == 0:
+        scheduler = self._scheduler
+        if scheduler.workers.seats.num_serving == 0:
             queue = WORKERS
-        elif pool.outstanding == 0:
+        elif scheduler.outstanding == 0:
             queue = CREDITS
-        elif all(round_.starved for round_ in pool.rounds()):
+        elif all(round_.starved for round_ in scheduler.rounds()):
             queue = FREE_CHAINS
         return queue, self._waited_for("negatives")
 
     def _waited_for(self, what: str) -> str:
-        pool = self._pool
+        scheduler = self._scheduler
         return (
             f"update {self._progress.step}: the learner waits for {what}, with "
-            f"{pool.crew.seats.num_serving} workers, {pool.outstanding} rounds under way and "
-            f"{len(pool.committed)} ready"
+            f"{scheduler.workers.seats.num_serving} workers, {scheduler.outstanding} rounds under "
+            f"way and {len(scheduler.committed)} ready"
         )

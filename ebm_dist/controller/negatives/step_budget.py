@@ -22,7 +22,7 @@ _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class StepBand:
+class StepBudget:
     """Bounds on chain steps (chains x steps) per update."""
 
     low: float

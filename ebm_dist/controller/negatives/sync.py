@@ -18,22 +18,22 @@ class SyncNegatives(NegativeSource):
     def _take_update(self) -> Taken:
         step = self._progress.step
         # Numbered by the update alone: whoever repeats it draws the same.
-        per_update = self._leases_per_update + self._band.max_spare_rounds
+        per_update = self._leases_per_update + self._budget.max_spare_rounds
         first = self._progress.lease_of(step * per_update)
         wanted = range(first, first + self._leases_per_update)
-        spare = range(wanted.stop, wanted.stop + self._band.spare_rounds(step))
+        spare = range(wanted.stop, wanted.stop + self._budget.spare_rounds(step))
         self._progress.next_lease = spare.stop
         leases = range(first, spare.stop)
         shards = shards_of_update(first, len(leases), len(self._shards))
-        self._pool.start_together([*zip(leases, shards)], self._num_steps, spare=spare)
-        pool = self._pool
+        self._scheduler.start_together([*zip(leases, shards)], self._num_steps, spare=spare)
+        scheduler = self._scheduler
         self._poll_until(
-            lambda: pool.outstanding == 0 and all(i in pool.committed for i in wanted),
+            lambda: scheduler.outstanding == 0 and all(i in scheduler.committed for i in wanted),
             lambda: self._blocked(NEGATIVES),
         )
-        while pool.releases:  # or the next update might draw before these chains are free
-            self._answer(*pool.releases.pop(), "chains")
-        chosen = [pool.committed.pop(i) for i in wanted]
+        while scheduler.releases:  # or the next update might draw before these chains are free
+            self._answer(*scheduler.releases.pop(), "chains")
+        chosen = [scheduler.committed.pop(i) for i in wanted]
         taken = self._take(chosen)
         if len(taken) < len(chosen):
             raise RollBack(GoBack("a shard died with negatives of this update"))

@@ -14,7 +14,7 @@ from ebm_dist.evaluation.regime import GENERATOR
 log = logging.getLogger("ebm_dist.run")
 
 
-class ShardWatch:
+class ChainMonitor:
     """Asks the shards how their chains move, at each log line."""
 
     def __init__(

@@ -18,7 +18,7 @@ from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
 from ebm_dist.controller.observers.metric_window import MetricWindow
 from ebm_dist.controller.parts import Graph
-from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.core.seeds import derive_seed
 
 log = logging.getLogger("ebm_dist.run")
@@ -30,7 +30,7 @@ _COUNTED = ("free", "leased", "ready", "capacity", "late_checkins", "expired_lea
 """What a shard says of itself with each round, for the metrics `buffer/*`."""
 
 
-class Lookout:
+class Monitor:
     """Looks at the parts between two updates; what takes long is started here and logged later.
 
     Every method raises PartDied where a part that it asked is gone.
@@ -40,7 +40,7 @@ class Lookout:
         self,
         graph: Graph,
         config: RunConfig,
-        pool: RoundPool,
+        scheduler: RoundScheduler,
         progress: Progress,
         window: MetricWindow,
         *,
@@ -60,7 +60,7 @@ class Lookout:
         self._graph = graph
         self._config = config
         self._temperature = config.sampler.build().temperature
-        self._pool = pool
+        self._scheduler = scheduler
         self._progress = progress
         self._window = window
         self._timeout = timeout
@@ -146,29 +146,31 @@ class Lookout:
         graph = self._graph
         observers = graph.hub.restarts + (graph.evaluator.restarts if graph.evaluator else 0)
         observers += graph.auditor.restarts if graph.auditor else 0
-        return self._pool.restarts + graph.learners.restarts + observers
+        return self._scheduler.restarts + graph.learners.restarts + observers
 
     def _log(self) -> None:
-        steps = self._pool.mcmc_steps
+        steps = self._scheduler.mcmc_steps
         values = self._window.close(
-            mcmc_steps=steps, idle_s=self._pool.crew.seats.take_idle_seconds()
+            mcmc_steps=steps, idle_s=self._scheduler.workers.seats.take_idle_seconds()
         )
         values["sampler/temperature"] = self._temperature
         values["weights/version"] = float(self._progress.version)
         values["fault/restarts"] = float(self.restarts)
         values["fault/rollbacks"] = float(self._progress.rollbacks)
-        values["workers/alive"] = float(self._pool.crew.seats.num_serving)
-        if self._pool.num_local:
-            values["flow/local_rounds"] = self._pool.num_local / self._pool.num_started
-        if self._pool.num_started:
-            values["flow/rounds_by_rows"] = self._pool.num_by_rows / self._pool.num_started
-        counts = self._pool.counts.values()
+        values["workers/alive"] = float(self._scheduler.workers.seats.num_serving)
+        if self._scheduler.num_local:
+            values["flow/local_rounds"] = self._scheduler.num_local / self._scheduler.num_started
+        if self._scheduler.num_started:
+            values["flow/rounds_by_rows"] = (
+                self._scheduler.num_by_rows / self._scheduler.num_started
+            )
+        counts = self._scheduler.counts.values()
         if self._graph.needs_negatives:
             for name in _COUNTED:
                 values[f"buffer/{name}"] = float(sum(getattr(c, name) for c in counts))
         # A shard says how it stands with each round; of one that has had none all chains are free.
         for index in range(len(self._graph.shards)):
-            if index not in self._pool.counts:
+            if index not in self._scheduler.counts:
                 values["buffer/free"] += self._graph.shards.capacities[index]
                 values["buffer/capacity"] += self._graph.shards.capacities[index]
         if counts:
@@ -215,7 +217,7 @@ class Lookout:
             share = -(-num // len(shards))
             asked = [(shard, shard.peek(share, key)) for shard in shards]
         else:
-            worker, config = next(iter(self._graph.crew)), self._config
+            worker, config = next(iter(self._graph.workers)), self._config
             seed = derive_seed(config.run.seed, "samples", key)
             std = config.buffer.init_std
             asked = [(worker, worker.sample(num, config.sampler.num_steps, ema, seed, std))]

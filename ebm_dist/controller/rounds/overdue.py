@@ -15,7 +15,7 @@ from ebm_dist.controller.shards import Shards
 
 
 class Overdue:
-    """Looks after the rounds of a pool by the clock."""
+    """Looks after rounds by the clock."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Rounds of MCMC in flight: dispatched to workers, committed by shards, redone when one dies.
 
 A round is three calls chained by reference: the shard's checkout, the worker's run, the
-shard's checkin. The chains go from actor to actor; the pool sees the small reply of the
+shard's checkin. The chains go from actor to actor; the scheduler sees the small reply of the
 checkin alone. A lease outlives its worker: a round whose worker died is started again with the
 same id, and the shard gives out the same lease, with the same noise. A lease does not outlive
 its shard: rounds with a shard that died are forgotten, ready ones too.
@@ -35,20 +35,20 @@ from ebm_dist.controller.rounds.round import (
 )
 from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.load import Seat
-from ebm_dist.controller.workers.membership import Crew
+from ebm_dist.controller.workers.membership import WorkerPool
 from ebm_dist.core.errors import RunFailed
 
 log = logging.getLogger("ebm_dist.run")
 
 
-class RoundPool:
+class RoundScheduler:
     """Keeps workers supplied with rounds, and collects what they committed."""
 
     def __init__(
         self,
         backend: Backend,
         shards: Shards,
-        crew: Crew,
+        workers: WorkerPool,
         *,
         on_replaced: Callable[[int], Decision],
         on_rejected: Callable[[int], Decision],
@@ -80,8 +80,8 @@ class RoundPool:
         self._delayed: list[tuple[float, Round]] = []
         self._noted: set[str] = set()
         self._shard_failures = [0] * len(self._shards)
-        self.crew = crew
-        self._seats = self.crew.seats
+        self.workers = workers
+        self._seats = self.workers.seats
         # Ordered dicts: the first key of a plain one is found past all that were taken before it.
         self.committed: OrderedDict[int, Committed] = OrderedDict()
         self.releases: list[tuple[ShardClient, Ref[int]]] = []
@@ -128,7 +128,7 @@ class RoundPool:
 
     def set_weights(self, weights: Ref[np.ndarray], version: int) -> None:
         """Weights of the rounds started from now on. Versions never go back."""
-        self.crew.set_weights(weights, version)
+        self.workers.set_weights(weights, version)
 
     # --- rounds -------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class RoundPool:
         """Give up all rounds and all that is committed; the shards must refuse what comes back."""
         for seat in self._seats:
             self._seats.load(seat, -seat.load)
-            self.crew.release_if_done(seat)
+            self.workers.release_if_done(seat)
         self._rounds.clear()
         self._waiting.clear()
         self._delayed.clear()
@@ -186,9 +186,9 @@ class RoundPool:
             return
         round_.attempts += 1
         round_.seat = seat
-        round_.version = self.crew.version
+        round_.version = self.workers.version
         round_.started = self._clock()
-        weights = round_.weights = self.crew.weights
+        weights = round_.weights = self.workers.weights
         assert weights is not None, "a worker serves that holds none"
         round_.leased = self._checkouts.lease(round_, seat)
         round_.moved = seat.worker.run_round(
@@ -215,7 +215,7 @@ class RoundPool:
                     self._submit(round_)
             else:
                 timeout = min(timeout, max(0.0, min(at for at, _ in self._delayed) - now))
-        pending = [*others, *self.crew.arriving, *self._rounds]
+        pending = [*others, *self.workers.arriving, *self._rounds]
         if not pending:
             time.sleep(timeout)
             done = {}
@@ -224,12 +224,12 @@ class RoundPool:
         for ref in done:
             if ref in self._rounds:
                 self._finish(ref)
-            elif ref in self.crew.arriving and (failed := self.crew.welcome(ref)) is not None:
+            elif ref in self.workers.arriving and (failed := self.workers.welcome(ref)) is not None:
                 self._redo_rounds_of(*failed)
         self._start_waiting()
         self._replace_who_hangs()
         self._overdue.renew_leases(self.rounds())
-        self.crew.give_up_the_overdue(now)
+        self.workers.give_up_the_overdue(now)
         return [ref for ref in others if ref in done]
 
     def _start_waiting(self) -> None:
@@ -256,7 +256,7 @@ class RoundPool:
                 raise
             self._fail(round_, seat, f"its round failed: {fault}")
             return
-        self.crew.release_if_done(seat)
+        self.workers.release_if_done(seat)
         self.counts[round_.shard] = reply.counts
         for note in reply.notes:
             if note not in self._noted:  # every worker of a pool chooses alike
@@ -316,7 +316,7 @@ class RoundPool:
             failed.version = -1
             failed.attempts -= 1
             self._delayed.append((self._clock() + RETRY_S, failed))
-        self.crew.release_if_done(seat)
+        self.workers.release_if_done(seat)
 
     def _fail(self, failed: Round, seat: Seat, why: str) -> None:
         """Replace the worker of a round that has come back without chains; the round is redone."""
@@ -329,16 +329,16 @@ class RoundPool:
         """Start again, under the present weights, what waits for weights that are lost."""
         for ref, round_ in list(self._rounds.items()):
             assert round_.weights is not None
-            if round_.weights is self.crew.weights or not self._backend.lost(round_.weights):
+            if round_.weights is self.workers.weights or not self._backend.lost(round_.weights):
                 continue
             del self._rounds[ref]
             seat = round_.seat
             assert seat is not None
             self._seats.load(seat, -1)
-            self.crew.release_if_done(seat)
+            self.workers.release_if_done(seat)
             round_.attempts -= 1
             self._submit(round_)
-        self.crew.send_again()
+        self.workers.send_again()
 
     def check(self, trouble: Exception | None = None) -> Decision:
         """Replace the shards and workers that are known to be dead; `trouble` may say why."""
@@ -385,7 +385,7 @@ class RoundPool:
             seat = self._rounds.pop(ref).seat
             assert seat is not None
             self._seats.load(seat, -1)
-            self.crew.release_if_done(seat)
+            self.workers.release_if_done(seat)
         self._waiting = deque(item for item in self._waiting if item.shard != index)
         self._delayed = [item for item in self._delayed if item[1].shard != index]
         for lease_id in [k for k, v in self.committed.items() if v.shard == index]:
@@ -395,6 +395,6 @@ class RoundPool:
         lost = [ref for ref, round_ in self._rounds.items() if round_.seat is seat]
         again = [self._rounds.pop(ref) for ref in lost]
         self.restarts += 1
-        self.crew.replace(seat, why)
+        self.workers.replace(seat, why)
         for round_ in sorted(again, key=lambda item: item.lease_id):
             self._submit(round_)

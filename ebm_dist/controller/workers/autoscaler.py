@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ebm_dist.controller.clients import WorkerClient
-from ebm_dist.controller.workers.membership import Crew
-from ebm_dist.controller.workers.utilisation import LearnerWaits, Load, load_between
+from ebm_dist.controller.workers.membership import WorkerPool
+from ebm_dist.controller.workers.utilisation import Load, Utilisation, load_between
 
 log = logging.getLogger("ebm_dist.run")
 
@@ -61,17 +61,17 @@ def wanted(size: int, load: Load, low: int, high: int) -> int:
     return size
 
 
-class Steward:
-    """Keeps the crew at the size that the waits ask for, and off nodes that are about to leave."""
+class Autoscaler:
+    """Keeps the pool at the size that the waits ask for, and off nodes that are about to leave."""
 
     def __init__(
         self,
-        crew: Crew,
-        waits: LearnerWaits,
+        workers: WorkerPool,
+        waits: Utilisation,
         elasticity: Elasticity,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._crew = crew
+        self._crew = workers
         self._waits = waits
         self._elastic = elasticity
         self._clock = clock
@@ -83,7 +83,7 @@ class Steward:
         self._looked_at = clock()
 
     def tend(self) -> None:
-        """Look after the crew, if it is time to; never waits for anything."""
+        """Look after the pool, if it is time to; never waits for anything."""
         now = self._clock()
         if now - self._looked_at < LOOK_S:
             return
@@ -127,20 +127,20 @@ class Steward:
             self.size = size
 
     def _fill(self) -> None:
-        crew = self._crew
+        workers = self._crew
         size = self.size + self._num_stay
-        for _ in range(size - len(crew.seats)):
-            worker = self._elastic.hire(crew.next_index)
+        for _ in range(size - len(workers.seats)):
+            worker = self._elastic.hire(workers.next_index)
             if worker is None:
                 return
-            crew.join(worker)
-        surplus = len(crew.seats) - size
+            workers.join(worker)
+        surplus = len(workers.seats) - size
         if surplus > 0:
             # The latest first; of them those that have not even begun.
             leaving = sorted(
-                (seat for seat in crew.seats if seat.state != "retiring"),
+                (seat for seat in workers.seats if seat.state != "retiring"),
                 key=lambda seat: (seat.state == "starting", seat.index),
                 reverse=True,
             )
             for seat in leaving[:surplus]:
-                crew.retire(seat)
+                workers.retire(seat)

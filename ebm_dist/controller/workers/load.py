@@ -67,7 +67,7 @@ class _Queue:
         return next(iter(self._by_load[min(self._by_load)])) if self._by_load else None
 
 
-class Seats:
+class LoadQueue:
     """All seats, the ones that serve in order of their load, and how long they had nothing."""
 
     def __init__(self, clock: Callable[[], float]) -> None:

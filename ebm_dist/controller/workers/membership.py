@@ -19,13 +19,13 @@ from ebm_dist.cluster.backend import (
 )
 from ebm_dist.controller.clients import WorkerClient
 from ebm_dist.controller.rounds.round import MAX_ATTEMPTS, MAX_STARTS
-from ebm_dist.controller.workers.load import Seat, Seats
+from ebm_dist.controller.workers.load import LoadQueue, Seat
 from ebm_dist.core.errors import RunFailed
 
 log = logging.getLogger("ebm_dist.run")
 
 
-class Crew:
+class WorkerPool:
     """Opens a seat when its process holds weights, and closes it before the process ends."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Crew:
         self._clock = clock
         self.weights: Ref[np.ndarray] | None = None
         self.version = -1
-        self.seats = Seats(clock)
+        self.seats = LoadQueue(clock)
         self._next_index = 0
         self.arriving: dict[Ref[int], Seat] = {}
         """Seats whose process has been sent weights, by the reference of its answer."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ebm_dist.controller.workers.load import Seats
+from ebm_dist.controller.workers.load import LoadQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,10 @@ class _Sums:
     idle_in_wait: float
 
 
-class LearnerWaits:
+class Utilisation:
     """Adds up waits, the one that is still going on included."""
 
-    def __init__(self, seats: Seats, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, seats: LoadQueue, clock: Callable[[], float] = time.monotonic) -> None:
         self._seats = seats
         self._clock = clock
         self._began: tuple[float, float, float] | None = None

@@ -10,7 +10,7 @@ from typing import Literal
 from ebm_dist.cluster.backend import Backend
 from ebm_dist.config.sections import RuntimeConfig, WorkersConfig
 from ebm_dist.controller.shards import Shards
-from ebm_dist.controller.workers.membership import Crew
+from ebm_dist.controller.workers.membership import WorkerPool
 from ebm_dist.learner.config import LearnerConfig
 from ebm_dist.run.placement.placer import Placer
 from ebm_dist.run.placement.plan import Plan, available_cores, plan
@@ -28,7 +28,7 @@ def placed(
     *,
     mode: Literal["sync", "async"],
     shards: Shards,
-    crew: Crew,
+    worker_pool: WorkerPool,
 ) -> tuple[Plan, Placer]:
     """The plan for the current resources, and the placer of the run's parts.
 
@@ -57,7 +57,7 @@ def placed(
     placer = Placer(
         backend.nodes,
         shards,
-        crew,
+        worker_pool,
         made,
         cpus_per_worker=runtime.cpus_per_worker,
         num_workers=num_workers,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import BATCH, CHAINS, NUM_STEPS, World
 
-from ebm_dist.controller.negatives.step_budget import StepBand, num_late
+from ebm_dist.controller.negatives.step_budget import StepBudget, num_late
 
 NEEDED, ROUND = BATCH * NUM_STEPS, CHAINS * NUM_STEPS
 
@@ -48,7 +48,7 @@ def test_leases_that_come_too_late_in_every_order_are_counted(versions, max_lag,
 
 @given(st.floats(1.0, 9.0), st.integers(1, 400))
 def test_spare_rounds_of_each_update_add_up_to_the_lower_bound(factor, updates) -> None:
-    band = StepBand(factor * NEEDED, math.inf, NEEDED, ROUND)
+    band = StepBudget(factor * NEEDED, math.inf, NEEDED, ROUND)
     spare = [band.spare_rounds(step) for step in range(updates)]
     total = updates * NEEDED + ROUND * sum(spare)
     assert factor * NEEDED * updates <= total * (1 + 1e-6)
@@ -62,12 +62,14 @@ def hold(world: World, num_updates: int, low: float, high: float, busy: int) -> 
     for made in range(1, num_updates + 1):
         lags, _ = world.update(busy_ticks=busy)
         assert max(lags) <= world.max_lag
-        assert world.pool.mcmc_steps >= low * made - 1e-3, "the learner did not wait"
-        assert world.pool.mcmc_steps <= high * (made + 1) + (ahead + 1) * ROUND, "workers did not"
+        assert world.scheduler.mcmc_steps >= low * made - 1e-3, "the learner did not wait"
+        assert world.scheduler.mcmc_steps <= high * (made + 1) + (ahead + 1) * ROUND, (
+            "workers did not"
+        )
     extra = world.flow._extra()
     consumed = num_updates * NEEDED
-    ready = sum(lease.num_steps * lease.num_chains for lease in world.pool.committed.values())
-    assert world.pool.mcmc_steps <= consumed + extra + ready + 3 * ROUND
+    ready = sum(lease.num_steps * lease.num_chains for lease in world.scheduler.committed.values())
+    assert world.scheduler.mcmc_steps <= consumed + extra + ready + 3 * ROUND
     assert world.progress.updates == num_updates
 
 
@@ -116,9 +118,9 @@ def test_with_no_step_to_spare_nothing_is_repaired_or_dropped(stale) -> None:
 def test_a_lower_bound_makes_chains_move_that_nobody_consumes() -> None:
     world = World(mode="async", max_lag=3, num_workers=4, min_steps_per_update=2.5 * NEEDED)
     hold(world, 100, 2.5 * NEEDED, math.inf, 2)
-    assert world.pool.steps["spare"] == pytest.approx(1.5 * NEEDED * 100, abs=4 * ROUND)
+    assert world.scheduler.steps["spare"] == pytest.approx(1.5 * NEEDED * 100, abs=4 * ROUND)
     moves = sum(s.handle.part.snapshot().arrays["generation"].sum() for s in world.shards)
-    whole_rounds = world.pool.steps["negatives"] + world.pool.steps["spare"]
+    whole_rounds = world.scheduler.steps["negatives"] + world.scheduler.steps["spare"]
     assert moves * NUM_STEPS >= whole_rounds, "the moves stay in the buffer"
 
 
@@ -132,7 +134,7 @@ def test_spare_rounds_leave_sync_bitwise_whoever_works() -> None:
             min_steps_per_update=1.75 * NEEDED,
         )
         x = np.stack([world.update()[1] for _ in range(30)])
-        assert world.pool.mcmc_steps == pytest.approx(1.75 * NEEDED * 30, abs=ROUND)
+        assert world.scheduler.mcmc_steps == pytest.approx(1.75 * NEEDED * 30, abs=ROUND)
         return x, [shard.handle.part.snapshot().arrays["position"] for shard in world.shards]
 
     x, chains = run(1, 0)
@@ -157,4 +159,4 @@ def test_the_band_survives_deaths(tmp_path) -> None:
     )
     low, high = 1.5 * NEEDED, 2 * NEEDED
     hold(world, 200, low, high, 1)
-    assert world.pool.restarts > 10
+    assert world.scheduler.restarts > 10

@@ -28,10 +28,12 @@ def test_rounds_on_the_node_of_their_shard_go_by_rows_and_all_others_by_value(
     )
     for _ in range(100):
         world.update(busy_ticks=2)
-    pool = world.pool
+    scheduler = world.scheduler
     assert late(world) == 0
-    assert 0 < pool.num_local < pool.num_started
-    assert pool.num_local - pool.outstanding <= pool.num_by_rows <= pool.num_local
+    assert 0 < scheduler.num_local < scheduler.num_started
+    assert (
+        scheduler.num_local - scheduler.outstanding <= scheduler.num_by_rows <= scheduler.num_local
+    )
 
 
 @pytest.mark.parametrize("num_workers", [1, 4, 5])
@@ -43,28 +45,28 @@ def test_in_sync_mode_the_chains_are_the_same_however_they_went(
         return np.stack([world.update()[1] for _ in range(30)]), world
 
     by_value, reference = run(None, (None,))
-    assert reference.pool.num_by_rows == 0
+    assert reference.scheduler.num_by_rows == 0
     mixed, world = run(tmp_path, ("a", "b"))
     assert np.array_equal(by_value, mixed)
     assert late(world) == 0
     # Leases are drawn before anybody knows who takes them, and given out when it is known.
-    assert world.pool.num_by_rows == world.pool.num_local > 0
+    assert world.scheduler.num_by_rows == world.scheduler.num_local > 0
     if num_workers == 1:
-        assert world.pool.num_by_rows == world.pool.num_started // 2
+        assert world.scheduler.num_by_rows == world.scheduler.num_started // 2
 
 
 def test_where_the_nodes_are_not_known_everything_goes_by_value(tmp_path: Path) -> None:
     world = World(mode="async", max_lag=3, nodes=(None,), directory=tmp_path)
     for _ in range(20):
         world.update()
-    assert world.pool.num_by_rows == 0
+    assert world.scheduler.num_by_rows == 0
 
 
 def test_on_one_machine_every_round_goes_by_rows(tmp_path: Path) -> None:
     world = World(mode="sync", nodes=(None,), directory=tmp_path, scattered=False)
     for _ in range(20):
         world.update()
-    assert world.pool.num_by_rows == world.pool.num_started > 0
+    assert world.scheduler.num_by_rows == world.scheduler.num_started > 0
 
 
 def test_a_round_that_another_node_redoes_goes_by_value_and_the_rows_of_the_first_are_void(
@@ -73,8 +75,8 @@ def test_a_round_that_another_node_redoes_goes_by_value_and_the_rows_of_the_firs
     world = deadly(tmp_path, kill_worker=0.05)
     for _ in range(600):
         world.update(busy_ticks=1)
-    assert world.pool.restarts > 10
-    assert 0 < world.pool.num_by_rows <= world.pool.num_local
+    assert world.scheduler.restarts > 10
+    assert 0 < world.scheduler.num_by_rows <= world.scheduler.num_local
     for shard in world.shards:
         assert shard.handle.part._grants.num_quarantined == 0
 
@@ -86,7 +88,7 @@ def test_a_shard_that_dies_on_its_node_keeps_its_chains_while_leases_are_out_by_
     before = [shard.handle.part.identities().tolist() for shard in world.shards]
     for _ in range(600):
         world.update(busy_ticks=1)
-    assert world.pool.restarts > 5
+    assert world.scheduler.restarts > 5
     assert any(shard.handle.part.epoch > 1 for shard in world.shards)
     assert [shard.handle.part.attached for shard in world.shards] == [True, True]
     after = [shard.handle.part.identities().tolist() for shard in world.shards]

@@ -15,7 +15,7 @@ from ebm_dist.cluster.backend import PartDied
 from ebm_dist.cluster.inline import InlineBackend, InlineHandle, InlineResult
 from ebm_dist.controller.controller import Controller
 from ebm_dist.controller.learners import LearnerGroup
-from ebm_dist.controller.recovery import WayBack
+from ebm_dist.controller.recovery import Recovery
 from ebm_dist.core.errors import RunFailed
 
 
@@ -44,7 +44,7 @@ def test_a_part_that_dies_while_a_run_is_restored_leaves_the_result_as_it_is(
 ) -> None:
     run(tmp_path / "whole", "run.steps=6", "checkpoint.every=3")
     run(tmp_path / "parts", "run.steps=3", "checkpoint.every=3")
-    owner = Controller if step == "_publish_current" else WayBack
+    owner = Controller if step == "_publish_current" else Recovery
     calls = fails_once(monkeypatch, owner, step)
     assert run(tmp_path / "parts", "run.steps=6", "checkpoint.every=3")[0].finished
     assert len(calls) > 1

@@ -13,7 +13,7 @@ from worlds import World
 
 from ebm_dist.cluster.backend import Node
 from ebm_dist.config.run_config import load
-from ebm_dist.controller.workers.autoscaler import LOOK_S, WINDOW_S, Elasticity, Steward, wanted
+from ebm_dist.controller.workers.autoscaler import LOOK_S, WINDOW_S, Autoscaler, Elasticity, wanted
 from ebm_dist.controller.workers.utilisation import Load
 from ebm_dist.core.errors import UserError
 from ebm_dist.run.placement.gpu_shares import Shares
@@ -65,30 +65,30 @@ class Elastic(World):
         super().__init__(num_workers=low, **options)
         self.room = room
         self.leaving: set[str] = set()
-        for part in (self.pool.crew.seats, self.flow.waits):
+        for part in (self.scheduler.workers.seats, self.flow.waits):
             part._clock = lambda: 0.1 * self.backend.tick
-        self.pool.crew.seats._last = 0.0
-        self.steward = Steward(
-            self.pool.crew,
+        self.scheduler.workers.seats._last = 0.0
+        self.autoscaler = Autoscaler(
+            self.scheduler.workers,
             self.flow.waits,
             Elasticity(low, high, start, self.hire, lambda: self.leaving),
             clock=lambda: 0.1 * self.backend.tick,
         )
-        self.flow._tend = self.steward.tend
+        self.flow._tend = self.autoscaler.tend
 
     def hire(self, index: int) -> Any:
         return self.spawn_worker(index) if len(self.workers) < self.room else None
 
     @property
     def size(self) -> int:
-        return self.pool.crew.seats.num_serving
+        return self.scheduler.workers.seats.num_serving
 
     def run(self, seconds: float, busy: int) -> list[int]:
         sizes = []
         until = 0.1 * self.backend.tick + seconds
         while 0.1 * self.backend.tick < until:
             self.update(busy_ticks=busy)
-            self.steward.tend()
+            self.autoscaler.tend()
             sizes.append(self.size)
         return sizes
 
@@ -101,7 +101,7 @@ def test_a_pool_that_is_too_small_grows_and_one_that_is_too_large_shrinks() -> N
     # The learner becomes slow: the same workers now wait for it.
     sizes = world.run(20 * WINDOW_S, busy=200)
     assert sizes[-1] <= 3
-    assert world.pool.restarts == 0
+    assert world.scheduler.restarts == 0
     assert len(world.workers) == world.size
     assert [line for line in world.said if "workers from now on" in line]
 
@@ -121,7 +121,7 @@ def test_a_newcomer_gets_no_work_before_it_holds_weights() -> None:
         2, 8, 6, mode="async", max_lag=4, max_delay=10, kill_worker=0.01, max_ticks=20_000
     )
     world.run(10 * WINDOW_S, busy=1)
-    assert world.pool.restarts > 5
+    assert world.scheduler.restarts > 5
     assert all(worker.handle.part.held >= 0 for worker in world.workers[:2])
 
 
@@ -135,8 +135,8 @@ def test_workers_of_a_draining_node_finish_their_rounds_and_give_their_leases_ba
     world.run(8 * LOOK_S, busy=0)
     assert all(worker.handle.dead for worker in leaving)
     assert {worker.node for worker in world.workers} == {"b"}
-    assert world.pool.restarts == 0, "they were not lost, they left"
-    assert world.pool.num_refused == 0
+    assert world.scheduler.restarts == 0, "they were not lost, they left"
+    assert world.scheduler.num_refused == 0
     for shard in world.shards:
         assert shard.handle.part.counts().expired_leases == 0
     # As soon as there is room elsewhere, the pool is whole again.
@@ -154,7 +154,7 @@ def test_the_last_worker_stays_on_a_draining_node_until_another_serves_elsewhere
     world.room, world.nodes = 99, ("b",)
     world.run(4 * LOOK_S, busy=0)
     assert [worker.node for worker in world.workers] == ["b"] * size
-    assert world.pool.restarts == 0
+    assert world.scheduler.restarts == 0
 
 
 def test_sync_is_bitwise_while_the_pool_grows_and_shrinks_under_it() -> None:
@@ -163,11 +163,11 @@ def test_sync_is_bitwise_while_the_pool_grows_and_shrinks_under_it() -> None:
         x = []
         for step in range(60):
             if changes and step % 5 == 0:
-                world.steward.size = 1 + (7 * step) % 9
-                world.steward._fill()
+                world.autoscaler.size = 1 + (7 * step) % 9
+                world.autoscaler._fill()
             x.append(world.update()[1])
         if changes:
-            assert world.pool.crew.next_index > 20, "workers came and went"
+            assert world.scheduler.workers.next_index > 20, "workers came and went"
         return np.stack(x), [s.handle.part.snapshot().arrays["position"] for s in world.shards]
 
     x, chains = run(changes=False)
@@ -187,19 +187,19 @@ class Part:
 
 
 def placer(nodes: list[Node], shards: list[str], workers: list[str]) -> tuple[Placer, list[Part]]:
-    crew = [Part(node) for node in workers]
+    worker_pool = [Part(node) for node in workers]
     now = iter(np.arange(0.0, 1e3, 1e-3))
     made = Placer(
         lambda: nodes,
         [Part(node) for node in shards],  # type: ignore[misc]
-        crew,  # type: ignore[arg-type]
+        worker_pool,  # type: ignore[arg-type]
         Plan("cpu", 1, 1, 0.5, Shares()),
         cpus_per_worker=1.0,
         num_workers=4,
         num_ranks=1,
         clock=lambda: VIEW_S + next(now),
     )
-    return made, crew
+    return made, worker_pool
 
 
 def test_workers_fill_the_nodes_of_the_shards_first_and_never_beyond_what_is_free() -> None:
@@ -208,11 +208,11 @@ def test_workers_fill_the_nodes_of_the_shards_first_and_never_beyond_what_is_fre
         Node("b", False, {"CPU": 2}),
         Node("c", True, {"CPU": 9}),
     ]
-    made, crew = placer(nodes, ["a"], [])
+    made, worker_pool = placer(nodes, ["a"], [])
     put = []
     while (place := made.for_worker()) is not None:
         put.append(place.node)
-        crew.append(Part(place.node))
+        worker_pool.append(Part(place.node))
     assert sorted(put) == ["a", "a", "a", "b", "b"]
     assert put[:3] == ["a", "a", "a"]
     assert made.clustered
@@ -243,9 +243,9 @@ def test_a_shard_is_put_back_where_its_chains_are_mapped_if_that_node_stays() ->
 
 def test_a_worker_is_not_put_back_where_it_died_unless_there_is_nothing_else() -> None:
     nodes = [Node("a", False, {"CPU": 4}), Node("b", False, {"CPU": 1})]
-    made, crew = placer(nodes, ["a"], ["a"])
+    made, worker_pool = placer(nodes, ["a"], ["a"])
     for node in "ba":
-        place = made.for_worker(instead_of=crew[0])  # type: ignore[arg-type]
+        place = made.for_worker(instead_of=worker_pool[0])  # type: ignore[arg-type]
         assert place is not None
         assert place.node == node
 

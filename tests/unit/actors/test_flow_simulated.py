@@ -49,7 +49,7 @@ def test_rounds_ahead_never_exceed_the_credit_of_max_lag(max_lag) -> None:
 
     def watched(reserved: int = 0, top_up=world.flow.top_up) -> None:
         top_up(reserved)
-        ahead.append(world.pool.outstanding + len(world.pool.committed) + reserved)
+        ahead.append(world.scheduler.outstanding + len(world.scheduler.committed) + reserved)
 
     world.flow.top_up = watched  # type: ignore[method-assign]
     for _ in range(100):
@@ -85,7 +85,7 @@ def test_sync_gives_the_same_negatives_bit_for_bit_whoever_works_and_whoever_die
             max_delay=1 + 4 * seed,
             kill_worker=0.2 / (3 + seed),
         )
-        restarts += world.pool.restarts
+        restarts += world.scheduler.restarts
         assert np.array_equal(negatives, again)
         for a, b in zip(chains, chains_again):
             assert np.array_equal(a, b)
@@ -107,7 +107,7 @@ def test_async_survives_hundreds_of_deaths_with_every_chain_in_its_place(seed, t
     for _ in range(400):
         lags, _ = world.update(busy_ticks=1)
         assert 0 <= min(lags) <= max(lags) <= 4
-    assert world.pool.restarts > 15
+    assert world.scheduler.restarts > 15
     assert sum("worker" in line for line in world.said) > 3
     assert sum("shard" in line for line in world.said) > 3
     assert world.progress.step == 400
@@ -117,7 +117,7 @@ def test_a_worker_that_always_dies_ends_the_run_with_its_name() -> None:
     world = World(mode="sync", num_workers=1, max_delay=5, kill_worker=1.0)
     with pytest.raises(RunFailed, match=r"worker-0|round 0"):
         world.update()
-    assert world.pool.restarts <= MAX_STARTS + 1
+    assert world.scheduler.restarts <= MAX_STARTS + 1
 
 
 def test_a_worker_that_dies_of_every_round_ends_the_run_after_five(
@@ -132,39 +132,39 @@ def test_a_worker_that_dies_of_every_round_ends_the_run_after_five(
     monkeypatch.setattr(SimWorker, "run_round", dies)
     with pytest.raises(RunFailed, match=r"round \d of shard \d failed 5 times"):
         world.update()
-    assert world.pool.restarts == MAX_ATTEMPTS
+    assert world.scheduler.restarts == MAX_ATTEMPTS
 
 
 def test_a_worker_that_never_starts_ends_the_run_with_its_name() -> None:
     world = World(mode="async", num_workers=1, max_delay=3)
-    seat = next(iter(world.pool.crew.seats))
+    seat = next(iter(world.scheduler.workers.seats))
     for _ in range(MAX_STARTS - 1):
-        world.pool.crew.replace(seat, "killed by the test")
+        world.scheduler.workers.replace(seat, "killed by the test")
     with pytest.raises(RunFailed, match=r"worker-0 was started 20 times .*workers\.num_workers"):
-        world.pool.crew.replace(seat, "killed by the test")
+        world.scheduler.workers.replace(seat, "killed by the test")
 
 
 def test_workers_that_are_hit_while_they_start_are_started_on() -> None:
     world = World(mode="async", num_workers=2, max_delay=3)
     world.update()
-    seat = next(iter(world.pool.crew.seats))
+    seat = next(iter(world.scheduler.workers.seats))
     for _ in range(3):
         for _ in range(2 * MAX_ATTEMPTS):
-            world.pool.crew.replace(seat, "killed by the test")
+            world.scheduler.workers.replace(seat, "killed by the test")
             assert seat.state == "starting"
         while seat.state == "starting":
-            world.pool.poll(0.0)
+            world.scheduler.poll(0.0)
     for _ in range(10):
         world.update()
 
 
 def test_a_worker_that_hangs_is_replaced() -> None:
     world = World(mode="async", num_workers=2, max_delay=10**6)
-    world.pool._overdue.hang_s = 0.05
+    world.scheduler._overdue.hang_s = 0.05
     for _ in range(2):
-        world.pool.poll(0.0)
+        world.scheduler.poll(0.0)
     world.flow.top_up()
     time.sleep(0.1)
-    world.pool.poll(0.0)
+    world.scheduler.poll(0.0)
     assert any("held a round" in line for line in world.said)
-    assert world.pool.restarts == 1
+    assert world.scheduler.restarts == 1

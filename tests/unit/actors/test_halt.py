@@ -19,7 +19,7 @@ from ebm_dist.cluster.inline import InlineBackend
 from ebm_dist.cluster.own_ray import OwnRay, RayDied
 from ebm_dist.cluster.stall import answer
 from ebm_dist.controller.learners import LearnerGroup
-from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.core.errors import RunFailed
 
 DIED = "Ray on this machine died: its control store was ended by SIGKILL"
@@ -75,7 +75,7 @@ def stops_within(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, step: 
 @pytest.mark.parametrize(
     ("mode", "owner", "name", "kept"),
     [
-        pytest.param("async", RoundPool, "poll", None, id="negatives"),
+        pytest.param("async", RoundScheduler, "poll", None, id="negatives"),
         pytest.param("sync", LearnerGroup, "update", 2, id="update"),
     ],
 )

@@ -28,10 +28,10 @@ def test_a_shard_that_hangs_is_replaced_and_no_worker_is_blamed() -> None:
 
 def test_a_shard_that_owes_negatives_is_ended_after_the_time_out() -> None:
     world = World(mode="async", num_workers=2, stall_timeout_s=0.2, max_delay=1)
-    while not world.pool.committed:
+    while not world.scheduler.committed:
         world.flow.top_up()
-        world.pool.poll(0.0)
-    shard = next(iter(world.pool.committed.values())).shard
+        world.scheduler.poll(0.0)
+    shard = next(iter(world.scheduler.committed.values())).shard
     world.backend.hung.add(f"shard-{shard}")
     world.update()
     assert any(f"shard-{shard} died" in line and "stall_timeout_s" in line for line in world.said)
@@ -77,7 +77,7 @@ def test_rounds_that_take_longer_than_a_lease_lasts_are_committed_the_first_time
     world.backend.delay = lambda: 35
     for _ in range(5):
         world.update()
-    assert world.pool.num_refused == world.pool.restarts == 0
+    assert world.scheduler.num_refused == world.scheduler.restarts == 0
     assert all(shard.handle.part.counts().expired_leases == 0 for shard in world.shards)
 
 
@@ -125,6 +125,6 @@ def test_a_lone_rank_that_hangs_is_replaced_and_the_run_goes_back(
 def test_the_flow_gives_a_stall_up_only_where_no_shard_hangs() -> None:
     world = World(mode="async", num_workers=2, stall_timeout_s=0.2)
     assert isinstance(world.flow, NegativeSource)
-    assert not world.pool.replace_a_hung_shard(0.0), "nothing is under way"
+    assert not world.scheduler.replace_a_hung_shard(0.0), "nothing is under way"
     world.flow.top_up()
-    assert not world.pool.replace_a_hung_shard(1000.0), "nothing is old"
+    assert not world.scheduler.replace_a_hung_shard(1000.0), "nothing is old"

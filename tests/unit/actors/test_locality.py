@@ -9,7 +9,7 @@ import pytest
 from worlds import World
 
 from ebm_dist.controller.negatives.shard_choice import SLACK, ShardChoice, shards_of_update
-from ebm_dist.controller.workers.load import Seats
+from ebm_dist.controller.workers.load import LoadQueue
 
 
 class Worker:
@@ -17,8 +17,8 @@ class Worker:
         self.name, self.node = "worker", node
 
 
-def seats(*nodes: str | None) -> Seats:
-    made = Seats(lambda: 0.0)
+def seats(*nodes: str | None) -> LoadQueue:
+    made = LoadQueue(lambda: 0.0)
     for index, node in enumerate(nodes):
         made.open(made.add(index, Worker(node)))  # type: ignore[arg-type]
     return made
@@ -93,7 +93,7 @@ def test_a_flow_over_two_nodes_is_mostly_local_and_uses_every_chain_alike() -> N
     world = World(mode="async", max_lag=6, num_workers=4, nodes=("a", "b"), capacity=96)
     for _ in range(150):
         world.update(busy_ticks=2)
-    assert world.pool.num_local > 0.85 * world.pool.num_started
+    assert world.scheduler.num_local > 0.85 * world.scheduler.num_started
     used = [s.handle.part.snapshot().arrays["generation"].sum() for s in world.shards]
     assert abs(used[0] - used[1]) <= 2 * SLACK * 4
 

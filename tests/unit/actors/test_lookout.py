@@ -9,7 +9,7 @@ from small_runs import curve, run
 
 from ebm_dist.cluster.backend import PartDied
 from ebm_dist.controller.observers.measurements import EvaluatorLink
-from ebm_dist.controller.observers.monitor import Lookout
+from ebm_dist.controller.observers.monitor import Monitor
 from ebm_dist.controller.retry import GoBack, RollBack
 
 
@@ -23,15 +23,15 @@ from ebm_dist.controller.retry import GoBack, RollBack
 def test_an_evaluation_that_a_shard_died_under_is_made(
     fatal: int, evaluated: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chains, calls = Lookout.chains, []
+    chains, calls = Monitor.chains, []
 
-    def dying(self: Lookout, *args):
+    def dying(self: Monitor, *args):
         calls.append(args)
         if len(calls) == fatal + 1:
             raise PartDied("a shard was killed")
         return chains(self, *args)
 
-    monkeypatch.setattr(Lookout, "chains", dying)
+    monkeypatch.setattr(Monitor, "chains", dying)
     result, _ = run(tmp_path / "r", "run.steps=8", "evaluation.every=4")
     assert result.finished
     assert len(calls) == 3
@@ -42,15 +42,15 @@ def test_an_evaluation_that_a_shard_died_under_is_made(
 def test_a_run_that_goes_back_evaluates_at_its_usual_updates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chains, calls = Lookout.chains, []
+    chains, calls = Monitor.chains, []
 
-    def dying(self: Lookout, *args):
+    def dying(self: Monitor, *args):
         calls.append(args)
         if len(calls) == 1:
             raise RollBack(GoBack("a shard was killed"))
         return chains(self, *args)
 
-    monkeypatch.setattr(Lookout, "chains", dying)
+    monkeypatch.setattr(Monitor, "chains", dying)
     options = ["run.steps=8", "evaluation.every=4", "checkpoint.every=2"]
     result, screen = run(tmp_path / "r", *options)
     assert result.finished

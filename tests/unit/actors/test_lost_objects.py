@@ -49,7 +49,7 @@ def deliver(world: World, num_ranks: int = 2) -> Delivery:
     return Delivery(
         backend,
         learners,
-        world.pool,
+        world.scheduler,
         world.flow,
         world.flow.top_up,
         num_negatives=BATCH,
@@ -88,7 +88,7 @@ def test_other_negatives_take_the_place_of_lost_ones(
     assert world.progress.updates == 6
     for _ in range(50):
         assert max(world.update(busy_ticks=2)[0]) <= 3
-    assert world.pool.restarts == 0
+    assert world.scheduler.restarts == 0
 
 
 def answer_late(monkeypatch: pytest.MonkeyPatch, world: World, num_ticks: int) -> None:
@@ -115,23 +115,23 @@ def test_in_sync_mode_lost_negatives_send_the_run_back() -> None:
 def test_rounds_outlast_weights_that_are_lost_until_there_are_others() -> None:
     world = World(mode="async", max_lag=4, max_delay=2)
     ticks = iter(range(10**9))
-    world.pool._clock = lambda: 0.1 * next(ticks)
+    world.scheduler._clock = lambda: 0.1 * next(ticks)
     world.update()
     lost = SimRef(None, 0, set(), error=ObjectLost("its node is gone"))
     world.progress.version += 1
-    world.pool.set_weights(lost, world.progress.version)
+    world.scheduler.set_weights(lost, world.progress.version)
     world.flow.top_up()
-    newcomer = world.pool.crew.next_index
-    world.pool.crew.join(world.spawn_worker(newcomer))
+    newcomer = world.scheduler.workers.next_index
+    world.scheduler.workers.join(world.spawn_worker(newcomer))
     for _ in range(100 * MAX_ATTEMPTS):
-        world.pool.poll(0.0)
+        world.scheduler.poll(0.0)
         world.flow.top_up()
-    assert world.pool.outstanding > 0
-    assert all(round_.attempts <= 1 for round_ in world.pool.rounds())
+    assert world.scheduler.outstanding > 0
+    assert all(round_.attempts <= 1 for round_ in world.scheduler.rounds())
     for _ in range(20):
         assert max(world.update(busy_ticks=5)[0]) <= 4
-    assert world.pool.restarts == 0, "no worker was at fault"
-    assert world.pool.crew.seats.num_serving == 4, "the newcomer got the next weights"
+    assert world.scheduler.restarts == 0, "no worker was at fault"
+    assert world.scheduler.workers.seats.num_serving == 4, "the newcomer got the next weights"
 
 
 def test_rounds_outlast_a_worker_that_nobody_knows_to_be_dead_yet(
@@ -139,42 +139,42 @@ def test_rounds_outlast_a_worker_that_nobody_knows_to_be_dead_yet(
 ) -> None:
     world = World(mode="async", max_lag=4, max_delay=2)
     ticks = iter(range(10**9))
-    world.pool._clock = lambda: 0.1 * next(ticks)
+    world.scheduler._clock = lambda: 0.1 * next(ticks)
     world.update()
     dead, alive = world.workers[0], world.backend.alive
     world.backend.kill(dead.handle)
     monkeypatch.setattr(world.backend, "alive", lambda handle, timeout=0.5: True)
     for _ in range(100 * MAX_ATTEMPTS):
-        world.pool.poll(0.0)
+        world.scheduler.poll(0.0)
         world.flow.top_up()
-    assert world.pool.restarts == 0
+    assert world.scheduler.restarts == 0
     monkeypatch.setattr(world.backend, "alive", alive)
     for _ in range(50):
         assert max(world.update(busy_ticks=5)[0]) <= 4
-    assert world.pool.restarts == 1
+    assert world.scheduler.restarts == 1
     world.check()
 
 
 def test_rounds_and_newcomers_that_wait_for_lost_weights_get_the_present_ones() -> None:
     world = World(mode="async", max_lag=4, max_delay=10**6)
     for _ in range(2):
-        world.pool.poll(0.0)
+        world.scheduler.poll(0.0)
     lost = SimRef(None, 0, set(), value=0)
-    world.pool.set_weights(lost, 1)
+    world.scheduler.set_weights(lost, 1)
     world.flow.top_up()
-    old = set(world.pool._rounds)
-    ids = sorted(round_.lease_id for round_ in world.pool.rounds())
+    old = set(world.scheduler._rounds)
+    ids = sorted(round_.lease_id for round_ in world.scheduler.rounds())
     lose(lost)
-    world.pool.redo_lost()
-    assert old == set(world.pool._rounds), "there are no others yet"
+    world.scheduler.redo_lost()
+    assert old == set(world.scheduler._rounds), "there are no others yet"
     world.progress.version = 2
-    world.pool.set_weights(WEIGHTS, 2)
-    world.pool.redo_lost()
-    assert not old & set(world.pool._rounds)
-    assert sorted(round_.lease_id for round_ in world.pool.rounds()) == ids
-    assert {round_.version for round_ in world.pool.rounds()} == {2}
-    assert {round_.attempts for round_ in world.pool.rounds()} == {1}
-    assert sum(seat.load for seat in world.pool.crew.seats) == len(ids)
+    world.scheduler.set_weights(WEIGHTS, 2)
+    world.scheduler.redo_lost()
+    assert not old & set(world.scheduler._rounds)
+    assert sorted(round_.lease_id for round_ in world.scheduler.rounds()) == ids
+    assert {round_.version for round_ in world.scheduler.rounds()} == {2}
+    assert {round_.attempts for round_ in world.scheduler.rounds()} == {1}
+    assert sum(seat.load for seat in world.scheduler.workers.seats) == len(ids)
 
 
 def test_a_run_goes_on_from_negatives_that_are_lost(

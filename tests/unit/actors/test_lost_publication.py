@@ -79,22 +79,22 @@ def test_the_run_goes_back_for_weights_that_never_came_the_last_ones_too(
 def test_rounds_and_newcomers_outlast_weights_whose_sender_died() -> None:
     world = World(mode="async", max_lag=4, max_delay=2)
     ticks = iter(range(10**9))
-    world.pool._clock = lambda: 0.1 * next(ticks)
+    world.scheduler._clock = lambda: 0.1 * next(ticks)
     world.update()
     lost = SimRef(None, 0, set(), error=PartDied("learner-0 was killed"))
     world.progress.version += 1
-    world.pool.set_weights(lost, world.progress.version)
+    world.scheduler.set_weights(lost, world.progress.version)
     world.flow.top_up()
-    newcomer = world.pool.crew.next_index
-    world.pool.crew.join(world.spawn_worker(newcomer))
+    newcomer = world.scheduler.workers.next_index
+    world.scheduler.workers.join(world.spawn_worker(newcomer))
     for _ in range(500):
-        world.pool.poll(0.0)
+        world.scheduler.poll(0.0)
         world.flow.top_up()
-    assert world.pool.outstanding > 0
+    assert world.scheduler.outstanding > 0
     for _ in range(20):
         assert max(world.update(busy_ticks=5)[0]) <= 4
-    assert world.pool.restarts == 0, "no worker was at fault"
-    assert world.pool.crew.seats.num_serving == 4, "the newcomer got the next weights"
+    assert world.scheduler.restarts == 0, "no worker was at fault"
+    assert world.scheduler.workers.seats.num_serving == 4, "the newcomer got the next weights"
     assert not world.said
 
 

@@ -47,8 +47,10 @@ def test_a_worker_whose_device_fails_is_replaced_and_the_negatives_are_the_same(
     world = World(mode="sync", num_workers=2)
     assert all(np.array_equal(world.update()[1], x) for x in expected)
     # A worker that fails at one round takes the other that it has along.
-    assert 1 < world.pool.restarts <= len(hits) == MAX_ATTEMPTS - 1
-    assert sum(FAULT in line and "worker-" in line for line in world.said) == world.pool.restarts
+    assert 1 < world.scheduler.restarts <= len(hits) == MAX_ATTEMPTS - 1
+    assert (
+        sum(FAULT in line and "worker-" in line for line in world.said) == world.scheduler.restarts
+    )
 
 
 def test_a_round_that_fails_on_one_worker_after_another_ends_the_run_with_the_cause(

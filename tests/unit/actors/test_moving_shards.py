@@ -11,7 +11,7 @@ from worlds import CAPACITY, CHAINS, World
 
 from ebm_dist.cluster.backend import PartDied
 from ebm_dist.controller.clients import ShardClient
-from ebm_dist.controller.draining.shards import LOOK_S, Mover
+from ebm_dist.controller.draining.shards import LOOK_S, ShardMover
 from ebm_dist.controller.parts import Leave
 
 
@@ -23,11 +23,11 @@ class Leaving:
         self.draining, self.other = draining, other
         self.started: list[ShardClient] = []
         self.now = 0.0
-        self.mover = Mover(
+        self.mover = ShardMover(
             self.world.backend,  # type: ignore[arg-type]
             self.world.shards,
             Leave(lambda: self.draining, self.start, lambda held: None),
-            self.world.pool,
+            self.world.scheduler,
             timeout=30.0,
             clock=self.clock,
         )
@@ -86,7 +86,7 @@ def test_a_shard_leaves_a_draining_node_with_every_chain_as_it_is() -> None:
     assert not new.checkin(moved).accepted
     for _ in range(30):
         assert max(leaving.update()[0]) <= 3
-    assert world.pool.restarts == 0
+    assert world.scheduler.restarts == 0
     assert len(leaving.started) == 1, "it is moved once"
 
 
@@ -111,7 +111,7 @@ def test_where_no_node_stays_a_shard_stays_too() -> None:
     for _ in range(10):
         leaving.update()
     assert [shard.node for shard in leaving.world.shards] == ["a", "b"]
-    assert leaving.world.pool.restarts == 0
+    assert leaving.world.scheduler.restarts == 0
 
 
 @pytest.mark.parametrize("who", ["old", "new"])
@@ -125,7 +125,7 @@ def test_a_death_during_a_move_leaves_one_shard_and_no_process(who: str) -> None
     if who == "old":
         with pytest.raises(PartDied):
             leaving.mover.between_updates()
-        world.pool.check()  # what the controller does then
+        world.scheduler.check()  # what the controller does then
     for _ in range(10):
         leaving.update()
     world.check()

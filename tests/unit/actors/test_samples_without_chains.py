@@ -10,7 +10,7 @@ import torch
 from small_runs import SMALL, curve, run
 
 from ebm_dist.actors.worker import Worker
-from ebm_dist.controller.observers.monitor import Lookout
+from ebm_dist.controller.observers.monitor import Monitor
 from ebm_dist.core.types import EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.energies import FAMILY as ENERGIES
@@ -27,14 +27,14 @@ FLAT = {
 
 def samples(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[np.ndarray]:
     """What the run drew at its evaluations."""
-    chains, drawn = Lookout.chains, []
+    chains, drawn = Monitor.chains, []
 
-    def watched(self: Lookout, *args):
+    def watched(self: Monitor, *args):
         drawn.append(chains(self, *args))
         return drawn[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Lookout, "chains", watched)
+        patch.setattr(Monitor, "chains", watched)
         run(folder, "run.steps=2", "evaluation.every=1", *overrides, base=FLAT)
     return drawn
 

@@ -11,7 +11,7 @@ from small_runs import SMALL, curve, run
 
 from ebm_dist.buffer.trace import ChainTrace, TracePlan
 from ebm_dist.cluster.backend import PartDied
-from ebm_dist.controller.observers.chain_health import ShardWatch
+from ebm_dist.controller.observers.chain_health import ChainMonitor
 
 # A barrier of a = 60 at T = 1 between wells of width 1/20: nobody crosses. The chains start on
 # both sides, and data on one pulls no chain over.
@@ -78,13 +78,13 @@ def test_a_shard_that_dies_while_it_is_asked_takes_no_row_with_it(
 ) -> None:
     looks: list[int] = []
 
-    def look(self: ShardWatch) -> dict[str, float]:
+    def look(self: ChainMonitor) -> dict[str, float]:
         looks.append(len(looks))
         if len(looks) == 3:
             raise PartDied("it was killed")
         return {"chain/alarms": 0.0}
 
-    monkeypatch.setattr(ShardWatch, "look", look)
+    monkeypatch.setattr(ChainMonitor, "look", look)
     result, _ = run(tmp_path / "r", "run.steps=8", "tracking.log_every=1")
     assert result.finished
     assert list(curve(tmp_path / "r", "weights/version")) == list(range(1, 9))

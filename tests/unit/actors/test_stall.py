@@ -39,8 +39,8 @@ def test_workers_that_never_finish_are_named_as_those_who_fill_the_negatives(mod
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_workers_that_never_start_are_named(mode) -> None:
     made = world(mode=mode)
-    for seat in made.pool.crew.seats:
-        made.pool.crew.retire(seat)
+    for seat in made.scheduler.workers.seats:
+        made.scheduler.workers.retire(seat)
     assert stalled(made).queue is stall.WORKERS
 
 
@@ -70,14 +70,14 @@ def test_late_rounds_that_the_band_waits_for_are_named() -> None:
 
 def test_spare_rounds_that_do_not_come_are_named() -> None:
     made = world(num_workers=4, min_steps_per_update=3 * CHAINS * NUM_STEPS, max_delay=2)
-    submit = made.pool._submit
+    submit = made.scheduler._submit
 
     def lose_spare_rounds(round_: Any) -> None:
         made.backend.delay = lambda: NEVER if round_.purpose == "spare" else 1
         submit(round_)
 
-    made.pool._submit = lose_spare_rounds  # type: ignore[method-assign]
-    made.pool._depth = 100
+    made.scheduler._submit = lose_spare_rounds  # type: ignore[method-assign]
+    made.scheduler._depth = 100
     assert stalled(made).queue is stall.SPARE_STEPS
 
 

@@ -18,9 +18,9 @@ from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives import MODES
 from ebm_dist.controller.retry import Redo
-from ebm_dist.controller.rounds.scheduler import RoundPool
+from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.controller.shards import Shards
-from ebm_dist.controller.workers.membership import Crew
+from ebm_dist.controller.workers.membership import WorkerPool
 from ebm_dist.core.types import EventSpec
 
 WEIGHTS: Ref[np.ndarray] = Ref()
@@ -98,13 +98,13 @@ class World:
         clock: Any = {"clock": lambda: self.now} if tick_s else {}
         self.shards = Shards(backend, [capacity // 2] * 2)
         self.shards.start(self.spawn_shard)
-        self.crew = Crew(backend, **clock)
-        self.crew.start(num_workers, self.spawn_worker)
+        self.worker_pool = WorkerPool(backend, **clock)
+        self.worker_pool.start(num_workers, self.spawn_worker)
         self.progress = Progress()
-        self.pool = RoundPool(
+        self.scheduler = RoundScheduler(
             backend,
             self.shards,
-            self.crew,
+            self.worker_pool,
             on_replaced=lambda shard: Redo(),
             on_rejected=lambda shard: Redo(),
             num_chains=CHAINS,
@@ -116,18 +116,18 @@ class World:
             backend,
             self.shards,
             self.config,
-            self.pool,
+            self.scheduler,
             self.progress,
             lambda name, num: self.counts.update({name: num}),
             num_negatives=BATCH,
             num_chains=CHAINS,
             num_steps=NUM_STEPS,
         )
-        self.pool.set_weights(WEIGHTS, 0)
+        self.scheduler.set_weights(WEIGHTS, 0)
 
     @property
     def workers(self) -> list[WorkerClient]:
-        return list(self.crew)
+        return list(self.worker_pool)
 
     def spawn_worker(self, index: int) -> WorkerClient:
         node = self.nodes[index % len(self.nodes)]
@@ -179,11 +179,11 @@ class World:
             assert (negatives.version == lease.version).all()
             x.append(negatives.x)
         for _ in range(busy_ticks):  # the learner computes, rounds go on
-            self.pool.poll(0.0)
+            self.scheduler.poll(0.0)
             self.flow.top_up()
         self.progress.step += 1
         self.progress.version += 1
-        self.pool.set_weights(WEIGHTS, self.progress.version)
+        self.scheduler.set_weights(WEIGHTS, self.progress.version)
         self.check()
         return [taken.version - lease.version for lease in taken.leases], np.concatenate(x)
 
