@@ -106,7 +106,7 @@ def export_run(
     # An objective without negatives trains without chains, whatever these sections say.
     moved = ("buffer", "workers", "flow") if run.objective.takes_negatives else ()
     about = {
-        "plugins": _plugins(run),
+        "plugins": plugins_of(run),
         "temperature": run.sampler.law_temperature,
         "temperature_source": model_card.temperature_source(sampler),
         "data": _set_keys(run.data.model_dump(mode="json")),
@@ -156,7 +156,7 @@ def export_run(
     )
 
 
-def _plugins(run: RunConfig) -> list[str]:
+def plugins_of(run: RunConfig) -> list[str]:
     """Modules of the user that the energy, the sampler or the data of a run come from."""
     found = set(run.plugins)
     for section in (run.energy, run.sampler, run.data):

@@ -262,6 +262,7 @@ def final_screen(
     stopped_by: str | None = None,
     from_python: bool = False,
     next_commands: Sequence[str] | None = None,
+    plugins: Sequence[str] = (),
     console: Console | None = None,
 ) -> None:
     """Print the paths of the run's outputs, and the commands to run next.
@@ -278,6 +279,7 @@ def final_screen(
         stopped_by: the callback that stopped it.
         from_python: whether objects were given in Python, which no command can find again.
         next_commands: replaces the suggested commands.
+        plugins: modules of the user that the export needs.
     """
     console = console if console is not None else Console()
     run_dir = Path(run_dir)
@@ -293,7 +295,12 @@ def final_screen(
         rows.add_row("", Text("   ".join(f"{k} {number(v)}" for k, v in quality.items())))
     if next_commands is None:
         next_commands = suggested_commands(
-            run_dir, export, steps=steps, interrupted=interrupted, from_python=from_python
+            run_dir,
+            export,
+            steps=steps,
+            interrupted=interrupted,
+            from_python=from_python,
+            plugins=plugins,
         )
         if wandb and wandb.sync:
             next_commands.append(_near(wandb.sync))
@@ -322,6 +329,7 @@ def suggested_commands(
     steps: int,
     interrupted: bool = False,
     from_python: bool = False,
+    plugins: Sequence[str] = (),
 ) -> list[str]:
     """Commands to run after a run of `steps` updates, ready to paste."""
     ebm_dist = installed.command()
@@ -337,6 +345,7 @@ def suggested_commands(
         sample = f"{ebm_dist} sample {model} --num 64 --steps 500 --out more.png"
     else:
         sample = f"{ebm_dist} export {run} {shlex.quote(shown(run_dir / 'export').plain)}"
+    sample += "".join(f" --plugin {name}" for name in plugins)
     commands = [sample, f"{ebm_dist} report {run}", resume]
     return [commands[-1], *commands[:-1]] if interrupted else commands
 

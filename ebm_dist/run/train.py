@@ -38,7 +38,7 @@ from ebm_dist.core.weights import FlatLayout
 from ebm_dist.data import describe
 from ebm_dist.data.dataset import located
 from ebm_dist.export.reader import Export, open_export
-from ebm_dist.export.writer import export_run
+from ebm_dist.export.writer import export_run, plugins_of
 from ebm_dist.files.durable import refuse_link, replace_text
 from ebm_dist.files.safe_open import make_directory
 from ebm_dist.metrics.progress import Progress, final_screen
@@ -281,6 +281,7 @@ def _train(
         interrupted=not finished,
         stopped_by=stopped_by,
         from_python=is_given(config),
+        plugins=plugins_of(config),
         console=console,
     )
     return RunResult(

@@ -102,6 +102,7 @@ class Stuck:
 
 class Careless(Walk):
     def init(self, x, energy):
+        x = x.detach().requires_grad_(True)
         return State(x, energy(x))
 '''
 

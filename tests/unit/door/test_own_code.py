@@ -118,6 +118,10 @@ def test_reading_imports_nothing_and_says_which_module_to_name(
     export = train(here / "run").export_dir
     forget()
     (here / "own.yaml").write_text(write_yaml(config()))
+    assert main(["train", str(here / "own.yaml"), "--run-dir", str(here / "own")]) == 0
+    shown = capsys.readouterr().out
+    assert "--plugin own_pkg.moves --plugin own_pkg.nets" in shown
+    forget()
     assert main(["config", "show", str(here / "own.yaml")]) == 0
     assert main(["report", str(here / "run")]) == 0
     capsys.readouterr()
@@ -129,8 +133,6 @@ def test_reading_imports_nothing_and_says_which_module_to_name(
         assert "add --plugin own_pkg.nets" in said(capsys, *argv)
     with pytest.raises(UserError, match=r"plugins=\['own_pkg.nets'\]"):
         ebm_dist.load_energy(export)
-    with pytest.raises(UserError, match=r"plugins=\['own_pkg.nets'\]"):
-        ebm_dist.load_energy(export, plugins=["json5_of_mine"][:0])
     assert not [name for name in sys.modules if name.startswith("own_pkg")]
     energy = ["--plugin", "own_pkg.nets"]
     assert "sampler: is code of the module own_pkg.moves" in said(
@@ -254,8 +256,7 @@ def test_what_a_sampler_or_objective_returns_wrongly_is_said_in_one_line(
 
 def test_an_objective_that_says_it_needs_no_chains_is_run_without_any(here: Path):
     own = {"name": "module", "target": "own_pkg.losses:Slopes", "needs_negatives": False}
-    assert train(here / "run", objective=own).finished
-    assert not any("buffer/capacity" in row for row in rows(here / "run"))
+    assert train(here / "run", objective=own).finished  # it asserts that its negatives are None
 
 
 def test_an_own_sampler_cannot_be_tempered_from_outside(here: Path):
