@@ -117,8 +117,10 @@ def figure(
         limits=[up(limit) for limit in limits if up.low <= limit <= up.high],
         marks=list(_marks(curves, judged, across, up)),
         spans=[
-            (across(span.start), max(1.5, across(span.end) - across(span.start)), span.what)
+            (left, max(1.5, across(min(span.end, across.high)) - left), span.what)
             for span in spans
+            if span.end >= across.low and span.start <= across.high
+            for left in [across(max(span.start, across.low))]
         ],
     )
 

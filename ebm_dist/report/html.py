@@ -117,6 +117,10 @@ def render(run_dir: Path) -> str:
 def compare(run_dirs: Sequence[Path]) -> str:
     """The page about several runs as text: verdicts, samples, curves and numbers side by side."""
     runs = [RunFiles(path) for path in run_dirs]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = str(run.path)
     known = {name for run in runs for name in run.series}
     sections: dict[str, list[Figure]] = {}
     for section, panels in PANELS.items():
@@ -165,7 +169,7 @@ def _page(template: str, **values: Any) -> str:
     box = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT}
     box |= {"top": TOP, "bottom": BOTTOM}
     return environment.get_template(template).render(
-        **values, box=box, number=number, written=time.strftime("%Y-%m-%d %H:%M")
+        **values, box=box, written=time.strftime("%Y-%m-%d %H:%M")
     )
 
 
@@ -192,8 +196,8 @@ def _anchors(sections: Mapping[str, Sequence[Figure]]) -> dict[str, str]:
         for panels in PANELS.values()
         for panel in panels
         for name in panel.names
-        # Of a comparison every metric has a figure, of a run every panel.
-        for anchor in (_anchor(name), _anchor(panel.names[0]))
+        # Of a run every panel has a figure, of a comparison every metric: that one is the nearer.
+        for anchor in (_anchor(panel.names[0]), _anchor(name))
         if anchor in drawn
     }
 

@@ -16,7 +16,7 @@ from ebm_dist.export.model_card import last_metrics
 from ebm_dist.metrics.jsonl import encode
 from ebm_dist.metrics.names import METRICS
 from ebm_dist.report import health
-from ebm_dist.report.figure import HEIGHT, WIDTH, Curve, Figure, figure, spans_of
+from ebm_dist.report.figure import HEIGHT, LEFT, RIGHT, WIDTH, Curve, Figure, figure, spans_of
 from ebm_dist.report.grid import save_grid
 from ebm_dist.report.health import GENERATOR, examine, judged
 from ebm_dist.report.html import MAX_RUNS, write_report
@@ -213,6 +213,9 @@ def test_alarms_are_drawn_where_they_sounded() -> None:
     assert (left, what) == (found.lines[0].dots[1][0], "stuck")
     assert left + width == pytest.approx(found.lines[0].dots[3][0])
     assert found.lines[0].healthy == "at most 0.8"
+    late = figure("t", [Curve("self", pairs[2:], "self")], anchor="a", judged={}, spans=spans)
+    assert late is not None
+    assert late.spans == [(late.lines[0].dots[0][0], pytest.approx(WIDTH - LEFT - RIGHT), "stuck")]
 
 
 def test_the_page_is_for_phones_and_for_dark_rooms(tmp_path: Path) -> None:
@@ -272,6 +275,10 @@ def test_several_runs_are_one_page_of_their_differences(tmp_path: Path) -> None:
     assert "my/own" in words
     assert len(page.sources) == 2  # the last grid of each
     assert text.count("the learner mostly waits") == 2
+    assert page.links.count("#figure-wait-learner") == 2
+    again = a_run(tmp_path / "elsewhere" / "first")
+    words = " ".join(page_of(write_report(runs[0], again, out=tmp_path / "both.html"))[1].text)
+    assert str(again) in words  # two of one name are told apart by their places
 
 
 def test_thinned_curves_keep_both_ends() -> None:
