@@ -51,7 +51,7 @@ class ShardChains:
         self._seed = seed
         self._starts = Starts(config, spec, index=index, seed=seed, data=data)
         self._codec = Codec.of(config.storage, spec)
-        self._counters = dict.fromkeys(COUNTERS, 0)
+        self._counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
         self._whole_cuts: dict[int, np.ndarray] = {}  # generations by slot at each full cut
         self._trace = ChainTrace(trace, capacity, spec.shape) if trace is not None else None
         self._restart = np.zeros(capacity, bool)  # slots that restart with their next lease
@@ -238,7 +238,7 @@ class ShardChains:
         self._slots.chain_id[rows[num:]] = next_chain + np.arange(self.capacity - num)
         self._slots.generation[:num] = arrays["generation"]
         self._slots.free_all()
-        self._counters |= origin.counters
+        self._counters.update(origin.counters)
         if origin.restart is not None:
             self._restart[:] = origin.restart
         self._starts.load_state(origin.data)

@@ -186,7 +186,7 @@ class Controller:
                         self._cuts.finish(self.progress, why)
                         break
                     if self.progress.step >= self._config.run.steps:
-                        self._monitor.catch_up(self._flat, self._ema)
+                        self._monitor.catch_up(*self._weights)
                         self._cuts.finish(self.progress)
                         self._monitor.finish()
                         return True
@@ -198,7 +198,7 @@ class Controller:
                     self._rank_mover.between_updates()
                     self._update()
                     self.progress.wall_s = time.monotonic() - start
-                    self._monitor.observe(self._flat, self._ema)
+                    self._monitor.observe(*self._weights)
                 except TROUBLE as trouble:
                     self._recover(trouble)
         except TimeoutError as error:
@@ -243,7 +243,7 @@ class Controller:
     def evaluate(self) -> None:
         """Measure the weights as they are, and wait for it."""
         self._monitor.finish()
-        self._monitor.evaluate(self._flat, self._ema)
+        self._monitor.evaluate(*self._weights)
         self._monitor.finish()
 
     def _update(self) -> None:
@@ -328,6 +328,13 @@ class Controller:
             self._autoscaler.tend()
 
     # --- weights ------------------------------------------------------------------------------
+
+    @property
+    def _weights(self) -> tuple[Ref[np.ndarray], Ref[np.ndarray]]:
+        """The flat weights and the averaged ones, once they have been published."""
+        assert self._flat is not None
+        assert self._ema is not None
+        return self._flat, self._ema
 
     def _publish_current(self) -> None:
         """Hand the weights as they are to the workers, at the start of a run."""

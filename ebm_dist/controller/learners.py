@@ -150,7 +150,7 @@ class LearnerGroup:
         self,
         learner: Mapping[str, torch.Tensor | np.ndarray],
         ema: Mapping[str, torch.Tensor | np.ndarray] | None,
-        cursors: Sequence[Cursor],
+        cursors: Sequence[Cursor | None],
         wait: Wait,
         *,
         attempt: int = 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 
 
 class MetricWindow:
@@ -27,7 +28,7 @@ class MetricWindow:
         self._num_updates += 1
         self._add(metrics)
 
-    def add_round(self, stats: dict[str, float]) -> None:
+    def add_round(self, stats: Mapping[str, float]) -> None:
         self._add(stats)
 
     def add_lag(self, lags: list[int]) -> None:
@@ -73,7 +74,7 @@ class MetricWindow:
         self.reset()
         return values
 
-    def _add(self, values: dict[str, float]) -> None:
+    def _add(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             # A diagnostic may be undefined for a round; its mean is over the others.
             if math.isfinite(value):

@@ -321,6 +321,7 @@ class RoundScheduler:
     def _fail(self, failed: Round, seat: Seat, why: str) -> None:
         """Replace the worker of a round that has come back without chains; the round is redone."""
         failed.trouble = why
+        assert failed.ref is not None
         self._rounds[failed.ref] = failed
         self._seats.load(seat, +1)
         self._redo_rounds_of(seat, why)
