@@ -61,7 +61,7 @@ class Client:
 
 
 class ShardClient(Client):
-    """`actors.shard.ShardHost`."""
+    """`buffer.shard.Shard`."""
 
     __slots__ = ()
 

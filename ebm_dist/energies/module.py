@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field, PositiveInt, PrivateAttr
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ebm_dist.core.energy_call import energy_at
 from ebm_dist.core.plugins import Target, load_target, target_of
-from ebm_dist.core.types import EventSpec
+from ebm_dist.core.types import EnergyFn, EventSpec
 from ebm_dist.core.weights import flat_tensors
 from ebm_dist.energies.family import FAMILY, BoundSection, EnergySection
 
@@ -72,7 +72,7 @@ class ModuleEnergySection(BoundSection):
                     f"energy.target: {self.target} gave a {type(made).__name__}, expected an "
                     "nn.Module or a callable (B, *event) -> (B,)"
                 )
-            made = FunctionEnergy(made)
+            made = FunctionEnergy(cast(EnergyFn, made))
         self._check_weights(made)
         return made
 

@@ -10,14 +10,14 @@ import pytest
 from ebm_dist.actors.auditor import Auditor
 from ebm_dist.actors.evaluator import Evaluator
 from ebm_dist.actors.learner_rank import LearnerRank
-from ebm_dist.actors.shard import ShardHost
 from ebm_dist.actors.worker import Worker
+from ebm_dist.buffer.shard import Shard
 from ebm_dist.cluster.backend import Ref
 from ebm_dist.controller import clients
 from ebm_dist.metrics.hub import MetricHub
 
 PARTS: dict[type[clients.Client], type] = {
-    clients.ShardClient: ShardHost,
+    clients.ShardClient: Shard,
     clients.WorkerClient: Worker,
     clients.LearnerClient: LearnerRank,
     clients.HubClient: MetricHub,
