@@ -109,9 +109,8 @@ def test_given_data_has_room_for_each_part_that_reads_it(
     )
     for rows in (1000, 2000):
         config = load(SMALL, ["runtime.backend=ray", "runtime.address=10.0.0.1:6379"])
-        data = given(torch.zeros(rows, 1, 8, 8), config.data.model_copy(update={"kind": "image"}))
-        config = config.model_copy(update={"data": data})
+        config = config.model_copy(update={"data": given(torch.zeros(rows, 1), config.data)})
         spec = describe(config.data)
         run._backend(run.bind(config, spec), spec, tmp_path, lambda: False)
     shards = config.buffer.num_shards if config.buffer.init == "data" else 0
-    assert sizes[1] - sizes[0] == 1000 * 64 * 4 * (config.learner.num_ranks + 2 + shards)
+    assert sizes[1] - sizes[0] == 1000 * 4 * (config.learner.num_ranks + 2 + shards)
