@@ -312,10 +312,8 @@ def _fidelity(series: Series, tails: Mapping[str, float]) -> Finding | None:
     return Finding("ok", f"fidelity/distance {distance:.3g}, one Gaussian has {gaussian:.3g}")
 
 
-_EXPLODED = "docs/failures.md#Numbers that are not finite, and energies that explode"
-
 _RULES: tuple[tuple[str, str, _Rule], ...] = (
-    ("loss/total", _EXPLODED, _finite),
+    ("loss/total", "docs/failures.md#Non-finite numbers and exploding energies", _finite),
     ("energy/positive", "docs/report.md#Energies that grow", _bounded),
     ("energy/gap", "docs/report.md#Energy gap", _gap),
     (
