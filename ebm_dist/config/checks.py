@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ebm_dist.buffer.codec import Codec
 from ebm_dist.core.errors import UserError
+from ebm_dist.core.plugins import modules_of
 from ebm_dist.core.types import MAX_EVENT_NUMBERS, EventSpec
 from ebm_dist.energies.limits import MAX_PARTS, limited, numbers_in_memory
 from ebm_dist.jarzynski import weights as jarzynski
@@ -220,7 +221,9 @@ def _check_jarzynski(config: RunConfig) -> Iterator[str]:
     if not config.buffer.jarzynski:
         return
     try:
-        jarzynski.check_sampler(config.sampler)
+        # To ask a sampler of the user imports it: `check_event` does, once a run begins.
+        if not modules_of([config.sampler.model_dump()]):
+            jarzynski.check_sampler(config.sampler)
         jarzynski.check_buffer(config.buffer.reinit_prob)
     except UserError as error:
         yield str(error)
@@ -283,6 +286,8 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
     """
     _check_storage(config, spec)
     _check_sizes(config, spec)
+    if config.buffer.jarzynski:
+        jarzynski.check_sampler(config.sampler)
     try:
         with limited(max_parts=MAX_PARTS, max_numbers=numbers_in_memory()):
             energy = config.energy.bind(spec)

@@ -12,11 +12,12 @@ from torch import Tensor
 from ebm_dist.core.plugins import Target, load_target
 from ebm_dist.core.types import EnergyFn, EventSpec
 from ebm_dist.samplers.kernel import FAMILY, Kernel, KernelSection
+from ebm_dist.samplers.traits import trait
 
 
 @dataclass(frozen=True, slots=True)
 class NoInfo:
-    """What a step says that reports nothing."""
+    """The info of a step that reports nothing."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,16 @@ class OwnKernel:
     own: Any
     temperature: float
     target: str
+
+    @property
+    def reversible(self) -> bool:
+        """As the user's sampler says; see `traits.KernelTraits`."""
+        return trait(self.own, "reversible")
+
+    @property
+    def leaves_invariant(self) -> bool:
+        """As the user's sampler says; see `traits.KernelTraits`."""
+        return trait(self.own, "leaves_invariant")
 
     def init(self, x: Tensor, energy: EnergyFn) -> Any:
         """The user's state of chains at `x` (B, *event)."""
@@ -79,8 +90,8 @@ class ModuleKernelSection(KernelSection):
     """Keyword arguments that the class or function is called with."""
 
     temperature: PositiveFloat = 1.0
-    """T of the law exp(-E/T) that the sampler draws from. It is recorded and told to the objective,
-    and not handed to the sampler: what that reads stands in params."""
+    """T of the law exp(-E/T) that the sampler draws from, for the objective and the model card. The
+    sampler itself is not given it; if it takes a temperature, set that in params."""
 
     engine: Literal["eager"] = "eager"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Steps of your own sampler run one by one: compiled once, they could not change as they go."""

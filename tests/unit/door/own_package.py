@@ -95,6 +95,10 @@ class Walk:
         return State(position, torch.where(taken, new.energy, state.energy)), Info(moved)
 
 
+class Exact(Walk):
+    leaves_invariant = True
+
+
 class Stuck:
     def init(self, x, energy):
         return x

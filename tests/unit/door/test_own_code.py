@@ -21,12 +21,14 @@ from ebm_dist import energies
 from ebm_dist.cli import main
 from ebm_dist.config.run_config import load
 from ebm_dist.core.errors import UserError
+from ebm_dist.core.plugins import import_plugins
 from ebm_dist.core.types import EventSpec
 from ebm_dist.export.reader import open_export
 from ebm_dist.export.sample import draw
 from ebm_dist.export.suites import evaluate
 from ebm_dist.files.strict_yaml import write_yaml
 from ebm_dist.metrics.names import unknown
+from ebm_dist.samplers.traits import trait
 
 PLANE = EventSpec((2,), "real")
 MODULES = ["own_pkg.nets", "own_pkg.moves", "own_pkg.losses"]
@@ -270,6 +272,19 @@ def test_an_own_sampler_cannot_be_tempered_from_outside(here: Path):
                 }
             )
         )
+
+
+def test_an_own_sampler_says_its_traits_and_reading_its_config_imports_nothing(here: Path):
+    exact = {**SAMPLER, "target": "own_pkg.moves:Exact"}
+    weighted = {"jarzynski": True, "reinit_prob": 0.0, "init": "noise", "capacity": 64}
+    contrast = {"name": "contrastive"}
+    read = load(config(sampler=exact, buffer=weighted, objective=contrast))
+    assert not any(name.startswith("own_pkg") for name in sys.modules)
+    import_plugins(["own_pkg.moves"])
+    assert trait(read.sampler.build(), "leaves_invariant")
+    assert not trait(read.sampler.build(), "reversible")
+    with pytest.raises(UserError, match="module has no Jarzynski correction"):
+        train(here / "run", sampler=SAMPLER, buffer=weighted, objective=contrast)
 
 
 class Here(nn.Module):
