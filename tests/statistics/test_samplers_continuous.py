@@ -313,7 +313,7 @@ def test_tempered_transitions_sample_both_tails_of_a_skewed_density(make):
 @pytest.mark.parametrize("name", ["gibbs", "langevin", "sghmc"])
 def test_tempered_transitions_refuse_a_sampler_that_is_not_reversible(name):
     params = samplers.FAMILY.members[name].example
-    with pytest.raises(ValueError, match="needs a reversible sampler inside: mala"):
+    with pytest.raises(ValueError, match=r"needs a reversible sampler inside: .*\bmala\b"):
         transitions(name, **params)(temperatures=(1.0, 2.0))
 
 

@@ -243,8 +243,9 @@ def test_a_hub_that_cannot_start_on_a_full_disk_does_not_end_the_run(caplog, mon
             return {}
 
     backend = Backend()
-    caplog.set_level("INFO", logger="ebm_dist.run")
     monkeypatch.setattr(logging.getLogger("ebm_dist.run"), "handlers", [caplog.handler])
+    monkeypatch.setattr(logging.getLogger("ebm_dist.run"), "propagate", False)
+    caplog.set_level("INFO", logger="ebm_dist.run")
     spawn = lambda resume_id: HubClient(backend.spawn(resume_id))  # type: ignore[arg-type]  # noqa: E731
     hub = HubLink(backend, spawn, resume_id=None)  # type: ignore[arg-type]
     for step in range(3):

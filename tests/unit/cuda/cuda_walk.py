@@ -103,7 +103,7 @@ def updates_and_state(config: Path, *more: str) -> None:
         _, state = rank.state()
         # Of two ranks the other's half of the moments is not here.
         if bound.learner.num_ranks == 1:
-            rank.load(state["learner"], state["ema"], state["data"])
+            rank.load(state.learner, state.ema, state.data)
             rank.update(2, 1e-3, None, parts, *negatives)
         assert isinstance(rank.weights(), np.ndarray)
         assert torch.cuda.current_device() == 0

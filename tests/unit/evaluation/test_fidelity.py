@@ -146,7 +146,7 @@ def test_foreign_files_are_refused_in_one_line(tmp_path):
     [
         (EventSpec((2,), "real"), torch.zeros(4).long(), "needs images"),
         (SPEC, None, "needs labels"),
-        (EventSpec((1, 9, 9), "image"), torch.zeros(4).long(), "expected at least 4 images"),
+        (EventSpec((1, 9, 9), "image"), torch.zeros(4).long(), "needs at least 4 images"),
     ],
 )
 def test_data_without_images_or_labels_is_refused(spec, label, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -136,7 +137,7 @@ def test_an_online_run_arrives_whole_and_no_output_holds_the_key(
     assert (run.display_name, run.exit_code, run.output) == ("digits", 0, [])
 
     assert capfd.readouterr() == ("", "")
-    assert KEY not in json.dumps([run.config, run.history, info])
+    assert KEY not in json.dumps([run.config, run.history, dataclasses.asdict(info)])
     for path in [*(tmp_path / "run").rglob("*.jsonl"), *(tmp_path / "run").rglob("*.log")]:
         assert KEY not in path.read_text(errors="replace"), path
 
