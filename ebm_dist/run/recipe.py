@@ -130,11 +130,15 @@ def _image() -> Recipe:
 
 
 def _discrete() -> Recipe:
-    """Persistent chains that flip the coordinates which the gradient points to."""
+    """Persistent chains that flip the coordinates which the gradient points to.
+
+    Of two noisy patterns of 8 bits a small network was .03 nats away after 400 updates at this
+    rate, and 1.0 at a fifth of it.
+    """
     return {
         "sampler": {"name": "gibbs_with_gradients", "num_steps": 40},
         "buffer": {"reinit_prob": 0.05},
-        "learner": {"lr": 1e-3, "schedule": "cosine", "ema_decay": 0.99, "grad_clip": 1.0},
+        "learner": {"lr": 5e-3, "schedule": "cosine", "ema_decay": 0.98, "grad_clip": 1.0},
     }
 
 
