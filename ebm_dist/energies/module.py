@@ -106,6 +106,11 @@ class ModuleEnergySection(BoundSection):
                 raise ValueError(
                     f"energy.target: {self.target} has lazy weights ({name}); give their sizes"
                 )
+            if weight.ndim == 0:  # DeepSpeed cannot broadcast it
+                raise ValueError(
+                    f"energy.target: {self.target} has a weight without a dimension ({name}); give "
+                    "it the shape (1,)"
+                )
             if weight.dtype != torch.float32:
                 raise ValueError(
                     f"energy.target: {self.target} has weights of {weight.dtype} ({name}), "

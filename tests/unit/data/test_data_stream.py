@@ -216,16 +216,22 @@ def test_prefetching_raises_the_readers_error_in_the_caller(tmp_path: Path):
 
 
 def test_closed_or_forgotten_streams_leave_no_thread(tmp_path: Path):
+    def threads() -> set[threading.Thread]:
+        return {t for t in threading.enumerate() if t.name == "ebm-dist-data"} - others
+
+    others: set[threading.Thread] = set()
+    others = threads()  # of tests that failed to build a run, whose tracebacks are kept
     source = numbered_shards(tmp_path, [10])
     config = numbered_config(source, prefetch=2)
     stream = DataStream(config)
     first = take(stream, 1, 4)
     stream.close()
-    assert not [t for t in threading.enumerate() if t.name == "ebm-dist-data"]
+    assert not threads()
     second = take(stream, 1, 4)  # goes on where it stood
     assert len({*first, *second}) == 8
+    assert threads()
     del stream
-    assert not [t for t in threading.enumerate() if t.name == "ebm-dist-data"]
+    assert not threads()
 
 
 # -- the cursor

@@ -36,6 +36,12 @@ class Normed(Net):
         self.layers.insert(1, nn.BatchNorm1d(2))
 
 
+class Scaled(Net):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+
 class Double(Net):
     def __init__(self):
         super().__init__()

@@ -210,6 +210,7 @@ def test_a_plugin_registers_a_section_that_is_a_member_like_any_other(
         ({"energy": {"target": "own_pkg.nets:Pooled"}}, "returns () for events"),
         ({"energy": {"target": "own_pkg.nets:Normed"}}, "has batch norm (layers.1: BatchNorm1d)"),
         ({"energy": {"target": "own_pkg.nets:Double"}}, "weights of torch.float64"),
+        ({"energy": {"target": "own_pkg.nets:Scaled"}}, "a weight without a dimension (scale)"),
         ({"energy": {"target": "own_pkg.nets:Bowl"}}, "has no parameters to train"),
         ({"energy": {"target": "own_pkg.nets:nothing"}}, "gave a int, expected an nn.Module"),
         ({"energy": {"target": "own_pkg.nets:Nett"}}, "has no 'Nett'; did you mean 'Net'?"),
