@@ -216,6 +216,7 @@ def test_negatives_and_weights_lost_with_their_nodes_cost_neither_the_ranks_nor_
 ) -> None:
     caplog.set_level("INFO", logger="ebm_dist.run")
     monkeypatch.setattr(logging.getLogger("ebm_dist.run"), "handlers", [caplog.handler])
+    monkeypatch.setattr(logging.getLogger("ebm_dist.run"), "propagate", False)
     head = cluster.head_node.node_id
     first, second = (node for node in cluster.list_all_nodes() if node.node_id != head)
     graph = Graph(backend, [first.node_id, second.node_id], rank_nodes=[head, second.node_id])
