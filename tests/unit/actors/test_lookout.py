@@ -84,7 +84,7 @@ def test_measurements_that_do_not_end_are_given_up_at_the_end_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(EvaluatorLink, "collect", lambda self, timeout: None)
-    options = ("run.steps=4", "evaluation.every=2", "flow.stall_timeout_s=0.2")
+    options = ("run.steps=4", "evaluation.every=2", "flow.stall_timeout_s=2")
     result, screen = run(tmp_path / "r", *options)
     assert result.finished
     assert "update 2 goes unmeasured" in screen
