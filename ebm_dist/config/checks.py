@@ -222,7 +222,7 @@ def _check_jarzynski(config: RunConfig) -> Iterator[str]:
         return
     try:
         # To ask a sampler of the user imports it: `check_event` does, once a run begins.
-        if not modules_of([config.sampler.model_dump()]):
+        if not any(modules_of([config.sampler.model_dump()])):
             jarzynski.check_sampler(config.sampler)
         jarzynski.check_buffer(config.buffer.reinit_prob)
     except UserError as error:

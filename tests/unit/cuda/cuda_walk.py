@@ -87,6 +87,8 @@ def updates_and_state(config: Path, *more: str) -> None:
     import numpy as np
     import torch
 
+    from ebm_dist.core.types import NegativeArrays
+
     with learner_of(config, *more) as (rank, bound):
         energy = rank._energy
         negatives: list[Any] = []
@@ -94,7 +96,7 @@ def updates_and_state(config: Path, *more: str) -> None:
             x = rank._data.next_batch(8).x.numpy()
             zeros = np.zeros(8, np.float32)
             version = np.zeros(8, np.int64)
-            negatives = [{"x": x, "energy": zeros, "version": version, "log_weight": zeros}]
+            negatives = [NegativeArrays(x, zeros, version, zeros)]
         parts = [(0, 8 // bound.learner.num_ranks)] * len(negatives)
         for step in range(2):
             rank.update(step, 1e-3, None, parts, *negatives)
