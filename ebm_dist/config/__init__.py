@@ -1,1 +1,7 @@
-"""The config of a run: its sections, and how they are read, checked and written."""
+"""What a run is told: every section, read, checked and written."""
+
+from __future__ import annotations
+
+from ebm_dist.config.run_config import RunConfig, dump, load, schema
+
+__all__ = ["RunConfig", "dump", "load", "schema"]
