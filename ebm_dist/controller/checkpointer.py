@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ class Checkpointer:
             for shard, (small, _) in zip(self._graph.shards, calls)
         ]
         arrays = [large for _, large in calls]
-        meta = {**self._meta, "tracking": asdict(self._graph.hub.known)}
+        meta = {**self._meta, "tracking": self._graph.hub.known}
         thread = threading.Thread(
             target=self._run,
             args=(dataclasses.replace(progress), ranks, metas, arrays, meta),

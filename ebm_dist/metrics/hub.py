@@ -8,9 +8,8 @@ import os
 import queue
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -34,25 +33,38 @@ HISTOGRAMS_FILE = "histograms.jsonl"
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class HubInfo:
-    """Where the metrics of a run go."""
+class HubInfo(TypedDict):
+    """Where the metrics of a run go; stands as it is in a checkpoint."""
 
-    id: str | None = None
+    id: str | None
     """Of the W&B run."""
-    mode: Literal["online", "offline", "off"] = "off"
-    dir: str | None = None
+    mode: Literal["online", "offline", "off"]
+    dir: str | None
     """The run's W&B directory."""
-    url: str | None = None
+    url: str | None
     """Of the run's page, None until it is known."""
-    notice: str = ""
+    notice: str
     """One line for people."""
-    sync: str | None = None
+    sync: str | None
     """The command that sends an offline run."""
-    metrics: str = ""
+    metrics: str
     """The path of metrics.jsonl."""
-    notices: tuple[str, ...] = ()
+    notices: list[str]
     """Trouble so far, a line each."""
+
+
+def unknown_hub(run_id: str | None) -> HubInfo:
+    """What is known before a hub has answered."""
+    return {
+        "id": run_id,
+        "mode": "off",
+        "dir": None,
+        "url": None,
+        "notice": "",
+        "sync": None,
+        "metrics": "",
+        "notices": [],
+    }
 
 
 class MetricHub:
@@ -177,7 +189,7 @@ class MetricHub:
             notice=line,
             sync=wandb.sync_command if wandb and wandb.mode == "offline" else None,
             metrics=str(self._run_dir / METRICS_FILE),
-            notices=tuple(self._notices),
+            notices=list(self._notices),
         )
 
     def notices(self) -> list[str]:

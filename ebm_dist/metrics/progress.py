@@ -302,8 +302,8 @@ def final_screen(
             from_python=from_python,
             plugins=plugins,
         )
-        if wandb and wandb.sync:
-            next_commands.append(_near(wandb.sync))
+        if wandb and wandb["sync"]:
+            next_commands.append(_near(wandb["sync"]))
     state = "interrupted" if interrupted else "done"
     if stopped_by:
         state = f"stopped by callback {stopped_by}"
@@ -361,9 +361,11 @@ def shown(path: str | Path) -> Text:
 def _wandb_line(info: HubInfo | None) -> str:
     if info is None:
         return "off"
-    line = info.url or info.notice or info.mode
-    if info.sync:
-        line = line.replace(f"; sync later with `{info.sync}`", "; the last command below sends it")
+    line = info["url"] or info["notice"] or info["mode"]
+    if info["sync"]:
+        line = line.replace(
+            f"; sync later with `{info['sync']}`", "; the last command below sends it"
+        )
     return _near(line)
 
 

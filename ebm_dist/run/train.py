@@ -243,7 +243,7 @@ def _train(
             callbacks=callbacks,
         )
         hub = graph.hub.info(60.0)
-        view.say(hub.notice or f"W&B: {hub.mode}")
+        view.say(hub["notice"] or f"W&B: {hub['mode']}")
         if found is not None:
             with found.of_a_run():
                 controller.restore(found)

@@ -17,7 +17,7 @@ import numpy as np
 from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref
 from ebm_dist.controller.clients import HubClient
 from ebm_dist.core.errors import UserError
-from ebm_dist.metrics.hub import HubInfo
+from ebm_dist.metrics.hub import HubInfo, unknown_hub
 
 log = logging.getLogger("ebm_dist.run")
 
@@ -49,7 +49,7 @@ class HubLink:
         self.client = spawn(resume_id)
         self._backend = backend
         self._spawn = spawn
-        self._info = HubInfo(id=resume_id)
+        self._info = unknown_hub(resume_id)
         self._not_before = 0.0
         self._unconfirmed: deque[tuple[Ref[None], _Call]] = deque(maxlen=MAX_UNCONFIRMED)
 
@@ -139,4 +139,4 @@ class HubLink:
         """Another process in place of one that is dead."""
         self.restarts += 1
         self._backend.kill(self.client.handle)
-        self.client = self._spawn(self._info.id)
+        self.client = self._spawn(self._info["id"])

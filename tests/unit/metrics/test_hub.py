@@ -53,7 +53,7 @@ def test_off_never_imports_wandb(tmp_path: Path) -> None:
         "hub = MetricHub(TrackingConfig(wandb='off'), sys.argv[1], {}, 't')\n"
         "hub.log(1, 0, {'energy/gap': 1.0}); hub.close()\n"
         "info = hub.info()\n"
-        "assert (info.id, info.mode, info.url) == (None, 'off', None), info\n"
+        "assert (info['id'], info['mode'], info['url']) == (None, 'off', None), info\n"
         "assert 'wandb' not in sys.modules\n"
         "assert 'ray' not in sys.modules\n"
     )

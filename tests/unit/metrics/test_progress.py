@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from ebm_dist.metrics import progress
-from ebm_dist.metrics.hub import HubInfo
+from ebm_dist.metrics.hub import unknown_hub
 from ebm_dist.metrics.progress import Progress, clock, final_screen, number
 
 METRICS = {
@@ -165,11 +165,12 @@ def test_the_last_screen_says_where_everything_is(
         steps=3000,
         wall_time=251.0,
         samples=run / "samples" / "step_00003000.png",
-        wandb=HubInfo(
-            mode="offline",
-            notice=f"W&B: offline; sync later with `.venv/bin/wandb sync '{run}/wandb'/x`",
-            sync=f".venv/bin/wandb sync '{run}/wandb'/x",
-        ),
+        wandb={
+            **unknown_hub(None),
+            "mode": "offline",
+            "notice": f"W&B: offline; sync later with `.venv/bin/wandb sync '{run}/wandb'/x`",
+            "sync": f".venv/bin/wandb sync '{run}/wandb'/x",
+        },
         export=run / "export",
         console=console,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -89,9 +88,9 @@ def test_an_offline_run_holds_rows_config_histograms_and_pictures(
     hub.close()
 
     info = hub.info()
-    assert info.mode == "offline"
-    assert info.notice == f"W&B: offline (no API key); sync later with `{info.sync}`"
-    wandb, pattern = info.sync.split(" sync ")
+    assert info["mode"] == "offline"
+    assert info["notice"] == f"W&B: offline (no API key); sync later with `{info['sync']}`"
+    wandb, pattern = info["sync"].split(" sync ")
     assert wandb.endswith("wandb")
     assert list(Path("/").glob(pattern[1:])), "the command names a directory that is there"
     assert capfd.readouterr() == ("", "")
@@ -107,7 +106,7 @@ def test_an_offline_run_holds_rows_config_histograms_and_pictures(
     assert any(m.get("glob_name") == "*" and m.get("step_metric") == "step" for m in metrics)
 
     summary = json.loads(inspect(run_dir, "--summary"))
-    assert summary["run_id"] == info.id
+    assert summary["run_id"] == info["id"]
     assert summary["config"]["run"] == {"name": "digits"}
     assert summary["config"]["data"] == {"token": "***", "commit": "a" * 40}
     assert summary["summary"]["histogram/age"]["values"] == [1] * 64
@@ -123,12 +122,12 @@ def test_an_online_run_arrives_whole_and_no_output_holds_the_key(
             hub.log(step, 0, {"energy/gap": step / 8})
         hub.images("samples", 19, np.zeros((4, 1, 8, 8)))
         hub.log(20, 0, {"loss/total": float("nan")})
-        until(lambda: hub.info().url)
+        until(lambda: hub.info()["url"])
     info = hub.info()
-    assert (info.mode, info.notices) == ("online", ())
-    assert info.url == f"{server.url}/tester/ebm_dist/runs/{info.id}"
+    assert (info["mode"], info["notices"]) == ("online", [])
+    assert info["url"] == f"{server.url}/tester/ebm_dist/runs/{info['id']}"
 
-    run = server.runs[info.id]
+    run = server.runs[info["id"]]
     gaps = [(row["step"], row["energy/gap"]) for row in run.history if "energy/gap" in row]
     assert gaps == [(step, step / 8) for step in range(20)]
     assert math.isnan(run.history[-1]["loss/total"])
@@ -137,7 +136,7 @@ def test_an_online_run_arrives_whole_and_no_output_holds_the_key(
     assert (run.display_name, run.exit_code, run.output) == ("digits", 0, [])
 
     assert capfd.readouterr() == ("", "")
-    assert KEY not in json.dumps([run.config, run.history, dataclasses.asdict(info)])
+    assert KEY not in json.dumps([run.config, run.history, info])
     for path in [*(tmp_path / "run").rglob("*.jsonl"), *(tmp_path / "run").rglob("*.log")]:
         assert KEY not in path.read_text(errors="replace"), path
 
@@ -146,11 +145,11 @@ def test_a_resumed_run_goes_on_under_its_id(server: WandbServer, tmp_path: Path)
     with MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits") as hub:
         for step in range(5):
             hub.log(step, 0, {"energy/gap": 0.0})
-    first = hub.info().id
+    first = hub.info()["id"]
     with MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits", first, resume_step=2) as hub:
         for step in range(3, 8):
             hub.log(step, 1, {"energy/gap": 1.0})
-    assert hub.info().id == first
+    assert hub.info()["id"] == first
     assert list(server.runs) == [first]
     steps = [(row["epoch"], row["step"]) for row in server.runs[first].history]
     # What the server has it keeps, so the updates that are made again keep their first row there.
@@ -167,7 +166,7 @@ for step in range(130):
     hub.log(step, 0, {"energy/gap": 0.0})
     if step % 50 == 0:
         hub.log(step, 0, {"fidelity/distance": 1.0})
-while not (hub.info().url and hub.flush() and hub._wandb._spool.empty()):
+while not (hub.info()["url"] and hub.flush() and hub._wandb._spool.empty()):
     time.sleep(0.05)
 print("told", flush=True)
 time.sleep(600)
@@ -204,14 +203,14 @@ def test_a_run_that_was_deleted_on_the_server_is_replaced_once_and_sent_whole(
     config = TrackingConfig(init_timeout=3.0, finish_timeout=30.0)
     with MetricHub(config, tmp_path, {}, "digits") as hub:
         _log(hub, range(5))
-        until(lambda: hub.info().url)
-    first = hub.info().id
+        until(lambda: hub.info()["url"])
+    first = hub.info()["id"]
     del server.runs[first]
     server.deleted = {first}
     with MetricHub(config, tmp_path, {}, "digits", first, resume_step=4) as hub:
         _log(hub, range(5, 9))
-        until(lambda: hub.info().url)
-    second = hub.info().id
+        until(lambda: hub.info()["url"])
+    second = hub.info()["id"]
     assert second != first
     (said,) = hub.notices()
     assert f"run {first} was deleted on the server" in said
@@ -219,7 +218,7 @@ def test_a_run_that_was_deleted_on_the_server_is_replaced_once_and_sent_whole(
     # The checkpoint may still name the deleted one.
     with MetricHub(config, tmp_path, {}, "digits", first, resume_step=8) as hub:
         _log(hub, [9])
-    assert hub.info().id == second
+    assert hub.info()["id"] == second
     assert list(server.runs) == [second]
     assert [row["step"] for row in server.runs[second].history] == list(range(10))
 
@@ -230,10 +229,10 @@ def test_under_an_agent_the_hub_names_the_run_that_the_agent_made(
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     monkeypatch.setenv("WANDB_RUN_ID", "agents-own")
     hub = MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits", "of-the-checkpoint")
-    before = hub.info().id  # a checkpoint may be written before W&B answers
+    before = hub.info()["id"]  # a checkpoint may be written before W&B answers
     hub.log(1, 0, {"energy/gap": 0.0})
     hub.close()
-    assert [before, hub.info().id, *server.runs] == ["agents-own"] * 3
+    assert [before, hub.info()["id"], *server.runs] == ["agents-own"] * 3
 
 
 def test_offline_attempts_make_one_history_when_they_are_synced(
@@ -243,12 +242,12 @@ def test_offline_attempts_make_one_history_when_they_are_synced(
         _log(hub, range(10))
     time.sleep(1.0)  # W&B names a directory by the second; attempts are further apart than that
     with MetricHub(
-        TrackingConfig(wandb="offline"), tmp_path, {}, "digits", hub.info().id, resume_step=6
+        TrackingConfig(wandb="offline"), tmp_path, {}, "digits", hub.info()["id"], resume_step=6
     ) as hub:
         _log(hub, range(7, 15))
     # A shell, for the command's pattern.
-    subprocess.run(hub.info().sync, shell=True, check=True, timeout=120)
-    assert [row["step"] for row in server.runs[hub.info().id].history] == list(range(15))
+    subprocess.run(hub.info()["sync"], shell=True, check=True, timeout=120)
+    assert [row["step"] for row in server.runs[hub.info()["id"]].history] == list(range(15))
 
 
 def test_a_server_that_is_down_blocks_nothing_and_is_sent_the_spool_later(
@@ -264,14 +263,14 @@ def test_a_server_that_is_down_blocks_nothing_and_is_sent_the_spool_later(
     assert took < 1.0
     assert len(list(read_rows(tmp_path / "metrics.jsonl"))) == 100
     until(hub.notices)
-    assert hub.info().mode == "online"
+    assert hub.info()["mode"] == "online"
     assert len(list(read_rows(tmp_path / "wandb" / "spool.jsonl"))) == 100
 
     server.start()
-    until(lambda: hub.info().url)
+    until(lambda: hub.info()["url"])
     hub.log(100, 0, {"energy/gap": 12.5})
     hub.close()
-    rows = server.runs[hub.info().id].history
+    rows = server.runs[hub.info()["id"]].history
     assert [(row["step"], row["energy/gap"]) for row in rows] == [(s, s / 8) for s in range(101)]
     # Each trouble is said once, however often it was tried.
     assert [line.split(":")[1].split("(")[0].strip() for line in hub.notices()] == [
@@ -291,10 +290,10 @@ def test_a_server_that_stays_away_leaves_an_offline_run(
     until(hub.notices)
     hub.close()
     info = hub.info()
-    assert info.mode == "offline"
-    assert "wandb sync" in info.notices[-1]
+    assert info["mode"] == "offline"
+    assert "wandb sync" in info["notices"][-1]
     summary = json.loads(inspect(tmp_path, "--summary"))
-    assert (summary["run_id"], summary["summary"]["step"]) == (info.id, 9)
+    assert (summary["run_id"], summary["summary"]["step"]) == (info["id"], 9)
 
 
 def test_a_key_that_is_refused_ends_offline_without_asking_again(
@@ -304,7 +303,7 @@ def test_a_key_that_is_refused_ends_offline_without_asking_again(
     with MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits") as hub:
         hub.log(1, 0, {"energy/gap": 0.5})
         until(hub.notices)
-    assert hub.info().mode == "offline"
+    assert hub.info()["mode"] == "offline"
     assert len(hub.notices()) == 1
     assert KEY not in hub.notices()[0]
     assert KEY not in "".join(capfd.readouterr())
@@ -315,11 +314,11 @@ def test_errors_of_the_server_are_outlasted(server: WandbServer, tmp_path: Path)
     with MetricHub(
         TrackingConfig(init_timeout=20.0, finish_timeout=30.0), tmp_path, {}, "digits"
     ) as hub:
-        until(lambda: hub.info().url)
+        until(lambda: hub.info()["url"])
         server.fail = 2
         for step in range(20):
             hub.log(step, 0, {"energy/gap": 0.0})
-    assert [row["step"] for row in server.runs[hub.info().id].history] == list(range(20))
+    assert [row["step"] for row in server.runs[hub.info()["id"]].history] == list(range(20))
 
 
 def test_a_killed_wandb_service_is_replaced_and_told_again(
@@ -327,11 +326,13 @@ def test_a_killed_wandb_service_is_replaced_and_told_again(
 ) -> None:
     with MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits") as hub:
         _log(hub, range(5))
-        until(lambda: hub.info().url and hub.flush() and hub._wandb and hub._wandb._spool.empty())
+        until(
+            lambda: hub.info()["url"] and hub.flush() and hub._wandb and hub._wandb._spool.empty()
+        )
         _kill_service()
         _log(hub, range(5, 8))
         until(lambda: "connected; what was kept is being sent" in " ".join(hub.notices()))
-    steps = [row["step"] for row in server.runs[hub.info().id].history]
+    steps = [row["step"] for row in server.runs[hub.info()["id"]].history]
     assert steps == list(range(8))
 
 
@@ -340,8 +341,8 @@ def test_rows_that_only_the_summary_has_seen_are_told_again(
 ) -> None:
     with MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits") as hub:
         _log(hub, range(5))
-        until(lambda: hub.info().url)
-        run = server.runs[hub.info().id]
+        until(lambda: hub.info()["url"])
+        run = server.runs[hub.info()["id"]]
         until(lambda: len(run.history) == 5 and run.summary.get("step") == 4)
         del run.history[2:]  # it died between the two
         _kill_service()
@@ -437,8 +438,8 @@ def test_wandbs_own_variables_name_the_run_where_the_config_does_not(
     with MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits") as hub:
         hub.log(1, 0, {"energy/gap": 0.0})
     info = hub.info()
-    assert info.url == f"{server.url}/tester/theirs/runs/{info.id}"
-    assert server.runs[info.id].display_name == "shown"
+    assert info["url"] == f"{server.url}/tester/theirs/runs/{info['id']}"
+    assert server.runs[info["id"]].display_name == "shown"
 
 
 def test_the_shipped_configs_leave_the_names_to_the_environment() -> None:
@@ -475,7 +476,7 @@ def test_without_wandb_installed_the_run_goes_on(
     )
     with MetricHub(TrackingConfig(wandb="online"), tmp_path, {}, "digits") as hub:
         hub.log(1, 0, {"energy/gap": 0.5})
-    assert "not installed" in hub.info().notice
+    assert "not installed" in hub.info()["notice"]
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1]
 
 
