@@ -11,6 +11,7 @@ from ebm_dist.buffer.codec import Codec
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.plugins import modules_of
 from ebm_dist.core.types import MAX_EVENT_NUMBERS, EventSpec
+from ebm_dist.energies.context import trait
 from ebm_dist.energies.limits import MAX_PARTS, limited, numbers_in_memory
 from ebm_dist.jarzynski import weights as jarzynski
 from ebm_dist.samplers.traits import names_with
@@ -306,6 +307,12 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
         raise UserError(
             f"energy.num_classes: missing, but objective.name {config.objective.name} reads class "  # type: ignore[attr-defined]
             f"logits; set energy.num_classes: {spec.num_classes}"
+        )
+    if needs := trait(module, "needs_context"):
+        raise UserError(
+            f"energy.name: {energy.name} needs the {' and '.join(sorted(needs))} of each chain, "  # type: ignore[attr-defined]
+            "which chains of a run do not have; leave out energy.classes: embedding, num_levels "
+            "and condition_shape, or sample the energy from Python with energy.given"
         )
     if not any(p.requires_grad for m in (module, objective) for p in m.parameters()):
         raise UserError(

@@ -26,10 +26,11 @@ from ebm_dist.energies.closed_form.planar import (
 )
 from ebm_dist.energies.closed_form.spin import Ising, Potts, ising, potts
 from ebm_dist.energies.composition import Conditional, Mixture, Sum, Tempered
+from ebm_dist.energies.context import ContextTraits, Given, bind
 from ebm_dist.energies.family import FAMILY, AnalyticEnergy, BoundSection, Energy, EnergySection
 from ebm_dist.energies.module import ModuleEnergySection, given
 from ebm_dist.energies.networks.mlp import MlpSection
-from ebm_dist.energies.networks.network import NetworkEnergy, NetworkSection
+from ebm_dist.energies.networks.network import ConditionedSection, NetworkEnergy, NetworkSection
 from ebm_dist.energies.networks.resnet import ResNetSection
 from ebm_dist.energies.networks.transformer_lm import LanguageModel, TransformerLmSection
 from ebm_dist.energies.networks.vit import VitSection
@@ -48,12 +49,15 @@ __all__ = [
     "BoundSection",
     "Checkerboard",
     "Conditional",
+    "ConditionedSection",
+    "ContextTraits",
     "DoubleWell",
     "Energy",
     "EnergyConfig",
     "EnergySection",
     "FiniteEnergy",
     "GaussianMixture",
+    "Given",
     "Hopfield",
     "Ising",
     "LanguageModel",
@@ -74,6 +78,7 @@ __all__ = [
     "TransformerLmSection",
     "VitSection",
     "WideResNetSection",
+    "bind",
     "checkerboard",
     "double_well",
     "gaussian_mixture",

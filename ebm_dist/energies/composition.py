@@ -19,6 +19,7 @@ from pydantic import (
 from torch import Tensor, nn
 
 from ebm_dist.core.types import EnergyFn, EventSpec
+from ebm_dist.energies.context import trait
 from ebm_dist.energies.family import FAMILY, AnalyticEnergy, Energy, EnergySection
 
 
@@ -39,12 +40,21 @@ def _modules(members: Sequence[EnergyFn]) -> list[nn.Module]:
     return [m if isinstance(m, nn.Module) else _Function(m) for m in members]
 
 
+_ALIKE = {
+    "event_shape": "event shapes",
+    "num_labels": "numbers of labels",
+    "noise_stds": "noise levels",
+    "condition_shape": "condition shapes",
+}
+"""Attributes that all members which have them share."""
+
+
 def _common(members: Sequence[nn.Module], attribute: str) -> Any:
     """The value of `attribute` that members agree on; None if none has one, or they differ."""
     values = {v for m in members if (v := getattr(m, attribute, None)) is not None}
-    if len(values) > 1 and attribute == "event_shape":
+    if len(values) > 1 and attribute in _ALIKE:
         raise ValueError(
-            f"energy.members: event shapes differ: {', '.join(map(str, sorted(values)))}"
+            f"energy.members: {_ALIKE[attribute]} differ: {', '.join(map(str, sorted(values)))}"
         )
     return values.pop() if len(values) == 1 else None
 
@@ -70,17 +80,30 @@ def _sampler(member: nn.Module) -> Callable[..., Tensor]:
     return cast("Callable[..., Tensor]", sample)
 
 
+def _value(member: nn.Module, x: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+    """The member's energies (B,), with as much of the context as it takes."""
+    return member(x, **{name: context[name] for name in trait(member, "context") & context.keys()})
+
+
 class _Composite(AnalyticEnergy):
-    """The base of compositions. Each member decides on its own precision under autocast."""
+    """The base of compositions. Each member decides on its own precision under autocast.
+
+    A composition takes the context of all its members, and gives each its own part.
+    """
 
     def __init__(self, members: Sequence[EnergyFn]) -> None:
         modules = _modules(members)
         super().__init__(_common(modules, "event_shape"))
         self.event = _common(modules, "event")
         self.members = nn.ModuleList(modules)
+        self.context = frozenset().union(*(trait(m, "context") for m in modules))
+        self.needs_context = frozenset().union(*(trait(m, "needs_context") for m in modules))
+        self.num_labels = _common(modules, "num_labels")
+        self.noise_stds = _common(modules, "noise_stds")
+        self.condition_shape = _common(modules, "condition_shape")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return Energy.forward(self, x)
+    def forward(self, x: Tensor, **context: Tensor) -> Tensor:
+        return Energy.forward(self, x, **context)
 
 
 class Sum(_Composite):
@@ -90,8 +113,8 @@ class Sum(_Composite):
         super().__init__(members)
         self.weights = _weights(weights, len(members), 1.0)
 
-    def energy(self, x: Tensor) -> Tensor:
-        parts = [w * member(x) for w, member in zip(self.weights, self.members)]
+    def energy(self, x: Tensor, **context: Tensor) -> Tensor:
+        parts = [w * _value(member, x, context) for w, member in zip(self.weights, self.members)]
         return torch.stack(parts).sum(0)
 
 
@@ -124,8 +147,8 @@ class Mixture(_Composite):
             shift = [s - _log_z(m, 1.0) for s, m in zip(shift, self.members)]
         self.shift = shift
 
-    def energy(self, x: Tensor) -> Tensor:
-        parts = torch.stack([m(x) - s for s, m in zip(self.shift, self.members)])
+    def energy(self, x: Tensor, **context: Tensor) -> Tensor:
+        parts = torch.stack([_value(m, x, context) - s for s, m in zip(self.shift, self.members)])
         return parts.amin(0) if self.hard else -(-parts).logsumexp(0)
 
     def log_z(self, temperature: float = 1.0) -> float:
@@ -154,8 +177,8 @@ class Tempered(_Composite):
         super().__init__([member])
         self.temperature = temperature
 
-    def energy(self, x: Tensor) -> Tensor:
-        return self.members[0](x) / self.temperature
+    def energy(self, x: Tensor, **context: Tensor) -> Tensor:
+        return _value(self.members[0], x, context) / self.temperature
 
     def log_z(self, temperature: float = 1.0) -> float:
         return _log_z(self.members[0], temperature * self.temperature)
@@ -170,6 +193,8 @@ class Conditional(_Composite):
         E(x)    = -logsumexp_y f_y(x)                        label None
         E(x, y) = E(x) - guidance * log softmax(f(x))_y      which is -f_y(x) at guidance 1
 
+    With label None it takes a label for each chain: `given(label=...)`.
+
     Args:
         classifier: maps (B, *event) to logits (B, num_classes), or has a method `logits` that does.
         label: the class to condition on.
@@ -182,11 +207,14 @@ class Conditional(_Composite):
         super().__init__([classifier])
         self.label = label
         self.guidance = guidance
+        # A label that is fixed here is no longer one for each chain.
+        rest = self.context - {"label"}
+        self.context = rest if label is not None else rest | {"label"}
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, **context: Tensor) -> Tensor:
         """Logits (B, num_classes), float32."""
         classifier = self.members[0]
-        logits = getattr(classifier, "logits", classifier)(x)
+        logits = getattr(classifier, "logits", classifier)(x, **context)
         if logits.ndim != 2:
             raise ValueError(
                 f"energy.member: gives logits of shape {tuple(logits.shape)}, expected "
@@ -194,12 +222,11 @@ class Conditional(_Composite):
             )
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def energy(self, x: Tensor) -> Tensor:
-        logits = self.logits(x)
-        if self.label is None:
-            return -logits.logsumexp(1)
-        labels = torch.full((len(x),), self.label, device=x.device)
-        return self._given(logits, labels)
+    def energy(self, x: Tensor, label: Tensor | None = None, **context: Tensor) -> Tensor:
+        logits = self.logits(x, **context)
+        if self.label is not None:
+            label = torch.full((len(x),), self.label, device=x.device)
+        return -logits.logsumexp(1) if label is None else self._given(logits, label)
 
     def class_energy(self, x: Tensor, label: Tensor) -> Tensor:
         """E(x, y), (B,), of events (B, *event) with their own labels (B,) int64."""
@@ -352,6 +379,10 @@ class ConditionalSection(_MemberSection):
         num = getattr(self.member, "num_classes", None)
         if num is None:
             raise ValueError("member: has no num_classes; give it a number, or 'data'")
+        if getattr(self.member, "classes", "logits") != "logits":
+            raise ValueError(
+                "member: its classes are an embedding, so it has no logits; set classes: logits"
+            )
         if isinstance(num, int) and self.label is not None and self.label >= num:
             raise ValueError(f"label: {self.label}, but the member has {num} classes")
         return self

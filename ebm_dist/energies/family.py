@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from ebm_dist.core.section import Family, Section
-from ebm_dist.core.types import MAX_EVENT_NUMBERS, EventKind, EventSpec
+from ebm_dist.core.types import MAX_EVENT_NUMBERS, EnergyFn, EventKind, EventSpec
+from ebm_dist.energies.context import ContextTraits, bind, check_names
 
 
-class Energy(nn.Module):
+class Energy(ContextTraits, nn.Module):
     """E(x): (B, *event) -> (B,), float32, lower is likelier.
 
     Chains do not interact: nothing here may use batch statistics, since samplers take
@@ -35,19 +36,43 @@ class Energy(nn.Module):
             )
         self.event_shape = event_shape
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Energies (B,) of events (B, *event).
+    def forward(self, x: Tensor, **context: Tensor) -> Tensor:
+        """Energies (B,) of events (B, *event), each with its own row of the `context`.
 
         Raises:
-            ValueError: x is not floating point, or its event shape is not the energy's.
+            ValueError: x is not floating point, or its event shape is not the energy's; the
+                energy takes no such context, or needs one that is missing.
         """
         self.check(x)
-        energy = self.energy(x)
+        check_names(self, context)
+        energy = cast(Any, self).energy(x, **context)
         return energy if energy.dtype == torch.float64 else energy.float()
 
     def energy(self, x: Tensor) -> Tensor:
-        """The energy itself, (B,), on events that `forward` has checked."""
+        """The energy itself, (B,), on events that `forward` has checked.
+
+        An energy with the trait `context` takes those names as keywords here.
+        """
         raise NotImplementedError
+
+    def given(
+        self,
+        *,
+        label: Tensor | None = None,
+        level: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> EnergyFn:
+        """This energy with the context of B chains: an EnergyFn of x (B, *event), in their order.
+
+        Args:
+            label: (B,) int64.
+            level: (B,) int64, places in `noise_stds`.
+            condition: (B, *condition_shape), floating point.
+
+        Raises:
+            ValueError: the energy takes no such context or needs more, or a tensor does not fit.
+        """
+        return bind(self, label=label, level=level, condition=condition)
 
     def check(self, x: Tensor) -> None:
         """Refuse what is no batch of this energy's events."""
@@ -71,14 +96,15 @@ class AnalyticEnergy(Energy):
     would be rounded to 8 bits, and its energies are what a test compares.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **context: Tensor) -> Tensor:
         self.check(x)
+        check_names(self, context)
         if x.dtype not in (torch.float32, torch.float64):
             x = x.float()
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return self.energy(x)
-        return self.energy(x)
+                return cast(Any, self).energy(x, **context)
+        return cast(Any, self).energy(x, **context)
 
     def log_z(self, temperature: float = 1.0) -> float:
         """log of the integral (or sum) of exp(-E(x)/T) over events, in nats.

@@ -17,6 +17,8 @@ from ebm_dist.core.energy_call import energy_at
 from ebm_dist.core.plugins import Target, load_target, target_of
 from ebm_dist.core.types import EnergyFn, EventSpec
 from ebm_dist.core.weights import flat_tensors
+from ebm_dist.energies.context import ContextTraits, stand_in, trait
+from ebm_dist.energies.context import bind as bind_context
 from ebm_dist.energies.family import FAMILY, BoundSection, EnergySection
 
 NUM_TRIED = 4
@@ -24,14 +26,19 @@ NUM_TRIED = 4
 
 
 class FunctionEnergy(nn.Module):
-    """A callable (B, *event) -> (B,) that is no module; it has no parameters."""
+    """A callable (B, *event) -> (B,) that is no module; it has no parameters.
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    Its attributes among `ContextTraits` say which context it takes as keywords.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
         self.function = function
+        for name in ContextTraits.__annotations__:
+            setattr(self, name, trait(function, name))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+    def forward(self, x: Tensor, **context: Tensor) -> Tensor:
+        return self.function(x, **context)
 
 
 @FAMILY.register
@@ -129,7 +136,7 @@ class ModuleEnergySection(BoundSection):
         energy = bound.build()
         try:
             with torch.no_grad():
-                out = energy_at(energy, x)
+                out = energy_at(bind_context(energy, **stand_in(energy, NUM_TRIED)), x)
         except Exception as error:
             raise ValueError(
                 f"energy.target: {self.target} raises on events of shape {spec.shape} "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ebm_dist.core.types import EnergyFn
+from ebm_dist.energies.context import Given
 from ebm_dist.samplers.kernel import as_float
 
 # Not subclasses: those may compute in float32, as an energy's head does.
@@ -32,6 +33,27 @@ class Autocast:
     def __getattr__(self, name: str) -> Any:
         # Kernels read other attributes of an energy too: its event and its conditionals.
         return getattr(self.energy, name)
+
+
+def for_rows(energy: EnergyFn, choose: Callable[[Tensor], Tensor]) -> EnergyFn:
+    """`energy` for other rows than the B chains in their order.
+
+    A kernel that evaluates some chains only, or copies of them, calls this: an energy that is given
+    a context for each chain refuses another number of rows.
+
+    Args:
+        choose: maps a tensor (B, ...) to the rows of x that the energy will be called with.
+    """
+    if isinstance(energy, Autocast):
+        return Autocast(for_rows(energy.energy, choose))
+    return energy.rows(choose) if isinstance(energy, Given) else energy
+
+
+def lasting(energy: EnergyFn) -> EnergyFn:
+    """What is the same object in every round: the energy without the context of a round."""
+    if isinstance(energy, Autocast):
+        return lasting(energy.energy)
+    return energy.energy if isinstance(energy, Given) else energy
 
 
 def module_of(energy: EnergyFn) -> nn.Module | None:

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from ebm_dist.energies.family import Activation
+from ebm_dist.energies.networks.embedding import Modulation
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
@@ -139,7 +140,11 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and a two-layer perceptron, each behind a layer norm and in a residual branch."""
+    """Attention and a two-layer perceptron, each behind a layer norm and in a residual branch.
+
+    An embedding (B, E) modulates what the norms return, as in DiT (Peebles & Xie 2023,
+    arXiv:2212.09748).
+    """
 
     def __init__(
         self,
@@ -149,6 +154,7 @@ class TransformerBlock(nn.Module):
         expansion: int = 4,
         activation_name: Activation = "gelu",
         causal: bool = False,
+        embedding: int | None = None,
     ) -> None:
         super().__init__()
         self.attention = nn.Sequential(
@@ -160,10 +166,20 @@ class TransformerBlock(nn.Module):
             activation(activation_name),
             nn.Linear(expansion * width, width),
         )
+        self.modulations = nn.ModuleList(
+            [] if embedding is None else [Modulation(embedding, width) for _ in range(2)]
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(x)
-        return x + self.mlp(x)
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        if embedding is None:
+            x = x + self.attention(x)
+            return x + self.mlp(x)
+        for (norm, *layers), modulate in zip((self.attention, self.mlp), self.modulations):
+            hidden = modulate(norm(x), embedding)
+            for layer in layers:
+                hidden = layer(hidden)
+            x = x + hidden
+        return x
 
 
 class TransformerBlocks(nn.Sequential):
@@ -174,13 +190,13 @@ class TransformerBlocks(nn.Sequential):
     the backward (Chen et al. 2016, arXiv:1604.06174): memory of one block in place of all, for a
     third more time. Samplers freeze the parameters, so they are not slowed down."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, embedding: Tensor | None = None) -> Tensor:
         x = input
         for block in self:
             if self.recompute and any(p.requires_grad for p in block.parameters()):
                 # The reentrant form has no second derivative, which penalties on dE/dx need.
                 # Blocks draw no random numbers, so no generator state has to be restored.
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, embedding, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x)
+                x = block(x, embedding)
         return x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +10,25 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from ebm_dist.energies.family import FAMILY, Activation, Energy
+from ebm_dist.energies.networks.embedding import modulated, modulation
 from ebm_dist.energies.networks.layers import activation, image_channels, normed
-from ebm_dist.energies.networks.network import NetworkSection
+from ebm_dist.energies.networks.network import ConditionedSection
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(act(conv(act(x)))), (B, C, H, W) -> (B, C', H, W); no batch statistics."""
+    """x + conv(act(conv(act(x)))), (B, C, H, W) -> (B, C', H, W); no batch statistics.
+
+    An embedding (B, E) modulates what the first convolution returns.
+    """
 
     def __init__(
-        self, num_in: int, num_out: int, *, activation_name: Activation, spectral_norm: bool
+        self,
+        num_in: int,
+        num_out: int,
+        *,
+        activation_name: Activation,
+        spectral_norm: bool,
+        embedding: int | None = None,
     ) -> None:
         super().__init__()
         self.act = activation(activation_name)
@@ -29,10 +39,11 @@ class ResidualBlock(nn.Module):
             if num_in == num_out
             else normed(nn.Conv2d(num_in, num_out, 1, bias=False), spectral_norm)
         )
+        self.modulation = modulation(embedding, num_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv2(self.act(self.conv1(self.act(x))))
-        return self.shortcut(x) + hidden
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        hidden = modulated(self.modulation, self.conv1(self.act(x)), embedding)
+        return self.shortcut(x) + self.conv2(self.act(hidden))
 
 
 class ResNetBody(nn.Module):
@@ -40,6 +51,7 @@ class ResNetBody(nn.Module):
 
     def __init__(self, section: ResNetSection, num_channels: int) -> None:
         super().__init__()
+        embedding = section.conditioning().width
         width = section.width
         stride = section.stem_stride
         # Patches of a strided stem overlap, so every pixel contributes to the gradient.
@@ -61,6 +73,7 @@ class ResNetBody(nn.Module):
                         num_out,
                         activation_name=section.activation,
                         spectral_norm=section.spectral_norm,
+                        embedding=embedding,
                     )
                 )
                 num_in = num_out
@@ -70,7 +83,7 @@ class ResNetBody(nn.Module):
         self.num_features = num_in
         self.pool = section.pool
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         # Channels-last takes 3 to 24% less CPU time for an input gradient (five shapes, one
         # thread of an AVX-512 server), and suits a GPU's tensor cores. It is set on the
         # activations only: the weights are row-major views of one flat array.
@@ -79,7 +92,8 @@ class ResNetBody(nn.Module):
             if index and min(x.shape[2:]) > 1:
                 # ceil_mode: at odd sizes the last row would get no gradient without it.
                 x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
-            x = stage(x)
+            for block in cast(nn.Sequential, stage):
+                x = block(x, embedding)
         x = self.act(x).flatten(2)
         # A sum over positions in bf16 would round small terms away.
         x = x if x.dtype == torch.float64 else x.float()
@@ -87,7 +101,7 @@ class ResNetBody(nn.Module):
 
 
 @FAMILY.register
-class ResNetSection(NetworkSection):
+class ResNetSection(ConditionedSection):
     """The residual network of image EBMs (Du & Mordatch 2019, arXiv:1903.08689).
 
     Cost is set by `width`, `multipliers` and `num_blocks`; `stem_stride` 2 makes all of it
@@ -121,5 +135,5 @@ class ResNetSection(NetworkSection):
     """How positions are pooled. With sum, each position adds its own energy."""
 
     def module(self) -> Energy:
-        body = ResNetBody(self, image_channels("resnet", self.shape))
+        body = ResNetBody(self, image_channels("resnet", self.input_shape))
         return self.wrap(body, body.num_features)

@@ -75,9 +75,9 @@ class LanguageModel(AnalyticEnergy):
         self.body = body
         self.head = Head(width, shape[1])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **context: Tensor) -> Tensor:
         # Autocast stays on, as for every network; the head and the energies are float32 anyway.
-        return Energy.forward(self, x)
+        return Energy.forward(self, x, **context)
 
     def energy(self, x: Tensor) -> Tensor:
         log_prob = self.next_logits(x).log_softmax(-1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ebm_dist.energies.family import FAMILY, Activation, Energy
 from ebm_dist.energies.networks.layers import TransformerBlock, TransformerBlocks, image_channels
-from ebm_dist.energies.networks.network import NetworkSection
+from ebm_dist.energies.networks.network import ConditionedSection
 
 
 class VitBody(nn.Module):
@@ -20,6 +20,7 @@ class VitBody(nn.Module):
     def __init__(self, section: VitSection, shape: tuple[int, ...]) -> None:
         super().__init__()
         num_channels, height, width = shape
+        embedding = section.conditioning().width
         self.patch = section.patch_size
         num_tokens = (height // self.patch) * (width // self.patch)
         self.embed = nn.Linear(num_channels * self.patch**2, section.width)
@@ -31,20 +32,21 @@ class VitBody(nn.Module):
                     section.num_heads,
                     expansion=section.expansion,
                     activation_name=section.activation,
+                    embedding=embedding,
                 )
                 for _ in range(section.depth)
             )
         )
         self.norm = nn.LayerNorm(section.width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         tokens = self.embed(patches) + self.position
-        return self.norm(self.blocks(tokens)).mean(1)
+        return self.norm(self.blocks(tokens, embedding)).mean(1)
 
 
 @FAMILY.register
-class VitSection(NetworkSection):
+class VitSection(ConditionedSection):
     """A vision transformer on non-overlapping patches."""
 
     name: Literal["vit"] = "vit"
@@ -81,4 +83,4 @@ class VitSection(NetworkSection):
                 f"energy.patch_size: {self.patch_size} does not divide the image's sides "
                 f"{self.shape[1:]}; choose a common divisor"
             )
-        return self.wrap(VitBody(self, self.shape), self.width)
+        return self.wrap(VitBody(self, self.input_shape), self.width)

@@ -9,14 +9,18 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ebm_dist.energies.family import FAMILY, Activation, Energy
+from ebm_dist.energies.networks.embedding import modulated, modulation
 from ebm_dist.energies.networks.layers import activation, image_channels, normed
-from ebm_dist.energies.networks.network import NetworkSection
+from ebm_dist.energies.networks.network import ConditionedSection
 
 Norm = Literal["none", "group", "instance"]
 
 
 class WideBlock(nn.Module):
-    """conv(act(norm(.))) twice and the shortcut, the first convolution strided."""
+    """conv(act(norm(.))) twice and the shortcut, the second convolution strided.
+
+    An embedding (B, E) modulates the second norm's output.
+    """
 
     def __init__(self, num_in: int, num_out: int, stride: int, section: WideResNetSection) -> None:
         super().__init__()
@@ -33,9 +37,12 @@ class WideBlock(nn.Module):
             if num_in == num_out and stride == 1
             else normed(nn.Conv2d(num_in, num_out, 1, stride), section.spectral_norm)
         )
+        self.modulation = modulation(section.conditioning().width, num_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.shortcut(x) + self.residual(x)
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        norm1, act1, conv1, norm2, act2, conv2 = self.residual
+        hidden = modulated(self.modulation, norm2(conv1(act1(norm1(x)))), embedding)
+        return self.shortcut(x) + conv2(act2(hidden))
 
 
 class WideResNetBody(nn.Module):
@@ -56,9 +63,11 @@ class WideResNetBody(nn.Module):
         self.last = nn.Sequential(_norm(section.norm, num_in), activation(section.activation))
         self.num_features = num_in
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         x = self.stem(x).contiguous(memory_format=torch.channels_last)
-        x = self.last(self.blocks(x)).flatten(2)
+        for block in self.blocks:
+            x = block(x, embedding)
+        x = self.last(x).flatten(2)
         return (x if x.dtype == torch.float64 else x.float()).mean(2)
 
 
@@ -71,7 +80,7 @@ def _norm(name: Norm, num_channels: int) -> nn.Module:
 
 
 @FAMILY.register
-class WideResNetSection(NetworkSection):
+class WideResNetSection(ConditionedSection):
     """WRN-depth-widen without batch norm, as in JEM (Grathwohl et al. 2020, arXiv:1912.03263)."""
 
     name: Literal["wide_resnet"] = "wide_resnet"
@@ -99,5 +108,5 @@ class WideResNetSection(NetworkSection):
         return self
 
     def module(self) -> Energy:
-        body = WideResNetBody(self, image_channels("wide_resnet", self.shape))
+        body = WideResNetBody(self, image_channels("wide_resnet", self.input_shape))
         return self.wrap(body, body.num_features)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_dist.core.types import EnergyFn
+from ebm_dist.energies.context import Given
 from ebm_dist.samplers.compile.block import (
     Block,
     build,
@@ -44,7 +45,14 @@ from ebm_dist.samplers.compile.block import (
 from ebm_dist.samplers.compile.capture import Captured
 from ebm_dist.samplers.compile.compiler import CompilerFailed, compile_graph, prepare
 from ebm_dist.samplers.compile.recorded_noise import CannotCompile
-from ebm_dist.samplers.frozen import Autocast, has_convolutions, module_of, prepared_weights
+from ebm_dist.samplers.frozen import (
+    Autocast,
+    for_rows,
+    has_convolutions,
+    lasting,
+    module_of,
+    prepared_weights,
+)
 from ebm_dist.samplers.kernel import Kernel, KernelState, value_and_grad
 
 Choice = Literal["auto", "eager", "compiled"]
@@ -194,7 +202,7 @@ class Engine:
         True where the energy convolves them and works on that layout (a `.view` does not). It
         depends on the energy alone, so it is the same in every round of every worker.
         """
-        module = module_of(energy)
+        module = module_of(lasting(energy))
         if self.choice == "eager" or position.ndim != 4 or module is None:
             return False
         known = self._layouts.get(id(module))
@@ -299,9 +307,12 @@ def _no_machine_compiles(error: Exception) -> bool:
 
 
 def _identity(energy: EnergyFn) -> Any:
-    """A key that is equal for two wrappers, or two bound methods, of one module."""
+    """A key that is equal for two wrappers, two contexts or two bound methods of one module."""
     if isinstance(energy, Autocast):
         return ("bf16", _identity(energy.energy))
+    if isinstance(energy, Given):
+        # Its shapes are in the key as well: the tensors are among its buffers.
+        return (*energy.names, _identity(energy.energy))
     owner = getattr(energy, "__self__", None)
     return (id(owner), energy.__func__) if isinstance(owner, nn.Module) else id(energy)  # type: ignore[attr-defined]
 
@@ -311,7 +322,7 @@ def _takes_channels_last(energy: EnergyFn, position: Tensor) -> bool:
     try:
         # Weights are channels-last as well: images of one channel take their layout from them.
         with prepared_weights(energy, bf16=False, channels_last=True):
-            value_and_grad(energy, probe)
+            value_and_grad(for_rows(energy, lambda rows: rows[:2]), probe)
     except RuntimeError:
         return False
     return True

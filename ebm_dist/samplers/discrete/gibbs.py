@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ebm_dist.core.types import EnergyFn, EventSpec
 from ebm_dist.samplers.discrete.events import Kind, draw, one_hot_like, start_discrete
+from ebm_dist.samplers.frozen import for_rows
 from ebm_dist.samplers.kernel import (
     FAMILY,
     KernelSection,
@@ -206,11 +207,12 @@ def _sweep_categorical(
     batch, num_values = shape[0], shape[-1]
     x = position.reshape(batch, -1, num_values).clone()
     eye = torch.eye(num_values, dtype=x.dtype, device=x.device)
+    of_trials = for_rows(energy, lambda t: t.repeat(num_values, *[1] * (t.ndim - 1)))
     for site in range(x.shape[1]):
         # Every value of the site at once: (values, chains, sites, values).
         trial = x.expand(num_values, *x.shape).clone()
         trial[:, :, site] = eye[:, None]
-        energies = value(energy, trial.reshape(num_values * batch, *shape[1:]))
+        energies = value(of_trials, trial.reshape(num_values * batch, *shape[1:]))
         energies = energies.reshape(num_values, batch).T
         index = draw(-energies / temperature, generator)
         x[:, site] = eye[index]
