@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import shlex
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from ebm_dist._version import __version__
+from ebm_dist.commands.data import data_app
+from ebm_dist.commands.failures import explain, say
+from ebm_dist.commands.options import (
+    Argument,
+    ConfigFile,
+    ExportDir,
+    Option,
+    Overrides,
+    Plugins,
+    import_named,
+    plain_overrides,
+)
 from ebm_dist.core import installed
 from ebm_dist.core.errors import RunFailed, UserError, one_line
-from ebm_dist.core.paths import user_path
 from ebm_dist.core.signals import interrupting
 
 # Everything else is imported inside the command that needs it: `--help` answers within a
@@ -36,54 +43,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Prepare data as shards.", no_args_is_help=True)
 dashboard_app = typer.Typer(help="The W&B workspace, written as code.", no_args_is_help=True)
 config_app = typer.Typer(help="Show a config, or the schema of configs.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(dashboard_app, name="dashboard")
 app.add_typer(config_app, name="config")
-
-CommandLineError = typer.BadParameter.__mro__[2]
-"""ClickException: typer bundles a copy of click, at a path that varies by version."""
-
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Keys that override the file, e.g. learner.lr=1e-4.")
-]
-
-
-def _path(text: str | Path) -> Path:
-    """A path of an argument or option: `~` is the home directory, variables are refused."""
-    try:
-        return Path(user_path(text))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-_Argument = partial(typer.Argument, parser=_path, show_default=False)
-_Option = partial(typer.Option, parser=_path, metavar="PATH")
-
-ConfigFile = Annotated[Path, _Argument(help="The YAML config.")]
-ExportDir = Annotated[Path, _Argument(help="An export, or a run directory with one.")]
-
-
-def _import(names: list[str]) -> list[str]:
-    """The values of --plugin, once the modules that they name are imported."""
-    if names:
-        from ebm_dist.core.plugins import import_plugins
-
-        import_plugins(names, "--plugin")
-    return names
-
-
-Plugins = Annotated[
-    list[str],
-    typer.Option(
-        "--plugin",
-        metavar="MODULE",
-        show_default=False,
-        help="Import this module of yours first; several times for several. Its code is run.",
-    ),
-]
 
 
 def _version(asked: bool) -> None:
@@ -115,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopped the training after a checkpoint, 130 a signal stopped it before any checkpoint, or
     stopped another command. `EBM_DIST_DEBUG=1` raises exceptions with their traceback.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    arguments = plain_overrides(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale may lack a character, such as ²
             stream.reconfigure(errors="backslashreplace")
@@ -125,61 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("EBM_DIST_DEBUG") == "1":
             raise
-        return _explain(error)
+        return explain(error)
     except KeyboardInterrupt:
-        return _say("interrupted", 130)
+        return say("interrupted", 130)
     return code if isinstance(code, int) else 0
-
-
-_OF_THE_PATH = {
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EROFS,
-}
-"""Errors of a path that the user gave, as opposed to errors of the disk."""
-
-
-def _explain(error: Exception) -> int:
-    if isinstance(error, typer.Abort):
-        return _say("interrupted", 130)
-    if isinstance(error, CommandLineError):
-        # A command group without a command has already shown its help; the message is empty.
-        text = error.format_message().replace("Value error, ", "")  # type: ignore[attr-defined]
-        message = " ".join(text.split())
-        return _say(f"{message} (see ebm-dist --help)", 2) if message else 2
-    if isinstance(error, RunFailed):
-        return _say(" ".join(str(error).split()), 1)
-    if isinstance(error, UserError):
-        return _say(error, 2)
-    if isinstance(error, OSError) and error.errno in _OF_THE_PATH:
-        name = error.filename or type(error).__name__
-        return _say(f"{name}: {(error.strerror or 'cannot be used').lower()}", 2)
-    if isinstance(error, IsADirectoryError):
-        return _say(f"{error.filename}: is a directory, expected a file", 2)
-    if isinstance(error, ModuleNotFoundError) and error.name in ("ray", "deepspeed", "wandb"):
-        return _say(f"{error.name} is not installed: {installed.how_to_install('train')}", 2)
-    if isinstance(error, ModuleNotFoundError) and error.name == "fcntl":
-        return _say(installed.NO_FCNTL, 2)
-    if type(error) is ValueError:
-        return _say(" ".join(str(error).split()), 2)
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="ebm-dist-", suffix=".log", delete=False, encoding="utf-8"
-    ) as file:
-        traceback.print_exception(error, file=file)
-    what = " ".join(str(error).split())[:300]
-    return _say(f"{type(error).__name__}: {what}; the traceback is in {file.name}", 1)
-
-
-def _say(message: str | UserError, code: int) -> int:
-    # One line per argument of the error. Splitting text at newlines would let a name forge a line.
-    for line in message.args if isinstance(message, UserError) else [message]:
-        print(f"error: {one_line(line)}", file=sys.stderr)
-    return code
 
 
 @contextlib.contextmanager
@@ -211,7 +124,7 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     run_dir: Annotated[
-        Path | None, _Option(help="The run directory; run.dir/run.name when left out.")
+        Path | None, Option(help="The run directory; run.dir/run.name when left out.")
     ] = None,
     resume: Annotated[
         Literal["auto", "never", "must"],
@@ -239,7 +152,7 @@ def sample(
     checkpoint: ExportDir,
     num: Annotated[int, typer.Option(min=1, help="Chains to draw.")] = 64,
     steps: Annotated[int, typer.Option(min=0, help="Sampler steps of each chain.")] = 1000,
-    out: Annotated[Path, _Option(help="A picture (.png) or arrays x and energy (.npz).")] = Path(
+    out: Annotated[Path, Option(help="A picture (.png) or arrays x and energy (.npz).")] = Path(
         "samples.png"
     ),
     start: Annotated[
@@ -255,7 +168,7 @@ def sample(
     from ebm_dist.export.sample import check_suffix, draw, save_samples
 
     check_suffix(out)
-    export = open_export(checkpoint, plugins=_import(plugin))
+    export = open_export(checkpoint, plugins=import_named(plugin))
     with _progress("sampling", num * steps) as advance:
         x, energy = draw(
             export,
@@ -277,7 +190,7 @@ def evaluate(
         Literal["density", "ood", "robustness", "fidelity", "landscape"],
         typer.Option(help="The measurements to run.", show_default=False),
     ],
-    out: Annotated[Path | None, _Option(help="Write the result here as JSON.")] = None,
+    out: Annotated[Path | None, Option(help="Write the result here as JSON.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     data: Annotated[
@@ -295,7 +208,7 @@ def evaluate(
     def say(text: str) -> None:
         print(f"{suite}: {text}", file=sys.stderr, flush=True)
 
-    export = open_export(checkpoint, plugins=_import(plugin))
+    export = open_export(checkpoint, plugins=import_named(plugin))
     result = run_suite(export, suite, seed=seed, device=_device(device), data=data, say=say)
     width = max(map(len, result["metrics"]), default=0)
     for name, value in result["metrics"].items():
@@ -308,68 +221,23 @@ def evaluate(
 
 @app.command(epilog="Example: ebm-dist export runs/digits digits-model")
 def export(
-    run_dir: Annotated[Path, _Argument(help="A run directory.")],
-    out_dir: Annotated[Path, _Argument(help="The export to write.")],
+    run_dir: Annotated[Path, Argument(help="A run directory.")],
+    out_dir: Annotated[Path, Argument(help="The export to write.")],
     plugin: Plugins = [],  # noqa: B006
 ) -> None:
     """Write a run's newest checkpoint as safetensors, config, model card and sample grid."""
     from ebm_dist.export.writer import export_run
 
-    print(export_run(run_dir, out_dir, plugins=_import(plugin)))
-
-
-@data_app.command(
-    "prepare",
-    epilog="Example: ebm-dist data prepare digits data/digits\n\n"
-    "Images: ebm-dist data prepare imagefolder data/photos --source PHOTOS --resize 64\n\n"
-    "Your own: ebm-dist data prepare my_pkg.data:dataset data/mine params.size=32 holdout=0.1\n\n"
-    "Then: ebm-dist train configs/digits.yaml data.source=data/digits",
-)
-def data_prepare(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="digits, mnist, fashion-mnist, cifar10, imagefolder, toy:NAME, or the MODULE:NAME "
-            "of a dataset of your own, which is imported.",
-            show_default=False,
-        ),
-    ],
-    out_dir: Annotated[Path, _Argument(help="The directory to write.")],
-    keys: Annotated[
-        list[str] | None,
-        typer.Argument(help="Keys of the data section for MODULE:NAME, e.g. params.size=32."),
-    ] = None,
-    source: Annotated[Path | None, _Option(help="The original files.")] = None,
-    resize: Annotated[
-        int | None,
-        typer.Option(help="For imagefolder: crop images to squares and resize to this side."),
-    ] = None,
-) -> None:
-    """Write a data set as webdataset shards, and print the number of events per class."""
-    from ebm_dist.config.text import apply_override, validate
-    from ebm_dist.core.plugins import import_plugins
-    from ebm_dist.data import DataConfig, prepare
-    from ebm_dist.data.sources.originals import is_target
-
-    what: str | DataConfig = name
-    if is_target(name):
-        section = {"source": "module", "target": name}
-        for key in keys or []:
-            section = apply_override(section, key, DataConfig)
-        what = validate(DataConfig, section)
-        import_plugins([])  # so that the working directory is searched
-    elif keys:
-        raise UserError(f"{keys[0]}: keys are for a dataset of your own, MODULE:NAME; leave it out")
-    prepare(what, out_dir, source=source, resize=resize, say=lambda line: print(one_line(line)))
+    print(export_run(run_dir, out_dir, plugins=import_named(plugin)))
 
 
 @app.command(epilog="Example: ebm-dist report runs/digits --out digits.html")
 def report(
     run_dir: Annotated[
-        list[Path], _Argument(help="A run directory; several are compared in one page.")
+        list[Path], Argument(help="A run directory; several are compared in one page.")
     ],
     out: Annotated[
-        Path | None, _Option(help="The page to write; RUN_DIR/report.html when left out.")
+        Path | None, Option(help="The page to write; RUN_DIR/report.html when left out.")
     ] = None,
 ) -> None:
     """Write one HTML page about one or several runs: chain health, curves, samples, config."""
@@ -380,7 +248,7 @@ def report(
 
 @dashboard_app.command("write", epilog="Example: ebm-dist dashboard write --out dashboard.json")
 def dashboard_write(
-    out: Annotated[Path, _Option(help="The file to write.")] = Path("dashboard.json"),
+    out: Annotated[Path, Option(help="The file to write.")] = Path("dashboard.json"),
 ) -> None:
     """Write the W&B workspace as JSON: its sections, panels and the metrics they draw."""
     from ebm_dist.report import dashboard
@@ -407,7 +275,7 @@ def dashboard_publish(
 
 @app.command(epilog="Example: ebm-dist doctor")
 def doctor(
-    directory: Annotated[Path, _Option(help="Parent directory of future runs.")] = Path("."),
+    directory: Annotated[Path, Option(help="Parent directory of future runs.")] = Path("."),
 ) -> None:
     """Check whether this machine can run training; each line is ok or says what to do."""
     from ebm_dist.run.doctor import examine
@@ -431,7 +299,7 @@ def config_show(
     """Print the complete CONFIG, with every default."""
     from ebm_dist.config.run_config import dump, load
 
-    _import(plugin)
+    import_named(plugin)
     print(dump(load(config, overrides or [])), end="")
 
 
@@ -442,7 +310,7 @@ def config_schema(plugin: Plugins = []) -> None:  # noqa: B006
 
     from ebm_dist.config.run_config import schema
 
-    _import(plugin)
+    import_named(plugin)
     print(json.dumps(schema(), indent=2))
 
 

@@ -37,6 +37,7 @@ FOLDERS = [
     "controller",
     "export",
     "run",
+    "commands",
     "cli",
     "__main__",
 ]
