@@ -20,7 +20,7 @@ from ebm_dist.config.sections import (
     RuntimeConfig,
     WorkersConfig,
 )
-from ebm_dist.config.text import apply_override, validate
+from ebm_dist.config.text import apply_override, validate, without_empty
 from ebm_dist.core.errors import UserError, one_line
 from ebm_dist.core.plugins import ModuleName, import_plugins
 from ebm_dist.core.section import Section
@@ -79,6 +79,8 @@ def load(
 ) -> RunConfig:
     """The config from `source`, a YAML file or a mapping, with `a.b=value` overrides applied.
 
+    Keys that begin with `x-` are left out at the top level, and sections without keys anywhere.
+
     Args:
         trusted: import the modules of `plugins` first, as a training does. Otherwise nothing of
             a user's is imported, and sections that plugins register are known only if they are.
@@ -91,12 +93,14 @@ def load(
         prefix, data = "", dict(source)
     else:
         prefix, data = f"{source}: ", _read_file(Path(source))
+    # Places for anchors, which other sections merge.
+    data = {key: value for key, value in data.items() if not str(key).startswith("x-")}
     for override in overrides:
         data = apply_override(data, override, RunConfig)
     try:
         if trusted:
             _import_plugins_of(data)
-        return validate(RunConfig, data)
+        return validate(RunConfig, without_empty(data, [RunConfig]))
     except UserError as error:
         raise UserError(*(f"{prefix}{line}" for line in error.args)) from None
 
@@ -129,6 +133,7 @@ def schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **RunConfig.model_json_schema(),
+        "patternProperties": {"^x-": {}},
         "title": "ebm_dist run config",
     }
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.plugins import plugin_hint
@@ -23,6 +24,9 @@ def apply_override(
     data: dict[str, Any], override: str, model: type[BaseModel] | None = None
 ) -> dict[str, Any]:
     """`data` with `a.b=value` set, where `value` is YAML; the input is not changed.
+
+    A number in the path names an element of a list, counted from 0. Where `data` leaves the list
+    out, it is the default of `model`.
 
     If `model` accepts only text at that key, a number stays text as written: the name of a run may
     be a date, a job id or a commit, and `007` and `1e5` must not become 7 and 100000.
@@ -40,17 +44,40 @@ def apply_override(
         value = read_yaml(text)
     except UserError as error:
         raise UserError(f"override {key}: {error}") from None
-    if isinstance(value, bool | int | float) and model and _takes_text(model, path, data):
-        value = text.strip()
+    if model:
+        data = _with_default_lists(data, path, model, key)
+        if isinstance(value, bool | int | float) and _takes_text(model, path, data):
+            value = text.strip()
     return _with(data, path, value, key)
 
 
 def _takes_text(model: type[BaseModel], path: list[str], data: Any) -> bool:
-    kinds: set[Any] = set()
-    for owner in models_at(model, path[:-1], data):
-        field = owner.model_fields.get(path[-1])
-        kinds |= set(_kinds(field.annotation)) if field else set()
-    return str in kinds and not kinds & {bool, int, float}
+    kinds = [kind for field in _fields_at(model, path, data) for kind in _kinds(field.annotation)]
+    if not kinds and path[-1].isdecimal():
+        lists = (
+            k for field in _fields_at(model, path[:-1], data) for k in _kinds(field.annotation)
+        )
+        kinds = [kind for arg in lists for item in get_args(arg) for kind in _kinds(item)]
+    return str in kinds and not {bool, int, float}.intersection(kinds)
+
+
+def _fields_at(model: type[BaseModel], path: list[str], data: Any) -> list[FieldInfo]:
+    owners = models_at(model, path[:-1], data)
+    return [owner.model_fields[path[-1]] for owner in owners if path[-1] in owner.model_fields]
+
+
+def _with_default_lists(
+    data: dict[str, Any], path: list[str], model: type[BaseModel], key: str
+) -> dict[str, Any]:
+    """`data` with the default of a list, an element of which `path` names."""
+    here: Any = data
+    for depth, part in enumerate(path[:-1], 1):
+        here = here.get(part) if isinstance(here, dict) else None
+        if here is None and path[depth].isdecimal():
+            for field in _fields_at(model, path[:depth], data):
+                if isinstance(field.default, tuple):
+                    return _with(data, path[:depth], list(field.default), key)
+    return data
 
 
 def _kinds(annotation: Any) -> list[Any]:
@@ -63,18 +90,61 @@ def _kinds(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _with(data: dict[str, Any], path: list[str], value: Any, key: str) -> dict[str, Any]:
-    if len(path) == 1:
-        return {**data, path[0]: value}
-    inner = data.get(path[0])
+def _with(data: Any, path: list[str], value: Any, key: str) -> Any:
+    """`data`, a section or a list, with `value` at `path`."""
+    part = path[0]
+    if isinstance(data, list):
+        if not part.isdecimal() or int(part) >= len(data):
+            raise UserError(
+                f"override {key}: expected the number of an element in place of {short(part)}, "
+                f"from 0, of a list of {len(data)}; or set the list whole, as KEY=[1, 2]"
+            )
+        index = int(part)
+        return [*data[:index], _within(data[index], path, value, key), *data[index + 1 :]]
+    return {**data, part: _within(data.get(part), path, value, key)}
+
+
+def _within(inner: Any, path: list[str], value: Any, key: str) -> Any:
+    part, *rest = path
+    if not rest:
+        return value
     if inner is None:
         inner = {}
-    if not isinstance(inner, dict):
+    if not isinstance(inner, dict | list):
         raise UserError(
-            f"override {key}: {path[0]!r} is the value {short(inner)}, not a section; "
+            f"override {key}: {part!r} is the value {short(inner)}, not a section; "
             "set it whole or leave out what follows the dot"
         )
-    return {**data, path[0]: _with(inner, path[1:], value, key)}
+    return _with(inner, rest, value, key)
+
+
+def without_empty(data: Any, models: Iterable[type[BaseModel]]) -> Any:
+    """`data` without its empty sections: YAML reads null where all keys are commented out.
+
+    Args:
+        models: the section types that `data` may be of.
+    """
+    if isinstance(data, list):
+        return [without_empty(item, models) for item in data]
+    if not isinstance(data, dict):
+        return data
+    models = _named(models, data)
+    kept = {}
+    for key, value in data.items():
+        fields = [model.model_fields[key] for model in models if key in model.model_fields]
+        if value is not None:
+            inner = [found for field in fields for found in _models(field.annotation)]
+            kept[key] = without_empty(value, inner)
+        elif not fields or not all(_is_section(field.annotation) for field in fields):
+            kept[key] = None
+    return kept
+
+
+def _is_section(annotation: Any) -> bool:
+    """Whether a field holds a section, a list of sections or free keys, and may not be null."""
+    return types.NoneType not in _kinds(annotation) and (
+        bool(_models(annotation)) or get_origin(annotation) is dict
+    )
 
 
 def validate(model: type[BaseModel], data: dict[str, Any]) -> Any:
@@ -259,15 +329,21 @@ def models_at(model: type[BaseModel], path: Iterable[str], data: Any) -> list[ty
     """The section types allowed at `path` of `model`, narrowed by `name` where `data` has one."""
     here = [model]
     for part in path:
-        data = data.get(part) if isinstance(data, dict) else None
-        found: list[type[BaseModel]] = []
-        for owner in here:
-            field = owner.model_fields.get(part)
-            found += _models(field.annotation) if field else []
-        name = data.get("name") if isinstance(data, dict) else None
-        named = [m for m in found if name in _names(m)]
-        here = named or found
+        if isinstance(data, list):  # `here` are the types of its elements
+            data = data[int(part)] if part.isdecimal() and int(part) < len(data) else None
+        else:
+            data = data.get(part) if isinstance(data, dict) else None
+            fields = (owner.model_fields.get(part) for owner in here)
+            here = [model for field in fields if field for model in _models(field.annotation)]
+        here = _named(here, data)
     return here
+
+
+def _named(models: Iterable[type[BaseModel]], data: Any) -> list[type[BaseModel]]:
+    """Those of `models` that the `name` in `data` names; all of them where it names none."""
+    name = data.get("name") if isinstance(data, dict) else None
+    models = list(models)
+    return [model for model in models if name in _names(model)] or models
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

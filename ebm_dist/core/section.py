@@ -17,10 +17,10 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema, to_json
 
-from ebm_dist.core.paths import user_path
+from ebm_dist.core.paths import config_path
 
-UserPath = Annotated[str, AfterValidator(user_path)]
-"""A path in a config: `~` is the home directory."""
+UserPath = Annotated[str, AfterValidator(config_path)]
+"""A path in a config: `~` is the home directory, `${NAME}` a variable's value."""
 
 
 class Section(BaseModel):
