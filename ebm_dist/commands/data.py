@@ -16,7 +16,10 @@ data_app = typer.Typer(help="Prepare data as shards.", no_args_is_help=True)
 @data_app.command(
     "prepare",
     epilog="Example: ebm-dist data prepare digits data/digits\n\n"
-    "Images: ebm-dist data prepare imagefolder data/photos --source PHOTOS --resize 64\n\n"
+    "Images: ebm-dist data prepare imagefolder data/faces --source FACES --crop 140 --resize 64\n\n"
+    "Labels: ebm-dist data prepare imagefolder data/birds --source BIRDS --labels birds.csv\n\n"
+    "Arrays: ebm-dist data prepare arrays data/blood --source bloodmnist.npz\n\n"
+    "EMNIST: ebm-dist data prepare idx data/letters --source gzip/emnist-letters\n\n"
     "Your own: ebm-dist data prepare my_pkg.data:dataset data/mine params.size=32 holdout=0.1\n\n"
     "Then: ebm-dist train configs/digits.yaml data.source=data/digits",
 )
@@ -24,7 +27,8 @@ def data_prepare(
     name: Annotated[
         str,
         typer.Argument(
-            help="digits, mnist, fashion-mnist, cifar10, imagefolder, toy:NAME, or the MODULE:NAME "
+            help="digits, mnist, fashion-mnist, idx (EMNIST and other sets in MNIST's format), "
+            "cifar10, cifar100, imagefolder, arrays (.npz or .npy), toy:NAME, or the MODULE:NAME "
             "of a dataset of your own, which is imported.",
             show_default=False,
         ),
@@ -35,12 +39,21 @@ def data_prepare(
         typer.Argument(help="Keys of the data section for MODULE:NAME, e.g. params.size=32."),
     ] = None,
     source: Annotated[Path | None, Option(help="The original files.")] = None,
+    labels: Annotated[
+        Path | None,
+        Option(help="A JSON, CSV or TSV of labels: of images by name, of arrays in their order."),
+    ] = None,
+    crop: Annotated[
+        int | None, typer.Option(help="Cut a square of this side out of the middle of each image.")
+    ] = None,
     resize: Annotated[
         int | None,
-        typer.Option(help="For imagefolder: crop images to squares and resize to this side."),
+        typer.Option(
+            help="Scale images to this side; without --crop their largest square is cut out first."
+        ),
     ] = None,
 ) -> None:
-    """Write a data set as webdataset shards, and print the number of events per class."""
+    """Write a data set as shards and a picture of some samples, and count those of each class."""
     from ebm_dist.config.text import apply_override, validate
     from ebm_dist.core.plugins import import_plugins
     from ebm_dist.data import DataConfig, prepare
@@ -55,4 +68,37 @@ def data_prepare(
         import_plugins([])  # so that the working directory is searched
     elif keys:
         raise UserError(f"{keys[0]}: keys are for a dataset of your own, MODULE:NAME; leave it out")
-    prepare(what, out_dir, source=source, resize=resize, say=lambda line: print(one_line(line)))
+    prepare(
+        what,
+        out_dir,
+        source,
+        labels=labels,
+        crop=crop,
+        resize=resize,
+        say=lambda line: print(one_line(line)),
+    )
+    print(one_line(_draw(out_dir)))
+
+
+_MAX_ROWS = 16
+"""Classes up to this number have a row each in the picture."""
+
+
+def _draw(directory: Path) -> Path:
+    """The picture of some training samples, written beside the shards."""
+    import torch
+
+    from ebm_dist.data import DataConfig, describe, load_split
+    from ebm_dist.report.grid import save_grid
+
+    config = DataConfig(source=str(directory.absolute()))
+    spec = describe(config)
+    batch = load_split(config, "train", 1024)
+    num_columns, rows = None, torch.arange(min(64, len(batch.x)))
+    num_classes = spec.num_classes or 0
+    if batch.label is not None and spec.kind == "image" and 2 <= num_classes <= _MAX_ROWS:
+        of_class = [(batch.label == k).nonzero()[:, 0] for k in range(num_classes)]
+        num_columns = min(8, *(len(some) for some in of_class)) or None
+        if num_columns is not None:  # else a class is too rare to have a row
+            rows = torch.cat([some[:num_columns] for some in of_class])
+    return save_grid(batch.x[rows], directory / "samples.png", spec, num_columns=num_columns)

@@ -6,8 +6,6 @@ of the `.npy` header that refuses object dtypes, labels through `int`.
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +14,8 @@ import numpy as np
 
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventKind, EventSpec
+from ebm_dist.data.format.npy import read_npy
 from ebm_dist.data.format.picture import IMAGE_EXTENSIONS, open_picture
-
-MAX_NPY_HEADER = 4096
-"""Bytes of an npy header; numpy parses it as a Python literal, which is quadratic for bad ones."""
 
 DATA_EXTENSIONS = (*IMAGE_EXTENSIONS, "npy")
 TOGETHER = "The members of a sample must follow each other in the tar (tar --sort=name)"
@@ -170,46 +166,12 @@ def _read_member(sample: Mapping[str, Any], member: str | None, where: str) -> n
             raise UserError(f"{where}: expected one of .png, .jpg, .npy, got {held}; {advice}")
         chosen = found[0]
     data = bytes(sample[chosen])
-    return _read_npy(data, where) if chosen.endswith("npy") else _read_image(data, where)
+    return read_npy(data, where) if chosen.endswith("npy") else _read_image(data, where)
 
 
 def _read_image(data: bytes, where: str) -> np.ndarray:
     """(H, W) or (H, W, 3), uint8."""
     return np.asarray(open_picture(data, where, formats=("PNG", "JPEG")))
-
-
-def _read_npy(data: bytes, where: str) -> np.ndarray:
-    stream = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"npy format version {version}")
-        read = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = read(stream, max_header_size=MAX_NPY_HEADER)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{where}: not a readable .npy ({reason}); write it by numpy.save"
-        ) from None
-    if dtype.hasobject or dtype.kind not in "buif":
-        raise UserError(
-            f"{where}: .npy of dtype {dtype}, which is not plain numbers (object arrays are "
-            "pickles and are never read); store uint8 or float32"
-        )
-    start = stream.tell()
-    expected = math.prod(shape) * dtype.itemsize
-    # Before any memory is taken: the header of a small file may claim terabytes.
-    if min(shape, default=0) < 0 or expected != len(data) - start:
-        raise UserError(
-            f"{where}: .npy header claims shape {shape} of {dtype}, {expected} bytes, but "
-            f"{len(data) - start} follow; the file is damaged, write it again"
-        )
-    flat = np.frombuffer(data, dtype=dtype, offset=start)
-    return flat.reshape(shape, order="F" if fortran else "C")
 
 
 def _as_image(x: np.ndarray, where: str) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,22 +13,37 @@ from PIL import Image, ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from ebm_dist.core.errors import UserError
+from ebm_dist.files.safe_open import open_to_read
 
 MAX_PIXELS = 64 * 2**20
 """Pixels of one image. Pillow's own limit only warns; a 1 MB PNG can unfold into gigabytes."""
 
+MAX_FILE_BYTES = 256 * 2**20
+"""Of one image file."""
+
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg")
 GREY_MODES = ("1", "L", "LA")
 
+
+def _tiff(stream: BinaryIO) -> TiffImageFile:
+    # Of a damaged header pillow warns, and then raises for it. Folders alone hold TIFF, and are
+    # read by one thread.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return TiffImageFile(stream)
+
+
 # The readers themselves, not Image.open: no other format is tried, and its check of the size comes
 # as a warning, which in a thread can be caught only by changing global state.
-_READERS: dict[str, tuple[bytes, Callable[[Any], Image.Image]]] = {
+_READERS: dict[str, tuple[bytes | tuple[bytes, ...], Callable[[Any], Image.Image]]] = {
     "PNG": (b"\x89PNG", PngImageFile),
     "BMP": (b"BM", BmpImageFile),
     "WebP": (b"RIFF", WebPImageFile),
+    "TIFF": ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), _tiff),
     "JPEG": (b"", JpegImageFile),
 }
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -50,6 +66,11 @@ def open_picture(data: bytes, where: str, *, formats: Collection[str]) -> Image.
         # Pillow cuts 16-bit colour to 8 bits. The depth is PNG's 25th byte.
         if image.format == "PNG" and data[24] > 8:
             raise _too_deep(where)
+        if isinstance(image, TiffImageFile):
+            if max(image.tag_v2.get(BITSPERSAMPLE, (8,))) > 8:
+                raise _too_deep(where)
+            if image.is_animated:
+                raise UserError(f"{where}: TIFF of several pages; write each as a file of its own")
         # Pillow is content once it has all rows, and a cut file may still have them.
         if image.format == "PNG" and _PNG_END not in data:
             raise ValueError("PNG without its end: truncated")
@@ -61,6 +82,43 @@ def open_picture(data: bytes, where: str, *, formats: Collection[str]) -> Image.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         names = _listed(formats)
         raise UserError(f"{where}: not a readable {names} ({reason}); write it again") from None
+
+
+def read_picture(path: Path, *, formats: Collection[str]) -> Image.Image:
+    """The image in the file `path`; see `open_picture`."""
+    with open_to_read(path, follow=True) as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise UserError(f"{path}: has more than {MAX_FILE_BYTES} bytes, so it is no single image")
+    return open_picture(data, str(path), formats=formats)
+
+
+def cut(image: Image.Image, where: str, *, crop: int | None, resize: int | None) -> Image.Image:
+    """The middle of `image`, scaled.
+
+    Args:
+        crop: side of the square to cut out of the middle; where it is None and `resize` is given,
+            the largest square.
+        resize: side to which that is scaled, by Lanczos' filter.
+    """
+    if crop is not None and crop > min(image.size):
+        raise UserError(
+            f"{where}: is {image.width} x {image.height} pixels, so no square of --crop {crop} "
+            f"can be cut out of it; lower --crop to {min(image.size)} or leave the image out"
+        )
+    if crop is None and resize is None:
+        return image
+    # Cut first: scaling a box of the whole image would blend in what lies around it.
+    side = crop or min(image.size)
+    image = ImageOps.fit(image, (side, side)) if crop is None else _middle(image, crop)
+    if resize is not None and resize != side:
+        image = image.resize((resize, resize), Image.Resampling.LANCZOS)
+    return image
+
+
+def _middle(image: Image.Image, side: int) -> Image.Image:
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def grey_or_colour(image: Image.Image, where: str) -> Image.Image:
@@ -84,7 +142,7 @@ def _too_deep(where: str) -> UserError:
 def is_colour(path: Path, *, formats: Collection[str]) -> bool:
     """Whether the file's header announces colour; False where it is unreadable."""
     try:
-        with path.open("rb") as stream:
+        with open_to_read(path, follow=True) as stream:
             return not _header(stream, formats).mode.startswith((*GREY_MODES, "I", "F"))
     except Exception:  # as above; reading the image will say what is wrong
         return False

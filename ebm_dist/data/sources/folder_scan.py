@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebm_dist.core.errors import UserError
+from ebm_dist.data.sources import labels as labels_file
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".tif", ".tiff")
 _TRAIN_NAMES = ("train", "training")
 _TEST_NAMES = ("test", "val", "valid", "validation")
 _NOT_DATA = ("__MACOSX", "@eaDir")
@@ -29,11 +30,12 @@ class Scan:
     """What was left out, and choices that the folder's form did not settle; one line each."""
 
 
-def scan(source: Path) -> Scan:
+def scan(source: Path, labels: Path | None = None) -> Scan:
     """SOURCE/CLASS/*.png, or SOURCE/{train,test}/CLASS/…, or images without subfolders.
 
-    Without a folder for the test part, every tenth image of each class, by name, is test. Hidden
-    files and folders are no data.
+    `labels` is a file of labels by name, which tells the classes in place of the folders. Without
+    a folder for the test part, every tenth image of each class, by name, is test. Hidden files and
+    folders are no data.
 
     Raises:
         UserError: for images of which it cannot be told whether they have a class.
@@ -41,17 +43,28 @@ def scan(source: Path) -> Scan:
     images, others = _walk(source, frozenset())
     images.sort()
     notes = _left_out(others)
+    named: dict[Path, int] | None = None
+    classes: list[str] = []
+    if labels is not None:
+        classes, named, notes = _named(source, images, labels, notes)
+        images = list(named)
+
+    def labelled(folder: Path, some: list[Path]) -> list[Labelled]:
+        if named is not None:
+            return [(path, named[path]) for path in some]
+        return _labelled(folder, some, classes)
+
     train_folder, test_folder = _split_folders(source, images)
     if train_folder is None:
-        classes = _classes(source, images)
-        train, test = _every_tenth(_labelled(source, images, classes))
+        classes = classes or _classes(source, images)
+        train, test = _every_tenth(labelled(source, images))
     else:
         own = [path for path in images if train_folder in path.parents]
         held_out = [path for path in images if test_folder in path.parents]
-        classes = _classes(train_folder, own)
-        train = _labelled(train_folder, own, classes)
+        classes = classes or _classes(train_folder, own)
+        train = labelled(train_folder, own)
         if test_folder is not None:
-            test = _labelled(test_folder, held_out, classes)
+            test = labelled(test_folder, held_out)
         else:
             train, test = _every_tenth(train)
         notes += _beside(source, set(images) - set(own) - set(held_out), train_folder, test_folder)
@@ -61,6 +74,37 @@ def scan(source: Path) -> Scan:
         train: list[Labelled] = [(path, None) for path, _ in train]
         test: list[Labelled] = [(path, None) for path, _ in test]
     return Scan(tuple(classes), train, test, notes)
+
+
+def _named(
+    source: Path, images: list[Path], labels: Path, notes: tuple[str, ...]
+) -> tuple[list[str], dict[Path, int], tuple[str, ...]]:
+    """Classes, images with their index, and notes, by a file of labels.
+
+    It names images by their path below `source`, with or without the suffix.
+    """
+    by_name = labels_file.by_name(labels)
+    given: dict[Path, str] = {}
+    for path in images:
+        name = path.relative_to(source)
+        for form in (name.as_posix(), name.with_suffix("").as_posix()):
+            if form in by_name:
+                given[path] = by_name[form]
+                break
+    if not given:
+        first = f"; it names {next(iter(by_name))!r}, and there is {images[0]}" if images else ""
+        raise UserError(
+            f"{labels}: names no image of {source}{first}; name them by their path below --source"
+        )
+    if missing := [path for path in images if path not in given]:
+        notes += (
+            f"left out: {len(missing)} images that {labels} does not name; the first is "
+            f"{missing[0]}",
+        )
+    if (num := len(by_name) - len(given)) > 0:
+        notes += (f"{labels}: {num} of its names are no image of {source}",)
+    index = labels_file.classes_of(given.values(), labels)
+    return list(index), {path: index[label] for path, label in given.items()}, notes
 
 
 def _walk(folder: Path, above: frozenset[Path]) -> tuple[list[Path], list[Path]]:

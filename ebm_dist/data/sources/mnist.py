@@ -1,11 +1,9 @@
-"""MNIST and Fashion-MNIST, from their IDX files."""
+"""MNIST, Fashion-MNIST and sets made like them (EMNIST, KMNIST, …), from their IDX files."""
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import struct
-import zlib
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import numpy as np
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventSpec
 from ebm_dist.data.format.decode import Layout
+from ebm_dist.data.format.idx import read_first_whole
 from ebm_dist.data.format.manifest import SplitName
 from ebm_dist.data.sources.original import Original, Samples, of_arrays
 
@@ -37,6 +36,9 @@ _SETS = {
 }
 LAYOUT = Layout(EventSpec((1, 28, 28), "image", 10), 256, labelled=True)
 
+# torchvision and the set's own page write `-idx3`, Kaggle's copies `.idx3`.
+_IMAGES = re.compile(r"(?:(.+)-)?(train|t10k|test)-images[-.]idx3-ubyte(?:\.gz)?")
+
 
 def load(name: str, directory: Path | None) -> Original:
     """The IDX files of `directory`, gzipped or plain. The files do not tell the two sets apart."""
@@ -47,12 +49,13 @@ def load(name: str, directory: Path | None) -> Original:
         )
 
     def split(stem: str) -> Samples:
-        images = _read_idx(directory, f"{stem}-images-idx3-ubyte", num_dims=3)
-        labels = _read_idx(directory, f"{stem}-labels-idx1-ubyte", num_dims=1)
+        images = _read(directory, f"{stem}-images-idx3-ubyte", num_dims=3)
+        labels = _read(directory, f"{stem}-labels-idx1-ubyte", num_dims=1)
         if len(images) != len(labels) or images.shape[1:] != (28, 28) or labels.max() > 9:
             raise UserError(
                 f"{directory}: {stem} has images {images.shape} and labels {labels.shape} up to "
-                f"{labels.max()}; expected N images of 28x28 and N labels 0 to 9; fetch them again"
+                f"{labels.max()}; expected N images of 28x28 and N labels 0 to 9; fetch them "
+                "again, or prepare another set of IDX files as idx"
             )
         return of_arrays(images[:, None], labels)
 
@@ -61,42 +64,105 @@ def load(name: str, directory: Path | None) -> Original:
     return Original(name, f"{law}, its own train and test parts", LAYOUT, classes, splits)
 
 
-def _read_idx(directory: Path, stem: str, *, num_dims: int) -> np.ndarray:
-    """A uint8 IDX file, gzipped or plain: 0, 0, 8, dimensions, big-endian sizes, bytes."""
-    # torchvision and the set's own page write `-idx3`, Kaggle's copies `.idx3`.
-    names = [stem, stem.replace("-idx", ".idx")]
-    found = [
-        directory / f"{name}{suffix}"
-        for name in names
-        for suffix in ("", ".gz")
-        if (directory / f"{name}{suffix}").is_file()
-    ]
-    if not found:
+def load_any(source: Path | None) -> Original:
+    """Any set of IDX files: images of one size, with or without labels and a test part.
+
+    `source` is their directory or, where it holds several sets as EMNIST's does, the directory and
+    the set's name in one: `gzip/emnist-letters`.
+    """
+    if source is None:
         raise UserError(
-            f"{directory / stem}: is missing, and so is {stem}.gz; point --source at the directory "
-            "of the IDX files (Debian has Fashion-MNIST's: `apt-get install dataset-fashion-mnist`)"
+            "idx: needs --source, the directory of [NAME-]train-images-idx3-ubyte[.gz] and so on"
         )
-    # A download that was cut may lie beside the whole file.
-    for path in found[:-1]:
-        with contextlib.suppress(UserError):
-            return _parse_idx(path, num_dims)
-    return _parse_idx(found[-1], num_dims)
+    directory, prefix, stems = _find(source)
+    notes: tuple[str, ...] = ()
+    parts: dict[SplitName, tuple[np.ndarray, np.ndarray | None]] = {}
+    for split in ("train", "test"):
+        if (stem := stems.get(split)) is None:
+            continue
+        images = _read(directory, f"{stem}-images-idx3-ubyte", num_dims=3)
+        labels = None
+        if _files(directory, f"{stem}-labels-idx1-ubyte"):
+            labels = _read(directory, f"{stem}-labels-idx1-ubyte", num_dims=1)
+        if labels is not None and len(labels) != len(images):
+            raise UserError(
+                f"{directory}: {stem} has {len(images)} images and {len(labels)} labels; fetch "
+                "them again"
+            )
+        parts[split] = images, labels
+    size = parts["train"][0].shape[1:]
+    for images, labels in parts.values():
+        if images.shape[1:] != size or (labels is None) != (parts["train"][1] is None):
+            raise UserError(
+                f"{directory}: its test images are not of the size of its training images, or one "
+                "of the two parts lacks labels; fetch them again"
+            )
+    if prefix.startswith("emnist"):
+        notes = ("EMNIST stores its images lying on their side; they were turned upright",)
+        parts = {split: (x.swapaxes(1, 2), label) for split, (x, label) in parts.items()}
+        size = size[::-1]
+    values = np.unique(np.concatenate([y for _, y in parts.values() if y is not None] or [[]]))
+    classes = _names(directory / f"{prefix}-mapping.txt", [int(value) for value in values])
+    splits: dict[SplitName, Samples] = {
+        # EMNIST's letters count from 1.
+        split: of_arrays(x[:, None], None if y is None else np.searchsorted(values, y))
+        for split, (x, y) in parts.items()
+    }
+    spec = EventSpec((1, *size), "image", len(classes) or None)
+    layout = Layout(spec, 256, labelled=bool(classes))
+    law = f"IDX files {prefix or directory.name}"
+    return Original("idx", law, layout, classes, splits, notes=notes)
 
 
-def _parse_idx(path: Path, num_dims: int) -> np.ndarray:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            header = stream.read(4 + 4 * num_dims)
-            if len(header) < 4 + 4 * num_dims or header[:4] != bytes([0, 0, 8, num_dims]):
-                raise ValueError(f"its header is {header[:4].hex()}, not 000008{num_dims:02x}")
-            shape = struct.unpack(f">{num_dims}I", header[4:])
-            size = int(np.prod([int(n) for n in shape], dtype=object))
-            if not 0 < size <= 2**30:
-                raise ValueError(f"it claims {size} bytes")
-            # One byte more than claimed, so that a longer file shows and a bomb does not unfold.
-            data = stream.read(size + 1)
-            if len(data) != size:
-                raise ValueError(f"it claims {size} bytes and holds {min(len(data), size + 1)}")
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UserError(f"{path}: not a whole IDX file ({error}); fetch it again") from None
-    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
+def _find(source: Path) -> tuple[Path, str, dict[SplitName, str]]:
+    """The directory, the name of the set, and the first part of its files' names by split."""
+    directory, wanted = (source, None) if source.is_dir() else (source.parent, source.name)
+    if not directory.is_dir():
+        raise UserError(f"{source}: is missing; --source takes the directory of IDX files")
+    sets: dict[str, dict[SplitName, str]] = {}
+    for path in sorted(directory.iterdir()):
+        if found := _IMAGES.fullmatch(path.name):
+            name, part = found[1] or "", found[2]
+            stem = f"{name}-{part}" if name else part
+            sets.setdefault(name, {})["train" if part == "train" else "test"] = stem
+    chosen = sets.get(wanted) if wanted is not None else next(iter(sets.values()), None)
+    if chosen is None or "train" not in chosen:
+        held = f" (it holds {', '.join(sorted(sets))})" if any(sets) else ""
+        raise UserError(
+            f"{source}: has no {wanted + '-' if wanted else ''}train-images-idx3-ubyte, plain or "
+            f"gzipped{held}; point --source at the directory of IDX files"
+        )
+    if wanted is None and len(sets) > 1:
+        listed = ", ".join(sorted(filter(None, sets)))
+        raise UserError(
+            f"{source}: holds several sets ({listed}); name one of them, as --source "
+            f"{source / max(sets)}"
+        )
+    return directory, wanted if wanted is not None else next(iter(sets)), chosen
+
+
+def _names(mapping: Path, values: Iterable[int]) -> tuple[str, ...]:
+    """The classes of labels: EMNIST's mapping file has lines of label and character codes."""
+    names = {value: str(value) for value in values}
+    if mapping.is_file() and mapping.stat().st_size < 2**16:
+        for line in mapping.read_text(encoding="ascii", errors="replace").splitlines():
+            label, _, codes = line.partition(" ")
+            code = codes.split(" ")[0]
+            if label.isdecimal() and code.isdecimal() and int(label) in names:
+                names[int(label)] = chr(int(code)) if 32 < int(code) < 127 else code
+    return tuple(names.values())
+
+
+def _read(directory: Path, stem: str, *, num_dims: int) -> np.ndarray:
+    if found := _files(directory, stem):
+        return read_first_whole(found, num_dims=num_dims)
+    raise UserError(
+        f"{directory / stem}: is missing, and so is {stem}.gz; point --source at the directory "
+        "of the IDX files (Debian has Fashion-MNIST's: `apt-get install dataset-fashion-mnist`)"
+    )
+
+
+def _files(directory: Path, stem: str) -> list[Path]:
+    names = [stem, stem.replace("-idx", ".idx")]
+    paths = [directory / f"{name}{suffix}" for name in names for suffix in ("", ".gz")]
+    return [path for path in paths if path.is_file()]

@@ -1,4 +1,4 @@
-"""The originals of the named data sets: digits, the MNISTs, CIFAR-10, image folders, toys."""
+"""The originals of the named data sets: digits, MNISTs, CIFARs, image folders, arrays, toys."""
 
 from __future__ import annotations
 
@@ -11,17 +11,30 @@ from ebm_dist.core.section import nearest
 from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import EventSpec
 from ebm_dist.data.format.decode import Layout
-from ebm_dist.data.sources import cifar10, image_folder, mnist
-from ebm_dist.data.sources.original import Original, Samples, of_arrays
+from ebm_dist.data.sources import arrays, cifar, image_folder, mnist
+from ebm_dist.data.sources.original import Original, Samples, check_sides, of_arrays, scaled
 from ebm_dist.data.sources.toys import TOYS, toy
 
-NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "imagefolder", "toy:NAME")
+NAMES = (
+    "digits",
+    "mnist",
+    "fashion-mnist",
+    "idx",
+    "cifar10",
+    "cifar100",
+    "imagefolder",
+    "arrays",
+    "toy:NAME",
+)
 """What `prepare` takes."""
 
 WITHOUT_ORIGINALS = {
     "cifar10": "cifar-10-python.tar.gz",
+    "cifar100": "cifar-100-python.tar.gz",
     "mnist": "the directory of its IDX files",
+    "idx": "the directory of IDX files",
     "imagefolder": "the directory of images",
+    "arrays": "a file FILE.npz or FILE.npy",
 }
 """Names that only `prepare` takes, and its --source."""
 
@@ -40,7 +53,13 @@ def static_layout(name: str) -> Layout | None:
 
 
 def load_original(
-    name: str, source: Path | None, *, resize: int | None = None, toy_samples: int = 8192
+    name: str,
+    source: Path | None,
+    *,
+    labels: Path | None = None,
+    crop: int | None = None,
+    resize: int | None = None,
+    toy_samples: int = 8192,
 ) -> Original:
     """Read the originals of `name`.
 
@@ -49,8 +68,18 @@ def load_original(
     """
     if name.startswith("toy:") and name.removeprefix("toy:") not in TOYS:
         raise _unknown(name)
-    if resize is not None and name != "imagefolder":
-        raise UserError(f"--resize: is for imagefolder, not for {name}; leave it out")
+    if labels is not None and name not in ("imagefolder", "arrays"):
+        raise UserError(f"--labels: is for imagefolder and arrays, not for {name}; leave it out")
+    check_sides(crop=crop, resize=resize)
+    if name == "imagefolder":
+        return image_folder.load(source, labels=labels, crop=crop, resize=resize)
+    original = _load(name, source, labels, toy_samples)
+    if crop is None and resize is None:
+        return original
+    return scaled(original, crop=crop, resize=resize)
+
+
+def _load(name: str, source: Path | None, labels: Path | None, toy_samples: int) -> Original:
     if name == "digits" or name.startswith("toy:"):
         if source is not None:
             raise UserError(f"--source: {name} needs no originals, got {source}; leave it out")
@@ -61,10 +90,12 @@ def load_original(
         return mnist.load(name, source)
     if name == "fashion-mnist":
         return mnist.load(name, source or mnist.DIRECTORY)
-    if name == "cifar10":
-        return cifar10.load(source)
-    if name == "imagefolder":
-        return image_folder.load(source, resize)
+    if name == "idx":
+        return mnist.load_any(source)
+    if name in ("cifar10", "cifar100"):
+        return cifar.load(cifar.CIFAR10 if name == "cifar10" else cifar.CIFAR100, source)
+    if name == "arrays":
+        return arrays.load(source, labels)
     raise _unknown(name)
 
 
@@ -74,6 +105,11 @@ def is_target(name: str) -> bool:
 
 
 def _unknown(name: str) -> UserError:
+    if name.endswith((".npz", ".npy")):
+        return UserError(
+            f"unknown data set {name!r}, which is a file; run `ebm-dist data prepare arrays OUT "
+            f"--source {name}`"
+        )
     if Path(name).expanduser().is_dir():
         return UserError(
             f"unknown data set {name!r}, which is a directory; of images, run `ebm-dist data "

@@ -28,7 +28,7 @@ from ebm_dist.data.format.manifest import (
 )
 from ebm_dist.data.format.shards import sha256_of
 from ebm_dist.data.sources.module import open_module
-from ebm_dist.data.sources.original import Original, Samples
+from ebm_dist.data.sources.original import Original, Samples, of_storage
 from ebm_dist.data.sources.originals import is_target, load_original
 from ebm_dist.files.durable import new_directory
 from ebm_dist.files.private import scratch
@@ -42,6 +42,8 @@ def prepare(
     out_dir: str | os.PathLike[str],
     source: str | os.PathLike[str] | None = None,
     *,
+    labels: str | os.PathLike[str] | None = None,
+    crop: int | None = None,
     resize: int | None = None,
     shard_size: int | None = None,
     toy_samples: int = 8192,
@@ -50,11 +52,13 @@ def prepare(
     """Write `name` as shards and dataset.json in `out_dir`, which appears when it is complete.
 
     Args:
-        name: digits, mnist, fashion-mnist, cifar10, imagefolder, toy:NAME, or a dataset of your
-            own: MODULE:NAME, or the data section of a run that has one.
+        name: digits, mnist, fashion-mnist, idx, cifar10, cifar100, imagefolder, arrays, toy:NAME,
+            or a dataset of your own: MODULE:NAME, or the data section of a run that has one.
         out_dir: the directory to make; must not exist, or be empty; not inside a folder of images.
         source: where the originals are, for the names that have any.
-        resize: side in pixels to which imagefolder cuts and scales its images.
+        labels: a file of labels for imagefolder (by name) or arrays (in order).
+        crop: side in pixels of the square to cut out of the middle of each image.
+        resize: side to which images are scaled; without `crop`, the largest square is cut first.
         shard_size: samples a shard.
         toy_samples: training samples of a toy.
         say: is told what was left out, and how many samples each split has of each class.
@@ -65,6 +69,7 @@ def prepare(
     try:
         out = Path(user_path(out_dir))
         originals = Path(user_path(source)) if source is not None else None
+        labels_path = Path(user_path(labels)) if labels is not None else None
     except ValueError as error:
         raise UserError(str(error)) from None
     _refuse_occupied(out)
@@ -78,14 +83,21 @@ def prepare(
     if isinstance(name, str) and is_target(name):
         name = DataConfig(source="module", target=name)
     if isinstance(name, DataConfig):
-        if originals is not None or resize is not None:
+        if any(given is not None for given in (originals, labels, crop, resize)):
             raise UserError(
-                f"--source, --resize: are for names of originals, not for {name.location}; leave "
-                "them out"
+                "--source, --labels, --crop, --resize: are for names of originals, not for "
+                f"{name.location}; leave them out"
             )
         original = _of_module(name)
     else:
-        original = load_original(name, originals, resize=resize, toy_samples=toy_samples)
+        original = load_original(
+            name,
+            originals,
+            labels=labels_path,
+            crop=crop,
+            resize=resize,
+            toy_samples=toy_samples,
+        )
     for note in original.notes:
         say(note)
     manifest = None
@@ -119,21 +131,7 @@ def _of_module(config: DataConfig) -> Original:
             "there are; set data.num_classes"
         )
 
-    def samples(split: SplitName) -> Samples:
-        def get(index: int) -> tuple[np.ndarray, int | None]:
-            x, label = storage.take(split, np.array([index]))
-            return x[0], None if label is None else int(label[0])
-
-        return Samples(storage.num_samples(split), get)
-
-    splits: tuple[SplitName, ...] = ("train", "test")
-    return Original(
-        config.location,
-        f"the samples of {config.location}",
-        storage.layout,
-        storage.classes or tuple(str(label) for label in range(num_classes or 0)),
-        {split: samples(split) for split in splits if storage.has(split)},
-    )
+    return of_storage(storage, config.location, f"the samples of {config.location}")
 
 
 def materialise(name: str, cache_dir: str | None, *, toy_samples: int) -> Path:

@@ -1,4 +1,4 @@
-"""Read CIFAR-10's python archive as data: its pickle opcodes, without unpickling.
+"""Read CIFAR's python archives as data: its pickle opcodes, without unpickling.
 
 The batches are Python 2 pickles of `{"data": ndarray, "labels": list, …}`. `pickle.Unpickler` with
 a narrow `find_class` would do, but would still hand bytes from outside to numpy's own
@@ -66,7 +66,7 @@ def read_plain_pickle(data: bytes, *, where: str) -> Any:
         raise
     except Exception as error:  # a damaged pickle fails anywhere: stack, memo, codec, sizes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{where}: not a readable CIFAR-10 batch ({reason})") from None
+        raise UserError(f"{where}: not a readable CIFAR batch ({reason})") from None
 
 
 def _interpret(data: bytes, where: str) -> Any:
@@ -124,7 +124,7 @@ def _interpret(data: bytes, where: str) -> Any:
             memo[len(memo)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             # A list that holds one list ten times, which holds one list ten times, is small here
-            # and endless for whoever walks it. What CIFAR-10 repeats is names and text.
+            # and endless for whoever walks it. What CIFAR repeats is names and text.
             if isinstance(memo[argument], list | tuple | dict):
                 raise ValueError("a list, tuple or dict that comes twice")
             stack.append(memo[argument])
@@ -152,7 +152,7 @@ def _interpret(data: bytes, where: str) -> Any:
 def _named(name: str, where: str) -> _Name:
     if name not in _ARRAY_NAMES:
         raise UserError(
-            f"{where}: its pickle names {name.replace(' ', '.')!r}, which CIFAR-10 does not need; "
+            f"{where}: its pickle names {name.replace(' ', '.')!r}, which CIFAR does not need; "
             "it is not read, since it could run code"
         )
     return _Name(_ARRAY_NAMES[name])

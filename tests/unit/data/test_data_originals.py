@@ -357,7 +357,7 @@ SHAPE_BOMB = (
     ],
 )
 def test_broken_pickles_are_one_clear_line(data: bytes):
-    with pytest.raises(UserError, match=r"^batch: not a readable CIFAR-10 batch") as error:
+    with pytest.raises(UserError, match=r"^batch: not a readable CIFAR batch") as error:
         read_plain_pickle(data, where="batch")
     assert "\n" not in str(error.value)
 
@@ -488,7 +488,7 @@ def test_resize_cuts_the_middle_square(tmp_path: Path):
     ("damage", "message"),
     [
         ("sizes", "--resize 6"),
-        ("no image", "not a readable PNG, JPEG, BMP or WebP"),
+        ("no image", "not a readable PNG, JPEG, BMP, WebP or TIFF"),
         ("empty", "no training images"),
         ("stray", "lies beside the class folders"),
         ("missing", "needs --source"),
@@ -546,8 +546,10 @@ def test_unknown_names_get_the_nearest(tmp_path: Path, name: str, message: str):
 def test_source_and_resize_are_refused_where_they_mean_nothing(tmp_path: Path):
     with pytest.raises(UserError, match="--source"):
         prepare("digits", tmp_path / "out", source=tmp_path)
-    with pytest.raises(UserError, match="resize"):
-        prepare("digits", tmp_path / "out", resize=4)
+    with pytest.raises(UserError, match="--resize: are for 8-bit images"):
+        prepare("toy:ring", tmp_path / "out", resize=4)
+    with pytest.raises(UserError, match="--labels: is for imagefolder and arrays"):
+        prepare("digits", tmp_path / "out", labels=tmp_path)
 
 
 def test_many_processes_may_ask_for_a_built_in_source_at_once(tmp_path: Path):
