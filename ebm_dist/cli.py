@@ -159,6 +159,9 @@ def sample(
         Literal["noise", "chains"],
         typer.Option(help="Start from noise, or from the run's last chains."),
     ] = "noise",
+    label: Annotated[
+        int | None, typer.Option(min=0, help="The class to draw, of an energy that takes labels.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the starts and the noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     plugin: Plugins = [],  # noqa: B006
@@ -174,6 +177,7 @@ def sample(
             export,
             num,
             steps,
+            label=label,
             seed=seed,
             start=start,
             device=_device(device),

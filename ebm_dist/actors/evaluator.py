@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,10 +13,11 @@ from ebm_dist.buffer.answers import WeightedChains
 from ebm_dist.core.energy_call import energy_at
 from ebm_dist.core.generators import seeded
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.core.types import EventSpec
+from ebm_dist.core.types import Batch, ChainSample, EnergyFn, EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.data import DataConfig, load_split
 from ebm_dist.energies import EnergySection
+from ebm_dist.energies.context import bind, trait
 from ebm_dist.evaluation.bases import base_law
 from ebm_dist.evaluation.config import EvaluationConfig
 from ebm_dist.evaluation.exact import exact_log_partition, is_exact
@@ -69,18 +70,18 @@ class Evaluator:
         self._energy = energy.build().eval().requires_grad_(False)
         self._layout = FlatLayout.of(self._energy)
         self._fidelity: Fidelity | None = None
-        self._test: torch.Tensor | None = None
+        self._test: Batch | None = None
         self._train: torch.Tensor | None = None
 
     def evaluate(
         self,
         step: int,
-        chains: np.ndarray,
+        chains: ChainSample,
         ema: np.ndarray,
         flat: np.ndarray | None = None,
         *weighted: WeightedChains,
     ) -> dict[str, float]:
-        """Metrics of `chains` (N, *event) and of the averaged weights `ema`, by name.
+        """Metrics of `chains` and of the averaged weights `ema`, by name.
 
         Args:
             flat: the weights as they are. Where `weighted` is given, or the run has an estimate
@@ -89,26 +90,29 @@ class Evaluator:
             weighted: all chains of each shard with their Jarzynski log-weights.
         """
         if self._test is None:
-            self._prepare(min(self._config.num_samples, len(chains)))
+            self._prepare(min(self._config.num_samples, len(chains.x)))
         assert self._test is not None
         self._layout.load_(self._energy, torch.from_numpy(np.array(ema)))
         generator = seeded(derive_seed(self._seed, "evaluate", step))
         noise = self._spec.noise(256, generator, std=self._start_std)
         with torch.no_grad():
             values = {
-                "energy/test": _mean_energy(self._energy, self._test),
-                "energy/noise": _mean_energy(self._energy, noise),
+                "energy/test": self._mean_energy(self._test.x),
+                "energy/noise": self._mean_energy(noise),
             }
         if self._moves is not None:
-            x = torch.from_numpy(np.array(chains[:NUM_PROBED]))
-            a = curvature(self._moves, self._energy, x, generator)
+            x = torch.from_numpy(np.array(chains.x[:NUM_PROBED]))
+            a = curvature(self._moves, self._given(chains, NUM_PROBED), x, generator)
             values["sampler/curvature"] = a
             values["sampler/effective_temperature"] = effective_temperature(self._moves, a)
         # A buffer on its way to another number of chains may show fewer than before.
-        if self._fidelity is not None and len(chains) >= self._fidelity.num:
-            x = torch.from_numpy(np.array(chains[: self._fidelity.num]))
+        if self._fidelity is not None and len(chains.x) >= self._fidelity.num:
             # Unclamped chains leave the data's range by their noise; a picture cannot.
-            values["fidelity/distance"] = self._fidelity.distance(x.clamp(-1.0, 1.0))
+            x = torch.from_numpy(np.array(chains.x[: self._fidelity.num])).clamp(-1.0, 1.0)
+            label = chains.context.get("label")
+            asked = None if label is None else torch.from_numpy(label[: self._fidelity.num])
+            values["fidelity/distance"] = self._fidelity.distance(x)
+            values |= {f"fidelity/{k}": v for k, v in self._fidelity.classes(x, asked).items()}
             values |= {f"fidelity/{k}": v for k, v in self._fidelity.reference().items()}
             values["fidelity/accuracy"] = self._fidelity.accuracy
         if flat is not None and (weighted or self._run_estimates_log_z):
@@ -117,6 +121,28 @@ class Evaluator:
             values |= self._running_likelihood(weighted)
         values |= self._likelihood(step, bool(weighted) or self._run_estimates_log_z)
         return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def _given(self, chains: ChainSample, num: int) -> EnergyFn:
+        """The energy of the first `num` chains."""
+        context = {
+            name: torch.from_numpy(chains.context[name][:num].copy())
+            for name in trait(self._energy, "context") & chains.context.keys()
+        }
+        return bind(self._energy, **context)
+
+    def _mean_energy(self, x: torch.Tensor) -> float:
+        """Of events (N, *event), each given what the held-out datum of its place comes with where
+        the energy needs it, and the cleanest level."""
+        assert self._test is not None
+        index = torch.arange(len(x)) % len(self._test.x)
+        known = {
+            "label": self._test.label,
+            "condition": self._test.condition,
+            "level": torch.zeros(len(self._test.x), dtype=torch.int64),
+        }
+        needed = sorted(trait(self._energy, "needs_context"))
+        context = {k: value[index] for k in needed if (value := known[k]) is not None}
+        return mean_energy(self._energy, x, context)
 
     def _running_likelihood(self, shards: Sequence[WeightedChains]) -> dict[str, float]:
         """log Z from the chains' own weights, each carried from its version to today's."""
@@ -144,8 +170,8 @@ class Evaluator:
     def _likelihood(self, step: int, beside: bool) -> dict[str, float]:
         """log Z exactly where it can be had, else by annealing where that was asked for."""
         wanted = self._config.likelihood
-        if wanted is False:
-            return {}
+        if wanted is False or trait(self._energy, "needs_context"):
+            return {}  # such an energy has a log Z for each context
         if is_exact(self._energy, self._spec):
             try:
                 log_z = exact_log_partition(
@@ -186,12 +212,12 @@ class Evaluator:
             f"likelihood/{name}": log_likelihood(
                 self._energy, x, log_z, temperature=self._temperature
             )[0]
-            for name, x in (("log_prob", self._train), ("log_prob_test", self._test))
+            for name, x in (("log_prob", self._train), ("log_prob_test", self._test.x))
         }
 
     def _prepare(self, num_chains: int) -> None:
         test = load_split(self._data, "test", self._config.num_test)
-        self._test = test.x
+        self._test = test
         self._train = load_split(self._data, "train", self._config.num_test).x
         if wants_fidelity(self._config, self._spec):
             self._fidelity = Fidelity.fit(
@@ -210,5 +236,13 @@ def wants_fidelity(config: EvaluationConfig, spec: EventSpec) -> bool:
     return config.fidelity
 
 
-def _mean_energy(energy: torch.nn.Module, x: torch.Tensor) -> float:
-    return float(torch.cat([energy_at(energy, part) for part in x.split(256)]).mean())
+def mean_energy(
+    energy: EnergyFn, x: torch.Tensor, context: Mapping[str, torch.Tensor] | None = None
+) -> float:
+    """Of events (N, *event), each given its row of the `context` (N, ...)."""
+    parts = []
+    for start in range(0, len(x), 256):
+        rows = slice(start, start + 256)
+        given = bind(energy, **{name: value[rows] for name, value in (context or {}).items()})
+        parts.append(energy_at(given, x[rows]))
+    return float(torch.cat(parts).mean())

@@ -194,4 +194,7 @@ def _join(parts: Sequence[tuple[int, int]], leases: Sequence[NegativeArrays]) ->
         energy=joined(lease.energy for lease in leases),
         version=joined(lease.version for lease in leases),
         log_weight=joined(lease.log_weight for lease in leases),
+        context={
+            name: joined(lease.context[name] for lease in leases) for name in leases[0].context
+        },
     )

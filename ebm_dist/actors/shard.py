@@ -13,7 +13,7 @@ from ebm_dist.buffer.storage import bytes_to_map
 from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.cluster.shared_memory import NodeMemory, NotMapped
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.core.types import EventSpec
+from ebm_dist.core.types import ContextField, EventSpec
 from ebm_dist.data import DataConfig, DataStream
 
 
@@ -29,6 +29,7 @@ def open_shard(
     seed: int,
     num_grants: int = 0,
     trace: TracePlan | None = None,
+    fields: tuple[ContextField, ...] = (),
     shared: NodeMemory | None = None,
     life: int = 0,
 ) -> Shard:
@@ -52,13 +53,16 @@ def open_shard(
             directory=directory,
             num_grants=num_grants,
             trace=trace,
+            fields=fields,
             notes=notes,
         )
 
     if shared is None:
         return opened(None, ())
     dtype = Codec.of(config.storage, spec).dtype
-    needed = bytes_to_map(capacity, max_lease, spec.shape, dtype=dtype, num_grants=num_grants)
+    needed = bytes_to_map(
+        capacity, max_lease, spec.shape, dtype=dtype, num_grants=num_grants, fields=fields
+    )
     try:
         directory = shared.claim(f"shard_{index:04d}-{life}", needed)
     except NotMapped as reason:

@@ -14,10 +14,19 @@ from ebm_dist.core.errors import NonFinite
 from ebm_dist.core.generators import seeded
 from ebm_dist.core.plugins import USER_METRICS
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.core.types import EventSpec, Lease, MovedChains, NegativeArrays
+from ebm_dist.core.types import (
+    Arrays,
+    ChainSample,
+    EnergyFn,
+    EventSpec,
+    Lease,
+    MovedChains,
+    NegativeArrays,
+)
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.diagnostics import autocorrelation_time, effective_sample_size, split_rhat
 from ebm_dist.energies import EnergySection
+from ebm_dist.energies.context import CONTEXT, bind, trait
 from ebm_dist.jarzynski.kernel import GAIN, carried, weighted
 from ebm_dist.jarzynski.weights import resampling
 from ebm_dist.metrics.names import describe
@@ -73,9 +82,12 @@ class Worker:
         if lease is None:  # the shard had too few free chains
             return None
         self._use(weights, version)
-        start = self._fetch(lease)
+        condition = self._empty_condition(lease)
+        start = self._fetch(lease, condition)
         if start is None:
             return _void(lease, version, num_steps)
+        context = lease.context if condition is None else lease.context | {"condition": condition}
+        energy_fn = self._given(context)
         log_weight = np.asarray(lease.log_weight)
         negatives = ancestors = None
         if self._resample_threshold is not None:
@@ -91,11 +103,11 @@ class Worker:
             if (found := resampling(log_weight, self._resample_threshold, seed)) is not None:
                 ancestors, log_weight = found
                 start = start[torch.from_numpy(ancestors).to(self._device)]
-        chain = self._run(start, lease.seed, num_steps)
+        chain = self._run(start, energy_fn, lease.seed, num_steps)
         if (gain := chain.info.pop(GAIN, None)) is not None:
             log_weight = log_weight + num_steps * gain.double().cpu().numpy()
         stored = self._codec.encode(chain.position, self._generator(lease.seed, "rounding"))
-        energy = self._energy_of(chain, stored).float().cpu().numpy()
+        energy = self._energy_of(chain, energy_fn, stored).float().cpu().numpy()
         if not (np.isfinite(energy).all() and chain.position.isfinite().all()):
             raise NonFinite(
                 f"chains left the finite numbers under the weights of version {version}; lower "
@@ -128,8 +140,11 @@ class Worker:
 
     def sample(
         self, num: int, num_steps: int, weights: np.ndarray, seed: int, start_std: float
-    ) -> np.ndarray:
-        """`num` fresh chains from noise after `num_steps` steps, (num, *event).
+    ) -> ChainSample:
+        """`num` fresh chains from noise after `num_steps` steps.
+
+        An energy that needs a label gets each class equally often, one that needs a level gets
+        the cleanest.
 
         Args:
             seed: of this occasion and no other; starts and moves each have one derived from it.
@@ -137,9 +152,33 @@ class Worker:
         """
         self._use(weights, None)
         start = self._spec.noise(num, seeded(derive_seed(seed, "starts")), std=start_std)
-        return self._run(start, derive_seed(seed, "moves"), num_steps).position.cpu().numpy()
+        context: Arrays = {}
+        needed = trait(self._energy, "needs_context")
+        if "label" in needed:
+            context["label"] = np.arange(num) % trait(self._energy, "num_labels")
+        if "level" in needed:
+            context["level"] = np.zeros(num, np.int64)
+        energy_fn = self._given(context)
+        chain = self._run(start, energy_fn, derive_seed(seed, "moves"), num_steps)
+        return ChainSample(chain.position.cpu().numpy(), context)
 
-    def _fetch(self, lease: Lease) -> Tensor | None:
+    def _given(self, context: Arrays) -> EnergyFn:
+        """The energy of chains with this context."""
+        tensors = {
+            name: torch.from_numpy(np.array(context[name])).to(self._device)
+            for name in CONTEXT
+            if name in context
+        }
+        return bind(self._energy, **tensors)
+
+    def _empty_condition(self, lease: Lease) -> np.ndarray | None:
+        """Where to read the conditions of a lease from its granted rows; None if they are not
+        there."""
+        if lease.grant is None or (shape := lease.grant.condition_shape) is None:
+            return None
+        return np.empty((len(lease.slots), *shape), np.float32)
+
+    def _fetch(self, lease: Lease, condition: np.ndarray | None) -> Tensor | None:
         """The chains of a lease, (M, *event) float32 on the device; None if it is void by now.
 
         Valid until the next call: they land in memory that is kept.
@@ -153,28 +192,29 @@ class Worker:
             np.copyto(self._landing.numpy(), lease.position)
         else:
             rows = open_rows(lease.grant, self._within)
-            if rows is None or not rows.read(lease.grant, self._landing.numpy(), lease.chain_id):
+            landing = self._landing.numpy()
+            if rows is None or not rows.read(lease.grant, landing, lease.chain_id, condition):
                 return None
         # Not waited for: the landing is written to again after the round, whose end is.
         return self._codec.decode(self._landing.to(self._device, non_blocking=True))
 
-    def _energy_of(self, chain: Chain, stored: Tensor) -> Tensor:
+    def _energy_of(self, chain: Chain, energy_fn: EnergyFn, stored: Tensor) -> Tensor:
         """The energies (M,) of chains where they are stored, which rounding has moved."""
         if self._codec.name == "float32" or self._codec.discrete:
             return chain.energy
         with torch.no_grad():
-            return self._energy(self._codec.decode(stored))
+            return energy_fn(self._codec.decode(stored))
 
     def _generator(self, seed: int, *purpose: str) -> torch.Generator:
         seed = derive_seed(seed, *purpose) if purpose else seed
         return seeded(seed, self._device)
 
-    def _run(self, start: Tensor, seed: int, num_steps: int) -> Chain:
+    def _run(self, start: Tensor, energy_fn: EnergyFn, seed: int, num_steps: int) -> Chain:
         generator = self._generator(seed)
         return run_chain(
             self._kernel,
             start.to(self._device),
-            self._energy,
+            energy_fn,
             num_steps,
             generator,
             precision=self._sampler.precision,

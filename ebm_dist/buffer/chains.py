@@ -21,9 +21,11 @@ from ebm_dist.buffer.starts import Starts, StartSource, start_log_weight
 from ebm_dist.buffer.storage import SlotStorage
 from ebm_dist.buffer.trace import ChainTrace, TracePlan
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.core.types import Arrays, EventSpec, ShardMeta, ShardState
+from ebm_dist.core.types import Arrays, ChainSample, ContextField, EventSpec, ShardMeta, ShardState
 
 _FILL_CHUNK = 4096
+_CONTEXT = "context/"
+"""Begins the names of contexts among the arrays of a snapshot."""
 
 COUNTERS = ("late_checkins", "expired_leases", "reinitialised", "resampled")
 
@@ -44,12 +46,13 @@ class ShardChains:
         directory: Path | str | None = None,
         num_grants: int = 0,
         trace: TracePlan | None = None,
+        fields: tuple[ContextField, ...] = (),
     ) -> None:
         self.index = index
         self._config = config
         self._spec = spec
         self._seed = seed
-        self._starts = Starts(config, spec, index=index, seed=seed, data=data)
+        self._starts = Starts(config, spec, index=index, seed=seed, data=data, fields=fields)
         self._codec = Codec.of(config.storage, spec)
         self._counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
         self._whole_cuts: dict[int, np.ndarray] = {}  # generations by slot at each full cut
@@ -62,6 +65,7 @@ class ShardChains:
             Path(directory) if directory else None,
             dtype=self._codec.dtype,
             num_grants=num_grants,
+            fields=fields,
         )
         if not self._slots.attached:
             self._fill()
@@ -85,8 +89,10 @@ class ShardChains:
         first = first_identity(self._config.capacity, self._config.num_shards, self.index)
         for start in range(0, self.capacity, _FILL_CHUNK):
             slots = np.arange(start, min(start + _FILL_CHUNK, self.capacity))
-            x = self._starts.draw(len(slots), "fill", start)
+            x, context = self._starts.draw(len(slots), "fill", start)
             self._slots.position[slots] = self._codec.from_numpy(x)
+            for name, value in context.items():
+                self._slots.context[name][slots] = value
             if self._config.jarzynski:
                 self._slots.log_weight[slots] = start_log_weight(self._config, self._spec, x)
             self._slots.chain_id[slots] = first + slots
@@ -130,7 +136,7 @@ class ShardChains:
         rows = rows[self._slots.version[rows] >= 0]
         return Distribution(energy=self._slots.energy[rows], age=self._slots.age[rows])
 
-    def peek(self, num: int, key: int) -> np.ndarray:
+    def peek(self, num: int, key: int) -> ChainSample:
         """Copies of `num` chains of the older half, drawn at random under `key`; fewer if fewer
         exist."""
         rng = np.random.default_rng(derive_seed(self._seed, "shard", self.index, "peek", key))
@@ -139,7 +145,8 @@ class ShardChains:
         older = np.flatnonzero((age > 0) & (age >= np.median(age)))
         pool = older if len(older) >= num else np.argsort(-age, kind="stable")[:num]
         slots = rng.choice(pool, size=min(num, len(pool)), replace=False)
-        return self._positions(self._slots.rows(slots))
+        rows = self._slots.rows(slots)
+        return ChainSample(self._positions(rows), self._slots.contexts(rows))
 
     def health(self, reseed: bool = False) -> ChainHealth | None:
         """Diagnostics of the traced chains (`ChainTrace.report`); None if there is nothing new.
@@ -179,6 +186,7 @@ class ShardChains:
         which = np.arange(self.capacity) if slots is None else slots
         rows = self._slots.row_of_slot[which]
         arrays = {name: getattr(self._slots, name)[rows] for name in SlotStorage.row_fields}
+        arrays |= {_CONTEXT + name: value for name, value in self._slots.contexts(rows).items()}
         return ShardState(
             ShardMeta(self.index, self.capacity, self._starts.state(), since),
             {**arrays, "generation": self._slots.generation[which]},
@@ -222,6 +230,11 @@ class ShardChains:
                 f"{(self.capacity, *self._spec.shape)}; keep data.source, and buffer.capacity at "
                 "least as it was"
             )
+        missing = [name for name in self._slots.context if _CONTEXT + name not in arrays]
+        if missing:
+            raise ValueError(
+                f"the snapshot's chains have no {missing[0]}; leave buffer.context.{missing[0]} out"
+            )
         # If this process is killed half-way, no other may attach to a mixture of two states.
         self._slots.begin_init()
         self._slots.epoch[0] = max(self.epoch, origin.epoch) + 1
@@ -235,6 +248,8 @@ class ShardChains:
             if name == "position":
                 array = self._codec.converted(array)
             getattr(self._slots, name)[rows[:num]] = array
+        for name, values in self._slots.context.items():
+            values[rows[:num]] = arrays[_CONTEXT + name]
         self._slots.chain_id[rows[num:]] = next_chain + np.arange(self.capacity - num)
         self._slots.generation[:num] = arrays["generation"]
         self._slots.free_all()

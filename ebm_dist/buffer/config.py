@@ -1,4 +1,4 @@
-"""The `buffer` section of the config, and how its chains are divided among the shards."""
+"""The `buffer` section of the config: what chains carry, and how shards divide them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,39 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ebm_dist.core.section import Section
+from ebm_dist.core.types import CONTEXTS, ContextField, EventSpec
+
+
+class ContextConfig(Section):
+    """What a chain carries beside its position, and where it comes from when the chain starts. It
+    stays with the chain until the chain restarts."""
+
+    label: Literal["data", "uniform"] | None = None
+    """A class, for a class-conditional energy E(x, y). data: that of a datum, of the very one that
+    the chain starts at under `init: data`; uniform: each class equally often."""
+
+    level: Literal["stratified"] | None = None
+    """A noise or temperature level, for an energy E(x, t) over energy.num_levels of them. Each
+    level has its equal share of the chains that start together."""
+
+    clock: bool = False
+    """The number of steps since the chain started."""
+
+    condition: Literal["data"] | None = None
+    """The given half of a datum, for a conditional energy E(y | x): y is sampled while x stays."""
+
+    pair: Literal["data"] | None = None
+    """The datum that the chain starts at; objectives contrast the chain with it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the contexts that chains have."""
+        return tuple(name for name in CONTEXTS if getattr(self, name))
+
+    @property
+    def from_data(self) -> bool:
+        """Whether a chain needs a datum when it starts."""
+        return "data" in (self.label, self.condition, self.pair)
 
 
 class BufferConfig(Section):
@@ -45,6 +78,9 @@ class BufferConfig(Section):
     beside 40 steps of noise_std .01, but .4 of the variance of one step of noise_std .005. Count
     it as temperature."""
 
+    context: ContextConfig = ContextConfig()
+    """What chains carry beside their positions: labels, levels, conditions."""
+
     jarzynski: bool = False
     """Chains carry Jarzynski log-weights (Carbone et al. 2023). They keep the negative phase exact
     while the energy changes, and give an estimate of log Z at every update. Requires init: noise,
@@ -60,6 +96,48 @@ class BufferConfig(Section):
     """Seconds after which a lease without a running round expires and its chains are free again,
     as they were before it. A worker whose round takes twice as long counts as hung and is
     replaced."""
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether a chain needs a datum when it starts."""
+        return self.init == "data" or self.context.from_data
+
+
+def context_fields(
+    config: ContextConfig, spec: EventSpec, num_levels: int | None = None
+) -> tuple[ContextField, ...]:
+    """The contexts of a run's chains.
+
+    Raises:
+        ValueError: data or energy cannot give one; the message names its key.
+    """
+    fields: list[ContextField] = []
+    if config.label is not None:
+        if spec.num_classes is None:
+            raise ValueError(
+                "buffer.context.label: the data has no labels; choose labelled data, set "
+                "data.num_classes where plain shards hold .cls labels, or leave the key out"
+            )
+        fields.append(ContextField("label", size=spec.num_classes))
+    if config.level is not None:
+        if num_levels is None:
+            raise ValueError(
+                "buffer.context.level: the energy has no levels; set energy.num_levels, or leave "
+                "the key out"
+            )
+        fields.append(ContextField("level", size=num_levels))
+    if config.clock:
+        fields.append(ContextField("clock"))
+    if config.condition is not None:
+        if spec.condition_shape is None:
+            raise ValueError(
+                "buffer.context.condition: the data has no conditions; set data.condition, or "
+                "leave the key out"
+            )
+        fields.append(ContextField("condition", spec.condition_shape, "float32"))
+    if config.pair is not None:
+        fields.append(ContextField("pair", spec.shape, "float32"))
+    return tuple(fields)
 
 
 def first_identity(capacity: int, num_shards: int, index: int) -> int:

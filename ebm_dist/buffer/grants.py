@@ -36,6 +36,8 @@ class GrantBook:
         self._locks: dict[int, int] = {}
         self._slots = slots
         self._event_shape, self._dtype = slots.position.shape[1:], slots.position.dtype.str
+        condition = slots.context.get("condition")
+        self._condition_shape = None if condition is None else condition.shape[1:]
         self._directory = str(directory)
         self._files = (directory / "position.bin").stat().st_ino
         # The last entry counts the tokens issued, so that a successor repeats none. It starts at a
@@ -75,6 +77,7 @@ class GrantBook:
             dtype=self._dtype,
             source=source,
             target=target,
+            condition_shape=self._condition_shape,
             index=index,
             token=token,
         )

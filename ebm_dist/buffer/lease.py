@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ebm_dist.buffer.rows import same
-from ebm_dist.core.types import MovedChains, RowGrant
+from ebm_dist.core.types import Arrays, MovedChains, RowGrant
 
 
 @dataclass(slots=True)
@@ -21,6 +21,7 @@ class Outstanding:
     chain_id: np.ndarray
     fresh: np.ndarray  # (M,) bool: the chain restarts with this lease
     starts: np.ndarray | None  # the starts of those chains, in storage format
+    context: Arrays  # the contexts of those chains
     deadline: float = math.inf  # set when the lease is given out
     grant: RowGrant | None = None
 

@@ -51,15 +51,26 @@ class MappedRows:
     files: int
     position: np.ndarray  # (num_rows, *event), in storage format
     chain_id: np.ndarray  # (num_rows,), int64, a view of `ROW`
+    condition: np.ndarray | None  # (num_rows, *condition), float32
     tokens: np.ndarray  # (num_grants,), int64
 
-    def read(self, grant: RowGrant, out: np.ndarray, chain_id: np.ndarray) -> bool:
-        """Copy the chains of a lease into `out` (M, *event); False if the lease is void.
+    def read(
+        self,
+        grant: RowGrant,
+        out: np.ndarray,
+        chain_id: np.ndarray,
+        condition: np.ndarray | None = None,
+    ) -> bool:
+        """Copy the chains of a lease into `out` (M, *event), and what is given with them into
+        `condition` (M, *condition); False if the lease is void.
 
         Raises:
             AssertionError: the rows hold other chains than those of `chain_id`.
         """
         copy_rows(self.position, grant.source, out)
+        if condition is not None:
+            assert self.condition is not None
+            copy_rows(self.condition, grant.source, condition)
         found = self.chain_id[grant.source]
         # Checked after the copy: the shard reuses rows only after it has removed the token.
         if self.tokens[grant.index] != grant.token:
@@ -100,13 +111,16 @@ def open_rows(grant: RowGrant, within: str | None = None) -> MappedRows | None:
         position = _mapped(path / "position.bin", grant.dtype)
         chain_id = _mapped(path / "rows.bin", ROW)["chain_id"]
         tokens = _mapped(path / "tokens.bin", np.int64)
+        condition = None
+        if (shape := grant.condition_shape) is not None:
+            condition = _mapped(path / "condition.bin", np.float32).reshape(-1, *shape)
         # Checked after mapping: a shard that restarts creates new files.
         if os.stat(path / "position.bin").st_ino != grant.files:
             return None
     except FileNotFoundError:
         return None
     position = position.reshape(-1, *grant.event_shape)
-    found = MappedRows(grant.directory, grant.files, position, chain_id, tokens)
+    found = MappedRows(grant.directory, grant.files, position, chain_id, condition, tokens)
     _open[grant.directory] = found
     return found
 

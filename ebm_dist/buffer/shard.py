@@ -31,7 +31,7 @@ from ebm_dist.buffer.rows import same
 from ebm_dist.buffer.starts import StartSource
 from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.core.types import Arrays, EventSpec, Lease, MovedChains, NegativeArrays
+from ebm_dist.core.types import Arrays, ContextField, EventSpec, Lease, MovedChains, NegativeArrays
 
 MAX_VOID = 64
 """Cancelled leases to remember; their rounds are repeated within seconds."""
@@ -53,6 +53,7 @@ class Shard(ShardChains):
         directory: Path | str | None = None,
         num_grants: int = 0,
         trace: TracePlan | None = None,
+        fields: tuple[ContextField, ...] = (),
         notes: tuple[str, ...] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -61,6 +62,7 @@ class Shard(ShardChains):
             directory: of the mapped files; None keeps the chains in ordinary memory, without
                 leases by rows.
             num_grants: the largest number of leases by rows at a time.
+            fields: the contexts of each chain.
             clock: returns seconds, for deadlines.
             notes: lines for the run's log, returned with each round.
         """
@@ -75,6 +77,7 @@ class Shard(ShardChains):
             directory=directory,
             num_grants=num_grants,
             trace=trace,
+            fields=fields,
         )
         self._notes = notes
         self._clock = clock
@@ -136,19 +139,20 @@ class Shard(ShardChains):
             # The round is repeated, and in sync mode has to move the same chains. A new draw would
             # give others, because leases drawn later hold some slots now.
             self._slots.turn(void.slots, FREE, LEASED)
-            self._keep(lease_id, void.slots, void.fresh, void.starts)
+            self._keep(lease_id, void.slots, void.fresh, void.starts, void.context)
             return True
         rng = self._keyed(derive_seed(self._seed, "shard", self.index, "pick", lease_id))
         slots = draw_free(self._slots.state, self._slots.num_in[FREE], num, rng)
         fresh = self._restart[slots]
         if self._config.reinit_prob > 0:
             fresh |= rng.random(num) < self._config.reinit_prob
-        starts = None
+        starts, context = None, {}
         if num_fresh := int(np.count_nonzero(fresh)):
             # The restart is part of the lease only: if it expires, the slot keeps the old chain.
-            starts = self._codec.from_numpy(self._starts.draw(num_fresh, "fresh", lease_id))
+            x, context = self._starts.draw(num_fresh, "fresh", lease_id)
+            starts = self._codec.from_numpy(x)
         self._slots.turn(slots, FREE, LEASED)
-        self._keep(lease_id, slots, fresh, starts)
+        self._keep(lease_id, slots, fresh, starts, context)
         return True
 
     def checkout_many(
@@ -167,15 +171,26 @@ class Shard(ShardChains):
         if slots is None:
             return None
         self._slots.turn(slots, READY, LEASED)
-        self._keep(lease_id, slots, np.zeros(len(slots), bool), None)
+        self._keep(lease_id, slots, np.zeros(len(slots), bool), None, {})
         return self._lease(lease_id, by_rows)
 
     def _keep(
-        self, lease_id: int, slots: np.ndarray, fresh: np.ndarray, starts: np.ndarray | None
+        self,
+        lease_id: int,
+        slots: np.ndarray,
+        fresh: np.ndarray,
+        starts: np.ndarray | None,
+        context: Arrays,
     ) -> None:
         rows = self._slots.rows(slots)
         self._leases[lease_id] = Outstanding(
-            slots, rows, self._slots.generation[slots], self._slots.chain_id[rows], fresh, starts
+            slots,
+            rows,
+            self._slots.generation[slots],
+            self._slots.chain_id[rows],
+            fresh,
+            starts,
+            context,
         )
 
     def _lease(self, lease_id: int, by_rows: bool) -> Lease:
@@ -218,7 +233,22 @@ class Shard(ShardChains):
             version=version,
             energy=energy,
             grant=out.grant,
+            context={} if not self._slots.context else self._leased_context(out),
         )
+
+    def _leased_context(self, out: Outstanding) -> Arrays:
+        """What a worker is told beside positions; a condition may lie in the granted rows."""
+        names = self._slots.context.keys() - {"pair"}
+        if out.grant is not None and "condition" in names:
+            names -= {"condition"}
+            if out.starts is not None:
+                target = out.grant.target[out.fresh]
+                self._slots.context["condition"][target] = out.context["condition"]
+        context = {name: self._slots.context[name][out.rows] for name in sorted(names)}
+        for name, values in context.items():
+            if out.starts is not None:
+                values[out.fresh] = out.context[name]
+        return context
 
     # --- checkin ------------------------------------------------------------------------------
 
@@ -260,6 +290,8 @@ class Shard(ShardChains):
             followed = self._trace.follows(slots)
             x = self._positions(rows[followed])
             self._trace.record(slots[followed], x, moved.energy[followed], out.fresh[followed])
+        for name, values in self._slots.context.items():
+            values[rows] = self._moved_context(name, out, moved)
         age, aged = self._ages(out, moved)
         self._slots.adopt(
             slots,
@@ -297,6 +329,14 @@ class Shard(ShardChains):
             notes=(*self._notes, *moved.notes),
             by_rows=moved.position is None,
         )
+
+    def _moved_context(self, name: str, out: Outstanding, moved: MovedChains) -> np.ndarray:
+        if name == "level" and moved.level is not None:
+            return moved.level
+        values = self._slots.context[name][out.rows]
+        if out.starts is not None:
+            values[out.fresh] = out.context[name]
+        return values + moved.num_steps if name == "clock" else values
 
     def _ages(self, out: Outstanding, moved: MovedChains) -> tuple[np.ndarray, int]:
         """The ages (M,) of the moved chains, and the change of their sum."""
@@ -354,6 +394,7 @@ class Shard(ShardChains):
             energy=self._slots.energy[rows],
             version=self._slots.version[rows],
             log_weight=self._slots.log_weight[rows],
+            context=self._slots.contexts(rows),
         )
         return True, self._shown.pop(lease_id, negatives)
 

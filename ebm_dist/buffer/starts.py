@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebm_dist.buffer.config import BufferConfig
+from ebm_dist.buffer.config import BufferConfig, ContextConfig
 from ebm_dist.core.generators import seeded
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.core.types import Batch, EventSpec
+from ebm_dist.core.types import Arrays, Batch, ContextField, EventSpec
 
 
 class StartSource(Protocol):
@@ -39,22 +39,33 @@ class Starts:
         index: int,
         seed: int,
         data: StartSource | None = None,
+        fields: tuple[ContextField, ...] = (),
     ) -> None:
-        if config.init == "data" and data is None:
+        if config.starts_from_data and data is None:
             raise ValueError("buffer.init is 'data', but the shard was given no data to start from")
         self._config = config
         self._spec = spec
         self._index = index
         self._seed = seed
         self._data = data
+        self._fields = fields
 
-    def draw(self, num: int, *occasion: str | int) -> np.ndarray:
-        """`num` chains (num, *event) float32; `occasion` is part of the seed of their noise."""
-        generator = seeded(derive_seed(self._seed, "shard", self._index, *occasion))
+    def draw(self, num: int, *occasion: str | int) -> tuple[np.ndarray, Arrays]:
+        """`num` chains (num, *event) float32 and their contexts (num, ...); `occasion` is part of
+        the seed of their noise."""
+        seed = derive_seed(self._seed, "shard", self._index, *occasion)
+        batch = None
+        if self._config.starts_from_data:
+            assert self._data is not None
+            batch = self._data.next_batch(num)
+        context = draw_context(self._config.context, self._fields, num, batch, seed)
+        return self._position(num, batch, seeded(seed)), context
+
+    def _position(self, num: int, batch: Batch | None, generator: torch.Generator) -> np.ndarray:
         if self._config.init == "noise":
             return start_noise(self._config, self._spec, num, generator).numpy()
-        assert self._data is not None
-        x = self._data.next_batch(num).x
+        assert batch is not None
+        x = batch.x
         if self._config.data_noise_std > 0 and not self._spec.discrete:
             x = x + self._config.data_noise_std * torch.empty_like(x).normal_(generator=generator)
         return x.numpy()
@@ -66,6 +77,41 @@ class Starts:
     def load_state(self, state: dict[str, Any] | None) -> None:
         if self._data is not None and state is not None:
             self._data.load_state(state)
+
+
+def draw_context(
+    config: ContextConfig,
+    fields: tuple[ContextField, ...],
+    num: int,
+    batch: Batch | None,
+    seed: int,
+) -> Arrays:
+    """The contexts of `num` chains that start together, (num, ...) each.
+
+    Args:
+        batch: the data that they start at or beside; None if nothing comes from data.
+        seed: of this occasion.
+    """
+    drawn: Arrays = {}
+    for field in fields:
+        rng = np.random.default_rng(derive_seed(seed, field.name))
+        if field.name == "clock":
+            drawn["clock"] = np.zeros(num, np.int64)
+        elif field.name == "level" or (field.name == "label" and config.label == "uniform"):
+            drawn[field.name] = _stratified(num, field.size, rng)
+        else:
+            assert batch is not None
+            given = {"label": batch.label, "condition": batch.condition, "pair": batch.x}
+            value = given[field.name]
+            assert value is not None, f"data without a {field.name}"
+            drawn[field.name] = value.numpy().astype(field.dtype)
+    return drawn
+
+
+def _stratified(num: int, size: int | None, rng: np.random.Generator) -> np.ndarray:
+    """`num` of 0 .. size - 1 in random order, each equally often up to one."""
+    assert size is not None
+    return rng.permutation((rng.integers(size) + np.arange(num)) % size)
 
 
 def start_noise(

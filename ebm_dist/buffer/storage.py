@@ -13,6 +13,7 @@ import numpy as np
 
 from ebm_dist.buffer.draw import FREE, LEASED, READY
 from ebm_dist.buffer.rows import ROW, copy_rows
+from ebm_dist.core.types import Arrays, ContextField
 
 _SLOT = np.dtype([("row_of_slot", np.int64), ("generation", np.int64)])
 """The fields of a slot that a lease reads, in one struct for the same reason as `ROW`."""
@@ -39,9 +40,11 @@ class SlotStorage:
         *,
         dtype: np.dtype | type = np.float32,
         num_grants: int = 0,
+        fields: tuple[ContextField, ...] = (),
     ) -> None:
         """
         Args:
+            fields: the contexts of each chain.
             max_lease: the largest number of chains of a lease; as many rows are always spare.
             dtype: of stored positions.
             num_grants: the largest number of leases by rows at a time.
@@ -58,6 +61,7 @@ class SlotStorage:
             "event": list(event_shape),
             "dtype": np.dtype(dtype).str,
             "row": list(ROW.names or ()),
+            "context": [[field.name, list(field.shape), field.dtype] for field in fields],
         }
         self.attached = directory is not None and self._matches(directory)
         epoch = _next_epoch(directory) if directory is not None else 0
@@ -68,6 +72,10 @@ class SlotStorage:
         of_row = self._array("rows", (rows,), ROW)
         self.energy, self.version, self.age = of_row["energy"], of_row["version"], of_row["age"]
         self.log_weight, self.chain_id = of_row["log_weight"], of_row["chain_id"]
+        self.context: Arrays = {
+            field.name: self._array(field.name, (rows, *field.shape), field.dtype)
+            for field in fields
+        }
         of_slot = self._array("slots", (capacity,), _SLOT)
         self.row_of_slot, self.generation = of_slot["row_of_slot"], of_slot["generation"]
         self.state = self._array("state", (capacity,), np.uint8)
@@ -128,6 +136,10 @@ class SlotStorage:
         out = np.empty((len(rows), *self.position.shape[1:]), self.position.dtype)
         copy_rows(self.position, rows, out)
         return out
+
+    def contexts(self, rows: np.ndarray) -> Arrays:
+        """Copies of the contexts of the chains in `rows`."""
+        return {name: array[rows] for name, array in self.context.items()}
 
     def adopt(
         self, slots: np.ndarray, old: np.ndarray, rows: np.ndarray, aged: int, **fields: Any
@@ -196,10 +208,12 @@ def bytes_to_map(
     *,
     dtype: np.dtype | type = np.float32,
     num_grants: int = 0,
+    fields: tuple[ContextField, ...] = (),
 ) -> int:
     """The bytes that a `SlotStorage` of this size maps, up to a few pages."""
     rows = _num_rows(capacity, max_lease, num_grants)
     of_a_row = math.prod(event_shape) * np.dtype(dtype).itemsize + ROW.itemsize
+    of_a_row += sum(math.prod(f.shape) * np.dtype(f.dtype).itemsize for f in fields)
     return rows * of_a_row + capacity * (_SLOT.itemsize + 1) + num_grants * 8 * (max_lease + 1)
 
 

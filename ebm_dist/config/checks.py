@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ebm_dist.buffer.codec import Codec
+from ebm_dist.config.checks_of_context import check_context, check_energy_context
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.plugins import modules_of
 from ebm_dist.core.types import MAX_EVENT_NUMBERS, EventSpec
-from ebm_dist.energies.context import trait
 from ebm_dist.energies.limits import MAX_PARTS, limited, numbers_in_memory
 from ebm_dist.jarzynski import weights as jarzynski
 from ebm_dist.samplers.traits import names_with
@@ -31,6 +31,7 @@ def check(config: RunConfig) -> Iterator[str]:
     yield from _check_temperature(config)
     yield from _check_weights(config)
     yield from _check_jarzynski(config)
+    yield from check_context(config)
     yield from _check_recompute(config)
     yield from _check_wire(config)
     yield from _check_warm_up(config)
@@ -297,6 +298,7 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
             module = energy.build()
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
+    check_energy_context(config, spec, module)
     if objective.needs_labels and spec.num_classes is None:
         raise UserError(
             f"objective.name: {config.objective.name} reads labels, and {config.data.location} "  # type: ignore[attr-defined]
@@ -307,12 +309,6 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
         raise UserError(
             f"energy.num_classes: missing, but objective.name {config.objective.name} reads class "  # type: ignore[attr-defined]
             f"logits; set energy.num_classes: {spec.num_classes}"
-        )
-    if needs := trait(module, "needs_context"):
-        raise UserError(
-            f"energy.name: {energy.name} needs the {' and '.join(sorted(needs))} of each chain, "  # type: ignore[attr-defined]
-            "which chains of a run do not have; leave out energy.classes: embedding, num_levels "
-            "and condition_shape, or sample the energy from Python with energy.given"
         )
     if not any(p.requires_grad for m in (module, objective) for p in m.parameters()):
         raise UserError(

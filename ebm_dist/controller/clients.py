@@ -24,6 +24,7 @@ from ebm_dist.buffer.answers import (
 from ebm_dist.cluster.backend import Handle, Ref
 from ebm_dist.core.types import (
     Arrays,
+    ChainSample,
     Cursor,
     Lease,
     MovedChains,
@@ -108,7 +109,7 @@ class ShardClient(Client):
     def distribution(self) -> Ref[Distribution]:
         return self.handle.call("distribution")
 
-    def peek(self, num: int, key: int) -> Ref[np.ndarray]:
+    def peek(self, num: int, key: int) -> Ref[ChainSample]:
         return self.handle.call("peek", num, key)
 
     def weighted(self) -> Ref[WeightedChains]:
@@ -144,7 +145,7 @@ class WorkerClient(Client):
 
     def sample(
         self, num: int, num_steps: int, weights: Ref[np.ndarray], seed: int, start_std: float
-    ) -> Ref[np.ndarray]:
+    ) -> Ref[ChainSample]:
         return self.handle.call("sample", num, num_steps, weights, seed, start_std)
 
 
@@ -227,7 +228,7 @@ class EvaluatorClient(Client):
     def evaluate(
         self,
         step: int,
-        chains: np.ndarray,
+        chains: ChainSample,
         ema: Ref[np.ndarray],
         flat: Ref[np.ndarray],
         *weighted: Ref[WeightedChains],

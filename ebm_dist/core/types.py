@@ -31,6 +31,8 @@ class EventSpec:
     kind: EventKind
     num_classes: int | None = None
     """Number of labels, None for unlabelled data."""
+    condition_shape: tuple[int, ...] | None = None
+    """Of what is given with each event, None for data without."""
 
     @property
     def discrete(self) -> bool:
@@ -59,6 +61,27 @@ class Batch:
 
     x: Tensor  # (B, *event), float32
     label: Tensor | None = None  # (B,), int64
+    condition: Tensor | None = None  # (B, *condition), float32
+
+
+CONTEXTS = ("label", "level", "clock", "condition", "pair")
+"""What a chain may carry beside its position, one entry a chain: `label`, a class; `level`, a noise
+or temperature level; `clock`, the steps since it started; `condition`, an array that is given while
+the position is sampled; `pair`, the datum that it started from."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextField:
+    """One context of the chains of a run."""
+
+    name: str
+    """Of `CONTEXTS`."""
+    shape: tuple[int, ...] = ()
+    """Of one chain's entry."""
+    dtype: str = "int64"
+    """`label`, `level` and `clock` are int64, `condition` and `pair` float32."""
+    size: int | None = None
+    """Number of classes or levels: entries are 0 .. size - 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +92,7 @@ class Negatives:
     energy: Tensor  # (M,), under the weights that moved the chain
     version: Tensor  # (M,), int64, the step of those weights
     log_weight: Tensor  # (M,), Jarzynski log-weight; zeros when not in use
+    context: dict[str, Tensor] = field(default_factory=dict)  # (M, ...) each, by `CONTEXTS`
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +103,15 @@ class NegativeArrays:
     energy: np.ndarray  # (M,), float32
     version: np.ndarray  # (M,), int64
     log_weight: np.ndarray  # (M,), float32
+    context: dict[str, np.ndarray] = field(default_factory=dict)  # (M, ...) each, by `CONTEXTS`
+
+
+@dataclass(frozen=True, slots=True)
+class ChainSample:
+    """Copies of chains, for a picture or a measurement."""
+
+    x: np.ndarray  # (M, *event), float32
+    context: dict[str, np.ndarray] = field(default_factory=dict)  # (M, ...) each, by `CONTEXTS`
 
 
 # The classes below are not frozen: `__init__` of a frozen dataclass makes a call per field, which
@@ -99,6 +132,8 @@ class RowGrant:
     dtype: str
     source: np.ndarray  # (M,), int64, rows of the chains to move
     target: np.ndarray  # (M,), int64, rows for the moved chains
+    condition_shape: tuple[int, ...] | None
+    """Of the conditions of the same rows; None where chains have none."""
     index: int
     token: int
     """Unique to this grant; shared memory holds it as long as the grant is valid."""
@@ -130,6 +165,9 @@ class Lease:
     energy: np.ndarray | None = None
     """(M,), float32, under those weights; the Jarzynski weight update needs it."""
     grant: RowGrant | None = None
+    context: dict[str, np.ndarray] = field(default_factory=dict)
+    """(M, ...) each, by `CONTEXTS`, `pair` apart. A `condition` lies in the granted rows if there
+    are any."""
 
 
 @dataclass(slots=True)
@@ -157,6 +195,8 @@ class MovedChains:
     """Sampler and chain diagnostics of the round, named as in `metrics/names.py`."""
     token: int | None = None
     """The token of the grant, if the chains are in its rows."""
+    level: np.ndarray | None = None
+    """(M,), int64, where the round has moved the chains between levels."""
     notes: tuple[str, ...] = ()
     """Messages of the worker since its last round, for the run's log."""
 

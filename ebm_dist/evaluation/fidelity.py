@@ -178,17 +178,30 @@ class Fidelity:
             )
         return frechet_distance(_features(self.net, x), self.moments)
 
+    def classes(self, x: Tensor, label: Tensor | None = None) -> dict[str, float]:
+        """What the classifier makes of images (N, C, H, W), as fractions of them, by name.
+
+        `confident`: called some class with probability .9 or more; `class_share_min` and
+        `class_share_max`: the rarest and the commonest class; `label_accuracy`: called what was
+        asked for, where `label` (N,) says what that was.
+        """
+        with torch.no_grad():
+            logits = torch.cat([self.net(part) for part in x.float().split(500)])
+        guess = logits.argmax(1)
+        share = torch.bincount(guess, minlength=logits.shape[1]).float() / len(x)
+        found = {
+            "confident": float((logits.softmax(1).amax(1) >= 0.9).float().mean()),
+            "class_share_min": float(share.min()),
+            "class_share_max": float(share.max()),
+        }
+        if label is not None:
+            found["label_accuracy"] = float((guess == label).float().mean())
+        return found
+
     def reference(self) -> dict[str, float]:
         """Distances of `noise` (the chains' start), `gaussian` (a Gaussian fitted to the pixels)
         and `train` (real images kept from the classifier: the best possible value)."""
         return dict(self._reference)
-
-    def class_shares(self, x: Tensor) -> Tensor:
-        """Fraction (num_classes,) of samples classified as each class, to detect mode collapse."""
-        with torch.no_grad():
-            guess = torch.cat([self.net(part).argmax(dim=1) for part in x.float().split(500)])
-        count = torch.bincount(guess, minlength=self.net.head.out_features)
-        return count.float() / x.shape[0]
 
     def save(self, path: str | Path) -> None:
         """Write network, moments and references as one safetensors file."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ebm_dist.core.types import Batch, Negatives
 
@@ -31,12 +33,7 @@ def _to(item: Any, device: torch.device) -> Any:
     """A dataclass of tensors, on `device`; the same object if it is there already."""
     if item.x.device == device:
         return item
-    moved = {
-        name: value.to(device, non_blocking=True)
-        for name in item.__dataclass_fields__
-        if (value := getattr(item, name)) is not None
-    }
-    return replace(item, **moved)
+    return _mapped(item, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _cut(item: Any, count: int, what: str) -> list[Any]:
@@ -48,14 +45,19 @@ def _cut(item: Any, count: int, what: str) -> list[Any]:
             f"({what}); change either"
         )
     size = num // count
-    return [
-        replace(
-            item,
-            **{
-                name: value[i * size : (i + 1) * size]
-                for name in item.__dataclass_fields__
-                if (value := getattr(item, name)) is not None
-            },
-        )
-        for i in range(count)
-    ]
+    return [_mapped(item, lambda t, i=i: t[i * size : (i + 1) * size]) for i in range(count)]
+
+
+def _mapped(item: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A dataclass of tensors, of None and of tensors by name, with each tensor mapped."""
+    values = {name: getattr(item, name) for name in item.__dataclass_fields__}
+    return replace(
+        item,
+        **{
+            name: {key: function(tensor) for key, tensor in value.items()}
+            if isinstance(value, dict)
+            else function(value)
+            for name, value in values.items()
+            if value is not None
+        },
+    )

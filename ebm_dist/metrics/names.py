@@ -173,6 +173,12 @@ METRICS: dict[str, Metric] = {
     "fidelity/noise": Metric("the same distance for the chains' initial noise"),
     "fidelity/gaussian": Metric("the same distance for draws of one Gaussian fitted to data"),
     "fidelity/train": Metric("the same distance for training data, as of perfect samples"),
+    "fidelity/confident": Metric(
+        "share of samples that the feature classifier calls some class with probability .9 or more"
+    ),
+    "fidelity/class_share_min": Metric("share of samples of the rarest class"),
+    "fidelity/class_share_max": Metric("share of samples of the commonest class"),
+    "fidelity/label_accuracy": Metric("share of samples that are of the class asked for"),
     "fidelity/accuracy": Metric("test accuracy of the classifier that computes the features"),
     # Auditor: very long chains off the training path.
     "audit/energy": Metric("mean energy at the end of the long chains", "energy"),

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ebm_dist.core.plugins import USER_METRICS, Target, load_target
-from ebm_dist.core.types import Batch, EnergyFn, Negatives
+from ebm_dist.core.types import CONTEXTS, Batch, EnergyFn, Negatives
 from ebm_dist.objectives.objective import FAMILY, Metrics, Objective, ObjectiveSection
 
 
@@ -77,6 +77,7 @@ class ModuleObjectiveSection(ObjectiveSection):
     name: Literal["module"] = "module"
     far_modes: ClassVar[str] = "not known, since the objective is code of the user"
     reweights: ClassVar[bool] = False
+    contexts: ClassVar[frozenset[str]] = frozenset(CONTEXTS)  # handed over in `negatives.context`
     example: ClassVar[dict[str, Any]] = {"target": "my_pkg.losses:contrast"}
 
     target: Target

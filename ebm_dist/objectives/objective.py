@@ -150,6 +150,9 @@ class ObjectiveSection(Section):
     """Whether the loss depends on how the data's mass is shared among modes that are far apart:
     "seen ..." or "not seen ...", for the model card and docs/objectives.md."""
 
+    contexts: ClassVar[frozenset[str]] = frozenset()
+    """What it reads of the context that negatives may carry, of `buffer.context`."""
+
     reweights: ClassVar[bool] = True
     """Whether negatives count by their weights, staleness and Jarzynski ones alike."""
 
@@ -252,7 +255,33 @@ def as_negatives(negatives: Negatives | Tensor, batch: Batch) -> Negatives:
         negatives.energy.detach(),
         negatives.version,
         negatives.log_weight.detach(),
+        negatives.context,
     )
+
+
+def joined_context(
+    batch: Batch | None, negatives: Negatives, num_points: int = 0
+) -> dict[str, Tensor]:
+    """What an energy is given with data, negatives and points beside the first data, joined in
+    this order; empty where the negatives carry nothing that an energy takes.
+
+    Raises:
+        ValueError: the negatives carry a context that the data lacks.
+    """
+    joined: dict[str, Tensor] = {}
+    for name in ("label", "condition"):
+        if (of_negatives := negatives.context.get(name)) is None:
+            continue
+        of_data = of_negatives[:0]
+        if batch is not None:
+            of_data = getattr(batch, name)
+            if of_data is None:
+                raise ValueError(
+                    f"batch.{name}: the negatives carry a {name}, the data has none; use data "
+                    f"with a {name}, or leave buffer.context.{name} out"
+                )
+        joined[name] = torch.cat([of_data, of_negatives, of_data[:num_points]])
+    return joined
 
 
 def _check_events(argument: str, x: Tensor) -> None:

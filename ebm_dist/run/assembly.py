@@ -13,7 +13,7 @@ from ebm_dist.actors.evaluator import Evaluator
 from ebm_dist.actors.learner_rank import LearnerRank
 from ebm_dist.actors.shard import open_shard
 from ebm_dist.actors.worker import Worker
-from ebm_dist.buffer.config import shard_capacities
+from ebm_dist.buffer.config import context_fields, shard_capacities
 from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.cluster.backend import Backend
@@ -174,6 +174,9 @@ class _Spawner:
             shards=shards,
             worker_pool=workers,
         )
+        self._fields = context_fields(
+            config.buffer.context, spec, getattr(config.energy, "num_levels", None)
+        )
         self._ranks: list[Place] = []
         self._worker_of: dict[int, WorkerClient] = {}
         self._lives: list[tuple[ShardClient, int]] = []  # of each shard's process
@@ -270,7 +273,7 @@ class _Spawner:
             open_shard,
             {
                 "config": config.buffer,
-                "data": config.data if config.buffer.init == "data" else None,
+                "data": config.data if config.buffer.starts_from_data else None,
                 "spec": self._spec,
                 "index": index,
                 "num_shards": config.buffer.num_shards,
@@ -279,6 +282,7 @@ class _Spawner:
                 "seed": config.run.seed,
                 "trace": self.trace if self.trace.num_chains > 0 else None,
                 "num_grants": self._num_grants,
+                "fields": self._fields,
                 # Other files that lie on the node may be too old: of when the shard was here once
                 # before, or of a successor that waited here and was not needed.
                 "life": life,

@@ -16,7 +16,7 @@ from ebm_dist.actors.auditor import AuditFindings
 from ebm_dist.buffer.answers import WeightedChains
 from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref, first_line
 from ebm_dist.controller.clients import AuditorClient, EvaluatorClient
-from ebm_dist.core.types import NegativeArrays
+from ebm_dist.core.types import ChainSample, NegativeArrays
 from ebm_dist.evaluation.config import EvaluationConfig
 
 log = logging.getLogger("ebm_dist.run")
@@ -93,7 +93,7 @@ class EvaluatorLink(MeasurementLink[EvaluatorClient, dict[str, float]]):
     def start(
         self,
         step: int,
-        chains: np.ndarray,
+        chains: ChainSample,
         ema: Ref[np.ndarray],
         flat: Ref[np.ndarray],
         *weighted: Ref[WeightedChains],

@@ -20,6 +20,7 @@ from ebm_dist.controller.observers.metric_window import MetricWindow
 from ebm_dist.controller.parts import Graph
 from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import ChainSample
 
 log = logging.getLogger("ebm_dist.run")
 
@@ -123,7 +124,7 @@ class Monitor:
         """Start the audit that is due, unless one is under way, and log what came."""
         step = self._progress.step
         if step % auditor.every == 0 and not auditor.busy:
-            chains = self.chains(auditor.num_chains, ema) if auditor.from_chains else None
+            chains = self.chains(auditor.num_chains, ema).x if auditor.from_chains else None
             auditor.start(step, flat, chains)
         self._collect_audit(auditor.wait_s)
         if auditor.wait_s and auditor.busy:
@@ -189,7 +190,10 @@ class Monitor:
         step = self._progress.step
         config, graph = self._config.evaluation, self._graph
         chains = self.chains(max(config.num_samples, config.num_grid), ema)
-        picture = self._save_grid(chains[: config.num_grid], step)
+        shown = slice(config.num_grid)
+        if (label := chains.context.get("label")) is not None:
+            shown = np.argsort(label[shown], kind="stable")  # a class in each row, if they fit
+        picture = self._save_grid(chains.x[shown], step)
         if picture is not None:
             self._graph.hub.images("samples/chains", step, str(picture))
         self._log_distributions(step)
@@ -208,8 +212,8 @@ class Monitor:
             hub.histogram("histogram/energy_negative", step, energy)
             hub.histogram("histogram/age", step, np.concatenate([part.age for part in parts]))
 
-    def chains(self, num: int, ema: Ref[np.ndarray]) -> np.ndarray:
-        """`num` chains as they are now, (num, *event): from the shards, or drawn for the occasion
+    def chains(self, num: int, ema: Ref[np.ndarray]) -> ChainSample:
+        """`num` chains as they are now: from the shards, or drawn for the occasion
         where the objective trains without chains."""
         key = self._progress.step
         if self._graph.needs_negatives:
@@ -221,10 +225,15 @@ class Monitor:
             seed = derive_seed(config.run.seed, "samples", key)
             std = config.buffer.init_std
             asked = [(worker, worker.sample(num, config.sampler.num_steps, ema, seed, std))]
-        pieces = [np.asarray(self._answer(*call, "a picture of the chains")) for call in asked]
+        pieces = [self._answer(*call, "a picture of the chains") for call in asked]
         # Interleaved, so that the first k show every shard.
-        order = np.argsort(np.concatenate([np.arange(len(p)) for p in pieces]), kind="stable")
-        return np.concatenate(pieces)[order][:num]
+        order = np.argsort(np.concatenate([np.arange(len(p.x)) for p in pieces]), kind="stable")
+        order = order[:num]
+        context = {
+            name: np.concatenate([piece.context[name] for piece in pieces])[order]
+            for name in pieces[0].context
+        }
+        return ChainSample(np.concatenate([piece.x for piece in pieces])[order], context)
 
     def _answer(self, part: ShardClient | WorkerClient, ref: Ref[T], what: str) -> T:
         detail = f"update {self._progress.step}: waited for {what}"

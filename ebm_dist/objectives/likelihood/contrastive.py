@@ -20,6 +20,7 @@ from pydantic import (
 from torch import Tensor, nn
 
 from ebm_dist.core.types import Batch, EnergyFn, Negatives
+from ebm_dist.energies.context import bind
 from ebm_dist.objectives.likelihood.kl_term import kl_term
 from ebm_dist.objectives.likelihood.penalties import (
     PenaltyPoints,
@@ -35,14 +36,25 @@ from ebm_dist.objectives.objective import (
     ObjectiveSection,
     energies_of,
     input_grad,
+    joined_context,
 )
 from ebm_dist.objectives.weighting import Truncation
 
-Evaluate = Callable[[nn.Module | EnergyFn, Tensor], Tensor]
+Context = dict[str, Tensor]
+
+Evaluate = Callable[[nn.Module | EnergyFn, Tensor, Context], Tensor]
+"""Energies (B,) of events (B, *event) with their context."""
+
+
+def energies_given(energy: nn.Module | EnergyFn, x: Tensor, context: Context) -> Tensor:
+    """E(x | context) as (B,), at least float32."""
+    return energies_of(bind(energy, **context), x)
 
 
 class ContrastiveFields(ObjectiveSection):
     """The config fields of every objective with a contrastive part."""
+
+    contexts: ClassVar[frozenset[str]] = frozenset({"label", "condition"})
 
     adjustable: ClassVar[frozenset[str]] = frozenset(
         {
@@ -126,6 +138,9 @@ class Contrastive(Objective):
     is set, and sums to 1. Du & Mordatch (2019), arXiv:1903.08689; CD: Hinton (2002); PCD:
     Tieleman (2008).
 
+    Negatives that carry a label or a condition are contrasted as E(x | label, condition), against
+    data with their own: class-conditional PCD, and structured prediction.
+
     Sees the weights of far modes only as far as chains cross between them (`parallel_tempering`).
     """
 
@@ -147,22 +162,23 @@ class Contrastive(Objective):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Metrics]:
         assert negatives is not None
-        return self.contrast(energy, batch.x, negatives, generator)
+        return self.contrast(energy, batch, negatives, generator)
 
     def contrast(
         self,
         energy: nn.Module | EnergyFn,
-        data: Tensor,
+        batch: Batch,
         negatives: Negatives,
         generator: torch.Generator | None,
-        evaluate: Evaluate = energies_of,
+        evaluate: Evaluate = energies_given,
     ) -> tuple[Tensor, Metrics]:
-        """Loss and metrics for data (B, *event) against negatives (M, *event).
+        """Loss and metrics for data (B, *event) against negatives (M, *event), each given its own
+        context where the negatives have one.
 
-        `evaluate(energy, x)` runs once on all events together: three passes through a small
-        network cost nearly three times as much, and spectral norm would update three times.
+        `evaluate(energy, x, context)` runs once on all events together: three passes through a
+        small network cost nearly three times as much, and spectral norm would update three times.
         """
-        config = self.config
+        config, data = self.config, batch.x
         num_pos, num_neg = data.shape[0], negatives.x.shape[0]
         parts = [data.detach(), negatives.x.to(data.dtype)]
         penalised, weighted = slice(0, num_pos), False
@@ -177,7 +193,8 @@ class Contrastive(Objective):
         with torch.set_grad_enabled(torch.is_grad_enabled() or config.gradient_penalty > 0):
             if config.gradient_penalty > 0:
                 x.requires_grad_(True)
-            values = evaluate(energy, x)
+            context = joined_context(batch, negatives, len(x) - num_pos - num_neg)
+            values = evaluate(energy, x, context)
             energy_pos, energy_neg = values[:num_pos], values[num_pos : num_pos + num_neg]
 
             weight, metrics = self.negative_weight(
@@ -203,7 +220,7 @@ class Contrastive(Objective):
         if config.kl_weight > 0:
             assert config.kl_step_size is not None
             term = kl_term(
-                energy,
+                bind(energy, **joined_context(None, negatives)),
                 negatives.x.to(data.dtype),
                 step_size=config.kl_step_size,
                 temperature=config.fitted_temperature,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebm_dist.core.types import Batch, EnergyFn, EventSpec, Negatives
-from ebm_dist.objectives.likelihood.contrastive import Contrastive, ContrastiveFields
+from ebm_dist.objectives.likelihood.contrastive import Context, Contrastive, ContrastiveFields
 from ebm_dist.objectives.objective import FAMILY, Metrics, Objective
 
 
@@ -19,6 +19,7 @@ class JointSection(ContrastiveFields):
     """Cross entropy of the logits, and the contrastive loss of E(x) = -logsumexp(logits)."""
 
     name: Literal["joint"] = "joint"
+    contexts: ClassVar[frozenset[str]] = frozenset({"label"})
     example: ClassVar[dict[str, Any]] = {}
     far_modes: ClassVar[str] = (
         "seen as far as the chains cross between them: with sampler.name parallel_tempering, "
@@ -52,7 +53,8 @@ class Joint(Contrastive):
     """-log p(y|x) - log p(x), with logits f(x), p(y|x) = softmax f and E(x) = -logsumexp f.
 
     Grathwohl et al. (2020), arXiv:1912.03263, eq. 9. The energy needs `logits(x)`:
-    (B, num_classes).
+    (B, num_classes). Where negatives carry labels (`buffer.context.label`) the second part is
+    -log p(x|y), with E(x, y) = -f_y(x).
 
     Sees the weights of far modes only as far as chains cross between them.
     """
@@ -74,11 +76,13 @@ class Joint(Contrastive):
         assert batch.label is not None
         seen: list[Tensor] = []
 
-        def evaluate(energy: nn.Module | EnergyFn, x: Tensor) -> Tensor:
+        def evaluate(energy: nn.Module | EnergyFn, x: Tensor, context: Context) -> Tensor:
             seen.append(logits_of(energy, x))
-            return -seen[0].logsumexp(1)
+            if (label := context.get("label")) is None:
+                return -seen[0].logsumexp(1)
+            return -seen[0].gather(1, label[:, None]).squeeze(1)
 
-        contrastive, metrics = self.contrast(energy, batch.x, negatives, generator, evaluate)
+        contrastive, metrics = self.contrast(energy, batch, negatives, generator, evaluate)
         logits = seen[0][: batch.x.shape[0]]
         classification = F.cross_entropy(
             logits, batch.label, label_smoothing=self.joint.label_smoothing

@@ -11,7 +11,7 @@ from small_runs import SMALL, curve, run
 
 from ebm_dist.actors.worker import Worker
 from ebm_dist.controller.observers.monitor import Monitor
-from ebm_dist.core.types import EventSpec
+from ebm_dist.core.types import ChainSample, EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.energies import FAMILY as ENERGIES
 from ebm_dist.report.html import render
@@ -25,7 +25,7 @@ FLAT = {
 }
 
 
-def samples(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[np.ndarray]:
+def samples(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[ChainSample]:
     """What the run drew at its evaluations."""
     chains, drawn = Monitor.chains, []
 
@@ -44,8 +44,8 @@ def test_samples_depend_on_the_seed_of_the_run_and_on_the_update(
 ) -> None:
     first, second = samples(tmp_path / "a", monkeypatch)[:2]
     other = samples(tmp_path / "b", monkeypatch, "run.seed=4")[0]
-    assert not np.isin(first, other).any()
-    assert not np.isin(first, second).any()
+    assert not np.isin(first.x, other.x).any()
+    assert not np.isin(first.x, second.x).any()
     # Noise of buffer.init_std = 5 under E = x^2: the mean of 256 energies is 25.
     noise = curve(tmp_path / "a", "energy/noise")[1]
     assert abs(noise - 25) < 4 * 25 * (2 / 256) ** 0.5
@@ -62,7 +62,7 @@ class Noises:
         self._flat = FlatLayout.of(energy.build()).pack(energy.build()).numpy()  # type: ignore
 
     def __call__(self, seed: int, num_steps: int, start_std: float) -> torch.Tensor:
-        x = self._worker.sample(4000, num_steps, self._flat, seed, start_std)
+        x = self._worker.sample(4000, num_steps, self._flat, seed, start_std).x
         return torch.from_numpy(np.array(x)).flatten()
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.rows import open_rows
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.core.types import EventSpec, Lease, MovedChains
+from ebm_dist.core.types import Batch, ContextField, EventSpec, Lease, MovedChains
 
 SPEC = EventSpec((3,), "real")
 
@@ -29,6 +30,55 @@ def make_shard(capacity: int = 24, max_lease: int = 4, **options: Any) -> Shard:
     config |= options.pop("config", {})
     options = {"index": 0, "seed": 5, "clock": Clock(), **options}
     return Shard(BufferConfig(**config), SPEC, capacity=capacity, max_lease=max_lease, **options)
+
+
+class Numbered:
+    """Data whose n-th datum is n everywhere, so that a chain says from which it started: `move`
+    adds one to a chain in 3 steps, and what it carries has to agree with that."""
+
+    context: ClassVar = {"label": "data", "clock": True, "condition": "data", "pair": "data"}
+    fields = (
+        ContextField("label", size=7),
+        ContextField("clock"),
+        ContextField("condition", (2,), "float32"),
+        ContextField("pair", (3,), "float32"),
+    )
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def next_batch(self, num: int) -> Batch:
+        n = torch.arange(self.next, self.next + num)
+        self.next += num
+        x = n[:, None].expand(-1, 3).float()
+        return Batch(x, n % 7, torch.stack([n + 0.25, n + 0.5], 1))
+
+    def state(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+    @staticmethod
+    def check(x: np.ndarray, context: dict[str, np.ndarray]) -> None:
+        """Everything that chains (M, 3) carry is of the datum that they started from."""
+        n = x[:, 0] - context["clock"] // 3
+        assert np.array_equal(context["label"], n % 7)
+        assert np.array_equal(context["condition"], np.stack([n + 0.25, n + 0.5], 1))
+        if "pair" in context:  # which no worker is told
+            assert np.array_equal(context["pair"], np.repeat(n[:, None], 3, 1))
+
+
+def conditions_of(lease: Lease) -> dict[str, np.ndarray]:
+    """The context of a lease, its conditions read from the rows where they lie there."""
+    assert "pair" not in lease.context
+    if lease.grant is None:
+        return lease.context
+    rows = open_rows(lease.grant)
+    out = np.empty((len(lease.slots), *lease.grant.event_shape), lease.grant.dtype)
+    condition = np.empty((len(lease.slots), *lease.grant.condition_shape), np.float32)
+    assert rows.read(lease.grant, out, lease.chain_id, condition)
+    return lease.context | {"condition": condition}
 
 
 def move(lease: Lease, version: int = 1, **changes: Any) -> MovedChains:

@@ -1,4 +1,4 @@
-"""Any order of calls, retries, deaths and timeouts keeps every chain, once."""
+"""Any order of calls, retries, deaths and timeouts keeps every chain with its context, once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from shards import Clock, chain_ids, chains_of, make_shard, move, total
+from shards import Clock, Numbered, chain_ids, chains_of, conditions_of, make_shard, move, total
 
 from ebm_dist.buffer.answers import Origin
 from ebm_dist.buffer.rows import open_rows
@@ -41,7 +41,9 @@ class ShardMachine(RuleBasedStateMachine):
             clock=self.clock,
             directory=str(self.directory),
             num_grants=2,
-            config={"reinit_prob": 0.3},
+            config={"reinit_prob": 0.3, "init": "data", "context": Numbered.context},
+            data=Numbered(),
+            fields=Numbered.fields,
         )
 
     def snapshot(self):
@@ -65,6 +67,7 @@ class ShardMachine(RuleBasedStateMachine):
         if lease is not None:
             taken = {int(slot) for slots in busy for slot in slots}
             assert not taken & set(lease.slots.tolist())
+            Numbered.check(chains_of(lease), conditions_of(lease))
             self.leases[self.next_id] = lease
             self.live[self.next_id] = self.clock.now + 10.0
         self.next_id += 1
@@ -80,6 +83,7 @@ class ShardMachine(RuleBasedStateMachine):
         again = self.shard.checkout(lease_id, SIZE, by_rows)
         assert np.array_equal(again.slots, self.leases[lease_id].slots)
         assert np.array_equal(chains_of(again), before)
+        Numbered.check(before, conditions_of(again))
         self.superseded.append(self.leases[lease_id])
         self.leases[lease_id] = again
         self.live[lease_id] = self.clock.now + 10.0
@@ -133,6 +137,7 @@ class ShardMachine(RuleBasedStateMachine):
             ready, negatives = self.shard.take(lease_id)
             assert ready
             assert np.array_equal(negatives.x, self.content[slots])
+            Numbered.check(negatives.x, negatives.context)
 
     @precondition(lambda self: self.ready)
     @rule(data=st.data(), by_rows=st.booleans())
@@ -182,7 +187,11 @@ class ShardMachine(RuleBasedStateMachine):
         assert counts.age_mean == self.snapshot()["age"].mean()
         assert counts.ready == sum(len(slots) for slots in self.ready.values())
         assert counts.late_checkins == self.late
-        assert np.array_equal(self.snapshot()["position"], self.content)
+        now = self.snapshot()
+        assert np.array_equal(now["position"], self.content)
+        context = {key[8:]: value for key, value in now.items() if key.startswith("context/")}
+        assert context.keys() == {field.name for field in Numbered.fields}
+        Numbered.check(now["position"], context)
         assert chain_ids(self.shard) == list(range(CAPACITY))
 
 

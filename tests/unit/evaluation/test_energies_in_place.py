@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebm_dist.actors.evaluator import _mean_energy
+from ebm_dist.actors.evaluator import mean_energy
 from ebm_dist.core.types import EventSpec
 from ebm_dist.evaluation.exact import exact_log_partition
 from ebm_dist.evaluation.likelihood import log_likelihood, log_partition
@@ -52,7 +52,7 @@ PATHS = {
     ),
     "objectives": lambda x: energies_of(energy, x),
     "weighted rounds": lambda x: carried(ZEROS, ZEROS, x, energy, 1.0),
-    "the evaluator": lambda x: _mean_energy(energy, x),  # type: ignore[arg-type]
+    "the evaluator": lambda x: mean_energy(energy, x),  # type: ignore[arg-type]
 }
 
 

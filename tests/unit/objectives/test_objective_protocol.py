@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ebm_dist import energies, objectives
 from ebm_dist.core.types import Batch, EventSpec, Negatives
+from ebm_dist.learner.micro_batch import micro_batches
 from ebm_dist.metrics import names
 
 NAMES = sorted(objectives.FAMILY.members.keys() - {"module"})  # what a user brings has no example
@@ -243,13 +244,7 @@ def test_two_ranks_have_the_gradient_of_one_rank_on_the_whole_batch(name):
     whole.reweight = True
     expected = gradient(whole, [(batch, stale)])
 
-    halves = [
-        (
-            Batch(batch.x[r * 3 : r * 3 + 3], batch.label[r * 3 : r * 3 + 3]),
-            Negatives(*(getattr(stale, k)[r * 4 : r * 4 + 4] for k in stale.__slots__)),
-        )
-        for r in range(2)
-    ]
+    halves = micro_batches(batch, stale, 2, torch.device("cpu"))
     ranked = build(name, **params)
     ranked.reweight = True
     ranked.gather_ranks = _lockstep(ranked, energy, halves)

@@ -1,0 +1,162 @@
+"""Runs whose chains carry labels: the bits, the law of what is trained, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ebm_dist
+from ebm_dist.core.errors import UserError
+
+CONFIG: dict[str, Any] = {
+    "run": {"seed": 3, "steps": 4},
+    "runtime": {"backend": "inline"},
+    "data": {"source": "digits", "batch_size": 16},
+    "energy": {"name": "resnet", "width": 4, "num_classes": "data"},
+    "sampler": {"name": "langevin", "step_size": 1.0, "noise_std": 0.01, "num_steps": 3},
+    "objective": {"name": "contrastive"},
+    "buffer": {"capacity": 64, "num_shards": 2, "context": {"label": "uniform"}},
+    "workers": {"num_workers": 2, "num_chains": 8},
+    "flow": {"mode": "sync"},
+    "tracking": {"wandb": "off"},
+    "evaluation": {"every": None},
+    "checkpoint": {"every": 2},
+}
+
+
+def config(tmp_path: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """CONFIG with other keys; a section with a name, or a source, is another one altogether."""
+    merged = dict(CONFIG)
+    for key, value in sections.items():
+        other = "name" in value or "source" in value
+        merged[key] = value if other else {**CONFIG.get(key, {}), **value}
+    merged["run"] = {**merged["run"], "dir": str(tmp_path)}
+    return merged
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "export" / "model.safetensors")
+
+
+def equal(a: Path, b: Path) -> bool:
+    one, other = weights(a), weights(b)
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("label", ["uniform", "data"])
+def test_sync_is_bitwise_with_labels_whoever_moves_the_chains_and_after_a_resume(
+    label: str, tmp_path: Path
+) -> None:
+    base = config(tmp_path, buffer={"context": {"label": label}, "reinit_prob": 0.3})
+    ebm_dist.train(base, run_dir=tmp_path / "a")
+    four = {**base, "workers": {"num_workers": 4, "num_chains": 8}}
+    ebm_dist.train(four, run_dir=tmp_path / "b")
+    assert equal(tmp_path / "a", tmp_path / "b")
+    short = {**base, "run": {**base["run"], "steps": 2}}
+    ebm_dist.train(short, run_dir=tmp_path / "c")
+    ebm_dist.train(base, run_dir=tmp_path / "c", resume="must")
+    assert equal(tmp_path / "a", tmp_path / "c")
+    without = {**base, "buffer": {**base["buffer"], "context": {}}}
+    ebm_dist.train(without, run_dir=tmp_path / "d")
+    assert not equal(tmp_path / "a", tmp_path / "d")
+
+
+def test_samples_of_a_label_are_drawn_from_its_own_energy(tmp_path: Path) -> None:
+    result = ebm_dist.train(config(tmp_path), run_dir=tmp_path / "r")
+    export = result.open_export()
+    x, energy = ebm_dist.sample(export, 6, label=[0, 1, 2, 3, 4, 9], num_steps=5)
+    logits = export.energy.logits(x)
+    torch.testing.assert_close(energy, -logits[range(6), [0, 1, 2, 3, 4, 9]])
+    again, _ = ebm_dist.sample(export, 6, label=3, num_steps=5)
+    assert not torch.equal(x, again)
+    for wrong in (10, -1, [1, 2], 0.5):
+        with pytest.raises(UserError, match="label: expected"):
+            ebm_dist.sample(export, 6, label=wrong)  # type: ignore[arg-type]
+
+
+def test_each_class_of_a_gaussian_mixture_gets_its_own_mean(tmp_path: Path) -> None:
+    """E(x, y) = |x - m_y|^2 / 2: class-conditional PCD has to find every m_y."""
+    means = torch.tensor([[-2.0, 0.0], [0.0, 3.0], [1.0, -1.0]])
+    g = torch.Generator().manual_seed(0)
+    label = torch.arange(3000) % 3
+    data = [(x, int(y)) for x, y in zip(means[label] + torch.randn(3000, 2, generator=g), label)]
+
+    result = ebm_dist.train(
+        config(
+            tmp_path,
+            run={"seed": 3, "steps": 300},
+            data={"batch_size": 128, "num_classes": 3},
+            sampler={"name": "mala", "step_size": 0.5, "num_steps": 5},
+            buffer={
+                "capacity": 512,
+                "num_shards": 2,
+                "reinit_prob": 0.01,
+                "context": {"label": "uniform"},
+            },
+            workers={"num_workers": 2, "num_chains": 64},
+            learner={"lr": 0.05, "schedule": "cosine"},
+        ),
+        energy=Means(),
+        data=data,
+        run_dir=tmp_path / "r",
+    )
+    found = result.open_export().energy.means.detach()
+    truth = torch.stack([torch.stack([x for x, y in data if y == k]).mean(0) for k in range(3)])
+    # 1000 data and some 170 chains a class, averaged over the last updates.
+    assert (found - truth).abs().max() < 4 * (1 / 170) ** 0.5, found
+
+
+class Means(torch.nn.Module):
+    """E(x, y) = |x - m_y|^2 / 2."""
+
+    context = frozenset({"label"})
+    needs_context = frozenset({"label"})
+    num_labels = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means = torch.nn.Parameter(torch.zeros(3, 2))
+
+    def forward(self, x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (x - self.means[label]).square().sum(1)
+
+
+REFUSED = {
+    "buffer.context.label: set, but energy.name": {
+        "energy": {"num_classes": None},
+    },
+    "buffer.context.label: the data has no labels": {
+        "data": {"source": "toy:swiss_roll", "batch_size": 16},
+        "energy": {"name": "mlp", "num_classes": 10, "widths": [8]},
+    },
+    "buffer.context.label: set, but Jarzynski": {
+        "buffer": {"jarzynski": True, "reinit_prob": 0.0, "context": {"label": "uniform"}},
+    },
+    "buffer.context.label: set, but objective.name": {
+        "objective": {"name": "denoising_score_matching", "noise_std": 0.1},
+    },
+    "buffer.context.condition: the data has no conditions": {
+        "buffer": {"context": {"condition": "data"}},
+    },
+    "evaluation.audit_every: 2, but an audit": {"evaluation": {"audit_every": 2}},
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_context_that_fits_nothing_is_one_line(line: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=line):
+        ebm_dist.train(config(tmp_path, **REFUSED[line]), run_dir=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_pictures_show_the_classes_in_order_and_chains_are_what_was_asked(tmp_path: Path) -> None:
+    run = config(tmp_path, evaluation={"every": 4, "num_samples": 32, "fidelity_epochs": 1})
+    result = ebm_dist.train(run, run_dir=tmp_path / "r")
+    text = (result.run_dir / "metrics.jsonl").read_text()
+    assert "fidelity/label_accuracy" in text
+    assert np.isfinite(result.metrics["fidelity/confident"])
