@@ -29,10 +29,12 @@ from ebm_dist.energies.composition import Conditional, Mixture, Sum, Tempered
 from ebm_dist.energies.context import ContextTraits, Given, bind
 from ebm_dist.energies.family import FAMILY, AnalyticEnergy, BoundSection, Energy, EnergySection
 from ebm_dist.energies.module import ModuleEnergySection, given
+from ebm_dist.energies.networks.image_energy import ImageEnergy
 from ebm_dist.energies.networks.mlp import MlpSection
 from ebm_dist.energies.networks.network import ConditionedSection, NetworkEnergy, NetworkSection
 from ebm_dist.energies.networks.resnet import ResNetSection
 from ebm_dist.energies.networks.transformer_lm import LanguageModel, TransformerLmSection
+from ebm_dist.energies.networks.unet import UnetSection
 from ebm_dist.energies.networks.vit import VitSection
 from ebm_dist.energies.networks.wide_resnet import WideResNetSection
 
@@ -59,6 +61,7 @@ __all__ = [
     "GaussianMixture",
     "Given",
     "Hopfield",
+    "ImageEnergy",
     "Ising",
     "LanguageModel",
     "LatticePhi4",
@@ -76,6 +79,7 @@ __all__ = [
     "Sum",
     "Tempered",
     "TransformerLmSection",
+    "UnetSection",
     "VitSection",
     "WideResNetSection",
     "bind",

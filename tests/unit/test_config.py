@@ -203,6 +203,11 @@ def test_every_objective_fits_the_temperature_of_the_chains(name):
         ({"sampler": GIBBS}, EventSpec((2,), "real"), "sampler.name: gibbs"),
         ({"objective": {"name": "joint"}}, EventSpec((2,), "real"), "objective.name: joint"),
         ({"objective": {"name": "joint"}}, IMAGE, "energy.num_classes: "),
+        (
+            {"energy": {"name": "resnet", "num_levels": 2, "noise_stds": [0.1, 1.0]}},
+            IMAGE,
+            "energy.name: resnet needs the level of each chain",
+        ),
         ({"objective": {"name": "score_matching"}, "sampler": GIBBS}, BINARY,
          "objective.name: score_matching"),
         ({"energy": {"name": "quadratic", "precision": 1.0}}, EventSpec((2,), "real"),

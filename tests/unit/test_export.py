@@ -38,6 +38,26 @@ ENERGIES = [
 ]
 
 
+UNET = {
+    "name": "unet",
+    "width": 8,
+    "parameterisation": "denoiser",
+    "num_classes": 3,
+    "classes": "embedding",
+    "num_levels": 3,
+    "noise_stds": (0.1, 1.0),
+    "data_std": 0.5,
+}
+
+
+def test_a_reloaded_energy_takes_the_context_that_the_exported_one_took(tmp_path):
+    module, x = write(tmp_path / "model", UNET, IMAGE), IMAGE.noise(6, torch.Generator())
+    given = {"label": torch.arange(6) % 3, "level": torch.arange(6) % 3}
+    loaded = ebm_dist.load_energy(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(loaded.given(**given)(x), module.given(**given)(x))  # type: ignore[operator]
+
+
 def write(out: Path, energy: dict, spec: EventSpec, *, chains=None, sampler=LANGEVIN):
     section = energies.FAMILY.section(**energy).bind(spec)
     module = section.build(seed=3)

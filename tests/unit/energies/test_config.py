@@ -27,9 +27,9 @@ def section(name: str, **params: Any) -> EnergySection:
 
 def test_every_promised_energy_is_registered():
     promised = (
-        "mlp resnet wide_resnet vit transformer_lm quadratic gaussian_mixture ring double_well "
-        "checkerboard hopfield modern_hopfield rbm ising potts lattice_phi4 sum mixture tempered "
-        "conditional"
+        "mlp resnet wide_resnet unet vit transformer_lm quadratic gaussian_mixture ring "
+        "double_well checkerboard hopfield modern_hopfield rbm ising potts lattice_phi4 sum "
+        "mixture tempered conditional"
     )
     assert set(promised.split()) <= set(energies.FAMILY.members)
 
@@ -45,7 +45,7 @@ def test_promised_functions_build_energies():
     assert energies.hopfield([[0, 1], [1, 1]])(x.round()).shape == (3,)
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet", "wide_resnet", "vit"])
+@pytest.mark.parametrize("name", ["mlp", "resnet", "wide_resnet", "unet", "vit"])
 def test_network_takes_its_event_shape_from_the_data(name: str):
     bound = section(name).bind(DIGITS)
     assert bound.build().event_shape == (1, 8, 8)
@@ -53,7 +53,7 @@ def test_network_takes_its_event_shape_from_the_data(name: str):
     assert getattr(bound, "num_classes") is None  # noqa: B009
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet", "wide_resnet", "vit"])
+@pytest.mark.parametrize("name", ["mlp", "resnet", "wide_resnet", "unet", "vit"])
 def test_network_takes_its_classes_from_the_data_when_asked(name: str):
     small = {"depth": 10, "widen": 1} if name == "wide_resnet" else {}
     energy = section(name, num_classes="data", **small).bind(DIGITS).build()
@@ -127,6 +127,9 @@ def test_energy_that_cannot_take_the_data_is_refused_at_bind(
         ("resnet", {"event_shape": (8, 8)}, r"resnet takes images \(C, H, W\)"),
         ("wide_resnet", {"event_shape": (64,)}, r"wide_resnet takes images"),
         ("wide_resnet", {"depth": 27}, r"depth: 27 is not 6n \+ 4"),
+        ("unet", {"event_shape": (1, 7, 7), "patch_size": 2}, r"energy\.patch_size: 2 does not"),
+        ("unet", {"event_shape": (1, 8, 8), "num_heads": 3}, r"energy\.num_heads: 3.*64 channels"),
+        ("unet", {"parameterisation": "denoiser", "num_classes": 3}, r"set classes: embedding"),
         ("vit", {"event_shape": (1, 9, 9)}, r"energy\.patch_size: 4 does not divide"),
         ("vit", {"event_shape": (1, 8, 8), "num_heads": 3}, r"not a multiple of num_heads"),
         ("transformer_lm", {"event_shape": (8,)}, r"one-hot sequences"),

@@ -21,6 +21,9 @@ NETWORKS: list[tuple[str, dict[str, Any]]] = [
     ("mlp", {"event_shape": (1, 4, 4), "widths": (16,), "condition_shape": (3,)}),
     ("resnet", {"event_shape": (1, 7, 5), "width": 8, "condition_shape": (2, 7, 5)}),
     ("wide_resnet", {"event_shape": (3, 8, 8), "depth": 10, "widen": 1, "norm": "group"}),
+    ("unet", {"event_shape": (3, 7, 5), "width": 8, "num_heads": 2, "condition_shape": (1, 7, 5)}),
+    ("unet", {"event_shape": (1, 8, 6), "width": 8, "parameterisation": "inner_product"}),
+    ("unet", {"event_shape": (1, 8, 6), "patch_size": 2, "parameterisation": "denoiser"}),
     ("vit", {"event_shape": (1, 8, 8), "width": 16, "depth": 2, "num_heads": 2}),
 ]
 
@@ -39,7 +42,7 @@ def context_of(energy: Any, num: int = NUM) -> dict[str, Tensor]:
     return {name: value for name, value in everything.items() if name in energy.context}
 
 
-@pytest.fixture(params=NETWORKS, ids=lambda v: f"{v[0]}-{len(v[1]['event_shape'])}")
+@pytest.fixture(params=NETWORKS, ids=lambda v: "-".join([v[0], *v[1]]))
 def energy(request: pytest.FixtureRequest) -> energies.Energy:
     name, params = request.param
     return energies.make(name, **params, **ALL).eval()
@@ -59,6 +62,17 @@ def test_given_equals_one_chain_at_a_time(energy: energies.Energy):
     ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(energy(x, **context), together, rtol=0, atol=0)
+
+
+def test_the_gradient_under_a_context_is_that_of_finite_differences(energy: energies.Energy):
+    given = energy.double().given(**context_of(energy))
+    x = events(energy).double().requires_grad_(True)
+    (grad,) = torch.autograd.grad(given(x).sum(), x)
+    direction = torch.randn(x.shape, generator=generator(2)).double()
+    eps = 1e-6
+    with torch.no_grad():
+        slope = (given(x + eps * direction) - given(x - eps * direction)) / (2 * eps)
+    torch.testing.assert_close(slope, (grad * direction).flatten(1).sum(1), rtol=1e-5, atol=1e-6)
 
 
 def test_every_part_of_the_context_changes_the_energy(energy: energies.Energy):
@@ -250,10 +264,13 @@ def test_every_sampler_moves_given_chains_as_those_of_the_function_written_out(n
     assert torch.equal(given.energies, explicit.energies)
 
 
-@pytest.mark.parametrize("name", ["langevin", "mala", "hmc"])
-def test_compiled_blocks_take_each_rounds_context_without_a_compilation(graphs, name: str):
+@pytest.mark.parametrize(
+    ("name", "net"), [("langevin", "unet"), ("mala", "resnet"), ("hmc", "resnet")]
+)
+def test_compiled_blocks_take_each_rounds_context_without_a_compilation(graphs, name, net):
+    params = {"parameterisation": "denoiser"} if net == "unet" else {}
     energy = energies.make(
-        "resnet", event_shape=(1, 7, 7), width=4, multipliers=(1, 1), **ALL
+        net, event_shape=(1, 7, 7), width=4, multipliers=(1, 1), **params, **ALL
     ).eval()
     kernel = FAMILY.make(name, **FAMILY.members[name].example)  # type: ignore[attr-defined]
     engine, x, ends = Engine("compiled", background=False), events(energy), []
