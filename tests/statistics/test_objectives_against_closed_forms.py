@@ -259,6 +259,59 @@ def test_denoising_optimum_is_the_precision_of_blurred_data(noise, conditioning,
     assert_within(estimate, expected, resolution=0.03 * expected)
 
 
+class Levels(nn.Module):
+    """E(x, level) = alpha[level]/2 |x|^2."""
+
+    context = needs_context = frozenset({"level"})
+    noise_stds = (0.5, 1.0, 2.0)
+    data_std = 1.0
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((3,), alpha, dtype=F64))
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        return 0.5 * self.alpha[level] * x.flatten(1).square().sum(1)
+
+
+@pytest.mark.parametrize("params", [{}, {"level_weight": "edm", "log_noise": (0.0, 1.0)}])
+def test_denoising_given_its_level_fits_the_blurred_law_of_each(params):
+    objective = objectives.make("denoising_score_matching", conditioning="level", **params)
+    data = normal_grid(4001)
+
+    def optima(seed: int) -> Tensor:
+        def slopes(alpha: float) -> Tensor:
+            energy = Levels(alpha)
+            loss, _ = objective(energy, data, None, torch.Generator().manual_seed(seed))
+            return torch.autograd.grad(loss, energy.alpha)[0]
+
+        at_one, at_two = slopes(1.0), slopes(2.0)
+        return 1.0 - at_one / (at_two - at_one)
+
+    found = torch.stack([optima(seed) for seed in range(40)])
+    for level, std in enumerate(Levels.noise_stds):
+        expected = 1 / (1 + std**2)
+        column = found[:, level]
+        estimate = column.mean().item(), (column.std() / 40**0.5).item()
+        assert_within(estimate, expected, resolution=0.05 * expected)
+
+
+def test_levels_are_drawn_by_the_log_of_their_noise_and_weighted_as_in_edm():
+    energy, data = Levels(0.0), normal_grid(20_000)
+    loss = {
+        weight: objectives.make(
+            "denoising_score_matching",
+            conditioning="level",
+            level_weight=weight,
+            log_noise=(math.log(2.0), 0.01),
+        )(energy, data, None, torch.Generator().manual_seed(0))[0].item()
+        for weight in ("equal", "edm")
+    }
+    # At alpha = 0 the residual is the noise, and every level drawn is the last, s = 2: 1 + s^2.
+    assert loss["equal"] == pytest.approx(0.5, rel=0.05)
+    assert loss["edm"] == pytest.approx(5 * loss["equal"])
+
+
 def test_denoising_at_a_temperature_fits_the_scaled_energy():
     objective = objectives.make("denoising_score_matching", noise_std=0.5, temperature=0.3)
     data = normal_grid(4001)

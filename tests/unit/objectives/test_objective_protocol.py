@@ -197,7 +197,17 @@ def test_refusals_name_the_argument_and_the_remedy():
         (lambda: objectives.make("contrastive", kl_weight=1.0), r"kl_step_size: .*step_size"),
         (lambda: objectives.make("noise_contrastive", low=1.0, high=0.0), "above low"),
         (lambda: objectives.make("reverse_kl"), r"objective\.event_shape"),
-        (lambda: objectives.make("denoising_score_matching"), r"noise_std"),
+        (lambda: objectives.make("denoising_score_matching"), r"noise_std: missing"),
+        (
+            lambda: objectives.make(
+                "denoising_score_matching", conditioning="level", noise_std=1.0
+            ),
+            r"noise_std: conditioning: level takes the noise from energy\.noise_stds",
+        ),
+        (
+            lambda: objectives.make("denoising_score_matching", noise_std=1, level_weight="edm"),
+            r"level_weight, log_noise: only with conditioning: level",
+        ),
         (
             lambda: build("score_matching", max_event_size=1)(energy, batch, None, g),
             "sliced_score_matching",
