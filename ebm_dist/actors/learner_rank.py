@@ -46,6 +46,8 @@ class LearnerRank:
         self._device = device
         self._data_config = data
         self._data = DataStream(data, rank=rank, world_size=config.num_ranks, seed=seed)
+        self._num_skipped = 0
+        """Bad samples that this stream has left out, as far as updates have reported them."""
         self._energy = energy.build(seed=derive_seed(seed, "energy"))
         self._objective = objective.build(seed=derive_seed(seed, "objective"))
         self._objective.reweight = reweight and self._objective.needs_negatives
@@ -89,7 +91,7 @@ class LearnerRank:
             negatives: leases as the shards handed them over.
 
         Returns:
-            Metrics averaged over ranks.
+            Metrics averaged over ranks, and the bad samples that this rank has left out.
 
         Raises:
             NonFinite: on every rank alike, with the parameters as they were.
@@ -104,6 +106,9 @@ class LearnerRank:
         )
         if self._jarzynski and joined is not None and "flow/ess_ratio" not in metrics:
             metrics["flow/ess_ratio"] = float(ess_ratio(joined.log_weight))
+        if self._data_config.on_bad_sample == "skip":
+            before, self._num_skipped = self._num_skipped, self._data.num_skipped
+            metrics["fault/skipped_samples"] = float(self._num_skipped - before)
         packed = self._engine.packed_weights()
         if self._outbox is not None and packed is not None:
             self._outbox.add(packed)
@@ -158,6 +163,7 @@ class LearnerRank:
         if seed != self._seed:
             self._seed = seed
             self._data.close()
+            self._num_skipped = 0
             self._data = DataStream(
                 self._data_config, rank=self._rank, world_size=self._config.num_ranks, seed=seed
             )

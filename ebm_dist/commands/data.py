@@ -102,3 +102,62 @@ def _draw(directory: Path) -> Path:
         if num_columns is not None:  # else a class is too rare to have a row
             rows = torch.cat([some[:num_columns] for some in of_class])
     return save_grid(batch.x[rows], directory / "samples.png", spec, num_columns=num_columns)
+
+
+_MAX_FAULTS = 100
+"""Faults that `data check` names; the others are counted."""
+
+
+@data_app.command(
+    "check",
+    epilog="Example: ebm-dist data check data/digits\n\n"
+    "Plain shards: ebm-dist data check 'shards/*.tar' --member jpg --num-classes 10\n\n"
+    "Exit codes: 0 all of it can be read, 2 some of it cannot.",
+)
+def data_check(
+    shards: Annotated[
+        list[str],
+        typer.Argument(
+            help="A directory, tars, a brace pattern or a glob, as in data.source.",
+            show_default=False,
+        ),
+    ],
+    member: Annotated[
+        str | None, typer.Option(help="data.member, for plain shards.", show_default=False)
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="data.kind, for plain shards.", show_default=False)
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="data.num_classes, for plain shards.", show_default=False)
+    ] = None,
+) -> None:
+    """Read every sample of SHARDS, count them by class and name those that are bad."""
+    from ebm_dist.config.text import validate
+    from ebm_dist.data import DataConfig
+    from ebm_dist.data.examine import examine
+    from ebm_dist.data.sources.prepare import counted
+
+    where = {"source": shards[0]} if len(shards) == 1 else {"shards": shards}
+    keys = {"member": member, "kind": kind, "num_classes": num_classes}
+    config = validate(DataConfig, where | {k: v for k, v in keys.items() if v is not None})
+    num_said = 0
+
+    def say(line: str) -> None:
+        nonlocal num_said
+        num_said += 1
+        if num_said <= _MAX_FAULTS:
+            print(f"bad: {one_line(line)}", flush=True)
+
+    found = examine(config, say)
+    if num_said > _MAX_FAULTS:
+        print(f"bad: {num_said - _MAX_FAULTS} more")
+    names = tuple(str(label) for label in range(max(found.by_class, default=-1) + 1))
+    whole = counted(found.num_samples, found.by_class, names)
+    print(f"{found.num_shards} shards: {whole}")
+    if num_said:
+        raise UserError(
+            f"{config.location}: {found.num_bad_samples} bad samples and {found.num_bad_shards} "
+            f"bad shards of {found.num_shards}; write them again, or leave bad samples out of a "
+            "run by data.on_bad_sample=skip"
+        )

@@ -30,7 +30,7 @@ from ebm_dist.controller.negatives import MODES
 from ebm_dist.controller.negatives.delivery import Delivery
 from ebm_dist.controller.negatives.source import POLL_S
 from ebm_dist.controller.observers.callbacks import Callbacks
-from ebm_dist.controller.observers.metric_window import MetricWindow
+from ebm_dist.controller.observers.metric_window import SKIPPED, MetricWindow
 from ebm_dist.controller.observers.monitor import Monitor
 from ebm_dist.controller.parts import Graph, View
 from ebm_dist.controller.recovery import TROUBLE, Recovery, Trouble
@@ -269,7 +269,10 @@ class Controller:
         pending = [*replies, *learners.publishing]  # the weights of the update before, as well
         self._wait(pending, self._flow.stall_timeout_s, each=learners.result)
         waited = time.monotonic() - began
-        metrics = learners.result(replies[0])
+        metrics = dict(learners.result(replies[0]))
+        if metrics.pop(SKIPPED, None) is not None:  # each rank's own, where they may be left out
+            skipped = sum(learners.result(reply)[SKIPPED] for reply in replies)
+            self._window.count(SKIPPED, int(skipped))
         flat, ema = learners.publish(average=average)
         self.progress.step += 1
         self._is_whole = True

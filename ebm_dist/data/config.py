@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     JsonValue,
     NonNegativeFloat,
@@ -18,14 +19,22 @@ from ebm_dist.core.plugins import Target
 from ebm_dist.core.section import Section, UserPath
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+# A `before` validator of the model makes pydantic forget that a list came from JSON.
+Paths = Annotated[tuple[UserPath, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
+
+
 class DataConfig(Section):
     """Where the data comes from and how a stream of it is made."""
 
     source: UserPath | None = None
     """`digits`, `fashion-mnist`, `toy:NAME`, or prepared or plain webdataset shards: a directory,
-    a file, or a brace pattern such as `path/{00..07}.tar`. `digits` if `shards` is left out too.
-    `module` for a dataset of your own, which `target` names; `given` where one was handed over in
-    Python."""
+    a file, a brace pattern such as `path/{00..07}.tar`, or a glob such as `path/*.tar`, which of a
+    prepared directory takes the training part. `digits` if `shards` is left out too. `module` for
+    a dataset of your own, which `target` names; `given` where one was handed over in Python."""
 
     target: Target | None = None
     """With `source: module`, a dataset of your own: `my_pkg.data:dataset`, the class, a function
@@ -49,8 +58,8 @@ class DataConfig(Section):
     _given: Any = PrivateAttr(default=None)
     """Of `source: given`: the train and test `Items`."""
 
-    shards: UserPath | None = None
-    """The same for shards alone; give `source` or `shards`, not both."""
+    shards: UserPath | Paths | None = None
+    """The same for shards alone, or a list of several; give `source` or `shards`, not both."""
 
     test_source: UserPath | None = None
     """Held-out shards, where the source has no test split of its own, as plain shards."""
@@ -110,6 +119,12 @@ class DataConfig(Section):
     verify: bool = True
     """Compare each shard with its SHA-256 in dataset.json when it is first opened."""
 
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """What to do about a sample of a shard that cannot be read or has another shape than the first.
+    `stop` ends the run with one line. `skip` leaves it out: `run.log` names the first few, and the
+    metric `fault/skipped_samples` counts all. A shard that is missing or cut ends the run in either
+    case. Where samples are left out, the ranks' batches are no longer the batch of one rank."""
+
     kind: Literal["image", "real", "binary", "categorical"] | None = None
     """Kind of the events of plain shards or your own dataset; told from the first sample when left
     out."""
@@ -168,6 +183,7 @@ class DataConfig(Section):
             ("test_source", self.test_source, "test_params"),
             ("member", self.member, "a dataset that returns that part"),
             ("rank_split", self.rank_split if self.rank_split == "shard" else None, "sample"),
+            ("on_bad_sample", None if self.on_bad_sample == "stop" else "skip", "one without them"),
             ("cache", self.cache if self.cache == "always" else None, "a dataset that keeps them"),
         ):
             if value is not None:
@@ -199,4 +215,12 @@ class DataConfig(Section):
         """The source, the shards or the dataset, whichever was given."""
         if self.is_own_dataset and self.target is not None:
             return self.target
-        return self.source or self.shards or "digits"
+        first, *others = self.patterns
+        return f"{first} and {len(others)} more" if others else first
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """What names shards, or a built-in source."""
+        if isinstance(self.shards, tuple):
+            return self.shards
+        return (self.source or self.shards or "digits",)

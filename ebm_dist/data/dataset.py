@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.section import nearest
@@ -53,36 +55,84 @@ def located(config: DataConfig) -> DataConfig:
     if config.is_own_dataset:
         found = config.fingerprint or open_module(config).fingerprint()
         return config.model_copy(update={"fingerprint": found})
+    here = os.getcwd()
+
+    def absolute(path: Any) -> Any:
+        if isinstance(path, tuple):
+            return tuple(map(absolute, path))
+        # A brace pattern may begin with whole paths, and braces of ours would be part of one.
+        if path is None or path.startswith("{/") or "{" in here:
+            return path
+        return os.path.join(here, path)
+
     paths = {"cache_dir": config.cache_dir, "test_source": config.test_source}
     if static_layout(config.location) is None:
         paths |= {"source": config.source, "shards": config.shards}
-    here = os.getcwd()
-    return config.model_copy(
-        update={
-            key: os.path.join(here, path)
-            for key, path in paths.items()
-            # A brace pattern may begin with whole paths, and braces of ours would be part of one.
-            if path is not None and not path.startswith("{/") and "{" not in here
-        }
-    )
+    return config.model_copy(update={key: absolute(path) for key, path in paths.items()})
 
 
 def _find(config: DataConfig) -> Shards:
-    location = config.location
-    paths, directory = _expand(location)
-    if directory is not None:
-        prepared = _of_manifest(directory, paths, config)
-        what = f"{location}, whose {FILE_NAME} says so,"
-        _refuse_plain_keys(config, what, has_test=prepared.test is not None)
-        return _with_test(prepared, config)
-    train = tuple(ShardFile(path) for path in paths)
-    if not train[0].path.exists():
-        raise UserError(_not_there(location, train[0].path))
-    sample = next(iter(read_shard(train[0])))
-    layout = guess_layout(
-        sample, kind=config.kind, num_classes=config.num_classes, member=config.member
+    key = "data.shards" if config.source is None else "data.source"
+    found = [(pattern, *_expand(pattern, key)) for pattern in config.patterns]
+    prepared = list(dict.fromkeys(directory for _, _, directory in found))
+    if None not in prepared:
+        parts = [
+            _of_manifest(
+                directory,
+                list(dict.fromkeys(p for _, paths, of in found if of == directory for p in paths)),
+                config,
+            )
+            for directory in prepared
+            if directory is not None
+        ]
+        whole = _joined(parts, config, key)
+        what = f"{config.location}, whose {FILE_NAME} says so,"
+        _refuse_plain_keys(config, what, has_test=whole.test is not None)
+        return _with_test(whole, config)
+    if len(prepared) > 1:
+        raise UserError(
+            f"{key}: names prepared shards, of {next(filter(None, prepared))}, and plain ones; "
+            "prepare all of them, or none"
+        )
+    train = tuple(dict.fromkeys(ShardFile(path) for _, paths, _ in found for path in paths))
+    for pattern, paths, _ in found:
+        if not paths[0].exists():
+            raise UserError(_not_there(pattern, paths[0], key))
+    return _with_test(
+        Shards(
+            _guessed(train[0], config), train, None, verify=config.verify, bad=config.on_bad_sample
+        ),
+        config,
     )
-    return _with_test(Shards(layout, train, None, verify=config.verify), config)
+
+
+def _guessed(shard: ShardFile, config: DataConfig) -> Layout:
+    """The layout of plain shards, by the first sample that will do."""
+    fault: UserError | None = None
+    for sample in read_shard(shard):
+        try:
+            return guess_layout(
+                sample, kind=config.kind, num_classes=config.num_classes, member=config.member
+            )
+        except UserError as error:
+            fault = fault or error
+            if config.on_bad_sample == "stop":
+                break
+    assert fault is not None, "a shard holds a sample"
+    raise fault
+
+
+def _joined(parts: list[Shards], config: DataConfig, key: str) -> Shards:
+    first, *others = parts
+    for part in others:
+        if part.layout != first.layout:
+            raise UserError(
+                f"{key}: {first.train[0].path.parent} holds events of {first.layout.spec} and "
+                f"{part.train[0].path.parent} of {part.layout.spec}; name shards of one layout"
+            )
+    test = tuple(shard for part in parts for shard in part.test or ())
+    train = tuple(shard for part in parts for shard in part.train)
+    return Shards(first.layout, train, test or None, verify=config.verify, bad=config.on_bad_sample)
 
 
 def _with_test(dataset: Shards, config: DataConfig) -> Shards:
@@ -109,7 +159,13 @@ def _of_manifest(directory: Path, chosen: list[Path] | None, config: DataConfig)
         train = [by_name[path.name] for path in chosen]
         used = {shard.path.name for shard in train}
         test = [shard for shard in test if shard.path.name not in used]
-    return Shards(manifest.layout, tuple(train), tuple(test) or None, verify=config.verify)
+    return Shards(
+        manifest.layout,
+        tuple(train),
+        tuple(test) or None,
+        verify=config.verify,
+        bad=config.on_bad_sample,
+    )
 
 
 def _expand(location: str, key: str = "data.source") -> tuple[list[Path], Path | None]:
@@ -129,7 +185,7 @@ def _expand(location: str, key: str = "data.source") -> tuple[list[Path], Path |
             return [shard.path for shard in manifest.files("train", path)], path
         return _shards_of(path, key), None
     try:
-        names = []
+        names: list[str] = []
         for name in braceexpand.braceexpand(str(path)):
             names.append(name)
             if len(names) > _MAX_SHARDS:
@@ -138,12 +194,38 @@ def _expand(location: str, key: str = "data.source") -> tuple[list[Path], Path |
         if isinstance(error, UserError):
             raise
         raise UserError(f"{key}: {location!r} is no brace pattern ({error})") from None
-    paths = [Path(name) for name in names]
+    paths = [path for name in names for path in _matching(name, location, key)]
     parents = {item.parent for item in paths}
     parent = paths[0].parent
     if len(parents) == 1 and (parent / FILE_NAME).is_file():
         return paths, parent
+    if any(map(glob.has_magic, names)):
+        _refuse_held_out([path.name for path in paths], location, key)
     return paths, None
+
+
+def _matching(name: str, location: str, key: str) -> list[Path]:
+    """The shards that a glob matches. Of a prepared directory, those to train on."""
+    if not glob.has_magic(name) or os.path.lexists(name):
+        return [Path(name)]
+    paths = [Path(found) for found in sorted(glob.glob(name, recursive=True))]
+    if not paths:
+        raise UserError(f"{key}: {location!r} matches no file; correct the pattern")
+    if len(paths) > _MAX_SHARDS:
+        raise UserError(f"{key}: {location!r} matches more than {_MAX_SHARDS} shards")
+    if not any((parent / FILE_NAME).is_file() for parent in {path.parent for path in paths}):
+        return paths
+    kept = []
+    for path in paths:
+        directory = path.parent
+        if not (directory / FILE_NAME).is_file():
+            kept.append(path)
+            continue
+        manifest = read_manifest(directory)
+        if path in {shard.path for shard in manifest.files("train", directory)}:
+            kept.append(path)
+    # The held-out part alone is meant where nothing else matches.
+    return kept or paths
 
 
 def _shards_of(directory: Path, key: str) -> list[Path]:
@@ -161,16 +243,20 @@ def _shards_of(directory: Path, key: str) -> list[Path]:
             f"{key}: {directory} holds {unread[0]} beside {found[0]}; {', '.join(SUFFIXES)} are "
             "read, so unpack it to a .tar or move it elsewhere"
         )
-    held_out = [name for name in found if re.match(r"(test|val|valid|validation)([^a-z]|$)", name)]
-    if key == "data.source" and 0 < len(held_out) < len(found):
-        raise UserError(
-            f"{key}: {directory} holds {held_out[0]} beside other shards, and all would be trained "
-            "on; move what is held out to a directory of its own and name it in data.test_source"
-        )
+    _refuse_held_out(found, directory, key)
     return [directory / name for name in found]
 
 
-def _not_there(location: str, first: Path) -> str:
+def _refuse_held_out(names: list[str], where: object, key: str) -> None:
+    held_out = [name for name in names if re.match(r"(test|val|valid|validation)([^a-z]|$)", name)]
+    if key != "data.test_source" and 0 < len(held_out) < len(names):
+        raise UserError(
+            f"{key}: {where} holds {held_out[0]} beside other shards, and all would be trained "
+            "on; move what is held out to a directory of its own and name it in data.test_source"
+        )
+
+
+def _not_there(location: str, first: Path, key: str) -> str:
     if location in WITHOUT_ORIGINALS:
         return (
             f"data.source: {location} is not built in; run `ebm-dist data prepare {location} OUT "
@@ -180,7 +266,7 @@ def _not_there(location: str, first: Path) -> str:
     known = ["digits", "fashion-mnist", "toy:NAME"]
     close = nearest(location, [*known, *WITHOUT_ORIGINALS]) if "/" not in location else ""
     return (
-        f"data.source: {location!r} is neither built in ({', '.join(known)}) nor shards on this "
+        f"{key}: {location!r} is neither built in ({', '.join(known)}) nor shards on this "
         f"machine ({first} does not exist){close}; run `ebm-dist data prepare` or correct the path"
     )
 

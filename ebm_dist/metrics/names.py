@@ -198,6 +198,9 @@ METRICS: dict[str, Metric] = {
     # Faults.
     "fault/restarts": _promised("actors restarted so far", "count"),
     "fault/rollbacks": Metric("rollbacks so far because of non-finite numbers", "count"),
+    "fault/skipped_samples": Metric(
+        "samples left out so far because they could not be read (data.on_bad_sample: skip)", "count"
+    ),
     "workers/alive": Metric("workers that hold weights and take rounds", "workers"),
     # The hub itself.
     "hub/dropped": Metric("metric rows dropped so far because the queue was full", "rows"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from ebm_dist.data.dataset import located
 from ebm_dist.learner.config import LearnerConfig, learning_rate
 
 _PLACES = ("source", "shards", "test_source")
-_READING = ("batch_size", "shuffle", "rank_split", "prefetch", "verify")
+_READING = ("batch_size", "shuffle", "rank_split", "prefetch", "verify", "on_bad_sample")
 _CACHE = ("cache", "cache_mib", "cache_dir")
 """The keys of `data` above change how samples are read; all others change their distribution."""
 
@@ -117,8 +118,11 @@ def _is_fixed(key: str, old: Any, config: RunConfig) -> bool:
         return name not in config.objective.adjustable
     if section == "data" and name in _PLACES and old is not None:
         # Data that has moved counts as the same; the events are compared as well.
-        moved = os.path.isabs(old) and "{" not in old and not os.path.lexists(old)
-        return not moved and old != config.data.location
+        olds = [old] if isinstance(old, str) else old
+        moved = not any(glob.has_magic(path) or "{" in path for path in olds) and all(
+            os.path.isabs(path) and not os.path.lexists(path) for path in olds
+        )
+        return not moved and tuple(olds) != config.data.patterns
     if section == "data" and name == "target" and config.data.source == "given":
         return False  # an array may be given as a tensor: the fingerprint tells
     if section == "data":

@@ -43,6 +43,7 @@ COMMANDS = [
     ["doctor"],
     ["data"],
     ["data", "prepare"],
+    ["data", "check"],
     ["dashboard"],
     ["dashboard", "write"],
     ["dashboard", "publish"],

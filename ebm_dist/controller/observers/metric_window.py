@@ -7,6 +7,8 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 
+SKIPPED = "fault/skipped_samples"
+
 
 class MetricWindow:
     """Collects updates and rounds; `close` gives their means and starts anew."""
@@ -71,6 +73,8 @@ class MetricWindow:
             "wait/learner": self._waits[0] / seconds,
             "wait/worker": min(idle_s / seconds, 1.0),
         }
+        if SKIPPED in self._totals:
+            values[SKIPPED] = self._totals[SKIPPED]
         self.reset()
         return values
 

@@ -188,7 +188,7 @@ def _write(
     for split, samples in original.splits.items():
         entries, counts = _write_split(original, split, samples, directory, shard_size)
         splits[split] = tuple(entries)
-        say(f"{split}: {_counted(samples.num, counts, original.classes)}")
+        say(f"{split}: {counted(samples.num, counts, original.classes)}")
     if "test" not in splits:
         say("test: no samples; a run that evaluates needs data.holdout or data.test_source")
     spec = original.layout.spec
@@ -239,7 +239,8 @@ def _write_split(
     return entries, counts
 
 
-def _counted(num: int, counts: Counter[int], classes: tuple[str, ...]) -> str:
+def counted(num: int, counts: Counter[int], classes: tuple[str, ...]) -> str:
+    """The number of samples, in all and of each class."""
     if not classes:
         return f"{num} samples without labels"
     if len(classes) > _MAX_LISTED:

@@ -14,6 +14,7 @@ from ebm_dist.data.format.manifest import SplitName
 from ebm_dist.data.storage.items import Items, spread
 from ebm_dist.data.storage.protocol import Rows
 from ebm_dist.data.storage.shards import held_out
+from ebm_dist.data.stream.bad_samples import BadSamples
 from ebm_dist.data.stream.order import SplitMode
 
 NUM_HASHED = 16
@@ -132,6 +133,7 @@ class IndexedEpochs:
     ) -> None:
         self.offset = rank
         self.num_seen = storage.num_samples("train")
+        self.bad = BadSamples("stop")
         self._storage = storage
         self._world_size = world_size
         self._seed = seed

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from ebm_dist.core.errors import UserError
 from ebm_dist.data.format.decode import DATA_EXTENSIONS, Layout, decode_sample
 from ebm_dist.data.format.shards import ShardFile, read_shard
+from ebm_dist.data.stream.bad_samples import BadSamples
 
 MAX_BYTES = 16 * 2**20
 """Shards up to this total are decoded before the start, in about a second; of larger ones the
 first epoch finds the faults."""
 
 
-def survey(shards: Iterable[ShardFile], layout: Layout) -> list[str]:
+def survey(shards: Iterable[ShardFile], layout: Layout, bad: BadSamples) -> list[str]:
     """What plain shards hold beside their samples, one line for each kind; empty if nothing.
 
     Raises:
@@ -22,15 +24,19 @@ def survey(shards: Iterable[ShardFile], layout: Layout) -> list[str]:
     shards = [shard for shard in shards if shard.num_samples is None]
     if sum(shard.path.stat().st_size for shard in shards) > MAX_BYTES:
         return []
-    return [line for shard in shards if (line := _unread(shard, layout))]
+    return [line for shard in shards if (line := _unread(shard, layout, bad))]
 
 
-def _unread(shard: ShardFile, layout: Layout) -> str:
+def _unread(shard: ShardFile, layout: Layout, bad: BadSamples) -> str:
     odd_names: list[str] = []
     folders: set[str] = set()
     unread: Counter[str] = Counter()
     for sample in read_shard(shard, odd_names):
-        decode_sample(sample, layout)
+        try:
+            decode_sample(sample, layout)
+        except UserError as error:
+            bad.add(error)
+            continue
         folders.add(sample["__key__"].rpartition("/")[0])
         unread.update(name for name in sample if not _is_read(name, layout))
     parts = [f"{num} members {name!r}" for name, num in unread.most_common(10)]

@@ -9,6 +9,7 @@ import numpy as np
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.format.decode import Layout
 from ebm_dist.data.format.manifest import SplitName
+from ebm_dist.data.stream.bad_samples import BadSamples
 from ebm_dist.data.stream.order import SplitMode
 
 Rows = tuple[np.ndarray, np.ndarray | None]
@@ -24,6 +25,9 @@ class Epochs(Protocol):
     """Of the next sample in the epoch; counts as `Cursor.offset` does."""
     num_seen: int
     """Samples of the epoch, known once `take` has returned fewer than it was asked for."""
+
+    bad: BadSamples
+    """Told of the samples that will not do."""
 
     def open(self, epoch: int, offset: int) -> None: ...
 

@@ -18,6 +18,7 @@ from ebm_dist.data.format.manifest import SplitName
 from ebm_dist.data.format.shards import ShardFile, check_shard, read_shard
 from ebm_dist.data.storage.plain_survey import survey
 from ebm_dist.data.storage.protocol import Rows
+from ebm_dist.data.stream.bad_samples import BadSamples, Policy
 from ebm_dist.data.stream.shard_epochs import ShardEpochs
 
 MAX_CHECKSUM_BYTES = 256 * 2**20
@@ -36,6 +37,8 @@ class Shards:
     """Part of the training shards that is the test split; then `test` is `train`."""
     verify: bool = True
     """Compare checksums."""
+    bad: Policy = "stop"
+    """See `data.on_bad_sample`."""
 
     def has(self, split: SplitName) -> bool:
         return split == "train" or self.test is not None
@@ -85,17 +88,17 @@ class Shards:
 
     def survey(self) -> list[str]:
         """Every shard's presence and size, and of a small data set checksums or samples."""
-        shards = self._all()
+        shards = self.all()
         for shard in shards:
             check_shard(shard, checksum=False)
         if self.verify and sum(s.path.stat().st_size for s in shards) <= MAX_CHECKSUM_BYTES:
             for shard in shards:
                 check_shard(shard, checksum=True)
-        return survey(shards, self.layout)
+        return survey(shards, self.layout, BadSamples(self.bad))
 
     def problems(self) -> list[str]:
         found = []
-        for shard in self._all():
+        for shard in self.all():
             try:
                 check_shard(shard, checksum=self.verify)
                 decode_sample(next(iter(read_shard(shard))), self.layout)
@@ -106,15 +109,23 @@ class Shards:
     def _of(self, split: SplitName) -> tuple[ShardFile, ...]:
         return self.train if split == "train" else self.test or ()
 
-    def _all(self) -> list[ShardFile]:
+    def all(self) -> list[ShardFile]:
+        """The shards of both splits, each once."""
         return list(dict.fromkeys((*self.train, *(self.test or ()))))
 
     def _decoded(self, split: SplitName) -> Iterator[tuple[np.ndarray, int | None]]:
+        bad = BadSamples(self.bad)
         for shard in self._of(split):
             check_shard(shard, checksum=self.verify)
             for raw in read_shard(shard):
-                if self.belongs(raw, split):
-                    yield decode_sample(raw, self.layout)
+                if not self.belongs(raw, split):
+                    continue
+                try:
+                    decoded = decode_sample(raw, self.layout)
+                except UserError as error:
+                    bad.add(error)
+                else:
+                    yield decoded
 
 
 def held_out(key: str, part: float) -> bool:

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ebm_dist.core.errors import UserError
 from ebm_dist.data.format.decode import Layout, decode_sample
+from ebm_dist.data.stream.bad_samples import BadSamples
 
 
 class Sample:
@@ -88,18 +90,25 @@ class Kept:
             self._line_up()
         return [row for number in numbers for row in self._rows[number]]
 
-    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """x (num, *stored shape) and labels (num,) int64 of some rows (num,), as copies.
+    def decoded(self, rows: np.ndarray, bad: BadSamples) -> np.ndarray:
+        """`rows` (num,) without those of bad samples; the others are decoded afterwards."""
+        if not self._encoded:
+            return rows
+        good = np.ones(len(rows), bool)
+        for place, row in enumerate(rows.tolist()):
+            if (raw := self._encoded.get(row)) is None:
+                continue
+            try:
+                self._write(row, *decode_sample(raw, self._layout))
+            except UserError as error:
+                bad.add(error)
+                good[place] = False
+            else:
+                del self._encoded[row]
+        return rows if good.all() else rows[good]
 
-        Raises:
-            UserError: one is decoded now and is not what the layout says.
-        """
-        if self._encoded:
-            for row in rows.tolist():
-                raw = self._encoded.get(row)
-                if raw is not None:
-                    self._write(row, *decode_sample(raw, self._layout))
-                    del self._encoded[row]
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """x (num, *stored shape) and labels (num,) int64 of rows (num,) that `decoded` returned."""
         return self._x[rows], self._label[rows] if self._layout.labelled else None
 
     def _line_up(self) -> None:

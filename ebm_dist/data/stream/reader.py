@@ -59,6 +59,11 @@ class Reader:
         return self._epochs.mode
 
     @property
+    def num_skipped(self) -> int:
+        """Bad samples that were left out so far."""
+        return self._epochs.bad.num
+
+    @property
     def start(self) -> Cursor:
         return Cursor(0, self._rank if self.mode == "sample" else 0, 0)
 
@@ -87,11 +92,19 @@ class Reader:
     def _stored(self, num: int) -> Rows:
         """x (num, *stored shape) and labels (num,) int64, over the ends of epochs if need be."""
         parts: list[Rows] = []
+        num_empty = 0
         while num > 0:
             part = self._epochs.take(num)
             if len(part[0]):
                 parts.append(part)
                 num -= len(part[0])
+            # The rest of one epoch may be empty, and what is left of the next may hold nothing.
+            num_empty = 0 if len(part[0]) else num_empty + 1
+            if num_empty > 2 and self.num_skipped:
+                raise UserError(
+                    f"data.on_bad_sample: skip, but {self._config.location} holds no sample that "
+                    "will do; run.log names some, and `ebm-dist data check` all"
+                )
             if num > 0:
                 self._turn()
         if len(parts) == 1:

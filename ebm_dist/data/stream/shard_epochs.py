@@ -13,6 +13,7 @@ from ebm_dist.core.seeds import derive_seed
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.format.decode import Layout
 from ebm_dist.data.format.shards import ShardFile, check_shard, read_shard
+from ebm_dist.data.stream.bad_samples import BadSamples
 from ebm_dist.data.stream.kept import Kept, Sample
 from ebm_dist.data.stream.order import SplitMode, shard_order, shuffled, split_mode
 
@@ -43,6 +44,7 @@ class ShardEpochs:
                 f"{config.location} has {len(shards)}; use auto or sample"
             )
         self.offset = self.num_seen = 0
+        self.bad = BadSamples(config.on_bad_sample)
         self._config = config
         self._layout = layout
         self._shards = shards
@@ -88,13 +90,24 @@ class ShardEpochs:
 
     def take(self, num: int) -> tuple[np.ndarray, np.ndarray | None]:
         if self._rows is not None:
-            rows = self._rows[self.offset : self.offset + num * self._stride : self._stride]
-            self.offset += len(rows) * self._stride
-            return self._kept.take(rows)
+            chosen = np.empty(0, np.int64)
+            while len(chosen) < num:
+                end = self.offset + (num - len(chosen)) * self._stride
+                rows = self._rows[self.offset : end : self._stride]
+                if not len(rows):
+                    break
+                self.offset += len(rows) * self._stride
+                good = self._kept.decoded(rows, self.bad)
+                chosen = np.concatenate([chosen, good]) if len(chosen) else good
+            return self._kept.take(chosen)
         layout = self._layout
         xs, labels = [], []
         while len(xs) < num and (sample := self._next()) is not None:
-            x, label = sample.decoded(layout)
+            try:
+                x, label = sample.decoded(layout)
+            except UserError as error:
+                self.bad.add(error)
+                continue
             xs.append(x)
             labels.append(label)
         x = np.stack(xs) if xs else np.empty((0, *layout.spec.shape), layout.dtype)

@@ -71,6 +71,11 @@ class DataStream:
         batch, self._cursor = self._ahead.take()
         return batch
 
+    @property
+    def num_skipped(self) -> int:
+        """Bad samples that this rank left out so far (`data.on_bad_sample`)."""
+        return self._reader.num_skipped
+
     def state(self) -> dict[str, Any]:
         """The cursor after the last batch handed out, as JSON. Each rank has its own."""
         return {
