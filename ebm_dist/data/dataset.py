@@ -213,17 +213,12 @@ def _matching(name: str, location: str, key: str) -> list[Path]:
         raise UserError(f"{key}: {location!r} matches no file; correct the pattern")
     if len(paths) > _MAX_SHARDS:
         raise UserError(f"{key}: {location!r} matches more than {_MAX_SHARDS} shards")
-    if not any((parent / FILE_NAME).is_file() for parent in {path.parent for path in paths}):
-        return paths
-    kept = []
-    for path in paths:
-        directory = path.parent
-        if not (directory / FILE_NAME).is_file():
-            kept.append(path)
-            continue
-        manifest = read_manifest(directory)
-        if path in {shard.path for shard in manifest.files("train", directory)}:
-            kept.append(path)
+    to_train_on = {
+        directory: {shard.path for shard in read_manifest(directory).files("train", directory)}
+        for directory in {path.parent for path in paths}
+        if (directory / FILE_NAME).is_file()
+    }
+    kept = [path for path in paths if path in to_train_on.get(path.parent, {path})]
     # The held-out part alone is meant where nothing else matches.
     return kept or paths
 

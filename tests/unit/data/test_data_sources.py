@@ -153,7 +153,7 @@ def test_the_arrays_of_an_npz_are_told_by_their_names(tmp_path: Path, names, pac
     x, y = images(20, 4, 4, 3), np.arange(20)[:, None] % 4
     names = [name.replace("val", "_val") for name in names]
     arrays = dict(zip(names, (x[:15], y[:15], x[15:], y[15:])))
-    (np.savez_compressed if packed else np.savez)(tmp_path / "a.npz", **arrays)
+    (np.savez_compressed if packed else np.savez)(tmp_path / "a.npz", **arrays)  # pyright: ignore[reportArgumentType]
     manifest = prepare("arrays", tmp_path / "out", tmp_path / "a.npz")
     assert (manifest.event.shape, manifest.classes) == ((3, 4, 4), ("0", "1", "2", "3"))
     chw = x.transpose(0, 3, 1, 2)
@@ -177,7 +177,7 @@ def test_a_single_array_is_mapped_and_a_tenth_of_it_held_out(tmp_path: Path):
 def test_labels_of_an_array_come_in_its_order(tmp_path: Path, form: str):
     x = images(60, 4, 4)
     np.save(tmp_path / "a.npy", x)
-    labels = ["ant", "bee"] * 30 if form != "npy" else [3, 7] * 30
+    labels: list = ["ant", "bee"] * 30 if form != "npy" else [3, 7] * 30
     path = tmp_path / f"labels.{form}"
     if form == "npy":
         np.save(path, np.array(labels))
