@@ -24,7 +24,13 @@ from ebm_dist.cluster.backend import (
 )
 from ebm_dist.cluster.halt import Halt
 from ebm_dist.cluster.own_ray import OwnRay, RayDied
-from ebm_dist.cluster.ray_starts import RayHandle, Starts, constructor_error, unreadable_argument
+from ebm_dist.cluster.ray_starts import (
+    RayHandle,
+    Starts,
+    constructor_error,
+    unreadable_argument,
+    unsendable_argument,
+)
 from ebm_dist.cluster.ray_temp import private_temp_dir
 from ebm_dist.cluster.shared_memory import RunMemory
 from ebm_dist.cluster.stall import LOOK_S
@@ -188,7 +194,7 @@ class RayBackend:
         elif node is not None:
             where = self._on(node)
         host = self._host_with_aside if aside else self._host
-        actor = host.options(
+        host = host.options(
             name=name if count == 1 else f"{name}.{count}",
             # On a Ray of our own the threads share the cores out; a claim could only
             # keep an actor from starting.
@@ -198,7 +204,13 @@ class RayBackend:
             scheduling_strategy=where,
             allow_out_of_order_execution=any_order,
             runtime_env={"env_vars": env} if env else None,
-        ).remote(factory, kwargs, num_threads, self._memory, shared, self._plugins)
+        )
+        try:
+            actor = host.remote(factory, kwargs, num_threads, self._memory, shared, self._plugins)
+        except TypeError as error:  # with all of `kwargs` in its text
+            if (line := unsendable_argument(kwargs, self._ray.cloudpickle.dumps)) is None:
+                raise
+            raise UserError(line) from error
         handle = RayHandle(name, actor, node=node, num_gpus=num_gpus)
         self._handles.append(handle)
         self._starts.begin(handle, actor.ready.remote())

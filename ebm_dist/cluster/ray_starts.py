@@ -6,13 +6,13 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref
 from ebm_dist.cluster.stall import LOOK_S
-from ebm_dist.core.errors import RunFailed
+from ebm_dist.core.errors import RunFailed, one_line
 
 log = logging.getLogger("ebm_dist")
 
@@ -114,7 +114,23 @@ def unreadable_argument(error: Exception) -> str | None:
         return None
     node = re.search(r"\bip=([^,)\s]+)", text)
     return (
-        f"plugins: the node {node[1] if node else 'of an actor'} cannot read a section or object "
-        f"of the user ({found[1].strip()}); install its module there, or set runtime.working_dir "
-        "to the directory that holds it, which Ray then ships to every node"
+        f"runtime.working_dir: the node {node[1] if node else 'of an actor'} cannot read a section "
+        f"or object of yours ({found[1].strip()}); install its module there, or set this key to "
+        "the directory that holds it, which Ray then ships to every node"
     )
+
+
+def unsendable_argument(kwargs: Mapping[str, Any], dumps: Callable[[Any], bytes]) -> str | None:
+    """What to say where an argument of a part cannot be pickled, as an object of the user may not
+    be; None where `dumps` takes each."""
+    for key, value in kwargs.items():
+        try:
+            dumps(value)
+        except Exception as error:
+            return (
+                f"{key}: cannot be sent to Ray's processes "
+                f"({one_line(f'{type(error).__name__}: {error}')}); let the object make what "
+                "cannot be pickled, such as a lock or an open file, when it is first used, or set "
+                "runtime.backend: inline"
+            )
+    return None

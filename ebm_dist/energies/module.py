@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.errors import one_line
 from ebm_dist.core.plugins import Target, load_target, target_of
 from ebm_dist.core.types import EnergyFn, EventSpec
 from ebm_dist.core.weights import flat_tensors
@@ -179,8 +180,19 @@ def given(energy: nn.Module | Callable[..., Any]) -> EnergySection:
             f"(B, *event) -> (B,), got a {type(energy).__name__}"
         )
     section = ModuleEnergySection(target=target_of(energy))
-    section._given = copy.deepcopy(energy).cpu() if isinstance(energy, nn.Module) else energy
+    section._given = _copy(energy).cpu() if isinstance(energy, nn.Module) else energy
     return section
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:  # it holds a lock, a file, a tensor with a history
+        what = one_line(f"{type(error).__name__}: {error}")
+        raise ValueError(
+            f"energy: the {type(module).__name__} cannot be copied ({what}); "
+            "pass the class, or a function without arguments that makes the module"
+        ) from error
 
 
 def _takes_nothing(function: Callable[..., Any]) -> bool:

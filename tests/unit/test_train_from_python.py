@@ -155,6 +155,26 @@ def test_without_a_finished_run_there_is_no_export_to_open(tmp_path):
         result.open_export()
 
 
+class Locked(nn.Module):
+    """Holds what can be neither copied nor pickled."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock, self.body = threading.Lock(), net()
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_a_network_that_cannot_be_copied_is_one_line_and_its_class_is_taken():
+    with pytest.raises(UserError) as caught:
+        config_of({}, Locked(), points(1000))
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("energy: the Locked cannot be copied (TypeError: cannot pickle")
+    assert "pass the class" in line
+    assert isinstance(config_of({}, Locked, points(1000))[0].energy.build(), Locked)
+
+
 # --- what is left out -----------------------------------------------------------------------------
 
 
