@@ -13,9 +13,12 @@ from ebm_dist.config.run_config import RunConfig
 from ebm_dist.config.sections import RunSection
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventSpec
+from ebm_dist.core.weights import FlatLayout
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.dataset import located
+from ebm_dist.energies.module import ModuleEnergySection
 from ebm_dist.learner.config import LearnerConfig, learning_rate
+from ebm_dist.run.given import is_given
 
 _PLACES = ("source", "shards", "test_source")
 _READING = ("batch_size", "shuffle", "rank_split", "prefetch", "verify", "on_bad_sample")
@@ -35,11 +38,20 @@ def check_resumable(config: RunConfig, spec: EventSpec, found: CheckpointDir) ->
     Args:
         config: already bound to the data, whose events are `spec`.
     """
+    elsewhere = "run_dir" if is_given(config) else "--run-dir"
     for key, (old, new) in changed_keys(config, found).items():
         if _is_fixed(key, old, config):
             raise UserError(
                 f"{key}: the checkpoint at {found.path} has {_short(old)}, the config "
-                f"{_short(new)}; restore it, or start anew with another --run-dir"
+                f"{_short(new)}; restore it, or start anew with another {elsewhere}"
+            )
+    if isinstance(config.energy, ModuleEnergySection):  # code may change under one target
+        here = FlatLayout.of(config.energy.build(seed=0)).size
+        there = found.tensors("ema")["flat"].numel()
+        if here != there:
+            raise UserError(
+                f"energy: the network has {here} weights, that of the checkpoint at {found.path} "
+                f"{there}; restore it, or start anew with another {elsewhere}"
             )
     event = found.meta.get("event")
     if isinstance(event, dict) and EventSpec(**{**event, "shape": tuple(event["shape"])}) != spec:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import io
 import json
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,6 +112,46 @@ def test_train_works_inside_a_running_event_loop(tmp_path):
     assert asyncio.run(main()).finished
 
 
+class ZMQInteractiveShell:
+    """What a notebook's `get_ipython()` returns, by the name that libraries look for."""
+
+
+class OutStream(io.TextIOBase):
+    """Standard output of a notebook's kernel: not a terminal, and no file."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+        return len(text)
+
+
+def test_train_in_a_notebook_prints_lines_into_the_cell_or_draws_the_view(tmp_path, monkeypatch):
+    cells: list[str] = []
+    display = SimpleNamespace(display=lambda data, **_: cells.append(data.text))
+    ipython = SimpleNamespace(display=display, version_info=(9, 0))
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    stream = OutStream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    given = {"energy": net(), "data": points()}
+
+    async def kernel():  # which runs each cell in its loop
+        line = ebm_dist.train(SMALL, run_dir=tmp_path / "lines", **given)
+        terminal = Console(force_terminal=True, force_jupyter=False, width=100)
+        live = ebm_dist.train(SMALL, run_dir=tmp_path / "live", console=terminal, **given)
+        return line.finished, live.finished
+
+    assert asyncio.run(kernel()) == (True, True)
+    shown = "".join(cells)
+    assert "update 4/4" in shown
+    assert "done at update 4" in shown
+    assert "time left" in stream.text
+    assert stream.text.rstrip().endswith(f"report {tmp_path / 'live'}\x1b[0m")
+
+
 def test_train_works_in_a_thread_and_twice_in_one_process(tmp_path):
     results = []
     for name in ("first", "second"):
@@ -143,6 +185,17 @@ def test_a_function_a_factory_and_numpy_data_are_taken(tmp_path):
 
     steps = {"run": {"steps": np.int64(2)}}
     assert train(tmp_path / "b", SMALL | steps, energy=lambda: Scaled()).step == 2
+
+
+def test_a_call_with_another_network_or_other_data_says_to_take_another_run_dir(tmp_path):
+    train(tmp_path / "run", SMALL | {"run": {"steps": 1}})
+    wider = nn.Sequential(nn.Linear(2, 9), nn.SiLU(), nn.Linear(9, 1), nn.Flatten(0))
+    for given, said in (
+        ({"energy": wider}, "energy: the network has 37 weights, that of the checkpoint at .* 33;"),
+        ({"data": points() + 1}, "data.fingerprint: the checkpoint at "),
+    ):
+        with pytest.raises(UserError, match=f"^{said}.* or start anew with another run_dir$"):
+            train(tmp_path / "run", **given)
 
 
 def test_without_a_finished_run_there_is_no_export_to_open(tmp_path):
@@ -205,6 +258,24 @@ def test_images_and_bits_get_the_recipe_of_their_kind():
     assert said is not None
     assert "gibbs_with_gradients" in said
     assert config.data.holdout == 0.2
+
+
+def test_images_and_a_network_alone_train_to_a_grid_and_chains_that_stay_in_the_box(tmp_path):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (200, 1, 6, 6), dtype=torch.uint8)
+    conv = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(64, 1))
+    told = {"run": {"steps": 2}, "tracking": {"wandb": "off"}}
+    result = train(tmp_path / "run", told, energy=nn.Sequential(conv, nn.Flatten(0)), data=images)
+    assert result.finished
+    assert list((tmp_path / "run" / "samples").glob("*.png"))
+    export = result.open_export()
+    chains = export.chains()
+    assert chains is not None
+    x, _ = ebm_dist.sample(export, 4, num_steps=3)
+    for drawn in (chains, x):
+        assert drawn.shape[1:] == (1, 6, 6)
+        assert drawn.abs().max() <= 1.0
+        assert len(drawn.unique()) > 2  # not all at its walls
 
 
 def test_what_the_caller_says_stays_beside_what_is_filled_in():
