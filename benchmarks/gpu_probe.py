@@ -51,12 +51,12 @@ def zero(device: str) -> None:
     from ebm_dist import energies, objectives
     from ebm_dist.core.types import Batch, Negatives
     from ebm_dist.learner.config import LearnerConfig
-    from ebm_dist.learner.engine import Engine
+    from ebm_dist.learner.engine import LearnerEngine
 
     ends = []
     for stage in (0, 2):
 
-        class Forced(Engine):
+        class Forced(LearnerEngine):
             zero_stage = property(lambda self, stage=stage: stage, lambda self, value: None)
 
         energy = energies.FAMILY.section(

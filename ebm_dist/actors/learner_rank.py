@@ -58,9 +58,9 @@ class LearnerRank:
     def start(self, rendezvous: tuple[str, int]) -> None:
         """Meet the other ranks at (host, port) and build the engine. Collective."""
         # Importing DeepSpeed takes seconds; nothing but a learner pays them.
-        from ebm_dist.learner.engine import Engine
+        from ebm_dist.learner.engine import LearnerEngine
 
-        self._engine = Engine(
+        self._engine = LearnerEngine(
             self._config,
             self._energy,
             self._objective,

@@ -1,6 +1,6 @@
 """The learner: batch + negatives -> objective -> one DeepSpeed step -> weights to publish.
 
-`Engine` is imported from `ebm_dist.learner.engine`, not from here, so that reading a config
+`LearnerEngine` is imported from `ebm_dist.learner.engine`, not from here, so that reading a config
 does not load DeepSpeed.
 """
 

@@ -30,7 +30,7 @@ from ebm_dist.learner.step import LearningStep
 from ebm_dist.objectives.objective import Objective
 
 
-class Engine:
+class LearnerEngine:
     """Takes optimiser steps on this rank's slice of the batch, in collectives with the other ranks.
 
     Every public method is collective: all ranks call it, each in one thread. The engine owns the
@@ -250,7 +250,7 @@ class Engine:
         finally:
             self._group.leave()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> LearnerEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:

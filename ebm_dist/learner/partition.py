@@ -175,7 +175,7 @@ class GatheredPartition(Partition):
 
 
 def first_state(config: LearnerConfig, step: nn.Module) -> dict[str, Tensor]:
-    """The result of `Engine.state` before the first update, computed without an engine."""
+    """The result of `LearnerEngine.state` before the first update, computed without an engine."""
     trained = {name: p for name, p in step.named_parameters() if p.requires_grad}
     partition = Partition(make_optimizer(config, list(trained.values())))
     persistent = step.state_dict().keys()

@@ -19,7 +19,7 @@ from ebm_dist import energies, objectives
 from ebm_dist.core.generators import seeded
 from ebm_dist.core.types import Batch, Negatives
 from ebm_dist.learner.config import LearnerConfig
-from ebm_dist.learner.engine import Engine
+from ebm_dist.learner.engine import LearnerEngine
 
 Draw = tuple[Batch, Negatives | None]
 
@@ -157,7 +157,7 @@ def run_engine(
 ) -> dict[str, Any]:
     """Train steps `first` to `num_steps` on this rank's slices; the end state and metrics."""
     module = make_energy(energy[0], **energy[1])
-    with Engine(
+    with LearnerEngine(
         LearnerConfig(**config),
         module,
         make_objective(objective[0], **objective[1]),

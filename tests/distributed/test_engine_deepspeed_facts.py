@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ebm_dist.core.types import Batch
 from ebm_dist.learner.config import LearnerConfig
-from ebm_dist.learner.engine import Engine
+from ebm_dist.learner.engine import LearnerEngine
 
 ACCUMULATION = 2
 
@@ -35,7 +35,7 @@ class SlopeInside(nn.Module):
 def gradient_through_engine(rank: int, port: int, stage: int) -> Tensor | str:
     """dE/dx taken through the engine's output, or the error that DeepSpeed raises."""
     config = LearnerConfig(zero_stage=stage, accumulation=ACCUMULATION)
-    with Engine(
+    with LearnerEngine(
         config, make_energy("mlp"), SumOfEnergies(), rank=rank, world_size=2, master_port=port
     ) as engine:
         x = draws("mlp", 1)[0][0].x.requires_grad_(True)
@@ -49,7 +49,7 @@ def gradient_through_engine(rank: int, port: int, stage: int) -> Tensor | str:
 
 def slope_inside(rank: int, port: int, stage: int) -> float:
     config = LearnerConfig(zero_stage=stage, accumulation=1)
-    with Engine(
+    with LearnerEngine(
         config, make_energy("mlp"), SlopeInside(), rank=rank, world_size=2, master_port=port
     ) as engine:
         batch = Batch(draws("mlp", 1)[0][0].x)

@@ -12,7 +12,7 @@ from engine_ranks import draws, free_port, make_energy, make_objective, slice_of
 from ebm_dist.core.errors import NonFinite, RunFailed
 from ebm_dist.core.types import Batch
 from ebm_dist.learner.config import LearnerConfig
-from ebm_dist.learner.engine import Engine
+from ebm_dist.learner.engine import LearnerEngine
 
 OBJECTIVE = ("contrastive", {"energy_l2": 0.1, "gradient_penalty": 0.5})
 
@@ -21,7 +21,7 @@ def poisoned_run(
     rank: int, port: int, config: dict[str, Any], bad_rank: int | None, poison: float
 ) -> dict[str, Any]:
     """Three updates, with one that `bad_rank` spoils between the first and the second."""
-    engine = Engine(
+    engine = LearnerEngine(
         LearnerConfig(**config),
         make_energy("mlp"),
         make_objective(OBJECTIVE[0], **OBJECTIVE[1]),
@@ -72,7 +72,7 @@ def test_a_gradient_that_overflows_under_a_finite_loss_stops_the_update():
             # sqrt at 0: the loss is 0, its derivative is not finite.
             return (total - total.detach()).abs().sqrt(), {}
 
-    with Engine(LearnerConfig(), make_energy("mlp"), Steep()) as engine:
+    with LearnerEngine(LearnerConfig(), make_energy("mlp"), Steep()) as engine:
         before = engine.flat_weights()
         with pytest.raises(
             NonFinite, match=r"the loss is 0 and the norm of its gradient (nan|inf)"
@@ -84,7 +84,7 @@ def test_a_gradient_that_overflows_under_a_finite_loss_stops_the_update():
 
 
 def lone_update(rank: int, port: int) -> tuple[str, float]:
-    engine = Engine(
+    engine = LearnerEngine(
         LearnerConfig(timeout_s=2.0),
         make_energy("mlp"),
         make_objective("contrastive"),
@@ -114,7 +114,7 @@ def test_a_rank_that_does_not_come_is_an_error_within_the_timeout():
 def test_ranks_that_do_not_find_each_other_fail_with_the_address_and_leave_no_group():
     port = free_port()
     with pytest.raises(RunFailed, match=f"rank 1 of 2 could not join 127.0.0.1:{port} within 1 s"):
-        Engine(
+        LearnerEngine(
             LearnerConfig(timeout_s=1.0),
             make_energy("mlp"),
             make_objective("contrastive"),
@@ -122,5 +122,7 @@ def test_ranks_that_do_not_find_each_other_fail_with_the_address_and_leave_no_gr
             world_size=2,
             master_port=port,
         )
-    with Engine(LearnerConfig(), make_energy("mlp"), make_objective("contrastive")) as engine:
+    with LearnerEngine(
+        LearnerConfig(), make_energy("mlp"), make_objective("contrastive")
+    ) as engine:
         assert engine.flat_weights() is not None

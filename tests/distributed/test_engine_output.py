@@ -13,14 +13,14 @@ import sys
 import torch
 from ebm_dist import energies, objectives
 from ebm_dist.learner.config import LearnerConfig
-from ebm_dist.learner.engine import Engine
+from ebm_dist.learner.engine import LearnerEngine
 from ebm_dist.core.types import Batch
 
 rank, ports = int(sys.argv[1]), sys.argv[2:]
 for stage, port in enumerate(ports):
     energy = energies.make("mlp", event_shape=(3,), widths=(8,))
     config = LearnerConfig(zero_stage=stage, optimizer="sgd", grad_clip=1.0)
-    with Engine(
+    with LearnerEngine(
         config,
         energy,
         objectives.make("score_matching"),

@@ -11,7 +11,7 @@ from engine_ranks import draws, make_energy, make_objective, run_engine, slice_o
 
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.learner.config import LearnerConfig
-from ebm_dist.learner.engine import Engine
+from ebm_dist.learner.engine import LearnerEngine
 
 # An odd number of weights: the last rank's slice is padded at every stage.
 ENERGY: tuple[str, dict[str, Any]] = ("mlp", {"widths": (7, 5), "spectral_norm": True})
@@ -92,9 +92,9 @@ def test_making_the_optimiser_moves_no_weight(stage: int):
         assert torch.equal(state[f"param/energy.{name}"], parameter), name
 
 
-def fresh_engine(widths: tuple[int, ...], **config: Any) -> Engine:
+def fresh_engine(widths: tuple[int, ...], **config: Any) -> LearnerEngine:
     energy = make_energy("mlp", widths=widths)
-    return Engine(LearnerConfig(**config), energy, make_objective("contrastive"))
+    return LearnerEngine(LearnerConfig(**config), energy, make_objective("contrastive"))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_state_of_another_learner_is_refused_in_one_line(
 
 def test_a_state_is_a_copy_that_later_updates_leave_alone():
     energy = make_energy("mlp")
-    with Engine(LearnerConfig(), energy, make_objective("contrastive")) as engine:
+    with LearnerEngine(LearnerConfig(), energy, make_objective("contrastive")) as engine:
         state, flat = engine.state(), engine.flat_weights()
         assert state is not None
         assert flat is not None

@@ -15,7 +15,7 @@ from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.core.errors import NonFinite
 from ebm_dist.core.types import Batch
-from ebm_dist.learner.engine import Engine
+from ebm_dist.learner.engine import LearnerEngine
 
 ROLLBACK = "learner.on_nonfinite=rollback"
 # The first update throws the weights out of the numbers; a roll-back brings the rate to 1e-4.
@@ -115,15 +115,15 @@ def test_async_chains_go_back_with_the_weights_that_spoiled_them(tmp_path: Path)
 
 def poison_once(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
     """The data of update `step` hold a NaN the first time; returns a list of when they did."""
-    real, seen = Engine.update, []
+    real, seen = LearnerEngine.update, []
 
-    def update(self: Engine, batch: Batch, *args: Any, **kwargs: Any) -> Any:
+    def update(self: LearnerEngine, batch: Batch, *args: Any, **kwargs: Any) -> Any:
         if self.step == step and not seen:
             seen.append(step)
             batch.x.view(-1)[0] = torch.nan
         return real(self, batch, *args, **kwargs)
 
-    monkeypatch.setattr(Engine, "update", update)
+    monkeypatch.setattr(LearnerEngine, "update", update)
     return seen
 
 
@@ -142,9 +142,9 @@ def test_a_nan_between_two_checkpoints_goes_back_to_the_first_of_them(
 def test_optimiser_state_that_is_not_finite_is_not_written_and_not_gone_back_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = Engine.state, []
+    real, seen = LearnerEngine.state, []
 
-    def state(self: Engine) -> Any:
+    def state(self: LearnerEngine) -> Any:
         out = real(self)
         # Adam's second moment can overflow under a gradient that is finite.
         if self.step == 8 and not seen:
@@ -152,7 +152,7 @@ def test_optimiser_state_that_is_not_finite_is_not_written_and_not_gone_back_to(
             next(v for k, v in out.items() if k.startswith("optim/exp_avg_sq"))[...] = torch.inf
         return out
 
-    monkeypatch.setattr(Engine, "state", state)
+    monkeypatch.setattr(LearnerEngine, "state", state)
     with pytest.raises(NonFinite, match=r"learner/optim/exp_avg_sq\S* holds numbers that are not"):
         run(tmp_path / "stop")
     assert checkpoint.latest(tmp_path / "stop").step == 4  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ from ebm_dist.core.generators import seeded
 from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import Batch, Negatives
 from ebm_dist.learner.config import LearnerConfig
-from ebm_dist.learner.engine import Engine
+from ebm_dist.learner.engine import LearnerEngine
 from ebm_dist.learner.step import LearningStep
 from ebm_dist.objectives.objective import Objective
 
@@ -50,7 +50,7 @@ def test_engines_can_be_made_again_in_one_process_and_leave_its_environment():
     hook = sys.excepthook
     losses = []
     for stage in (1, 3, 0):
-        with Engine(
+        with LearnerEngine(
             LearnerConfig(zero_stage=stage), mlp(), objectives.make("contrastive")
         ) as engine:
             metrics = engine.update(Batch(events(0)), negatives(1), seed=0, lr=1e-3)
@@ -62,26 +62,26 @@ def test_engines_can_be_made_again_in_one_process_and_leave_its_environment():
 
 
 def test_closing_twice_is_harmless():
-    engine = Engine(LearnerConfig(), mlp(), objectives.make("contrastive"))
+    engine = LearnerEngine(LearnerConfig(), mlp(), objectives.make("contrastive"))
     engine.close()
     engine.close()
 
 
 def test_two_engines_at_once_in_one_process_are_refused_and_the_first_goes_on():
-    with Engine(LearnerConfig(), mlp(), objectives.make("contrastive")) as engine:
+    with LearnerEngine(LearnerConfig(), mlp(), objectives.make("contrastive")) as engine:
         with pytest.raises(RunFailed, match="close the other engine first"):
-            Engine(LearnerConfig(), mlp(), objectives.make("contrastive"))
+            LearnerEngine(LearnerConfig(), mlp(), objectives.make("contrastive"))
         assert engine.update(Batch(events(0)), negatives(1), seed=0, lr=1e-3)
 
 
 def test_energy_without_weights_is_refused_before_anything_starts():
     with pytest.raises(ValueError, match="no parameters to train"):
-        Engine(LearnerConfig(), nn.Identity(), objectives.make("contrastive"))
+        LearnerEngine(LearnerConfig(), nn.Identity(), objectives.make("contrastive"))
     assert not dist.is_initialized()
 
 
 def test_noise_follows_the_seed_alone():
-    with Engine(LearnerConfig(), mlp(), Noisy()) as engine:
+    with LearnerEngine(LearnerConfig(), mlp(), Noisy()) as engine:
         drawn = [
             engine.update(Batch(events(0)), None, seed=seed, lr=0.0)["noise"] for seed in (3, 4, 3)
         ]
@@ -108,7 +108,7 @@ def test_a_generator_is_seeded_for_an_objective_that_draws_and_for_no_other(draw
 
 
 def test_micro_batches_have_noise_of_their_own():
-    with Engine(LearnerConfig(accumulation=2), mlp(), Noisy()) as engine:
+    with LearnerEngine(LearnerConfig(accumulation=2), mlp(), Noisy()) as engine:
         got = engine.update(Batch(events(0)), None, seed=3, lr=0.0)["noise"]
     want = [torch.randn((), generator=seeded(derive_seed(3, "micro", i))).item() for i in range(2)]
     assert want[0] != want[1]
@@ -120,14 +120,16 @@ def test_batches_that_accumulation_does_not_divide_are_refused(which: str):
     batch = Batch(events(0, 7 if which == "data.batch_size" else 8))
     chains = negatives(1, 7 if which == "the negatives" else 8)
     with (
-        Engine(LearnerConfig(accumulation=2), mlp(), objectives.make("contrastive")) as engine,
+        LearnerEngine(
+            LearnerConfig(accumulation=2), mlp(), objectives.make("contrastive")
+        ) as engine,
         pytest.raises(ValueError, match=f"accumulation: 2 does not divide the 7 .*{which}"),
     ):
         engine.update(batch, chains, seed=0, lr=1e-3)
 
 
 def test_learning_rate_is_that_of_the_call():
-    with Engine(
+    with LearnerEngine(
         LearnerConfig(optimizer="sgd", lr=7.0), mlp(), objectives.make("contrastive")
     ) as engine:
         start = engine.flat_weights()
@@ -147,7 +149,7 @@ def test_learning_rate_is_that_of_the_call():
 
 def test_clipping_bounds_the_step_and_reports_the_norm_before_it():
     config = LearnerConfig(optimizer="sgd", grad_clip=0.01)
-    with Engine(config, mlp(), objectives.make("contrastive")) as engine:
+    with LearnerEngine(config, mlp(), objectives.make("contrastive")) as engine:
         start = engine.flat_weights()
         metrics = engine.update(Batch(events(0)), negatives(1), seed=0, lr=1.0)
         moved = engine.flat_weights()
@@ -159,7 +161,7 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before_it():
 
 def test_packed_weights_are_those_of_their_update_and_not_of_the_next():
     energy = mlp()
-    with Engine(LearnerConfig(), energy, objectives.make("contrastive")) as engine:
+    with LearnerEngine(LearnerConfig(), energy, objectives.make("contrastive")) as engine:
         engine.update(Batch(events(0)), negatives(1), seed=0, lr=1e-2)
         wanted = engine.layout.pack(energy)
         packed = engine.packed_weights()
@@ -175,7 +177,9 @@ def test_frozen_weights_stay_and_are_saved():
     frozen.requires_grad_(False)
     kept = frozen.clone()
     name = next(iter(dict(energy.named_parameters())))
-    with Engine(LearnerConfig(zero_stage=2), energy, objectives.make("contrastive")) as engine:
+    with LearnerEngine(
+        LearnerConfig(zero_stage=2), energy, objectives.make("contrastive")
+    ) as engine:
         engine.update(Batch(events(0)), negatives(1), seed=0, lr=0.1)
         state = engine.state()
     assert state is not None

@@ -23,7 +23,7 @@ from ebm_dist.core.errors import UserError
 from ebm_dist.data import describe
 from ebm_dist.files.safe_open import sha256
 from ebm_dist.learner.config import LearnerConfig
-from ebm_dist.learner.engine import Engine
+from ebm_dist.learner.engine import LearnerEngine
 from ebm_dist.learner.partition import first_state
 from ebm_dist.learner.step import LearningStep
 from ebm_dist.metrics.hub import MetricHub
@@ -136,7 +136,7 @@ def test_the_first_state_is_what_a_new_engine_holds(name):
     def modules():
         return section.energy.build(seed=1), section.objective.build(seed=2)
 
-    with Engine(config, *modules()) as engine:
+    with LearnerEngine(config, *modules()) as engine:
         expected = engine.state()
     came = first_state(config, LearningStep(*modules()))
     assert expected is not None
