@@ -18,7 +18,7 @@ from ebm_dist.controller.workers.membership import WorkerPool
 
 
 class View(Protocol):
-    """Shows how far the run is; `metrics.progress.Progress` is one. Events go to `logging`."""
+    """Shows how far the run is; `metrics.progress.TerminalView` is one. Events go to `logging`."""
 
     def update(self, step: int, metrics: dict[str, float], waits: str) -> None: ...
 

@@ -34,7 +34,7 @@ QUIET_AFTER = 20.0
 """Seconds without an update after which the view reports it."""
 
 
-class Progress:
+class TerminalView:
     """A live view of a run, as a context manager.
 
     On a terminal it is a panel that redraws itself: update, time left, energy gap, MCMC steps/s,
@@ -62,7 +62,7 @@ class Progress:
         self._events: deque[str] = deque(maxlen=NUM_EVENTS)
         self._printed = -math.inf
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> TerminalView:
         self._began = time.monotonic()
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             live = Live(console=self._console, get_renderable=self.render, refresh_per_second=4)

@@ -41,7 +41,7 @@ from ebm_dist.export.reader import Export, open_export
 from ebm_dist.export.writer import export_run, plugins_of
 from ebm_dist.files.durable import refuse_link, replace_text
 from ebm_dist.files.safe_open import make_directory
-from ebm_dist.metrics.progress import Progress, final_screen
+from ebm_dist.metrics.progress import TerminalView, final_screen
 from ebm_dist.report.grid import save_grid
 from ebm_dist.run import init_from
 from ebm_dist.run.assembly import assemble
@@ -205,7 +205,7 @@ def _train(
     callbacks: Callbacks,
 ) -> RunResult:
     with contextlib.ExitStack() as stack:
-        view = stack.enter_context(Progress(config.run.steps, config.run.name, console))
+        view = stack.enter_context(TerminalView(config.run.steps, config.run.name, console))
         stack.enter_context(_shown(view))
         for line in notices:
             events.info(line)
@@ -360,7 +360,7 @@ def _num_readers(config: RunConfig) -> int:
 class _Events(logging.Handler):
     """Shows in the view what is logged of a run; `run.log` keeps it as well."""
 
-    def __init__(self, view: Progress) -> None:
+    def __init__(self, view: TerminalView) -> None:
         super().__init__()
         self._view = view
 
@@ -374,7 +374,7 @@ class _Events(logging.Handler):
 
 
 @contextlib.contextmanager
-def _shown(view: Progress) -> Iterator[None]:
+def _shown(view: TerminalView) -> Iterator[None]:
     handler = _Events(view)
     events.addHandler(handler)
     try:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ebm_dist.metrics import progress
 from ebm_dist.metrics.hub import unknown_hub
-from ebm_dist.metrics.progress import Progress, clock, final_screen, number
+from ebm_dist.metrics.progress import TerminalView, clock, final_screen, number
 
 METRICS = {
     "energy/gap": -0.0123,
@@ -53,7 +53,7 @@ def written(console: Console) -> str:
 
 def test_the_view_shows_update_gap_rate_lag_waiting_and_time_left(moved: Clock) -> None:
     console = terminal()
-    view = Progress(3000, "digits", console)
+    view = TerminalView(3000, "digits", console)
     for step in range(1000, 1110, 10):
         view.update(step, METRICS, "learner waits for negatives")
         moved.now += 2.0
@@ -72,7 +72,7 @@ def test_the_view_shows_update_gap_rate_lag_waiting_and_time_left(moved: Clock) 
 
 
 def test_a_view_without_updates_says_so(moved: Clock) -> None:
-    view = Progress(100, "digits", terminal())
+    view = TerminalView(100, "digits", terminal())
     view.update(1, METRICS)
     assert "no update" not in view.line()
     moved.now += 45
@@ -80,7 +80,7 @@ def test_a_view_without_updates_says_so(moved: Clock) -> None:
 
 
 def test_time_left_is_reckoned_from_the_last_minute(moved: Clock) -> None:
-    view = Progress(1000, "digits", terminal())
+    view = TerminalView(1000, "digits", terminal())
     for step in range(10):  # a slow start: 30 s an update
         view.update(step)
         moved.now += 30
@@ -93,7 +93,7 @@ def test_time_left_is_reckoned_from_the_last_minute(moved: Clock) -> None:
 
 
 def test_a_run_that_goes_back_to_a_checkpoint_has_no_negative_time_left(moved: Clock) -> None:
-    view = Progress(1000, "digits", terminal())
+    view = TerminalView(1000, "digits", terminal())
     for step in (100, 200, 50, 60):
         moved.now += 1
         view.update(step)
@@ -102,7 +102,7 @@ def test_a_run_that_goes_back_to_a_checkpoint_has_no_negative_time_left(moved: C
 
 def test_without_a_terminal_there_is_a_plain_line_every_ten_seconds(moved: Clock) -> None:
     console = Console(file=io.StringIO(), width=40)
-    with Progress(1000, "digits", console) as view:
+    with TerminalView(1000, "digits", console) as view:
         for step in range(0, 250, 10):
             view.update(step, METRICS, "learner computes")
             moved.now += 1.0
@@ -120,7 +120,7 @@ def test_an_exception_gives_the_terminal_back(moved: Clock) -> None:
     console = terminal()
 
     def train() -> None:
-        with Progress(10, "digits", console) as view:
+        with TerminalView(10, "digits", console) as view:
             view.update(1, METRICS)
             assert "\x1b[?25l" in written(console)  # cursor hidden
             raise KeyboardInterrupt
@@ -136,7 +136,7 @@ def test_bad_values_and_a_broken_console_do_not_raise(moved: Clock) -> None:
             raise OSError("terminal gone")
 
     for force in (True, False):
-        with Progress(10, "digits", Console(file=Broken(), force_terminal=force)) as view:
+        with TerminalView(10, "digits", Console(file=Broken(), force_terminal=force)) as view:
             view.update(1, {"energy/gap": float("nan"), "flow/lag_mean": float("inf")})
             view.update("no number", {})  # type: ignore[arg-type]
             view.say("still there")
