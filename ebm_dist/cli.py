@@ -168,12 +168,12 @@ def sample(
 ) -> None:
     """Draw samples from an exported model with its training sampler."""
     from ebm_dist.export.reader import open_export
-    from ebm_dist.export.sample import check_suffix, draw, save_samples
+    from ebm_dist.export.sample import check_suffix, draw_samples, save_samples
 
     check_suffix(out)
     export = open_export(checkpoint, plugins=import_named(plugin))
     with _progress("sampling", num * steps) as advance:
-        x, energy = draw(
+        x, energy = draw_samples(
             export,
             num,
             steps,

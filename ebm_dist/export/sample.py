@@ -51,10 +51,10 @@ def sample(
         raise UserError(f"num: expected at least 1, got {num}")
     opened = export if isinstance(export, Export) else open_export(export)
     steps = NUM_STEPS if num_steps is None else num_steps
-    return draw(opened, num, steps, label=label, seed=seed)
+    return draw_samples(opened, num, steps, label=label, seed=seed)
 
 
-def draw(
+def draw_samples(
     export: Export,
     num: int,
     steps: int,

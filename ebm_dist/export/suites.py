@@ -29,7 +29,7 @@ from ebm_dist.evaluation import (
 )
 from ebm_dist.evaluation.regime import SHORT_RUN_REINIT
 from ebm_dist.export.reader import Export
-from ebm_dist.export.sample import draw
+from ebm_dist.export.sample import draw_samples
 from ebm_dist.samplers import law
 
 Suite = Literal["density", "ood", "robustness", "fidelity", "landscape"]
@@ -241,7 +241,7 @@ def _fidelity(
     metrics["fidelity/accuracy"] = fidelity.accuracy
     num = fidelity.num
     say(f"drawing {num} samples from noise, {DRAW_STEPS} steps")
-    drawn, _ = draw(export, num, DRAW_STEPS, seed=seed, device=device)
+    drawn, _ = draw_samples(export, num, DRAW_STEPS, seed=seed, device=device)
     # As in a run: unclamped chains leave the data's range by their noise, a picture cannot.
     metrics["fidelity/distance"] = fidelity.distance(drawn.clamp(-1.0, 1.0))
     notes = [

@@ -24,7 +24,7 @@ from ebm_dist.report.grid import new_figure, save_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Draw = Callable[["Figure", torch.Generator], dict[str, float]]
+Plot = Callable[["Figure", torch.Generator], dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Picture:
     name: str
     size: tuple[float, float]
     statement: str
-    draw: Draw
+    plot: Plot
 
 
 TOYS = {
@@ -119,7 +119,7 @@ PICTURES: tuple[Picture, ...] = (
 )
 
 
-def draw(
+def write_gallery(
     out_dir: Path,
     *,
     only: Sequence[str] = (),
@@ -147,7 +147,7 @@ def draw(
         # A stream of its own for each: a picture is the same drawn alone or with the others.
         generator = torch.Generator().manual_seed(derive_seed(seed, "gallery", picture.name))
         figure = new_figure(picture.size)
-        numbers[picture.name] = picture.draw(figure, generator)
+        numbers[picture.name] = picture.plot(figure, generator)
         path = out_dir / f"{picture.name}.png"
         save_figure(figure, path, dpi=90)
         _shrink(path)
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     try:
-        draw(options.out_dir, only=options.only, seed=options.seed, say=print)
+        write_gallery(options.out_dir, only=options.only, seed=options.seed, say=print)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    Draw = Callable[[Figure, torch.Generator], dict[str, float]]
+    Plot = Callable[[Figure, torch.Generator], dict[str, float]]
 
 # Each toy with the width of its narrowest direction, which sets every step size, and its frame.
 TOYS: dict[str, tuple[dict[str, Any], float, float]] = {
@@ -73,10 +73,10 @@ def kernels(width: float) -> dict[str, tuple[samplers.Kernel, int]]:
     }
 
 
-def toy(name: str) -> Draw:
+def toy(name: str) -> Plot:
     """The picture of one toy: its energy, its exact density and the samples of each kernel."""
 
-    def draw(figure: Figure, generator: torch.Generator) -> dict[str, float]:
+    def plot(figure: Figure, generator: torch.Generator) -> dict[str, float]:
         params, width, frame = TOYS[name]
         num_chains = 1200
         energy = energies.make(name, **params)
@@ -115,7 +115,7 @@ def toy(name: str) -> Draw:
             axes.set_aspect("equal")
         return numbers
 
-    return draw
+    return plot
 
 
 def discrete_samplers(figure: Figure, generator: torch.Generator) -> dict[str, float]:

@@ -58,8 +58,8 @@ def save_grid(
         _write_pixels(pixels, path, title)
     elif spec.kind == "real" and values[0].numel() <= 2:
         flat = values.reshape(len(values), -1)
-        draw = _histogram if flat.shape[1] == 1 else _scatter
-        _write_figure(lambda axes: draw(axes, flat, energy, spec), path, title, size=(5.0, 5.0))
+        plot = _histogram if flat.shape[1] == 1 else _scatter
+        _write_figure(lambda axes: plot(axes, flat, energy, spec), path, title, size=(5.0, 5.0))
     else:
         _save_maps(values, path, spec, title, num_columns)
     return path
@@ -81,11 +81,11 @@ def _write_pixels(pixels: np.ndarray, path: Path, title: str | None) -> None:
 
 
 def _write_figure(
-    draw: Callable[[Axes], Any], path: Path, title: str | None, *, size: tuple[float, float]
+    plot: Callable[[Axes], Any], path: Path, title: str | None, *, size: tuple[float, float]
 ) -> None:
     figure = new_figure(size)
     axes = figure.add_subplot()
-    draw(axes)
+    plot(axes)
     if title:
         axes.set_title(title, fontsize=10)
     save_figure(figure, path)
@@ -167,14 +167,14 @@ def _save_maps(
     if values.ndim <= 2:
         panel = values.reshape(len(values), -1)[:256].numpy()
 
-        def draw(axes: Axes) -> None:
+        def plot(axes: Axes) -> None:
             axes.imshow(
                 panel, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
             )
             axes.set_xlabel("site")
             axes.set_ylabel("sample")
 
-        _write_figure(draw, path, title, size=(6.0, 5.0))
+        _write_figure(plot, path, title, size=(6.0, 5.0))
         return
     from matplotlib import colormaps
 

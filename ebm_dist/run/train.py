@@ -224,7 +224,7 @@ def _train(
         for line in found.skipped if found else ():
             view.say(f"passed over a damaged checkpoint: {line}")
 
-        def draw(chains: np.ndarray, step: int) -> Path | None:
+        def write_grid(chains: np.ndarray, step: int) -> Path | None:
             path = run_dir / "samples" / f"step_{step:08d}.png"
             try:
                 make_directory(path.parent)
@@ -239,7 +239,7 @@ def _train(
             run_dir=run_dir,
             view=view,
             meta=_meta(config, spec, found.meta.get("init_from") if found else None),
-            save_grid=draw,
+            save_grid=write_grid,
             callbacks=callbacks,
         )
         hub = graph.hub.info(60.0)

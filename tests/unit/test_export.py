@@ -20,7 +20,7 @@ from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventSpec
 from ebm_dist.export.reader import file_hash
-from ebm_dist.export.sample import draw
+from ebm_dist.export.sample import draw_samples
 from ebm_dist.export.writer import open_export, write_export
 
 IMAGE = EventSpec((1, 8, 8), "image", 10)
@@ -174,13 +174,13 @@ def test_drawn_samples_follow_the_exported_law(tmp_path):
     write(tmp_path / "m", {"name": "quadratic", "precision": 4.0, "event_shape": [2]}, spec,
           sampler=sampler)  # fmt: skip
     export = open_export(tmp_path / "m")
-    x, energy = draw(export, num, 60, seed=4, batch_size=5000)
+    x, energy = draw_samples(export, num, 60, seed=4, batch_size=5000)
     expected = 1 / (4 * (1 - 2 * h))
     standard_error = expected * math.sqrt(2 / num)
     for variance in x.var(0).tolist():
         assert abs(variance - expected) < 4 * standard_error
     assert torch.equal(energy, export.energy(x))
-    again, _ = draw(export, num, 60, seed=4, batch_size=5000)
+    again, _ = draw_samples(export, num, 60, seed=4, batch_size=5000)
     assert torch.equal(x, again)
     assert not torch.equal(x[:5000], x[5000:10_000])
 
@@ -189,7 +189,7 @@ def test_chains_go_on_from_where_the_run_left_them(image_export):
     export = open_export(image_export)
     stored = export.chains()
     assert stored is not None
-    x, _ = draw(export, 20, 0, start="chains")
+    x, _ = draw_samples(export, 20, 0, start="chains")
     order = [(stored == row).flatten(1).all(1).nonzero().item() for row in x]
     assert sorted(order) == list(range(20))
 
@@ -354,7 +354,7 @@ def test_a_damaged_or_hostile_export_is_refused_in_one_line(image_export, fault)
 
 def test_more_samples_than_memory_holds_are_refused_with_what_fits(image_export):
     with pytest.raises(UserError, match=r"--num 4194305: .*draw 4194304 at most"):
-        draw(open_export(image_export), 2**22 + 1, 1)
+        draw_samples(open_export(image_export), 2**22 + 1, 1)
 
 
 @pytest.mark.parametrize("fault", ["cut", "shape", "empty", "nan"])
@@ -369,6 +369,6 @@ def test_damaged_chains_are_refused_only_when_they_are_asked_for(image_export, f
     else:
         save_file({"x": torch.zeros(3, 2)}, path)
     export = open_export(image_export)
-    draw(export, 2, 1, start="noise")
+    draw_samples(export, 2, 1, start="noise")
     with pytest.raises(UserError, match=r"chains\.safetensors"):
-        draw(export, 2, 1, start="chains")
+        draw_samples(export, 2, 1, start="chains")

@@ -24,7 +24,7 @@ from ebm_dist.core.errors import UserError
 from ebm_dist.core.plugins import import_plugins
 from ebm_dist.core.types import EventSpec
 from ebm_dist.export.reader import open_export
-from ebm_dist.export.sample import draw
+from ebm_dist.export.sample import draw_samples
 from ebm_dist.export.suites import evaluate
 from ebm_dist.files.strict_yaml import write_yaml
 from ebm_dist.metrics.names import unknown
@@ -85,7 +85,7 @@ def test_own_energy_sampler_and_objective_train_resume_and_are_read_again(
     assert not unknown(key for row in last for key in row)
 
     export = open_export(again.export_dir, **own)
-    x, values = draw(export, 8, 3)
+    x, values = draw_samples(export, 8, 3)
     assert torch.equal(values, energy(x))
     assert evaluate(export, "ood")["metrics"]
     card = (again.export_dir / "README.md").read_text()

@@ -18,7 +18,7 @@ QUICK = (
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory):
     out = tmp_path_factory.mktemp("gallery")
-    found = gallery.draw(out, only=QUICK)
+    found = gallery.write_gallery(out, only=QUICK)
     for name in QUICK:
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     return found
@@ -97,7 +97,7 @@ def test_every_sampler_of_real_events_is_drawn_on_every_toy():
 @pytest.mark.slow
 def test_sampled_laws_are_the_exact_ones(tmp_path):
     drawn = [*(f"toy_{name}" for name in TOYS), "temperature", "discrete_samplers"]
-    found = gallery.draw(tmp_path, only=drawn)
+    found = gallery.write_gallery(tmp_path, only=drawn)
     assert all((tmp_path / f"{name}.png").stat().st_size < 200_000 for name in drawn)
     for toy in TOYS:
         numbers = found[f"toy_{toy}"]
