@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ebm_dist.buffer.answers import CheckinReply, ShardCounts
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.checkpoint.cut import Progress
+from ebm_dist.cluster.backend import ActorOptions
 from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
@@ -265,17 +267,17 @@ def through_ray(
         config = BufferConfig(capacity=num_shards * SLOTS, num_shards=num_shards, reinit_prob=0.0)
         handles = [
             backend.spawn(
-                Shard,  # without a directory: chains go by value, as between machines
-                {
-                    "config": config,
-                    "spec": EventSpec((8,), "real"),
-                    "index": i,
-                    "capacity": SLOTS,
-                    "max_lease": CHAINS,
-                    "seed": 1,
-                },
-                name=f"shard-{i}",
-                any_order=True,
+                partial(
+                    Shard,  # without a directory: chains go by value, as between machines
+                    config,
+                    EventSpec((8,), "real"),
+                    index=i,
+                    capacity=SLOTS,
+                    max_lease=CHAINS,
+                    seed=1,
+                ),
+                f"shard-{i}",
+                ActorOptions(any_order=True),
             )
             for i in range(num_shards)
         ]

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import time
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import nn
 from ebm_dist.actors.shard import open_shard
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.rows import open_rows
+from ebm_dist.cluster.backend import ActorOptions
 from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.controller.clients import ShardClient
 from ebm_dist.core.types import EventSpec, Lease, MovedChains
@@ -88,24 +90,22 @@ class Holder:
 def chains(backend: RayBackend, batch: int, options: Any) -> list[dict]:
     capacity = options.slots
     handle = backend.spawn(
-        open_shard,
-        {
-            "config": BufferConfig(capacity=capacity, reinit_prob=0.0),
-            "data": None,
-            "spec": EventSpec(EVENT, "image"),
-            "index": 0,
-            "num_shards": 1,
-            "capacity": capacity,
-            "max_lease": batch,
-            "seed": 0,
-            "num_grants": 5,
-        },
-        name=f"shard-{batch}",
-        num_threads=1,
-        any_order=True,
-        shared=True,
+        partial(
+            open_shard,
+            config=BufferConfig(capacity=capacity, reinit_prob=0.0),
+            data=None,
+            spec=EventSpec(EVENT, "image"),
+            index=0,
+            num_shards=1,
+            capacity=capacity,
+            max_lease=batch,
+            seed=0,
+            num_grants=5,
+        ),
+        f"shard-{batch}",
+        ActorOptions(num_threads=1, any_order=True, shared=True),
     )
-    movers = [backend.spawn(Mover, {"batch": batch}, name=f"mover-{i}") for i in range(2)]
+    movers = [backend.spawn(partial(Mover, batch=batch), f"mover-{i}") for i in range(2)]
     backend.await_started([handle, *movers])
     shard = ShardClient(handle)
     ids = iter(range(1 << 62))
@@ -153,7 +153,9 @@ def chains(backend: RayBackend, batch: int, options: Any) -> list[dict]:
 
 def weights(backend: RayBackend, name: str, options: Any) -> list[dict]:
     sender, receiver = (
-        backend.spawn(Holder, {"sizes": SIZES[name]}, name=f"{role}-{name}", num_threads=1)
+        backend.spawn(
+            partial(Holder, sizes=SIZES[name]), f"{role}-{name}", ActorOptions(num_threads=1)
+        )
         for role in ("sender", "receiver")
     )
     backend.await_started([sender, receiver])

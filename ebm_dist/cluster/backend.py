@@ -60,6 +60,33 @@ class Node:
     """All that it has."""
 
 
+@dataclass(frozen=True, slots=True)
+class ActorOptions:
+    """How an actor is started; a run in one process reads `num_threads` alone."""
+
+    num_threads: int | None = None
+    """Threads of torch; those of the machine when left out."""
+    num_cpus: float = 0.0
+    """CPUs that it claims on a cluster."""
+    num_gpus: float = 0.0
+    """GPUs that it claims."""
+    beside_driver: bool = False
+    """Start it on the driver's machine, whose disk holds the run directory."""
+    any_order: bool = False
+    """Run a call as soon as its arguments are there. Otherwise calls run in the order in which
+    they were made, and a call that waits for another part delays all later ones."""
+    aside: bool = False
+    """Give it a second thread, which runs the calls of `Handle.aside`."""
+    shared: bool = False
+    """Call `make(shared=...)` with the memory that the parts of the run share on its node, a
+    `shared_memory.NodeMemory`. In one process the argument is left out."""
+    node: str | None = None
+    """Id of the node to start it on, once there is room; Ray chooses when left out."""
+
+
+DEFAULTS = ActorOptions()
+
+
 class Handle(Protocol):
     """One part of the graph, wherever it runs. `controller.clients` gives its methods types."""
 
@@ -74,7 +101,7 @@ class Handle(Protocol):
         ...
 
     def aside(self, method: str, *args: Any, num_returns: int = 1) -> Any:
-        """As `call`, beside the other calls and in order with its like; see `Backend.spawn`."""
+        """As `call`, in the second thread, in order with its like; see `ActorOptions.aside`."""
         ...
 
 
@@ -90,32 +117,9 @@ class Backend(Protocol):
     """Whether the run is to end; whoever waits long looks at it."""
 
     def spawn(
-        self,
-        factory: Callable[..., Any],
-        kwargs: dict[str, Any],
-        *,
-        name: str,
-        num_threads: int | None = None,
-        num_cpus: float = 0.0,
-        num_gpus: float = 0.0,
-        beside_driver: bool = False,
-        any_order: bool = False,
-        aside: bool = False,
-        shared: bool = False,
-        node: str | None = None,
+        self, make: Callable[..., object], name: str, options: ActorOptions = DEFAULTS
     ) -> Handle:
-        """Create `factory(**kwargs)`.
-
-        Args:
-            node: where; it waits until there is room for it. Ray chooses when left out.
-            beside_driver: on the driver's machine, whose disk holds the run directory.
-            any_order: run a call when its arguments are there. Otherwise calls run in the order
-                they were made, and one that waits for another part holds up all after it.
-            aside: it has a second thread, for what its handle is asked to do `aside`. In one
-                process everything is done where it is called.
-            shared: give it, as its argument `shared`, what the parts of the run have in common on
-                its node: a `shared_memory.NodeMemory`, or None where all are in one process.
-        """
+        """Start an actor that holds the part `make()`."""
         ...
 
     def put(self, value: T) -> Ref[T]: ...

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ebm_dist.cluster.backend import Handle, Node, Ref, T
+from ebm_dist.cluster.backend import DEFAULTS, ActorOptions, Handle, Node, Ref, T
 from ebm_dist.cluster.halt import Halt
 from ebm_dist.cluster.process import meeting_point, tune_process
 
@@ -70,21 +70,9 @@ class InlineBackend:
         self._parts: list[InlineHandle] = []
 
     def spawn(
-        self,
-        factory: Callable[..., Any],
-        kwargs: dict[str, Any],
-        *,
-        name: str,
-        num_threads: int | None = None,
-        num_cpus: float = 0.0,
-        num_gpus: float = 0.0,
-        beside_driver: bool = False,
-        any_order: bool = False,
-        aside: bool = False,
-        shared: bool = False,
-        node: str | None = None,
+        self, make: Callable[..., object], name: str, options: ActorOptions = DEFAULTS
     ) -> InlineHandle:
-        handle = InlineHandle(name, factory(**kwargs), num_threads)
+        handle = InlineHandle(name, make(), options.num_threads)
         self._parts.append(handle)
         return handle
 

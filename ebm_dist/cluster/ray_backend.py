@@ -12,7 +12,9 @@ from typing import Any
 
 from ebm_dist.cluster.access import chosen_address, instead, require_token, resolved
 from ebm_dist.cluster.backend import (
+    DEFAULTS,
     UNREACHABLE_S,
+    ActorOptions,
     Handle,
     Node,
     ObjectLost,
@@ -160,28 +162,17 @@ class RayBackend:
         return self._ray._private.worker.global_worker.node.get_logs_dir_path()
 
     def spawn(
-        self,
-        factory: Callable[..., Any],
-        kwargs: dict[str, Any],
-        *,
-        name: str,
-        num_threads: int | None = None,
-        num_cpus: float = 0.0,
-        num_gpus: float = 0.0,
-        beside_driver: bool = False,
-        any_order: bool = False,
-        aside: bool = False,
-        shared: bool = False,
-        node: str | None = None,
+        self, make: Callable[..., object], name: str, options: ActorOptions = DEFAULTS
     ) -> RayHandle:
         self._check()
         if (gone := self.halt.ailing()) is not None:
             raise RayDied(f"{gone}, and {name} cannot be started")
         env: dict[str, str] = {}
-        if num_threads is not None:
+        if options.num_threads is not None:
             # Before torch is imported, or its pools keep the size they were born with.
-            env = {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
-        if aside:
+            env["OMP_NUM_THREADS"] = str(options.num_threads)
+            env["MKL_NUM_THREADS"] = env["OMP_NUM_THREADS"]
+        if options.aside:
             # Ray then runs all calls in threads other than the main one. Where each has a heap of
             # its own, glibc returns what they free, whatever `tune_process` says: 2,000 page
             # faults in an update. It must be known before the process starts.
@@ -189,29 +180,31 @@ class RayBackend:
         # Ray gives a dead actor's name free some time later; a successor has its own.
         count = self._num_spawned[name] = self._num_spawned.get(name, 0) + 1
         where = "DEFAULT"
-        if beside_driver:
+        if options.beside_driver:
             where = self._on(self._own_node)
-        elif node is not None:
-            where = self._on(node)
-        host = self._host_with_aside if aside else self._host
+        elif options.node is not None:
+            where = self._on(options.node)
+        host = self._host_with_aside if options.aside else self._host
         host = host.options(
             name=name if count == 1 else f"{name}.{count}",
             # On a Ray of our own the threads share the cores out; a claim could only
             # keep an actor from starting.
-            num_cpus=0 if self.local else num_cpus,
-            num_gpus=num_gpus,
+            num_cpus=0 if self.local else options.num_cpus,
+            num_gpus=options.num_gpus,
             max_restarts=0,
             scheduling_strategy=where,
-            allow_out_of_order_execution=any_order,
+            allow_out_of_order_execution=options.any_order,
             runtime_env={"env_vars": env} if env else None,
         )
         try:
-            actor = host.remote(factory, kwargs, num_threads, self._memory, shared, self._plugins)
-        except TypeError as error:  # with all of `kwargs` in its text
-            if (line := unsendable_argument(kwargs, self._ray.cloudpickle.dumps)) is None:
+            actor = host.remote(
+                make, options.num_threads, self._memory, options.shared, self._plugins
+            )
+        except TypeError as error:  # with all of the arguments in its text
+            if (line := unsendable_argument(make, self._ray.cloudpickle.dumps)) is None:
                 raise
             raise UserError(line) from error
-        handle = RayHandle(name, actor, node=node, num_gpus=num_gpus)
+        handle = RayHandle(name, actor, node=options.node, num_gpus=options.num_gpus)
         self._handles.append(handle)
         self._starts.begin(handle, actor.ready.remote())
         return handle

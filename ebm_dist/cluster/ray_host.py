@@ -21,8 +21,7 @@ class Host:
 
     def __init__(
         self,
-        factory: Callable[..., Any],
-        kwargs: dict[str, Any],
+        make: Callable[..., object],
         num_threads: int | None,
         memory: RunMemory,
         shared: bool,
@@ -35,7 +34,7 @@ class Host:
         node = ray.get_runtime_context().get_node_id()
         # Held by each part, whether it looks into it or not.
         self._memory = memory.hold(node, _object_store_bytes(node) if shared else 0)
-        self._part = factory(**kwargs, **({"shared": self._memory} if shared else {}))
+        self._part = make(shared=self._memory) if shared else make()
 
     def _tune_thread(self) -> None:
         """Settings of the main thread, before it makes the part."""

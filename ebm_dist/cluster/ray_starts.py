@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,10 +120,10 @@ def unreadable_argument(error: Exception) -> str | None:
     )
 
 
-def unsendable_argument(kwargs: Mapping[str, Any], dumps: Callable[[Any], bytes]) -> str | None:
-    """What to say where an argument of a part cannot be pickled, as an object of the user may not
-    be; None where `dumps` takes each."""
-    for key, value in kwargs.items():
+def unsendable_argument(make: Callable[..., object], dumps: Callable[[Any], bytes]) -> str | None:
+    """What to say where an argument that `make` is bound to cannot be pickled, as an object of the
+    user may not be; None where `dumps` takes each."""
+    for key, value in getattr(make, "keywords", {}).items():
         try:
             dumps(value)
         except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ebm_dist.actors.worker import Worker
 from ebm_dist.buffer.config import context_fields, shard_capacities
 from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.checkpoint import files as checkpoint
-from ebm_dist.cluster.backend import Backend
+from ebm_dist.cluster.backend import ActorOptions, Backend
 from ebm_dist.config.run_config import RunConfig
 from ebm_dist.controller.clients import (
     AuditorClient,
@@ -209,26 +210,28 @@ class _Spawner:
     def _worker(self, index: int, place: Place) -> WorkerClient:
         config = self._config
         handle = self._backend.spawn(
-            Worker,
-            {
-                "energy": config.energy,
-                "sampler": config.sampler,
-                "spec": self._spec,
-                "device": self._plan.device,
-                "steady": config.flow.mode == "sync",
-                "resample_threshold": (
+            partial(
+                Worker,
+                energy=config.energy,
+                sampler=config.sampler,
+                spec=self._spec,
+                device=self._plan.device,
+                steady=config.flow.mode == "sync",
+                resample_threshold=(
                     config.buffer.resample_threshold if config.buffer.jarzynski else None
                 ),
-                "storage": config.buffer.storage,
-            },
-            name=f"worker-{index}",
-            num_threads=config.workers.num_threads or place.num_threads,
-            num_cpus=config.runtime.cpus_per_worker,
-            num_gpus=place.num_gpus,
-            # A round whose lease was lost with a node must not hold up those after it.
-            any_order=True,
-            shared=True,
-            node=place.node,
+                storage=config.buffer.storage,
+            ),
+            f"worker-{index}",
+            ActorOptions(
+                num_threads=config.workers.num_threads or place.num_threads,
+                num_cpus=config.runtime.cpus_per_worker,
+                num_gpus=place.num_gpus,
+                # A round whose lease was lost with a node must not hold up those after it.
+                any_order=True,
+                shared=True,
+                node=place.node,
+            ),
         )
         worker = self._worker_of[index] = WorkerClient(handle)
         return worker
@@ -240,19 +243,18 @@ class _Spawner:
         resume_step = found.step if found and self._hubs == 0 else None
         self._hubs += 1
         handle = self._backend.spawn(
-            MetricHub,
-            {
+            partial(
+                MetricHub,
                 # As this process is told, which the user started; a cluster's may be told nothing.
-                "config": with_environment(config.tracking),
-                "run_dir": self._run_dir.absolute(),
-                "run_config": config.model_dump(mode="json") | self._lineage,
-                "run_name": run_name(config.run.name),
-                "resume_id": resume_id,
-                "resume_step": resume_step,
-            },
-            name="hub",
-            num_threads=1,
-            beside_driver=True,
+                config=with_environment(config.tracking),
+                run_dir=self._run_dir.absolute(),
+                run_config=config.model_dump(mode="json") | self._lineage,
+                run_name=run_name(config.run.name),
+                resume_id=resume_id,
+                resume_step=resume_step,
+            ),
+            "hub",
+            ActorOptions(num_threads=1, beside_driver=True),
         )
         return HubClient(handle)
 
@@ -270,29 +272,31 @@ class _Spawner:
         if before is not None and before.node == node:
             life = next(number for shard, number in self._lives if shard is before)
         handle = self._backend.spawn(
-            open_shard,
-            {
-                "config": config.buffer,
-                "data": config.data if config.buffer.starts_from_data else None,
-                "spec": self._spec,
-                "index": index,
-                "num_shards": config.buffer.num_shards,
-                "capacity": self._shards.capacities[index],
-                "max_lease": config.workers.num_chains,
-                "seed": config.run.seed,
-                "trace": self.trace if self.trace.num_chains > 0 else None,
-                "num_grants": self._num_grants,
-                "fields": self._fields,
+            partial(
+                open_shard,
+                config=config.buffer,
+                data=config.data if config.buffer.starts_from_data else None,
+                spec=self._spec,
+                index=index,
+                num_shards=config.buffer.num_shards,
+                capacity=self._shards.capacities[index],
+                max_lease=config.workers.num_chains,
+                seed=config.run.seed,
+                trace=self.trace if self.trace.num_chains > 0 else None,
+                num_grants=self._num_grants,
+                fields=self._fields,
                 # Other files that lie on the node may be too old: of when the shard was here once
                 # before, or of a successor that waited here and was not needed.
-                "life": life,
-            },
-            name=f"shard-{index}",
-            num_threads=1,
-            # A checkin waits for its worker; the next checkout must not wait for the checkin.
-            any_order=True,
-            shared=True,
-            node=node,
+                life=life,
+            ),
+            f"shard-{index}",
+            ActorOptions(
+                num_threads=1,
+                # A checkin waits for its worker; the next checkout must not wait for the checkin.
+                any_order=True,
+                shared=True,
+                node=node,
+            ),
         )
         shard = ShardClient(handle)
         self._lives.append((shard, life))
@@ -318,65 +322,67 @@ class _Spawner:
             self._ranks = self._place() or self.placer.ranks_anywhere()
         place = self._ranks[rank]
         handle = self._backend.spawn(
-            LearnerRank,
-            {
-                "config": config.learner,
-                "data": config.data,
-                "energy": config.energy,
-                "objective": config.objective,
-                "rank": rank,
-                "seed": config.run.seed,
-                "device": self._plan.device,
+            partial(
+                LearnerRank,
+                config=config.learner,
+                data=config.data,
+                energy=config.energy,
+                objective=config.objective,
+                rank=rank,
+                seed=config.run.seed,
+                device=self._plan.device,
                 # The jump of a chain's Jarzynski weight from its version to the learner's is its
                 # staleness weight, nothing where there is no lag.
-                "reweight": config.flow.stale == "reweight"
+                reweight=config.flow.stale == "reweight"
                 or (config.buffer.jarzynski and config.flow.mode == "async"),
-                "jarzynski": config.buffer.jarzynski,
-            },
-            name=f"learner-{rank}",
-            num_threads=config.learner.num_threads or place.num_threads,
-            num_gpus=place.num_gpus,
-            # Negatives that are lost on their way must not hold up the others in their place.
-            any_order=self._backend.scattered,
-            aside=rank == 0,  # who publishes
-            node=node or place.node,
+                jarzynski=config.buffer.jarzynski,
+            ),
+            f"learner-{rank}",
+            ActorOptions(
+                num_threads=config.learner.num_threads or place.num_threads,
+                num_gpus=place.num_gpus,
+                # Negatives that are lost on their way must not hold up the others in their place.
+                any_order=self._backend.scattered,
+                aside=rank == 0,  # who publishes
+                node=node or place.node,
+            ),
         )
         return LearnerClient(handle)
 
     def evaluator(self) -> EvaluatorClient:
         config = self._config
         handle = self._backend.spawn(
-            Evaluator,
-            {
-                "config": config.evaluation,
-                "data": config.data,
-                "energy": config.energy,
-                "spec": self._spec,
-                "sampler": config.sampler,
-                "seed": config.run.seed,
-                "temperature": config.sampler.build().temperature,
-                "start_std": config.buffer.init_std,
-                "run_estimates_log_z": config.objective.build().estimates_log_z,
-            },
-            name="evaluator",
-            num_threads=1,
+            partial(
+                Evaluator,
+                config=config.evaluation,
+                data=config.data,
+                energy=config.energy,
+                spec=self._spec,
+                sampler=config.sampler,
+                seed=config.run.seed,
+                temperature=config.sampler.build().temperature,
+                start_std=config.buffer.init_std,
+                run_estimates_log_z=config.objective.build().estimates_log_z,
+            ),
+            "evaluator",
+            ActorOptions(num_threads=1),
         )
         return EvaluatorClient(handle)
 
     def auditor(self) -> AuditorClient:
         config = self._config
         handle = self._backend.spawn(
-            Auditor,
-            {
-                "config": config.evaluation,
-                "data": config.data,
-                "energy": config.energy,
-                "sampler": config.sampler,
-                "buffer": config.buffer,
-                "spec": self._spec,
-                "seed": config.run.seed,
-            },
-            name="auditor",
-            num_threads=1,
+            partial(
+                Auditor,
+                config=config.evaluation,
+                data=config.data,
+                energy=config.energy,
+                sampler=config.sampler,
+                buffer=config.buffer,
+                spec=self._spec,
+                seed=config.run.seed,
+            ),
+            "auditor",
+            ActorOptions(num_threads=1),
         )
         return AuditorClient(handle)

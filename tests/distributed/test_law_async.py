@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from ebm_dist.actors.worker import Worker
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.checkpoint.cut import Progress
-from ebm_dist.cluster.backend import Backend
+from ebm_dist.cluster.backend import ActorOptions, Backend
 from ebm_dist.cluster.inline import InlineBackend
 from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.sections import FlowConfig
@@ -49,14 +50,15 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
     buffer = BufferConfig(capacity=2 * capacity, num_shards=2, reinit_prob=0.0)
 
     def shard(index: int) -> ShardClient:
-        options = {"index": index, "capacity": capacity, "max_lease": CHAINS, "seed": 7}
-        options |= {"config": buffer, "spec": spec}
-        return ShardClient(backend.spawn(Shard, options, name=f"shard-{index}", any_order=True))
+        make = partial(
+            Shard, buffer, spec, index=index, capacity=capacity, max_lease=CHAINS, seed=7
+        )
+        return ShardClient(backend.spawn(make, f"shard-{index}", ActorOptions(any_order=True)))
 
-    kwargs = {"energy": parts.energy, "sampler": parts.sampler, "spec": spec}
+    make = partial(Worker, parts.energy, parts.sampler, spec)
 
     def worker(index: int) -> WorkerClient:
-        return WorkerClient(backend.spawn(Worker, kwargs, name=f"worker-{index}", num_threads=1))
+        return WorkerClient(backend.spawn(make, f"worker-{index}", ActorOptions(num_threads=1)))
 
     shards, workers = Shards(backend, [capacity] * 2), WorkerPool(backend)
     shards.start(shard)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.access import find_token, make_token
-from ebm_dist.cluster.backend import ObjectLost
+from ebm_dist.cluster.backend import ActorOptions, ObjectLost
 from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import LearnerClient, ShardClient, WorkerClient
@@ -115,7 +116,7 @@ class Graph:
             backend,
             lambda rank, node: LearnerClient(
                 backend.spawn(
-                    Rank, {}, name=f"learner-{rank}", node=rank_nodes[rank], any_order=True
+                    Rank, f"learner-{rank}", ActorOptions(node=rank_nodes[rank], any_order=True)
                 )
             ),
             num_ranks=len(rank_nodes),
@@ -162,18 +163,16 @@ class Graph:
         config = BufferConfig(capacity=CAPACITY, num_shards=2, reinit_prob=0.0)
         options = {"index": index, "capacity": CAPACITY // 2, "max_lease": CHAINS, "seed": 1}
         handle = self.backend.spawn(
-            Shard,
-            {"config": config, "spec": SPEC, **options},
-            name=f"shard-{index}",
-            any_order=True,
-            node=self.nodes[index % len(self.nodes)],
+            partial(Shard, config, SPEC, **options),
+            f"shard-{index}",
+            ActorOptions(any_order=True, node=self.nodes[index % len(self.nodes)]),
         )
         return ShardClient(handle)
 
     def worker(self, index: int) -> WorkerClient:
         node = self.nodes[index % len(self.nodes)]
-        name = f"worker-{index}"
-        return WorkerClient(self.backend.spawn(Mover, {}, name=name, any_order=True, node=node))
+        options = ActorOptions(any_order=True, node=node)
+        return WorkerClient(self.backend.spawn(Mover, f"worker-{index}", options))
 
     def update(self, kill: Callable[[Consumed], None] = lambda consumed: None) -> list[int]:
         """One update, `kill` being called with its negatives in flight; the lags."""
@@ -252,7 +251,7 @@ def test_negatives_and_weights_lost_with_their_nodes_cost_neither_the_ranks_nor_
 
     # Weights that nobody has fetched before their node goes: its rank was the first to hold them.
     # Rounds and newcomers under them wait for the next; no round is given up for it.
-    handle = backend.spawn(Rank, {}, name="source", aside=True, node=second.node_id)
+    handle = backend.spawn(Rank, "source", ActorOptions(aside=True, node=second.node_id))
     lost = LearnerClient(handle).published(False)
     backend.get(lost[0], 20.0)
     graph.nodes = [head]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ebm_dist.buffer.rows import open_rows
-from ebm_dist.cluster.backend import ObjectLost, PartDied
+from ebm_dist.cluster.backend import DEFAULTS, ActorOptions, ObjectLost, PartDied
 from ebm_dist.cluster.halt import Halt
 from ebm_dist.core.types import Lease, MovedChains
 
@@ -62,15 +62,9 @@ class SimBackend:
     halt: Halt = field(default_factory=Halt)
 
     def spawn(
-        self,
-        factory: Any,
-        kwargs: dict[str, Any],
-        *,
-        name: str,
-        node: str | None = None,
-        **_: Any,
+        self, make: Callable[..., object], name: str, options: ActorOptions = DEFAULTS
     ) -> SimHandle:
-        return SimHandle(self, name, factory(**kwargs), node=node)
+        return SimHandle(self, name, make(), node=options.node)
 
     def call(self, handle: SimHandle, method: str, args: tuple, num_returns: int) -> Any:
         refs = [a for a in args if isinstance(a, SimRef)]

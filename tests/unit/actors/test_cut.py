@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,16 +31,16 @@ def make_shards(num: int, capacity: int, seed: int = 0):
     capacities = shard_capacities(capacity, num)
     handles = [
         backend.spawn(
-            Shard,
-            {
-                "config": BufferConfig(capacity=capacity, num_shards=num, reinit_prob=0.5),
-                "spec": SPEC,
-                "index": i,
-                "capacity": capacities[i],
-                "max_lease": 3,
-                "seed": seed,
-            },
-            name=f"shard-{i}",
+            partial(
+                Shard,
+                BufferConfig(capacity=capacity, num_shards=num, reinit_prob=0.5),
+                SPEC,
+                index=i,
+                capacity=capacities[i],
+                max_lease=3,
+                seed=seed,
+            ),
+            f"shard-{i}",
         )
         for i in range(num)
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from small_runs import curve, run
 
-from ebm_dist.cluster.backend import Node, PartDied
+from ebm_dist.cluster.backend import DEFAULTS, ActorOptions, Node, PartDied
 from ebm_dist.cluster.inline import InlineBackend, InlineHandle
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.parts import Graph, Leave
@@ -45,11 +45,14 @@ class Nodes:
             return handle.node
 
         def spawn(
-            backend: InlineBackend, *args: Any, node: str | None = None, **options: Any
+            backend: InlineBackend,
+            make: Callable[..., object],
+            name: str,
+            options: ActorOptions = DEFAULTS,
         ) -> InlineHandle:
-            handle = create(backend, *args, **options)
+            handle = create(backend, make, name, options)
             drained = self.asked >= self.drain_at
-            handle.node = node or ("second" if drained else "first")  # as Ray chooses
+            handle.node = options.node or ("second" if drained else "first")  # as Ray chooses
             return handle
 
         create = InlineBackend.spawn

@@ -40,7 +40,7 @@ def deliver(world: World, num_ranks: int = 2) -> Delivery:
     backend: Any = world.backend
     learners = LearnerGroup(
         backend,
-        lambda rank, node: LearnerClient(backend.spawn(Rank, {}, name=f"learner-{rank}")),
+        lambda rank, node: LearnerClient(backend.spawn(Rank, f"learner-{rank}")),
         num_ranks=num_ranks,
         port=None,
         start_timeout_s=1.0,

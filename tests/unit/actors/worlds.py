@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from simulation import SimBackend, SimWorker
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
 from ebm_dist.checkpoint.cut import Progress
-from ebm_dist.cluster.backend import Ref
+from ebm_dist.cluster.backend import ActorOptions, Ref
 from ebm_dist.config.sections import FlowConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.negatives import MODES
@@ -132,7 +133,9 @@ class World:
     def spawn_worker(self, index: int) -> WorkerClient:
         node = self.nodes[index % len(self.nodes)]
         within = {"within": str(self.memory_of(node))} if self.directory else {}
-        handle = self.backend.spawn(SimWorker, within, name=f"worker-{index}", node=node)
+        handle = self.backend.spawn(
+            partial(SimWorker, **within), f"worker-{index}", ActorOptions(node=node)
+        )
         return WorkerClient(handle)
 
     def memory_of(self, node: str | None) -> Path:
@@ -143,7 +146,7 @@ class World:
 
     def spawn_shard(self, index: int) -> ShardClient:
         node = self.nodes[index % len(self.nodes)]
-        options = {
+        options: dict[str, Any] = {
             "config": BufferConfig(
                 capacity=self.capacity, reinit_prob=0.2, lease_timeout_s=self.lease_timeout_s
             ),
@@ -156,7 +159,9 @@ class World:
             "num_grants": 6,
             "clock": lambda: self.now,
         }
-        return ShardClient(self.backend.spawn(Shard, options, name=f"shard-{index}", node=node))
+        return ShardClient(
+            self.backend.spawn(partial(Shard, **options), f"shard-{index}", ActorOptions(node=node))
+        )
 
     def misfortune(self) -> None:
         self.now += self.tick_s
