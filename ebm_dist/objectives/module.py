@@ -77,7 +77,6 @@ class ModuleObjectiveSection(ObjectiveSection):
     name: Literal["module"] = "module"
     far_modes: ClassVar[str] = "not known, since the objective is code of the user"
     reweights: ClassVar[bool] = False
-    contexts: ClassVar[frozenset[str]] = frozenset(CONTEXTS)  # handed over in `negatives.context`
     example: ClassVar[dict[str, Any]] = {"target": "my_pkg.losses:contrast"}
 
     target: Target
@@ -90,6 +89,10 @@ class ModuleObjectiveSection(ObjectiveSection):
 
     needs_negatives: bool = True
     """Whether it reads negatives. With false no chains are drawn, and it is given None."""
+
+    @property
+    def contexts(self) -> frozenset[str]:
+        return frozenset(CONTEXTS)  # handed over in `negatives.context`
 
     @property
     def takes_negatives(self) -> bool:

@@ -150,8 +150,10 @@ class ObjectiveSection(Section):
     """Whether the loss depends on how the data's mass is shared among modes that are far apart:
     "seen ..." or "not seen ...", for the model card and docs/objectives.md."""
 
-    contexts: ClassVar[frozenset[str]] = frozenset()
-    """What it reads of the context that negatives may carry, of `buffer.context`."""
+    @property
+    def contexts(self) -> frozenset[str]:
+        """What it gives the energy beside x, of the data's own or of `buffer.context`."""
+        return frozenset()
 
     reweights: ClassVar[bool] = True
     """Whether negatives count by their weights, staleness and Jarzynski ones alike."""

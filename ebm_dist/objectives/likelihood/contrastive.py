@@ -54,7 +54,9 @@ def energies_given(energy: nn.Module | EnergyFn, x: Tensor, context: Context) ->
 class ContrastiveFields(ObjectiveSection):
     """The config fields of every objective with a contrastive part."""
 
-    contexts: ClassVar[frozenset[str]] = frozenset({"label", "condition"})
+    @property
+    def contexts(self) -> frozenset[str]:
+        return frozenset({"label", "condition"})
 
     adjustable: ClassVar[frozenset[str]] = frozenset(
         {

@@ -19,7 +19,6 @@ class JointSection(ContrastiveFields):
     """Cross entropy of the logits, and the contrastive loss of E(x) = -logsumexp(logits)."""
 
     name: Literal["joint"] = "joint"
-    contexts: ClassVar[frozenset[str]] = frozenset({"label"})
     example: ClassVar[dict[str, Any]] = {}
     far_modes: ClassVar[str] = (
         "seen as far as the chains cross between them: with sampler.name parallel_tempering, "
@@ -44,6 +43,10 @@ class JointSection(ContrastiveFields):
                 "or objective.name: contrastive"
             )
         return super().bind(spec)
+
+    @property
+    def contexts(self) -> frozenset[str]:
+        return frozenset({"label"})
 
     def module(self) -> Objective:
         return Joint(self)

@@ -69,6 +69,10 @@ class DenoisingSection(ObjectiveSection):
             raise ValueError("level_weight, log_noise: only with conditioning: level")
         return self
 
+    @property
+    def contexts(self) -> frozenset[str]:
+        return frozenset({"label", "level"} if self.conditioning == "level" else ())
+
     def module(self) -> Objective:
         return Denoising(self)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,8 +39,8 @@ class Pickling:
     def options(self, **options: Any) -> Pickling:
         return self
 
-    def remote(self, factory: Any, kwargs: dict[str, Any], *rest: Any) -> None:
-        raise TypeError(f"Could not serialize the argument {kwargs}\n" * 9)
+    def remote(self, make: partial[Any], *rest: Any) -> None:
+        raise TypeError(f"Could not serialize the argument {make}\n" * 9)
 
 
 def test_an_object_that_cannot_be_pickled_is_one_line_with_its_section():
@@ -49,9 +50,9 @@ def test_an_object_that_cannot_be_pickled_is_one_line_with_its_section():
     backend.halt = SimpleNamespace(ailing=lambda: None)  # pyright: ignore[reportAttributeAccessIssue]
     backend._host, backend._memory, backend._plugins = Pickling(), None, ()  # pyright: ignore
     with pytest.raises(UserError) as caught:
-        backend.spawn(dict, {"energy": 1, "data": threading.Lock()}, name="learner-0")
+        backend.spawn(partial(dict, energy=1, data=threading.Lock()), "learner-0")
     (line,) = str(caught.value).splitlines()
     assert line.startswith("data: cannot be sent to Ray's processes (TypeError: cannot pickle")
     assert line.endswith("or set runtime.backend: inline")
     with pytest.raises(TypeError, match="Could not serialize"):  # for another reason
-        backend.spawn(dict, {"energy": 1}, name="learner-0")
+        backend.spawn(partial(dict, energy=1), "learner-0")
