@@ -162,6 +162,9 @@ def sample(
     label: Annotated[
         int | None, typer.Option(min=0, help="The class to draw, of an energy that takes labels.")
     ] = None,
+    level: Annotated[
+        int | None, typer.Option(min=0, help="The noise level, of an energy over levels.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the starts and the noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     plugin: Plugins = [],  # noqa: B006
@@ -178,6 +181,7 @@ def sample(
             num,
             steps,
             label=label,
+            level=level,
             seed=seed,
             start=start,
             device=_device(device),

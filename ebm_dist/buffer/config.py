@@ -131,8 +131,7 @@ def context_fields(
     if config.condition is not None:
         if spec.condition_shape is None:
             raise ValueError(
-                "buffer.context.condition: the data has no conditions; set data.condition, or "
-                "leave the key out"
+                "buffer.context.condition: the data has no conditions; leave the key out"
             )
         fields.append(ContextField("condition", spec.condition_shape, "float32"))
     if config.pair is not None:

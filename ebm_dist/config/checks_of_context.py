@@ -69,8 +69,8 @@ def check_energy_context(config: RunConfig, spec: EventSpec, energy: object) -> 
         if name in needs - config.objective.contexts:
             raise UserError(
                 f"{_KEYS[name]}: the energy needs the {name} of each event, which {of_objective} "
-                "does not give it; leave the key out, or sample the energy from Python with "
-                "energy.given"
+                "does not give it; leave the key out, or sample the energy in Python by its "
+                "method given"
             )
         if name in needs - names and config.objective.takes_negatives:
             raise UserError(

@@ -53,7 +53,7 @@ def apply_override(
 
 def _takes_text(model: type[BaseModel], path: list[str], data: Any) -> bool:
     kinds = [kind for field in _fields_at(model, path, data) for kind in _kinds(field.annotation)]
-    if not kinds and path[-1].isdecimal():
+    if not kinds and len(path) > 1 and path[-1].isdecimal():
         lists = (
             k for field in _fields_at(model, path[:-1], data) for k in _kinds(field.annotation)
         )

@@ -195,7 +195,7 @@ class Fidelity:
             "class_share_max": float(share.max()),
         }
         if label is not None:
-            found["label_accuracy"] = float((guess == label).float().mean())
+            found |= {"label_accuracy": float((guess == label).float().mean())}
         return found
 
     def reference(self) -> dict[str, float]:

@@ -31,6 +31,7 @@ def sample(
     num: int,
     *,
     label: int | Sequence[int] | Tensor | None = None,
+    level: int | None = None,
     num_steps: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -42,6 +43,7 @@ def sample(
         label: the class to draw, or one for each sample (num,), of an energy that takes labels:
             they are drawn from exp(-E(x, label)/T). When left out the law is that of all classes
             together, or each class is drawn equally often where the energy knows no such law.
+        level: the noise level to draw at, of an energy over levels; 0, the cleanest, if left out.
         num_steps: sampler steps of each chain; 1000 when left out.
 
     Returns:
@@ -51,7 +53,7 @@ def sample(
         raise UserError(f"num: expected at least 1, got {num}")
     opened = export if isinstance(export, Export) else open_export(export)
     steps = NUM_STEPS if num_steps is None else num_steps
-    return draw_samples(opened, num, steps, label=label, seed=seed)
+    return draw_samples(opened, num, steps, label=label, level=level, seed=seed)
 
 
 def draw_samples(
@@ -60,6 +62,7 @@ def draw_samples(
     steps: int,
     *,
     label: int | Sequence[int] | Tensor | None = None,
+    level: int | None = None,
     seed: int = 0,
     start: Start = "noise",
     device: str | torch.device = "cpu",
@@ -69,7 +72,7 @@ def draw_samples(
     """Run `num` chains for `steps` steps of the export's sampler.
 
     Args:
-        label: as in `sample`.
+        label: as in `sample`, as is `level`.
         start: `noise` draws from the reference law of the events; `chains` goes on from the
             run's last chains, each taken at most once until all are in use.
         batch_size: chains moved together; the result does not depend on the device only.
@@ -92,14 +95,12 @@ def draw_samples(
     energy = export.energy.to(device)
     kernel = export.kernel()
     begin = starting_points(export, num, start, seed)
-    labels = asked_labels(energy, num, label)
+    asked = asked_context(energy, num, label, level)
     positions, energies, done = [], [], 0
     for index, first in enumerate(range(0, num, batch_size)):
         x = begin[first : first + batch_size].to(device)
-        context = (
-            {"label": labels[first : first + batch_size].to(device)} if labels is not None else {}
-        )
-        given = bind(energy, **context)
+        rows = slice(first, first + batch_size)
+        given = bind(energy, **{name: value[rows].to(device) for name, value in asked.items()})
         generator = torch.Generator(device).manual_seed(derive_seed(seed, "draw", index))
         state = kernel.init(x, given)
         for _ in range(steps):
@@ -117,27 +118,47 @@ def draw_samples(
     return torch.cat(positions), torch.cat(energies)
 
 
-def asked_labels(
-    energy: nn.Module, num: int, label: int | Sequence[int] | Tensor | None
-) -> Tensor | None:
-    """The classes (num,) int64 of `num` samples; None for the law of all classes together.
+def asked_context(
+    energy: nn.Module,
+    num: int,
+    label: int | Sequence[int] | Tensor | None = None,
+    level: int | None = None,
+) -> dict[str, Tensor]:
+    """What `num` samples are given, (num,) int64 each: the label and the level asked for. An energy
+    that needs one and was asked for none gets each label equally often, and the cleanest level.
 
     Raises:
-        UserError: the energy takes no labels, or there is none or not one for each sample.
+        UserError: the energy takes no such thing, or needs a condition, which nobody can ask for
+            here; or a number is none of its own, or there is not one for each sample.
     """
-    if label is None:
-        if "label" not in trait(energy, "needs_context"):
-            return None
-        return torch.arange(num) % trait(energy, "num_labels")
-    if "label" not in trait(energy, "context"):
-        raise UserError("label: the energy takes none; leave it out, or train one with labels")
-    labels = torch.as_tensor(label).reshape(-1)
-    classes = trait(energy, "num_labels")
-    if len(labels) not in (1, num):
-        raise UserError(f"label: expected one label or {num}, got {len(labels)}")
-    if labels.is_floating_point() or bool(((labels < 0) | (labels >= classes)).any()):
-        raise UserError(f"label: expected whole numbers from 0 to {classes - 1}, got {label}")
-    return labels.long().expand(num)
+    takes, needs = trait(energy, "context"), trait(energy, "needs_context")
+    if "condition" in needs:
+        raise UserError(
+            "energy: needs a condition for each sample; draw in Python with "
+            "energy.given(condition=...) and samplers.run_chain"
+        )
+    context: dict[str, Tensor] = {}
+    if label is not None or "label" in needs:
+        every = torch.arange(num) % (trait(energy, "num_labels") or 1)
+        asked = every if label is None else torch.as_tensor(label)
+        context["label"] = _asked("label", asked, num, trait(energy, "num_labels"), takes)
+    if level is not None or "level" in needs:
+        stds = trait(energy, "noise_stds") or ()
+        context["level"] = _asked("level", torch.as_tensor(level or 0), num, len(stds), takes)
+    return context
+
+
+def _asked(name: str, asked: Tensor, num: int, size: int, takes: frozenset[str]) -> Tensor:
+    if name not in takes:
+        raise UserError(f"{name}: the energy takes none; leave it out, or train one with {name}s")
+    asked = asked.reshape(-1)
+    if len(asked) not in (1, num):
+        raise UserError(f"{name}: expected one {name} or {num}, got {len(asked)}")
+    if asked.is_floating_point() or bool(((asked < 0) | (asked >= size)).any()):
+        raise UserError(
+            f"{name}: expected whole numbers from 0 to {size - 1}, got {asked.tolist()}"
+        )
+    return asked.long().expand(num)
 
 
 def starting_points(export: Export, num: int, start: Start, seed: int) -> Tensor:

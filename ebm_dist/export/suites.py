@@ -16,6 +16,7 @@ from ebm_dist.core.paths import user_path
 from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import Batch, EventKind
 from ebm_dist.data import DataConfig, load_split
+from ebm_dist.energies.context import trait
 from ebm_dist.evaluation import (
     Fidelity,
     base_law,
@@ -241,9 +242,14 @@ def _fidelity(
     metrics["fidelity/accuracy"] = fidelity.accuracy
     num = fidelity.num
     say(f"drawing {num} samples from noise, {DRAW_STEPS} steps")
-    drawn, _ = draw_samples(export, num, DRAW_STEPS, seed=seed, device=device)
+    label = None
+    if _is_conditional(export):
+        label = torch.arange(num) % trait(export.energy, "num_labels")
+    drawn, _ = draw_samples(export, num, DRAW_STEPS, label=label, seed=seed, device=device)
     # As in a run: unclamped chains leave the data's range by their noise, a picture cannot.
-    metrics["fidelity/distance"] = fidelity.distance(drawn.clamp(-1.0, 1.0))
+    drawn = drawn.clamp(-1.0, 1.0)
+    metrics["fidelity/distance"] = fidelity.distance(drawn)
+    metrics |= {f"fidelity/{name}": v for name, v in fidelity.classes(drawn, label).items()}
     notes = [
         f"distance: {num} chains from noise after {DRAW_STEPS} steps, and every reference of as "
         "many images; features of a small classifier trained on the same data, so compare with "
@@ -255,6 +261,14 @@ def _fidelity(
     elif stored is not None:
         notes.append(f"distance_of_chains: left out, the export holds {len(stored)} chains alone")
     return metrics, notes
+
+
+def _is_conditional(export: Export) -> bool:
+    """Whether the run's chains each had a label."""
+    try:
+        return bool(export.config["recipe"]["buffer"]["context"]["label"])
+    except (KeyError, TypeError):
+        return "label" in trait(export.energy, "needs_context")
 
 
 def _persists(export: Export) -> bool:

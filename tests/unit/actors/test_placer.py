@@ -177,9 +177,9 @@ def test_a_run_places_its_ranks_before_its_workers(
     started: list[str] = []
     spawn = InlineBackend.spawn
 
-    def noted(backend: InlineBackend, *args: Any, name: str, **options: Any) -> Any:
+    def noted(backend: InlineBackend, make: Any, name: str, *options: Any) -> Any:
         started.append(name)
-        return spawn(backend, *args, name=name, **options)
+        return spawn(backend, make, name, *options)
 
     monkeypatch.setattr(InlineBackend, "spawn", noted)
     run(tmp_path / "run", "run.steps=1")

@@ -165,7 +165,7 @@ def rounds(sampler: str, storage: str = "float32", *, jarzynski: bool = False) -
                 told = " ".join(moved.notes)
                 assert "eager" not in told, told
                 assert _replayed(worker), told
-    assert isinstance(worker.sample(8, 2, weights, 5, start_std=1.0), np.ndarray)
+    assert isinstance(worker.sample(8, 2, weights, 5, start_std=1.0).x, np.ndarray)
 
 
 UNTRACED = ("annealed_langevin", "nuts", "parallel_tempering", "tempered_transitions")
