@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 
 from ebm_dist.cluster.ray_backend import RayBackend
 from ebm_dist.cluster.ray_starts import unreadable_argument
@@ -44,6 +43,10 @@ class Pickling:
 
 
 def test_an_object_that_cannot_be_pickled_is_one_line_with_its_section():
+    # Not at the top of the module: Ray reads how it authenticates when it is imported, and tests in
+    # this process say so first.
+    import ray
+
     backend = object.__new__(RayBackend)  # no Ray is started for it
     backend.local, backend._own, backend._num_spawned = True, None, {}
     backend._ray = ray
