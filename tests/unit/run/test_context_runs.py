@@ -66,6 +66,25 @@ def test_sync_is_bitwise_with_labels_whoever_moves_the_chains_and_after_a_resume
     assert not equal(tmp_path / "a", tmp_path / "d")
 
 
+@pytest.mark.ray
+def test_on_ray_two_ranks_and_two_workers_train_labels_bit_for_bit_as_other_numbers_of_workers(
+    tmp_path: Path,
+) -> None:
+    """On one node chains and labels go by rows of shared memory."""
+    base = config(
+        tmp_path,
+        runtime={"backend": "ray", "address": "local"},
+        # Sums are taken in another order by another number of threads.
+        learner={"num_ranks": 2, "num_threads": 1},
+        buffer={"context": {"label": "data"}, "reinit_prob": 0.3},
+        workers={"num_workers": 2, "num_chains": 8, "num_threads": 1},
+    )
+    ebm_dist.train(base, run_dir=tmp_path / "a")
+    one = {**base, "workers": {**base["workers"], "num_workers": 1}}
+    ebm_dist.train(one, run_dir=tmp_path / "b")
+    assert equal(tmp_path / "a", tmp_path / "b")
+
+
 def test_samples_of_a_label_are_drawn_from_its_own_energy(tmp_path: Path) -> None:
     result = ebm_dist.train(config(tmp_path), run_dir=tmp_path / "r")
     export = result.open_export()
