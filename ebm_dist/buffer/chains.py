@@ -24,7 +24,7 @@ from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import Arrays, ChainSample, ContextField, EventSpec, ShardMeta, ShardState
 
 _FILL_CHUNK = 4096
-_CONTEXT = "context/"
+CONTEXT = "context/"
 """Begins the names of contexts among the arrays of a snapshot."""
 
 COUNTERS = ("late_checkins", "expired_leases", "reinitialised", "resampled")
@@ -186,7 +186,7 @@ class ShardChains:
         which = np.arange(self.capacity) if slots is None else slots
         rows = self._slots.row_of_slot[which]
         arrays = {name: getattr(self._slots, name)[rows] for name in SlotStorage.row_fields}
-        arrays |= {_CONTEXT + name: value for name, value in self._slots.contexts(rows).items()}
+        arrays |= {CONTEXT + name: value for name, value in self._slots.contexts(rows).items()}
         return ShardState(
             ShardMeta(self.index, self.capacity, self._starts.state(), since),
             {**arrays, "generation": self._slots.generation[which]},
@@ -230,7 +230,7 @@ class ShardChains:
                 f"{(self.capacity, *self._spec.shape)}; keep data.source, and buffer.capacity at "
                 "least as it was"
             )
-        missing = [name for name in self._slots.context if _CONTEXT + name not in arrays]
+        missing = [name for name in self._slots.context if CONTEXT + name not in arrays]
         if missing:
             raise ValueError(
                 f"the snapshot's chains have no {missing[0]}; leave buffer.context.{missing[0]} out"
@@ -249,7 +249,7 @@ class ShardChains:
                 array = self._codec.converted(array)
             getattr(self._slots, name)[rows[:num]] = array
         for name, values in self._slots.context.items():
-            values[rows[:num]] = arrays[_CONTEXT + name]
+            values[rows[:num]] = arrays[CONTEXT + name]
         self._slots.chain_id[rows[num:]] = next_chain + np.arange(self.capacity - num)
         self._slots.generation[:num] = arrays["generation"]
         self._slots.free_all()

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ebm_dist.buffer.config import context_fields
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventSpec
-from ebm_dist.energies.context import CONTEXT, trait
+from ebm_dist.energies.context import CONTEXT, KEYS, trait
 
 if TYPE_CHECKING:
     from ebm_dist.config.run_config import RunConfig
 
-_KEYS = {
-    "label": "energy.num_classes",
-    "level": "energy.num_levels",
-    "condition": "energy.condition_shape",
-}
 _VALUES = {"label": "data or uniform", "level": "stratified", "condition": "data"}
 
 
@@ -32,7 +26,7 @@ def check_context(config: RunConfig) -> Iterator[str]:
             "leave it out"
         )
     for name in names:
-        # A clock is read by samplers, and by whoever looks at the chains.
+        # A clock is for whoever looks at the chains.
         if name != "clock" and name not in objective.contexts:
             yield (
                 f"buffer.context.{name}: set, but objective.name {objective.name} does not read "  # type: ignore[attr-defined]
@@ -54,7 +48,7 @@ def check_energy_context(config: RunConfig, spec: EventSpec, energy: object) -> 
     """Refuse chains that carry what the energy does not take, or lack what it needs."""
     names = set(config.buffer.context.names)
     try:
-        context_fields(config.buffer.context, spec, len(trait(energy, "noise_stds") or ()) or None)
+        config.context_fields(spec)
     except ValueError as error:
         raise UserError(str(error)) from None
     takes, needs = trait(energy, "context"), trait(energy, "needs_context")
@@ -63,12 +57,12 @@ def check_energy_context(config: RunConfig, spec: EventSpec, energy: object) -> 
     for name in CONTEXT:
         if name in names - takes:
             raise UserError(
-                f"buffer.context.{name}: set, but {of_energy} takes no {name}; set {_KEYS[name]} "
+                f"buffer.context.{name}: set, but {of_energy} takes no {name}; set {KEYS[name]} "
                 "where the energy has such keys, or leave it out"
             )
         if name in needs - config.objective.contexts:
             raise UserError(
-                f"{_KEYS[name]}: the energy needs the {name} of each event, which {of_objective} "
+                f"{KEYS[name]}: the energy needs the {name} of each event, which {of_objective} "
                 "does not give it; leave the key out, or sample the energy in Python by its "
                 "method given"
             )

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from ebm_dist import objectives
-from ebm_dist.buffer.config import BufferConfig
+from ebm_dist.buffer.config import BufferConfig, context_fields
 from ebm_dist.checkpoint.files import CheckpointConfig
 from ebm_dist.config.checks import check
 from ebm_dist.config.sections import (
@@ -24,8 +24,10 @@ from ebm_dist.config.text import apply_override, validate, without_empty
 from ebm_dist.core.errors import UserError, one_line
 from ebm_dist.core.plugins import ModuleName, import_plugins
 from ebm_dist.core.section import Section
+from ebm_dist.core.types import ContextField, EventSpec
 from ebm_dist.data.config import DataConfig
 from ebm_dist.energies import EnergyConfig
+from ebm_dist.energies.context import trait
 from ebm_dist.evaluation.config import EvaluationConfig
 from ebm_dist.files.safe_open import open_to_read
 from ebm_dist.files.strict_yaml import read_yaml, write_yaml
@@ -63,6 +65,15 @@ class RunConfig(Section):
     def num_negatives(self) -> int:
         """Number of negatives per update."""
         return self.buffer.num_negatives or self.data.batch_size
+
+    def context_fields(self, spec: EventSpec) -> tuple[ContextField, ...]:
+        """What each chain carries beside its position; `self` is bound to data of `spec`.
+
+        Raises:
+            ValueError: data or energy cannot give it; the message names the key.
+        """
+        levels = trait(self.energy.build(), "noise_stds") if self.buffer.context.level else None
+        return context_fields(self.buffer.context, spec, len(levels) if levels else None)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:

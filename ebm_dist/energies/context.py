@@ -15,11 +15,12 @@ from torch import Tensor, nn
 CONTEXT = ("label", "level", "condition")
 """The names of the tensors that an energy may be given, in the order of messages."""
 
-_HOW = {
+KEYS = {
     "label": "energy.num_classes",
     "level": "energy.num_levels and energy.noise_stds",
     "condition": "energy.condition_shape",
 }
+"""The keys of a config that make an energy take each."""
 
 
 class ContextTraits:
@@ -143,7 +144,7 @@ def check_names(energy: object, given: Mapping[str, object]) -> None:
         raise ValueError(
             f"energy: {name} takes {f'{what} alone' if what else 'no context'}, got "
             f"{' and '.join(unknown)}; leave {'it' if len(unknown) == 1 else 'them'} out, or set "
-            f"{' and '.join(_HOW.get(key, key) for key in unknown)} where the energy has such keys"
+            f"{' and '.join(KEYS.get(key, key) for key in unknown)} where the energy has such keys"
         )
     missing = [key for key in CONTEXT if key in trait(energy, "needs_context") - given.keys()]
     if missing:

@@ -14,7 +14,7 @@ from ebm_dist.actors.evaluator import Evaluator
 from ebm_dist.actors.learner_rank import LearnerRank
 from ebm_dist.actors.shard import open_shard
 from ebm_dist.actors.worker import Worker
-from ebm_dist.buffer.config import context_fields, shard_capacities
+from ebm_dist.buffer.config import shard_capacities
 from ebm_dist.buffer.trace import TracePlan
 from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.cluster.backend import ActorOptions, Backend
@@ -175,9 +175,7 @@ class _Spawner:
             shards=shards,
             worker_pool=workers,
         )
-        self._fields = context_fields(
-            config.buffer.context, spec, getattr(config.energy, "num_levels", None)
-        )
+        self._fields = config.context_fields(spec)
         self._ranks: list[Place] = []
         self._worker_of: dict[int, WorkerClient] = {}
         self._lives: list[tuple[ShardClient, int]] = []  # of each shard's process

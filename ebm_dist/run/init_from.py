@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ebm_dist import energies
 from ebm_dist.actors.shard import start_stream
-from ebm_dist.buffer.chains import ShardChains
+from ebm_dist.buffer.chains import CONTEXT, ShardChains
 from ebm_dist.buffer.codec import Codec
 from ebm_dist.buffer.config import shard_capacities
 from ebm_dist.checkpoint import files as checkpoint
@@ -200,6 +200,7 @@ def _open_export(path: Path, config: RunConfig, spec: EventSpec) -> _Found:
             )
         _check_jarzynski(config, False, path)
         chains = {"position": Codec.of(config.buffer.storage, spec).converted(x.numpy())}
+        _check_context(config, spec, chains, path)
     state = {f"{_ENERGY[0]}{name}": tensor for name, tensor in tensors.items()}
     return _Found(lineage, _section_of(content), state, chains)
 
@@ -238,6 +239,7 @@ def _open_checkpoint(path: Path, config: RunConfig, spec: EventSpec, energy: nn.
             weighted = bool(found.meta["config"]["buffer"].get("jarzynski", False))
             _check_jarzynski(config, weighted, path)
             chains = _chains_of(found, Codec.of(config.buffer.storage, spec), spec)
+            _check_context(config, spec, chains, path)
     return _Found(lineage, section, state, chains)
 
 
@@ -404,7 +406,8 @@ def _chains_of(found: checkpoint.CheckpointDir, codec: Codec, spec: EventSpec) -
             f"run.init_chains: true, but the checkpoint at {found.path} holds no chains; set it "
             "to false"
         )
-    names = ("position", "energy", "version", "age", "log_weight")
+    names = ["position", "energy", "version", "age", "log_weight"]
+    names += [name for name in parts[0] if name.startswith(CONTEXT)]
     chains = {name: np.concatenate([part[name] for part in parts]) for name in names}
     if chains["position"].shape[1:] != spec.shape or len({len(v) for v in chains.values()}) > 1:
         raise ValueError(f"its chains have shape {chains['position'].shape}")
@@ -416,12 +419,30 @@ def _chains_of(found: checkpoint.CheckpointDir, codec: Codec, spec: EventSpec) -
     return {**chains, "version": np.minimum(chains["version"], 0)}
 
 
+def _check_context(config: RunConfig, spec: EventSpec, chains: Chains, path: Path) -> None:
+    """Refuse chains without what those of this run carry: nobody knows it of them."""
+    for carried in config.context_fields(spec):
+        found = chains.get(CONTEXT + carried.name)
+        if found is None or found.shape[1:] != carried.shape:
+            raise UserError(
+                f"run.init_chains: true, but the chains of {path} carry no {carried.name} as "
+                f"buffer.context.{carried.name} asks; set run.init_chains: false, or leave "
+                f"buffer.context.{carried.name} out"
+            )
+        if carried.size is not None and len(found) and found.max() >= carried.size:
+            raise UserError(
+                f"run.init_chains: true, but the chains of {path} carry a {carried.name} of "
+                f"{found.max()}, here they are 0 to {carried.size - 1}; set run.init_chains: false"
+            )
+
+
 def _shards(config: RunConfig, spec: EventSpec, chains: Chains | None) -> list[ShardState]:
     """Snapshots of the shards at update 0."""
     buffer, seed = config.buffer, config.run.seed
     if not config.objective.takes_negatives:
         return []
     capacities = shard_capacities(buffer.capacity, buffer.num_shards)
+    fields = config.context_fields(spec)
     num = len(chains["position"]) if chains is not None else 0
     # Evenly spaced chains if there are more than fit.
     rows = np.linspace(0, num - 1, min(num, buffer.capacity)).round().astype(np.int64)
@@ -430,15 +451,23 @@ def _shards(config: RunConfig, spec: EventSpec, chains: Chains | None) -> list[S
     for index, (capacity, share) in enumerate(zip(capacities, shares)):
         with contextlib.ExitStack() as stack:
             data = None
-            if buffer.init == "data":
+            if buffer.starts_from_data:
                 data = start_stream(config.data, index, buffer.num_shards, seed)
                 stack.callback(data.close)
             shard = ShardChains(
-                buffer, spec, index=index, capacity=capacity, max_lease=1, seed=seed, data=data
+                buffer,
+                spec,
+                index=index,
+                capacity=capacity,
+                max_lease=1,
+                seed=seed,
+                data=data,
+                fields=fields,
             )
             snapshot = shard.snapshot()
         for name, array in (chains or {}).items():
-            snapshot.arrays[name][: len(share)] = array[share]
+            if name in snapshot.arrays:  # else a context that chains of this run do not carry
+                snapshot.arrays[name][: len(share)] = array[share]
         shards.append(snapshot)
     return shards
 

@@ -67,6 +67,14 @@ def check_resumable(config: RunConfig, spec: EventSpec, found: CheckpointDir) ->
             "choose another run.name or --run-dir to begin a new run there, or leave run.init_from "
             "out to go on with that one"
         )
+    carried = found.meta["config"]["buffer"].get("context") or {}
+    for name in config.buffer.context.names:
+        if not carried.get(name):
+            raise UserError(
+                f"buffer.context.{name}: the chains of the checkpoint at {found.path} carry no "
+                f"{name}; leave it out, or start anew with another {elsewhere} (run.init_from "
+                "begins with the weights)"
+            )
     if config.buffer.jarzynski and not found.meta["config"]["buffer"].get("jarzynski", False):
         raise UserError(
             f"buffer.jarzynski: the chains of the checkpoint at {found.path} carry no Jarzynski "

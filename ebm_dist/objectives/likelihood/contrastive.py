@@ -7,6 +7,7 @@ The buffer decides where the chains of the negatives start: at data (CD-k), wher
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +21,6 @@ from pydantic import (
 from torch import Tensor, nn
 
 from ebm_dist.core.types import Batch, EnergyFn, Negatives
-from ebm_dist.energies.context import bind
 from ebm_dist.objectives.likelihood.kl_term import kl_term
 from ebm_dist.objectives.likelihood.penalties import (
     PenaltyPoints,
@@ -48,7 +48,7 @@ Evaluate = Callable[[nn.Module | EnergyFn, Tensor, Context], Tensor]
 
 def energies_given(energy: nn.Module | EnergyFn, x: Tensor, context: Context) -> Tensor:
     """E(x | context) as (B,), at least float32."""
-    return energies_of(bind(energy, **context), x)
+    return energies_of(partial(energy, **context), x)
 
 
 class ContrastiveFields(ObjectiveSection):
@@ -222,7 +222,7 @@ class Contrastive(Objective):
         if config.kl_weight > 0:
             assert config.kl_step_size is not None
             term = kl_term(
-                bind(energy, **joined_context(None, negatives)),
+                partial(energy, **joined_context(None, negatives)),
                 negatives.x.to(data.dtype),
                 step_size=config.kl_step_size,
                 temperature=config.fitted_temperature,
