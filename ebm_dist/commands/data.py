@@ -10,7 +10,7 @@ import typer
 from ebm_dist.commands.options import Argument, Option
 from ebm_dist.core.errors import UserError, one_line
 
-data_app = typer.Typer(help="Prepare data as shards.", no_args_is_help=True)
+data_app = typer.Typer(help="Write data as shards, and check shards.", no_args_is_help=True)
 
 
 @data_app.command(
