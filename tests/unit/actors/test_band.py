@@ -66,10 +66,11 @@ def hold(world: World, num_updates: int, low: float, high: float, busy: int) -> 
         assert world.scheduler.mcmc_steps <= high * (made + 1) + (ahead + 1) * ROUND, (
             "workers did not"
         )
-    extra = world.flow._extra()
-    consumed = num_updates * NEEDED
-    ready = sum(lease.num_steps * lease.num_chains for lease in world.scheduler.committed.values())
-    assert world.scheduler.mcmc_steps <= consumed + extra + ready + 3 * ROUND
+    # Every step is of a negative consumed, ready or under repair, or is counted as extra.
+    in_repair = sum(round_.purpose == "repair" for round_ in world.scheduler.rounds())
+    waiting = len(world.scheduler.committed) + in_repair
+    needed = num_updates * NEEDED + waiting * ROUND
+    assert world.scheduler.mcmc_steps == needed + world.flow._extra()
     assert world.progress.updates == num_updates
 
 
