@@ -206,7 +206,7 @@ def test_every_objective_fits_the_temperature_of_the_chains(name):
         (
             {"energy": {"name": "resnet", "num_levels": 2, "noise_stds": [0.1, 1.0]}},
             IMAGE,
-            "energy.num_levels: the energy needs the level of each event",
+            "energy.num_levels and energy.noise_stds: the energy needs the level of each event",
         ),
         ({"objective": {"name": "score_matching"}, "sampler": GIBBS}, BINARY,
          "objective.name: score_matching"),
