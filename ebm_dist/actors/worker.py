@@ -47,9 +47,12 @@ class Worker:
         storage: StorageName = "float32",
         steady: bool = False,
         shared: NodeMemory | None = None,
+        num_updates: int | None = None,
     ) -> None:
         """
         Args:
+            num_updates: the update at which the run ends: what is left decides whether
+                `sampler.engine: auto` compiles.
             resample_threshold: the chains carry Jarzynski weights, and are resampled where their
                 effective share falls below this; None for chains without weights.
             storage: what the shards store chains as.
@@ -69,6 +72,7 @@ class Worker:
         self._kernel = kernel if resample_threshold is None else weighted(kernel)
         self._notes: list[str] = []
         self._engine = Engine(sampler.engine, steady=steady, say=self._notes.append)
+        self._num_updates = num_updates
         self._version: int | None = None
 
     def run_round(
@@ -82,6 +86,8 @@ class Worker:
         if lease is None:  # the shard had too few free chains
             return None
         self._use(weights, version)
+        if self._num_updates is not None:
+            self._engine.progress = version / self._num_updates
         condition = self._empty_condition(lease)
         start = self._fetch(lease, condition)
         if start is None:

@@ -219,6 +219,7 @@ class _Spawner:
                     config.buffer.resample_threshold if config.buffer.jarzynski else None
                 ),
                 storage=config.buffer.storage,
+                num_updates=config.run.steps,
             ),
             f"worker-{index}",
             ActorOptions(

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.fx import GraphModule
 
 from ebm_dist.core.errors import UserError
 from ebm_dist.files.private import own_directory, scratch
 from ebm_dist.samplers.compile.recorded_noise import CannotCompile
+
+TURN_S = 300.0
+"""The longest wait for another process of this machine that compiles."""
+
+log = logging.getLogger("ebm_dist")
 
 
 class CompilerFailed(CannotCompile):
@@ -75,6 +82,27 @@ def take_own_cache() -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own)
 
 
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Wait while another process compiles into the same cache.
+
+    The workers of a node compile the same steps at the same moment: the second one then finds
+    what the first one made, and two compilers do not share the cores of the node with the steps.
+    A process that hangs holds the others up for `TURN_S` at most.
+    """
+    cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    cache.mkdir(parents=True, exist_ok=True)
+    turn = FileLock(cache / "ebm_dist.lock", timeout=TURN_S, poll_interval=0.2)
+    try:
+        turn.acquire()
+    except (Timeout, OSError, NotImplementedError) as error:
+        log.debug("compiles without a turn: %s", error)
+    try:
+        yield
+    finally:
+        turn.release()
+
+
 def load_source(source: str) -> None:
     """Compile C++ against torch and load it; torch caches the result as in `compile_graph`.
 
@@ -120,7 +148,7 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[[list[Te
     try:
         import torch._inductor as inductor
 
-        with torch.no_grad():
+        with one_at_a_time(), torch.no_grad():
             compiled = inductor.standalone_compile(
                 graph,
                 list(inputs),

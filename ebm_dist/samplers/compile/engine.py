@@ -3,7 +3,7 @@
 Small energies are limited by the dispatch of single operations, not by arithmetic: a block of
 steps compiled into one function is several times faster. An energy limited by arithmetic gains up
 to a half from faster convolutions (`winograd`), and otherwise between nothing and a quarter. So
-`auto` compiles once, times both, and keeps the faster.
+`auto` compiles once, where the rest of the run repays it, times both, and keeps the faster.
 
 Compiled and eager steps agree to rounding, not bit for bit. So the result of a round depends on
 whether its block was ready, and there are two kinds of engine:
@@ -63,12 +63,17 @@ at 64 chains (5.4 times faster compiled), 1.4 ms at 4096 (1.9 times); convolutio
 2 to 80 ms: 1.4 to 1.9 times with Winograd's algorithm, 0.9 to 1.27 without."""
 
 PAYBACK_S = 60.0
-"""Seconds of eager sampling at one shape before `auto` compiles short steps. A compilation takes
-8 to 30 s and makes later steps about twice as fast, or faster. So a run takes at most about twice
-the time of the better choice, and a run that ends within a minute does not compile."""
+"""Seconds of eager steps at one shape that repay the compilation of short steps: it takes 8 to
+30 s and makes later steps about twice as fast, or faster. While it is unknown how much is left,
+`auto` compiles when as much is behind it: it then takes at most about twice the time of the better
+choice."""
 
-LONG_PAYBACK_S = 120.0
-"""The same for long steps: a gain of a third repays 10 to 30 s of compilation in two minutes."""
+LONG_PAYBACK_S = 240.0
+"""The same for long steps, which a compilation of 30 to 110 s on a busy machine makes faster by a
+quarter."""
+
+FIRST_LOOK_S = 10.0
+"""Seconds of eager steps at one shape after which what is left of a run is estimated."""
 
 TRIAL_ROUNDS = 5
 """Rounds of each kind whose fastest times are compared: other processes can only add time."""
@@ -94,6 +99,8 @@ class _Entry:
     eager_rounds_s: deque[float] = field(default_factory=lambda: deque(maxlen=TRIAL_ROUNDS))
     """Times of the last eager rounds before the compilation."""
     block_rounds_s: list[float] = field(default_factory=list)
+    first_progress: float = 0.0
+    """`Engine.progress` when this shape was first seen."""
 
 
 class Engine:
@@ -132,6 +139,9 @@ class Engine:
         self._say = say
         self._entries: dict[Any, _Entry] = {}
         self._layouts: dict[int, tuple[nn.Module, bool]] = {}
+        self.progress: float | None = None
+        """The share of the run that is done, in [0, 1], where the caller knows it."""
+        self._declined = False
         if choice == "auto" and steady:
             say(
                 "sampler.engine: auto is eager, since flow.mode: sync must not depend on when a "
@@ -176,9 +186,28 @@ class Engine:
         if entry.status != "eager":
             return
         entry.eager_rounds_s.append(seconds)
-        short = min(entry.eager_rounds_s) <= num_steps * SHORT_STEP_S
-        if entry.eager_s >= (PAYBACK_S if short else LONG_PAYBACK_S):
+        if self._repays(entry, num_steps):
             self._compile(entry, kernel, energy, state, num_steps)
+
+    def _repays(self, entry: _Entry, num_steps: int) -> bool:
+        """Whether what is left of the run, or what is behind it, repays a compilation."""
+        short = min(entry.eager_rounds_s) <= num_steps * SHORT_STEP_S
+        payback_s = PAYBACK_S if short else LONG_PAYBACK_S
+        if self.progress is None:
+            return entry.eager_s >= payback_s
+        done = self.progress - entry.first_progress
+        if entry.eager_s < FIRST_LOOK_S or done <= 0:
+            return False
+        left_s = entry.eager_s * (1 - self.progress) / done
+        repays = left_s >= payback_s
+        if repays or not self._declined:
+            self._declined = True
+            self._say(
+                f"sampler.engine: auto {'compiles' if repays else 'stays eager'}, since about "
+                f"{left_s:.0f} s of steps are left and a compilation repays itself in "
+                f"{payback_s:.0f} s"
+            )
+        return repays
 
     def _decide(self, entry: _Entry, num_steps: int) -> None:
         assert entry.block is not None
@@ -239,7 +268,7 @@ class Engine:
             num_steps,
             torch.get_num_threads(),
         )
-        return self._entries.setdefault(key, _Entry(energy))
+        return self._entries.setdefault(key, _Entry(energy, first_progress=self.progress or 0.0))
 
     def _compile(
         self,

@@ -401,6 +401,59 @@ def test_auto_compiles_only_what_has_gone_on_for_so_long_that_it_may_pay(
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("payback", ["PAYBACK_S", "LONG_PAYBACK_S"])
+def test_auto_compiles_where_what_is_left_of_the_run_repays_it(graphs, payback):
+    step_s = engine_module.SHORT_STEP_S * (0.5 if payback == "PAYBACK_S" else 2)
+    payback_s = getattr(engine_module, payback)
+    for left_s, compiles in [(0.9 * payback_s, False), (1.1 * payback_s, True)]:
+        auto = Auto()
+        auto.engine.progress = 0.25  # resumed there
+        auto.rounds(1, step_s)
+        look_s = engine_module.FIRST_LOOK_S
+        auto.engine.progress = 0.25 + 0.75 * look_s / (look_s + left_s)
+        auto.rounds(round(look_s / (10 * step_s)) - 2, step_s)
+        assert auto.said == []
+        auto.rounds(3, step_s)
+        assert auto.compiled == compiles
+        (line,) = auto.said
+        assert ("auto compiles, since about" in line) == compiles
+        assert ("auto stays eager, since about" in line) != compiles
+        assert f"repays itself in {payback_s:.0f} s" in line
+        auto.rounds(9, step_s)
+        assert len([line for line in auto.said if "since about" in line]) == 1
+
+
+def test_processes_compile_one_after_another_and_a_hung_one_holds_nobody_up_for_ever(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    inside, leave, order = threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        with compiler.one_at_a_time():
+            inside.set()
+            leave.wait(60)
+            order.append("first")
+
+    def second() -> None:
+        with compiler.one_at_a_time():
+            order.append("second")
+
+    threads = [threading.Thread(target=target) for target in (first, second)]
+    threads[0].start()
+    assert inside.wait(60)
+    with monkeypatch.context() as patched:
+        patched.setattr(compiler, "TURN_S", 0.0)
+        with compiler.one_at_a_time():
+            order.append("impatient")
+    threads[1].start()
+    threads[1].join(1)
+    leave.set()
+    for thread in threads:
+        thread.join(60)
+    assert order == ["impatient", "first", "second"]
+
+
 def test_auto_keeps_blocks_that_are_faster_and_says_by_how_much(graphs):
     auto, wait_s = Auto(), engine_module.LONG_PAYBACK_S
     auto.rounds(1, 0.08 * wait_s)  # slower by an accident, as the last of these
