@@ -20,6 +20,7 @@ from ebm_dist.core.energy_call import energy_at
 from ebm_dist.core.errors import NonFinite
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.samplers.chain import run_chain
+from ebm_dist.samplers.frozen import for_rows
 from ebm_dist.samplers.kernel import Kernel
 
 MAX_HIGH = 0.05
@@ -99,6 +100,7 @@ def long_run_audit(
     min_shift: float = 0.05,
     chunk: int = 500,
     persistent: bool = False,
+    energy_of_data: Tensor | None = None,
 ) -> Audit:
     """Run chains for `num_steps`; compare them with the data and with their `short_steps` state.
 
@@ -118,6 +120,8 @@ def long_run_audit(
         num_steps: steps in total, at least ten times as many.
         generator: for the noise of the chains and the directions of the projections.
         persistent: whether `x` are training's persistent chains; changes the alarm's text only.
+        energy_of_data: (N,) energies of `data`, where `energy` is that of chains with labels, and
+            so cannot take other events.
 
     Raises:
         ValueError: shapes differ, or the long run is not longer than the short one.
@@ -146,11 +150,8 @@ def long_run_audit(
         diverged = diverged | fell
         remaining -= piece
 
-    with torch.no_grad():
-        e_data, e_short, e_long = (
-            torch.cat([energy_at(energy, part).double().cpu() for part in value.split(500)])
-            for value in (data, short, long)
-        )
+    e_short, e_long = _energies(energy, short), _energies(energy, long)
+    e_data = _energies(energy, data) if energy_of_data is None else energy_of_data.double().cpu()
     healthy = ~diverged.cpu()
     spacing = _nearest(data, data, exclude_self=True).quantile(0.99)
     far = _nearest(long, data) > distance_factor * spacing
@@ -200,6 +201,16 @@ def long_run_audit(
             persistent,
         ),
     )
+
+
+def _energies(energy: EnergyFn, x: Tensor) -> Tensor:
+    """(N,) float64 on the CPU, computed in pieces."""
+    found = []
+    with torch.no_grad():
+        for index in torch.arange(len(x), device=x.device).split(500):
+            part = for_rows(energy, lambda rows, index=index: rows[index])
+            found.append(energy_at(part, x[index]).double().cpu())
+    return torch.cat(found)
 
 
 def _run(

@@ -71,7 +71,13 @@ class Export:
 
     def chains(self) -> Tensor | None:
         """The run's last chains (N, *event), None where the export holds none."""
-        return read_chains(self.path, self.spec)
+        stored = read_chains(self.path, self.spec)
+        return None if stored is None else stored.x
+
+    def chain_labels(self) -> Tensor | None:
+        """The label (N,) int64 of each of `chains()`, None where the run's chains had none."""
+        stored = read_chains(self.path, self.spec)
+        return None if stored is None else stored.label
 
 
 def load_energy(
@@ -131,17 +137,28 @@ def open_export(
     return Export(path, module, spec, sampler, float(start_std), config, tuple(plugins))
 
 
-def read_chains(directory: Path, spec: EventSpec) -> Tensor | None:
-    """The last chains (N, *event) of the run in the export at `directory`, None without any."""
+@dataclass(frozen=True, slots=True)
+class StoredChains:
+    """The last chains of the run of an export."""
+
+    x: Tensor  # (N, *event) float32
+    label: Tensor | None  # (N,) int64, None where the run's chains had none
+
+
+def read_chains(directory: Path, spec: EventSpec) -> StoredChains | None:
+    """The last chains of the run in the export at `directory`, None without any."""
     path = directory / CHAINS
     if not path.is_file():
         return None
-    x = _read_tensors(path).get("x")
+    tensors = _read_tensors(path)
+    x, label = tensors.get("x"), tensors.get("label")
     if x is None or x.dtype != torch.float32 or tuple(x.shape[1:]) != spec.shape:
         raise UserError(f"{path}: expected float32 chains x of shape (N, *{spec.shape})")
     if len(x) == 0 or not torch.isfinite(x).all():
         raise UserError(f"{path}: holds no finite chains; draw with --start noise")
-    return x
+    if label is not None and (label.dtype != torch.int64 or label.shape != x.shape[:1]):
+        raise UserError(f"{path}: expected one int64 label for each of the {len(x)} chains")
+    return StoredChains(x, label)
 
 
 def find_export(path: Path) -> Path:

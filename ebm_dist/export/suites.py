@@ -16,7 +16,7 @@ from ebm_dist.core.paths import user_path
 from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import Batch, EventKind
 from ebm_dist.data import DataConfig, load_split
-from ebm_dist.energies.context import trait
+from ebm_dist.energies.context import bind, trait
 from ebm_dist.evaluation import (
     Fidelity,
     base_law,
@@ -282,17 +282,29 @@ def _persists(export: Export) -> bool:
 def _landscape(
     export: Export, seed: int, device: torch.device, say: Say
 ) -> tuple[dict[str, float], list[str]]:
-    data = _load(export, "train", NUM_TEST).x.to(device)
+    batch = _load(export, "train", NUM_TEST)
+    data, energy, energy_of_data = batch.x.to(device), export.energy, None
     short = export.sampler.num_steps
     generator = _generator(seed, torch.device("cpu"), "landscape")
     start = export.spec.noise(NUM_AUDITED, generator, std=export.start_std)
     stored = export.chains()
     if stored is not None:
         # The run's own chains: those are what its training sees.
-        start = stored[torch.randperm(len(stored), generator=generator)[:NUM_AUDITED]]
+        chosen = torch.randperm(len(stored), generator=generator)[:NUM_AUDITED]
+        start = stored[chosen]
+        if (label := export.chain_labels()) is not None:
+            energy = bind(export.energy, label=label[chosen].to(device))
+    elif _is_conditional(export):
+        label = torch.arange(NUM_AUDITED) % trait(export.energy, "num_labels")
+        energy = bind(export.energy, label=label.to(device))
+    if energy is not export.energy:
+        if batch.label is None:
+            raise UserError("--suite landscape: the chains have labels, the data have none")
+        with torch.no_grad():
+            energy_of_data = bind(export.energy, label=batch.label.to(device))(data)
     say(f"{len(start)} chains, {AUDIT_FACTOR * short} steps each")
     audit = long_run_audit(
-        export.energy,
+        energy,
         export.kernel(),
         start.to(device),
         data,
@@ -300,6 +312,7 @@ def _landscape(
         num_steps=AUDIT_FACTOR * short,
         generator=_generator(seed, device, "landscape", "chains"),
         persistent=stored is not None and _persists(export),
+        energy_of_data=energy_of_data,
     )
     metrics = {**audit.metrics(), "audit/energy_data": audit.energy_data}
     healthy = (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ebm_dist.buffer.chains import CONTEXT
 from ebm_dist.buffer.codec import as_float32
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.plugins import IN_SESSION, modules_of, require_named
@@ -27,6 +28,7 @@ from ebm_dist.export.reader import (
     GRID,
     WEIGHTS,
     Export,
+    StoredChains,
     file_hash,
     find_export,
     load_energy,
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["Export", "export_run", "find_export", "load_energy", "open_export", "write_export"]
 
 MAX_CHAINS = 512
+NUM_SHOWN = 64
+LABEL = f"{CONTEXT}label"
 """Chains that an export keeps: enough for a warm start, small beside the weights."""
 
 NUM_PROBED = 64
@@ -126,7 +130,8 @@ def export_run(
         ),
     }
     with found.of_a_run():
-        chains = _last_chains(found, spec)
+        stored = _last_chains(found, spec)
+    chains = None if stored is None else stored.x
     metrics = model_card.last_metrics(run_dir / "metrics.jsonl")
     measured = _curvature(module, run.sampler, chains)
     if measured is None and "sampler/curvature" in metrics:
@@ -150,7 +155,7 @@ def export_run(
         spec=spec,
         sampler=run.sampler,
         start_std=run.buffer.init_std,
-        chains=chains,
+        chains=stored,
         about=about,
         card=card,
     )
@@ -175,9 +180,9 @@ def _recorded_spec(found: Any, run: Any) -> EventSpec:
     return describe(run.data)
 
 
-def _last_chains(found: Any, spec: EventSpec) -> Tensor | None:
-    """Chains of the checkpoint that have been moved, spread over all shards."""
-    parts = []
+def _last_chains(found: Any, spec: EventSpec) -> StoredChains | None:
+    """Chains of the checkpoint that have been moved, spread over all shards; by label, if any."""
+    parts, labels = [], []
     for name in found.names:
         if not name.startswith("shard"):
             continue
@@ -187,12 +192,16 @@ def _last_chains(found: Any, spec: EventSpec) -> Tensor | None:
         if part.shape[1:] != spec.shape:
             raise ValueError(f"{name} holds chains of shape {tuple(part.shape[1:])}")
         parts.append(part)
+        if LABEL in shard:
+            labels.append(shard[LABEL][moved])
     if not parts or not any(len(part) for part in parts):
         return None
     x = torch.cat(parts)
+    label = torch.cat(labels).long() if labels else None
+    order = torch.arange(len(x)) if label is None else label.argsort(stable=True)
     # Even steps over slots, not the first ones: neighbours were leased together.
-    index = torch.linspace(0, len(x) - 1, min(len(x), MAX_CHAINS)).round().long()
-    return x[index].contiguous()
+    index = order[torch.linspace(0, len(x) - 1, min(len(x), MAX_CHAINS)).round().long()]
+    return StoredChains(x[index].contiguous(), None if label is None else label[index])
 
 
 def _curvature(energy: nn.Module, sampler: KernelSection, chains: Tensor | None) -> float | None:
@@ -215,7 +224,7 @@ def write_export(
     spec: EventSpec,
     sampler: KernelSection,
     start_std: float = 1.0,
-    chains: Tensor | None = None,
+    chains: StoredChains | None = None,
     about: Mapping[str, Any] | None = None,
     card: str = "",
 ) -> Path:
@@ -224,7 +233,7 @@ def write_export(
     Args:
         energy: the module whose state is exported, as float32.
         section: its config, bound to `spec`.
-        chains: (N, *event) chains of the run, kept for a warm start and drawn in the grid.
+        chains: of the run, kept for a warm start; some of them are drawn in the grid.
         about: further JSON entries of config.json (data, objective, temperature, lineage).
         card: text of README.md.
 
@@ -263,12 +272,21 @@ def write_export(
             text = json.dumps(config, indent=2, allow_nan=False) + "\n"
             (part / CONFIG).write_text(text, encoding="utf-8")
             if chains is not None:
-                save_tensors({"x": chains.float()}, part / CHAINS)
-                save_grid(chains[:64], part / GRID, spec)
+                labels = {} if chains.label is None else {"label": chains.label}
+                save_tensors({"x": chains.x.float(), **labels}, part / CHAINS)
+                save_grid(chains.x[_shown(chains)], part / GRID, spec)
             (part / CARD).write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out_dir}: cannot be written: {error.strerror or error}") from None
     return out_dir
+
+
+def _shown(chains: StoredChains) -> Tensor:
+    """Indices of the chains in the grid: the first ones, or as many of each label, in order."""
+    num = min(len(chains.x), NUM_SHOWN)
+    if chains.label is None:
+        return torch.arange(num)
+    return torch.linspace(0, len(chains.x) - 1, num).round().long()
 
 
 def _replaceable(path: Path) -> bool:

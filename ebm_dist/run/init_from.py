@@ -193,13 +193,15 @@ def _open_export(path: Path, config: RunConfig, spec: EventSpec) -> _Found:
     if run.init_chains:
         theirs = read_spec(content, path / CONFIG)
         _check_event(theirs, spec, path)
-        if (x := read_chains(path, theirs)) is None:
+        if (stored := read_chains(path, theirs)) is None:
             raise UserError(
                 f"run.init_chains: true, but the export at {path} holds no {CHAINS}; name the "
                 "run's directory in run.init_from, or set run.init_chains: false"
             )
         _check_jarzynski(config, False, path)
-        chains = {"position": Codec.of(config.buffer.storage, spec).converted(x.numpy())}
+        chains = {"position": Codec.of(config.buffer.storage, spec).converted(stored.x.numpy())}
+        if stored.label is not None:
+            chains[f"{CONTEXT}label"] = stored.label.numpy()
         _check_context(config, spec, chains, path)
     state = {f"{_ENERGY[0]}{name}": tensor for name, tensor in tensors.items()}
     return _Found(lineage, _section_of(content), state, chains)

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 import ebm_dist
 from ebm_dist.core.errors import UserError
+from ebm_dist.data import DataConfig, load_split
+from ebm_dist.export import suites
 
 CONFIG: dict[str, Any] = {
     "run": {"seed": 3, "steps": 4},
@@ -98,6 +100,36 @@ def test_samples_of_a_label_are_drawn_from_its_own_energy(tmp_path: Path) -> Non
     for wrong in (10, -1, [1, 2], 0.5):
         with pytest.raises(UserError, match="label: expected"):
             ebm_dist.sample(export, 6, label=wrong)  # type: ignore[arg-type]
+
+
+def test_an_export_keeps_the_labels_of_its_chains_and_is_audited_under_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suites, "AUDIT_FACTOR", 10)
+    brief = {**CONFIG["sampler"], "num_steps": 1}
+    base = config(tmp_path, sampler=brief)
+    export = ebm_dist.train(base, run_dir=tmp_path / "r").open_export()
+    x, label = export.chains(), export.chain_labels()
+    assert x is not None
+    assert label is not None
+    last = tmp_path / "r" / "checkpoints" / "step_00000004"
+    shards = [load_file(path) for path in sorted(last.glob("shard*.safetensors"))]
+    of_chain = {
+        position.numpy().tobytes(): int(y)
+        for shard in shards
+        for position, y in zip(shard["position"], shard["context/label"])
+    }
+    assert [of_chain[row.numpy().tobytes()] for row in x] == label.tolist() == sorted(label)
+    assert len(set(label.tolist())) > 5
+
+    found = suites.evaluate(export, "landscape")["metrics"]
+    data = load_split(DataConfig(source="digits"), "train", suites.NUM_TEST)
+    with torch.no_grad():
+        energy = -export.energy.logits(data.x).gather(1, data.label[:, None]).mean()
+    assert found["audit/energy_data"] == pytest.approx(float(energy), rel=1e-4)
+
+    begun = {**base["run"], "init_from": str(export.path), "init_chains": True, "steps": 1}
+    ebm_dist.train({**base, "run": begun}, run_dir=tmp_path / "more")
 
 
 def test_each_class_of_a_gaussian_mixture_gets_its_own_mean(tmp_path: Path) -> None:
