@@ -37,10 +37,11 @@ def check_context(config: RunConfig) -> Iterator[str]:
             f"{key}: set, but Jarzynski weights are resampled among chains of one law; leave it "
             "out, or set buffer.jarzynski: false"
         )
-    if config.evaluation.audit_every is not None:
+    beyond = [name for name in names if name not in ("label", "clock")]
+    if config.evaluation.audit_every is not None and beyond:
         yield (
             f"evaluation.audit_every: {config.evaluation.audit_every}, but an audit knows nothing "
-            f"of what its chains are given ({key}); leave one of them out"
+            f"of a chain's {beyond[0]} (buffer.context.{beyond[0]}); leave one of them out"
         )
 
 

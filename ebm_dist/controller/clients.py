@@ -242,6 +242,6 @@ class AuditorClient(Client):
     __slots__ = ()
 
     def audit(
-        self, step: int, flat: Ref[np.ndarray], chains: np.ndarray | None
+        self, step: int, flat: Ref[np.ndarray], chains: ChainSample | None
     ) -> Ref[AuditFindings]:
         return self.handle.call("audit", step, flat, chains)

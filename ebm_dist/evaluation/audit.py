@@ -63,14 +63,18 @@ class Audit:
     """One line with the problem and its remedy; None if there is no problem."""
 
     @property
-    def negatives(self) -> Tensor:
-        """Chains (M, *event) to use as negatives: the spurious ones, or all if `law_differs`.
+    def kept(self) -> Tensor:
+        """Which chains (B,) to use as negatives: the spurious ones, or all if `law_differs`.
 
         Long chains are closer to the model's distribution than short ones, and likelihood training
         needs negatives from that distribution.
         """
-        keep = ~self.diverged if self.law_differs else self.spurious & ~self.diverged
-        return self.long[keep]
+        return ~self.diverged if self.law_differs else self.spurious & ~self.diverged
+
+    @property
+    def negatives(self) -> Tensor:
+        """The chains `kept`, (M, *event)."""
+        return self.long[self.kept]
 
     def metrics(self) -> dict[str, float]:
         """The numbers of the audit, by metric name."""

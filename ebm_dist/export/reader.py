@@ -24,6 +24,7 @@ from ebm_dist.core.errors import UserError
 from ebm_dist.core.plugins import import_plugins, plugin_hint, require_named
 from ebm_dist.core.types import MAX_EVENT_NUMBERS, EventKind, EventSpec
 from ebm_dist.energies import EnergySection
+from ebm_dist.energies.context import CONTEXT
 from ebm_dist.energies.limits import limited
 from ebm_dist.samplers import Kernel, KernelSection
 
@@ -71,13 +72,12 @@ class Export:
 
     def chains(self) -> Tensor | None:
         """The run's last chains (N, *event), None where the export holds none."""
-        stored = read_chains(self.path, self.spec)
+        stored = self.stored()
         return None if stored is None else stored.x
 
-    def chain_labels(self) -> Tensor | None:
-        """The label (N,) int64 of each of `chains()`, None where the run's chains had none."""
-        stored = read_chains(self.path, self.spec)
-        return None if stored is None else stored.label
+    def stored(self) -> StoredChains | None:
+        """The run's last chains with what each carried."""
+        return read_chains(self.path, self.spec)
 
 
 def load_energy(
@@ -142,7 +142,7 @@ class StoredChains:
     """The last chains of the run of an export."""
 
     x: Tensor  # (N, *event) float32
-    label: Tensor | None  # (N,) int64, None where the run's chains had none
+    context: dict[str, Tensor]  # (N, ...) each, what an energy is given by `CONTEXT`
 
 
 def read_chains(directory: Path, spec: EventSpec) -> StoredChains | None:
@@ -151,14 +151,17 @@ def read_chains(directory: Path, spec: EventSpec) -> StoredChains | None:
     if not path.is_file():
         return None
     tensors = _read_tensors(path)
-    x, label = tensors.get("x"), tensors.get("label")
+    x = tensors.get("x")
     if x is None or x.dtype != torch.float32 or tuple(x.shape[1:]) != spec.shape:
         raise UserError(f"{path}: expected float32 chains x of shape (N, *{spec.shape})")
     if len(x) == 0 or not torch.isfinite(x).all():
         raise UserError(f"{path}: holds no finite chains; draw with --start noise")
-    if label is not None and (label.dtype != torch.int64 or label.shape != x.shape[:1]):
-        raise UserError(f"{path}: expected one int64 label for each of the {len(x)} chains")
-    return StoredChains(x, label)
+    context = {name: tensors[name] for name in CONTEXT if name in tensors}
+    for name, value in context.items():
+        dtype = torch.float32 if name == "condition" else torch.int64
+        if value.dtype != dtype or value.shape[:1] != x.shape[:1]:
+            raise UserError(f"{path}: expected one {name} of {dtype} for each of {len(x)} chains")
+    return StoredChains(x, context)
 
 
 def find_export(path: Path) -> Path:

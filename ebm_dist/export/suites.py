@@ -287,12 +287,12 @@ def _landscape(
     short = export.sampler.num_steps
     generator = _generator(seed, torch.device("cpu"), "landscape")
     start = export.spec.noise(NUM_AUDITED, generator, std=export.start_std)
-    stored = export.chains()
+    stored = export.stored()
     if stored is not None:
         # The run's own chains: those are what its training sees.
-        chosen = torch.randperm(len(stored), generator=generator)[:NUM_AUDITED]
-        start = stored[chosen]
-        if (label := export.chain_labels()) is not None:
+        chosen = torch.randperm(len(stored.x), generator=generator)[:NUM_AUDITED]
+        start = stored.x[chosen]
+        if (label := stored.context.get("label")) is not None:
             energy = bind(export.energy, label=label[chosen].to(device))
     elif _is_conditional(export):
         label = torch.arange(NUM_AUDITED) % trait(export.energy, "num_labels")

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ebm_dist.buffer.chains import CONTEXT
+from ebm_dist.buffer.chains import CONTEXT as OF
 from ebm_dist.buffer.codec import as_float32
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.plugins import IN_SESSION, modules_of, require_named
 from ebm_dist.core.types import EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.energies import EnergySection
+from ebm_dist.energies.context import CONTEXT, bind, trait
 from ebm_dist.export.reader import (
     CARD,
     CHAINS,
@@ -46,12 +47,10 @@ if TYPE_CHECKING:
 __all__ = ["Export", "export_run", "find_export", "load_energy", "open_export", "write_export"]
 
 MAX_CHAINS = 512
-NUM_SHOWN = 64
-LABEL = f"{CONTEXT}label"
 """Chains that an export keeps: enough for a warm start, small beside the weights."""
 
-NUM_PROBED = 64
-"""Of them, where the curvature of the energy is measured for the card."""
+NUM_SOME = 64
+"""Of them, for the grid and for the curvature of the energy that the card tells."""
 
 
 def export_run(
@@ -131,9 +130,8 @@ def export_run(
     }
     with found.of_a_run():
         stored = _last_chains(found, spec)
-    chains = None if stored is None else stored.x
     metrics = model_card.last_metrics(run_dir / "metrics.jsonl")
-    measured = _curvature(module, run.sampler, chains)
+    measured = None if stored is None else _curvature(module, run.sampler, stored)
     if measured is None and "sampler/curvature" in metrics:
         measured = metrics["sampler/curvature"][0]
     card = model_card.render(
@@ -144,7 +142,7 @@ def export_run(
         event=asdict(spec),
         num_parameters=sum(p.numel() for p in module.parameters()),
         metrics=metrics,
-        has_grid=chains is not None,
+        has_grid=stored is not None,
         law=model_card.sampler_law(run.sampler, measured),
         far_modes=run.objective.far_modes,
     )
@@ -182,7 +180,7 @@ def _recorded_spec(found: Any, run: Any) -> EventSpec:
 
 def _last_chains(found: Any, spec: EventSpec) -> StoredChains | None:
     """Chains of the checkpoint that have been moved, spread over all shards; by label, if any."""
-    parts, labels = [], []
+    parts, contexts = [], []
     for name in found.names:
         if not name.startswith("shard"):
             continue
@@ -192,24 +190,27 @@ def _last_chains(found: Any, spec: EventSpec) -> StoredChains | None:
         if part.shape[1:] != spec.shape:
             raise ValueError(f"{name} holds chains of shape {tuple(part.shape[1:])}")
         parts.append(part)
-        if LABEL in shard:
-            labels.append(shard[LABEL][moved])
+        contexts.append({key: shard[OF + key][moved] for key in CONTEXT if OF + key in shard})
     if not parts or not any(len(part) for part in parts):
         return None
     x = torch.cat(parts)
-    label = torch.cat(labels).long() if labels else None
-    order = torch.arange(len(x)) if label is None else label.argsort(stable=True)
+    context = {key: torch.cat([part[key] for part in contexts]) for key in contexts[0]}
+    order = context["label"].argsort(stable=True) if "label" in context else torch.arange(len(x))
     # Even steps over slots, not the first ones: neighbours were leased together.
     index = order[torch.linspace(0, len(x) - 1, min(len(x), MAX_CHAINS)).round().long()]
-    return StoredChains(x[index].contiguous(), None if label is None else label[index])
+    return StoredChains(x[index].contiguous(), {key: v[index] for key, v in context.items()})
 
 
-def _curvature(energy: nn.Module, sampler: KernelSection, chains: Tensor | None) -> float | None:
+def _curvature(energy: nn.Module, sampler: KernelSection, stored: StoredChains) -> float | None:
     """Of the exported energy along the last chains; None of a sampler whose law it is not in."""
     kernel = unadjusted(sampler.build())
-    if kernel is None or chains is None:
+    if kernel is None:
         return None
-    return curvature(kernel, energy, chains[:NUM_PROBED], torch.Generator().manual_seed(0))
+    few = _some(stored)
+    takes = trait(energy, "context")
+    given = {key: value[few] for key, value in stored.context.items() if key in takes}
+    generator = torch.Generator().manual_seed(0)
+    return curvature(kernel, bind(energy, **given), stored.x[few], generator)
 
 
 def _set_keys(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,19 +273,18 @@ def write_export(
             text = json.dumps(config, indent=2, allow_nan=False) + "\n"
             (part / CONFIG).write_text(text, encoding="utf-8")
             if chains is not None:
-                labels = {} if chains.label is None else {"label": chains.label}
-                save_tensors({"x": chains.x.float(), **labels}, part / CHAINS)
-                save_grid(chains.x[_shown(chains)], part / GRID, spec)
+                save_tensors({"x": chains.x.float(), **chains.context}, part / CHAINS)
+                save_grid(chains.x[_some(chains)], part / GRID, spec)
             (part / CARD).write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out_dir}: cannot be written: {error.strerror or error}") from None
     return out_dir
 
 
-def _shown(chains: StoredChains) -> Tensor:
-    """Indices of the chains in the grid: the first ones, or as many of each label, in order."""
-    num = min(len(chains.x), NUM_SHOWN)
-    if chains.label is None:
+def _some(chains: StoredChains) -> Tensor:
+    """Indices of the first chains, or of as many of each label, in order."""
+    num = min(len(chains.x), NUM_SOME)
+    if "label" not in chains.context:
         return torch.arange(num)
     return torch.linspace(0, len(chains.x) - 1, num).round().long()
 

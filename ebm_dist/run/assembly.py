@@ -379,6 +379,7 @@ class _Spawner:
                 sampler=config.sampler,
                 buffer=config.buffer,
                 spec=self._spec,
+                fields=self._fields,
                 seed=config.run.seed,
             ),
             "auditor",

@@ -200,8 +200,7 @@ def _open_export(path: Path, config: RunConfig, spec: EventSpec) -> _Found:
             )
         _check_jarzynski(config, False, path)
         chains = {"position": Codec.of(config.buffer.storage, spec).converted(stored.x.numpy())}
-        if stored.label is not None:
-            chains[f"{CONTEXT}label"] = stored.label.numpy()
+        chains |= {CONTEXT + name: value.numpy() for name, value in stored.context.items()}
         _check_context(config, spec, chains, path)
     state = {f"{_ENERGY[0]}{name}": tensor for name, tensor in tensors.items()}
     return _Found(lineage, _section_of(content), state, chains)

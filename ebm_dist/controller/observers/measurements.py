@@ -144,7 +144,7 @@ class AuditLink(MeasurementLink[AuditorClient, AuditFindings]):
         self._left = 0
         self._fed_back = 0
 
-    def start(self, step: int, flat: Ref[np.ndarray], chains: np.ndarray | None) -> None:
+    def start(self, step: int, flat: Ref[np.ndarray], chains: ChainSample | None) -> None:
         """Audit the weights of update `step`; nothing may be under way."""
         assert self._pending is None
         self._pending = step, self.client.audit(step, flat, chains)
@@ -171,21 +171,22 @@ class AuditLink(MeasurementLink[AuditorClient, AuditFindings]):
         self._left -= 1
         return self._extra
 
-    def _feed_back(self, x: np.ndarray, energy: np.ndarray, version: int) -> None:
+    def _feed_back(self, chains: ChainSample, energy: np.ndarray, version: int) -> None:
         self._extra, self._left = None, 0
-        if len(x) == 0:
+        if len(energy) == 0:
             return
-        num = -(-len(x) // self._divisor) * self._divisor
-        index = np.arange(num) % len(x)
+        num = -(-len(energy) // self._divisor) * self._divisor
+        index = np.arange(num) % len(energy)
         share = self._config.audit_feedback_weight
         # Chains of the buffer have log-weight 0, so that these have `share` of the whole.
         log_weight = math.log(share / (1 - share) * self._batch_size / num)
         negatives = NegativeArrays(
-            x=x[index],
+            x=chains.x[index],
             energy=energy[index],
             version=np.full(num, version, np.int64),
             log_weight=np.full(num, log_weight, np.float32),
+            context={name: value[index] for name, value in chains.context.items()},
         )
         self._extra = num, self._backend.put(negatives)
         self._left = self._config.audit_feedback_updates
-        self._fed_back += len(x)
+        self._fed_back += len(energy)

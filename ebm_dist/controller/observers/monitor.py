@@ -124,7 +124,7 @@ class Monitor:
         """Start the audit that is due, unless one is under way, and log what came."""
         step = self._progress.step
         if step % auditor.every == 0 and not auditor.busy:
-            chains = self.chains(auditor.num_chains, ema).x if auditor.from_chains else None
+            chains = self.chains(auditor.num_chains, ema) if auditor.from_chains else None
             auditor.start(step, flat, chains)
         self._collect_audit(auditor.wait_s)
         if auditor.wait_s and auditor.busy:

@@ -13,8 +13,11 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
 import ebm_dist
+from ebm_dist.actors.auditor import Auditor
+from ebm_dist.config.run_config import load
 from ebm_dist.core.errors import UserError
-from ebm_dist.data import DataConfig, load_split
+from ebm_dist.core.types import ContextField
+from ebm_dist.data import DataConfig, describe, load_split
 from ebm_dist.export import suites
 
 CONFIG: dict[str, Any] = {
@@ -109,9 +112,9 @@ def test_an_export_keeps_the_labels_of_its_chains_and_is_audited_under_them(
     brief = {**CONFIG["sampler"], "num_steps": 1}
     base = config(tmp_path, sampler=brief)
     export = ebm_dist.train(base, run_dir=tmp_path / "r").open_export()
-    x, label = export.chains(), export.chain_labels()
-    assert x is not None
-    assert label is not None
+    stored = export.stored()
+    assert stored is not None
+    x, label = stored.x, stored.context["label"]
     last = tmp_path / "r" / "checkpoints" / "step_00000004"
     shards = [load_file(path) for path in sorted(last.glob("shard*.safetensors"))]
     of_chain = {
@@ -130,6 +133,50 @@ def test_an_export_keeps_the_labels_of_its_chains_and_is_audited_under_them(
 
     begun = {**base["run"], "init_from": str(export.path), "init_chains": True, "steps": 1}
     ebm_dist.train({**base, "run": begun}, run_dir=tmp_path / "more")
+
+
+class Grey(torch.nn.Module):
+    """E(x, y) = 50 |x - m_y|^2, where all pixels of m_y are (y - 5) / 5: minima far from data."""
+
+    context = frozenset({"label"})
+    needs_context = frozenset({"label"})
+    num_labels = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grey = torch.nn.Parameter((torch.arange(10.0) - 5) / 5)
+
+    def build(self) -> Grey:
+        return Grey()
+
+    def forward(self, x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return 50 * (x.flatten(1) - self.grey[label, None]).square().sum(1)
+
+
+def test_an_audit_moves_each_chain_under_its_label_and_feeds_it_back_with_it(
+    tmp_path: Path,
+) -> None:
+    audits = {
+        "every": None, "audit_every": 1, "audit_steps": 200, "audit_chains": 16,
+        "audit_feedback": True, "num_test": 32,
+    }  # fmt: skip
+    brief = {**CONFIG["sampler"], "step_size": 0.002, "noise_std": 0.001}
+    run = load(config(tmp_path, evaluation=audits, sampler=brief, energy={"name": "mlp"}))
+    spec = describe(run.data)
+    fields = (ContextField("label", size=10),)
+    parts = (run.evaluation, run.data, Grey(), run.sampler, run.buffer, spec)
+    found = Auditor(*parts, fields=fields, seed=0).audit(1, np.array(Grey().grey.detach()), None)  # type: ignore[arg-type]
+    x, label = found.negatives.x, found.negatives.context["label"]
+    assert len(x) == 16
+    assert np.bincount(label).max() <= 2
+    assert np.abs(x - ((label - 5) / 5)[:, None, None, None]).max() < 0.1
+    assert found.energies.shape == (16,)
+    assert found.energies.max() < 1 < found.values["audit/energy_gap"]
+
+    result = ebm_dist.train(
+        config(tmp_path, evaluation=audits, sampler=brief), energy=Grey(), run_dir=tmp_path / "r"
+    )
+    assert result.metrics["audit/fed_back"] > 0
 
 
 def test_each_class_of_a_gaussian_mixture_gets_its_own_mean(tmp_path: Path) -> None:
@@ -196,7 +243,11 @@ REFUSED = {
     "buffer.context.condition: the data has no conditions": {
         "buffer": {"context": {"condition": "data"}},
     },
-    "evaluation.audit_every: 2, but an audit": {"evaluation": {"audit_every": 2}},
+    "evaluation.audit_every: 2, but an audit": {
+        "energy": {"name": "resnet", "width": 4, "num_levels": 2, "noise_stds": [0.1, 1.0]},
+        "buffer": {"context": {"level": "stratified"}},
+        "evaluation": {"audit_every": 2},
+    },
 }
 
 
