@@ -179,7 +179,7 @@ def _recorded_spec(found: Any, run: Any) -> EventSpec:
 
 
 def _last_chains(found: Any, spec: EventSpec) -> StoredChains | None:
-    """Chains of the checkpoint that have been moved, spread over all shards; by label, if any."""
+    """Chains of the checkpoint that have been moved, spread over all shards."""
     parts, contexts = [], []
     for name in found.names:
         if not name.startswith("shard"):
@@ -195,9 +195,8 @@ def _last_chains(found: Any, spec: EventSpec) -> StoredChains | None:
         return None
     x = torch.cat(parts)
     context = {key: torch.cat([part[key] for part in contexts]) for key in contexts[0]}
-    order = context["label"].argsort(stable=True) if "label" in context else torch.arange(len(x))
     # Even steps over slots, not the first ones: neighbours were leased together.
-    index = order[torch.linspace(0, len(x) - 1, min(len(x), MAX_CHAINS)).round().long()]
+    index = torch.linspace(0, len(x) - 1, min(len(x), MAX_CHAINS)).round().long()
     return StoredChains(x[index].contiguous(), {key: v[index] for key, v in context.items()})
 
 
@@ -206,11 +205,10 @@ def _curvature(energy: nn.Module, sampler: KernelSection, stored: StoredChains) 
     kernel = unadjusted(sampler.build())
     if kernel is None:
         return None
-    few = _some(stored)
     takes = trait(energy, "context")
-    given = {key: value[few] for key, value in stored.context.items() if key in takes}
+    given = {key: value[:NUM_SOME] for key, value in stored.context.items() if key in takes}
     generator = torch.Generator().manual_seed(0)
-    return curvature(kernel, bind(energy, **given), stored.x[few], generator)
+    return curvature(kernel, bind(energy, **given), stored.x[:NUM_SOME], generator)
 
 
 def _set_keys(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,19 +272,20 @@ def write_export(
             (part / CONFIG).write_text(text, encoding="utf-8")
             if chains is not None:
                 save_tensors({"x": chains.x.float(), **chains.context}, part / CHAINS)
-                save_grid(chains.x[_some(chains)], part / GRID, spec)
+                save_grid(chains.x[_shown(chains)], part / GRID, spec)
             (part / CARD).write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out_dir}: cannot be written: {error.strerror or error}") from None
     return out_dir
 
 
-def _some(chains: StoredChains) -> Tensor:
-    """Indices of the first chains, or of as many of each label, in order."""
+def _shown(chains: StoredChains) -> Tensor:
+    """Indices of the chains in the grid: the first ones, or as many of each label, in order."""
     num = min(len(chains.x), NUM_SOME)
     if "label" not in chains.context:
         return torch.arange(num)
-    return torch.linspace(0, len(chains.x) - 1, num).round().long()
+    by_label = chains.context["label"].argsort(stable=True)
+    return by_label[torch.linspace(0, len(by_label) - 1, num).round().long()]
 
 
 def _replaceable(path: Path) -> bool:

@@ -249,7 +249,8 @@ def parts() -> dict[str, Callable[[], None]]:
         "a run of images in bf16 and uint8": partial(
             a_run_is_trained_and_resumed,
             "digits.yaml",
-            "energy={name: resnet, width: 4, multipliers: [1], spectral_norm: true}",
+            "energy={name: resnet, width: 4, multipliers: [1], num_classes: data}",
+            "energy.spectral_norm=true",
             "sampler.precision=bf16",
             "learner.precision=bf16",
             "buffer.storage=uint8",
