@@ -111,9 +111,8 @@ class Evaluator:
             x = torch.from_numpy(np.array(chains.x[: self._fidelity.num])).clamp(-1.0, 1.0)
             label = chains.context.get("label")
             asked = None if label is None else torch.from_numpy(label[: self._fidelity.num])
-            values["fidelity/distance"] = self._fidelity.distance(x)
-            values |= {f"fidelity/{k}": v for k, v in self._fidelity.classes(x, asked).items()}
-            values |= {f"fidelity/{k}": v for k, v in self._fidelity.reference().items()}
+            measured = self._fidelity.measure(x, asked) | self._fidelity.reference()
+            values |= {f"fidelity/{name}": value for name, value in measured.items()}
             values["fidelity/accuracy"] = self._fidelity.accuracy
         if flat is not None and (weighted or self._run_estimates_log_z):
             self._layout.load_(self._energy, torch.from_numpy(np.array(flat)))

@@ -7,20 +7,17 @@ set only; compare it with `Fidelity.reference`.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import Batch, EventSpec
 
-FORMAT = "ebm_dist.fidelity/2"
+NEIGHBOURS = 3
+"""k of the neighbourhoods of precision and recall, as published."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +102,22 @@ class FeatureNet(nn.Module):
 
 
 class Fidelity:
-    """A trained feature network, the moments of held-out data, and reference distances."""
+    """A trained feature network, the features of real images, and reference distances."""
 
     def __init__(
         self,
         net: FeatureNet,
-        moments: Moments,
+        held_out: Tensor,
+        train: Tensor,
         reference: dict[str, float],
         accuracy: float,
         spec: EventSpec,
         num: int,
     ) -> None:
         self.net = net.eval().requires_grad_(False)
-        self.moments = moments
+        self._held_out = held_out  # (N, D)
+        self._train = train  # (N, D), of the images that the classifier was trained on
+        self._moments = Moments.of(held_out)
         self.accuracy = accuracy
         """Accuracy of the classifier on the held-out data, in [0, 1]."""
         self.spec = spec
@@ -156,7 +156,8 @@ class Fidelity:
         net = _train(seen, spec, num_classes, seed, num_epochs)
         # The same scale for all data sets: the total variance of real images is num_features.
         net.scale.fill_(Moments.of(_features(net, test.x)).covariance.diagonal().mean().sqrt())
-        moments = Moments.of(_features(net, test.x))
+        held_out = _features(net, test.x)
+        moments = Moments.of(held_out)
         reference = {
             name: frechet_distance(_features(net, x), moments)
             for name, x in _references(train.x, spec, seed, num).items()
@@ -167,7 +168,7 @@ class Fidelity:
             with torch.no_grad():
                 guess = torch.cat([net(x).argmax(dim=1) for x in test.x.split(500)])
             accuracy = float((guess == test.label).float().mean())
-        return Fidelity(net, moments, reference, accuracy, spec, num)
+        return Fidelity(net, held_out, _features(net, seen.x), reference, accuracy, spec, num)
 
     def distance(self, x: Tensor) -> float:
         """Frechet distance of images (N, C, H, W) to the held-out ones; N should be `num`."""
@@ -176,7 +177,35 @@ class Fidelity:
                 f"Fidelity.distance: images are {tuple(x.shape[1:])}, the classifier was trained "
                 f"on {self.spec.shape}"
             )
-        return frechet_distance(_features(self.net, x), self.moments)
+        return frechet_distance(_features(self.net, x), self._moments)
+
+    def measure(self, x: Tensor, label: Tensor | None = None) -> dict[str, float]:
+        """All that is measured of images (N, C, H, W) in [-1, 1], by name: `distance`, `classes`
+        and `coverage`."""
+        return {"distance": self.distance(x), **self.classes(x, label), **self.coverage(x)}
+
+    def coverage(self, x: Tensor) -> dict[str, float]:
+        """What images (N, C, H, W) cover of the real ones, in features, by name.
+
+        `precision` is the share of them that lie as near to a held-out image as its third nearest
+        held-out neighbour does, `recall` the share of held-out images that lie so near to one of
+        them (Kynkaanniemi et al. 2019, arXiv:1904.06991); of equally many images of both kinds.
+        `nearest_train` is their median distance to the nearest training image, over that of
+        held-out images: near 1 for new images, near 0 for copies.
+        """
+        mine = _features(self.net, x)
+        num = min(len(mine), len(self._held_out))
+        fake, real = mine[:num], self._held_out[:num]
+        between = torch.cdist(fake, real)
+        to_train, usual = (
+            torch.cdist(features, self._train).amin(1).median()
+            for features in (mine, self._held_out)
+        )
+        return {
+            "precision": float((between <= _radius(real)).any(1).float().mean()),
+            "recall": float((between <= _radius(fake)[:, None]).any(0).float().mean()),
+            "nearest_train": float(to_train / usual),
+        }
 
     def classes(self, x: Tensor, label: Tensor | None = None) -> dict[str, float]:
         """What the classifier makes of images (N, C, H, W), as fractions of them, by name.
@@ -202,50 +231,6 @@ class Fidelity:
         """Distances of `noise` (the chains' start), `gaussian` (a Gaussian fitted to the pixels)
         and `train` (real images kept from the classifier: the best possible value)."""
         return dict(self._reference)
-
-    def save(self, path: str | Path) -> None:
-        """Write network, moments and references as one safetensors file."""
-        tensors = {f"net/{name}": value for name, value in self.net.state_dict().items()}
-        tensors |= {
-            "moments/mean": self.moments.mean,
-            "moments/covariance": self.moments.covariance.contiguous(),
-        }
-        meta = {
-            "format": FORMAT,
-            "reference": self._reference,
-            "accuracy": self.accuracy,
-            "shape": list(self.spec.shape),
-            "num_classes": self.net.head.out_features,
-            "num": self.num,
-        }
-        save_file(tensors, str(path), metadata={"meta": json.dumps(meta)})
-
-    @staticmethod
-    def load(path: str | Path) -> Fidelity:
-        """Read a file of `save`; ValueError if it is of another format."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                meta = json.loads((file.metadata() or {}).get("meta", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except OSError as error:
-            raise ValueError(f"fidelity file {path}: {error.strerror or error}") from None
-        except Exception as error:
-            raise ValueError(f"fidelity file {path} is not safetensors: {error}") from None
-        if meta.get("format") != FORMAT:
-            raise ValueError(
-                f"fidelity file {path}: expected format {FORMAT}, got {meta.get('format')!r}; "
-                f"delete it, and the run writes a new one"
-            )
-        shape = tuple(int(size) for size in meta["shape"])
-        spec = EventSpec(shape, "image", int(meta["num_classes"]))
-        net = FeatureNet(shape[0], int(meta["num_classes"]))
-        net.load_state_dict(
-            {name[4:]: value for name, value in tensors.items() if name.startswith("net/")}
-        )
-        moments = Moments(tensors["moments/mean"], tensors["moments/covariance"])
-        return Fidelity(
-            net, moments, meta["reference"], float(meta["accuracy"]), spec, int(meta["num"])
-        )
 
 
 def _train(
@@ -295,6 +280,12 @@ def _references(x: Tensor, spec: EventSpec, seed: int, num: int) -> dict[str, Te
 def _features(net: FeatureNet, x: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.cat([net.features(part.float().cpu()) for part in x.split(500)])
+
+
+def _radius(features: Tensor) -> Tensor:
+    """(N,): the distance of each of N features to its `NEIGHBOURS`-th nearest."""
+    k = min(NEIGHBOURS + 1, len(features))  # each is its own nearest
+    return torch.cdist(features, features).kthvalue(k, dim=1).values
 
 
 def _matrix_sqrt(covariance: Tensor) -> Tensor:

@@ -248,8 +248,7 @@ def _fidelity(
     drawn, _ = draw_samples(export, num, DRAW_STEPS, label=label, seed=seed, device=device)
     # As in a run: unclamped chains leave the data's range by their noise, a picture cannot.
     drawn = drawn.clamp(-1.0, 1.0)
-    metrics["fidelity/distance"] = fidelity.distance(drawn)
-    metrics |= {f"fidelity/{name}": v for name, v in fidelity.classes(drawn, label).items()}
+    metrics |= {f"fidelity/{name}": v for name, v in fidelity.measure(drawn, label).items()}
     notes = [
         f"distance: {num} chains from noise after {DRAW_STEPS} steps, and every reference of as "
         "many images; features of a small classifier trained on the same data, so compare with "

@@ -179,6 +179,14 @@ METRICS: dict[str, Metric] = {
     "fidelity/class_share_min": Metric("share of samples of the rarest class"),
     "fidelity/class_share_max": Metric("share of samples of the commonest class"),
     "fidelity/label_accuracy": Metric("share of samples that are of the class asked for"),
+    "fidelity/precision": Metric(
+        "share of samples that lie among held-out images, in features; near that of real ones"
+    ),
+    "fidelity/recall": Metric("share of held-out images that lie among samples, in features"),
+    "fidelity/nearest_train": Metric(
+        "median distance of samples to the nearest training image, in features, over that of "
+        "held-out images; near 0 where training images are copied"
+    ),
     "fidelity/accuracy": Metric("test accuracy of the classifier that computes the features"),
     # Auditor: very long chains off the training path.
     "audit/energy": Metric("mean energy at the end of the long chains", "energy"),

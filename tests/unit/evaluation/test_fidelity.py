@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from ebm_dist.core.types import Batch, EventSpec
@@ -126,23 +125,23 @@ def test_every_reference_is_of_as_many_images(fidelity):
     assert floor == pytest.approx(fidelity.reference()["train"])
 
 
-def test_saved_fidelity_measures_the_same(fidelity, tmp_path):
-    fidelity.save(tmp_path / "fidelity.safetensors")
-    loaded = Fidelity.load(tmp_path / "fidelity.safetensors")
-    _, test = digits()
-    assert loaded.distance(test.x[:100]) == fidelity.distance(test.x[:100])
-    assert loaded.reference() == fidelity.reference()
-    assert loaded.accuracy == fidelity.accuracy
-    assert loaded.num == fidelity.num
-
-
-def test_foreign_files_are_refused_in_one_line(tmp_path):
-    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="expected format"):
-        Fidelity.load(tmp_path / "other.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 5)
-    with pytest.raises(ValueError, match="not safetensors"):
-        Fidelity.load(tmp_path / "cut.safetensors")
+def test_what_samples_cover_of_the_real_images_shows_in_precision_recall_and_copies(fidelity):
+    """Held-out images themselves, one class, noise, and training images."""
+    train, test = digits()
+    assert train.label is not None
+    real = fidelity.coverage(test.x)
+    assert real["precision"] == real["recall"] == 1
+    assert real["nearest_train"] == pytest.approx(1)
+    unseen = fidelity.coverage(train.x[: fidelity.num])
+    assert 0.6 < unseen["precision"] < 1
+    assert 0.6 < unseen["recall"] < 1
+    assert 0.7 < unseen["nearest_train"] < 1.3
+    threes = fidelity.coverage(train.x[: fidelity.num][train.label[: fidelity.num] == 3])
+    assert threes["precision"] > 0.6
+    assert threes["recall"] < 0.3
+    noise = torch.rand(200, *SPEC.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert fidelity.coverage(noise)["precision"] < 0.1
+    assert fidelity.coverage(train.x[fidelity.num :][:200])["nearest_train"] < 0.01
 
 
 @pytest.mark.parametrize(
