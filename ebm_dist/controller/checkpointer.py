@@ -16,7 +16,7 @@ from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.checkpoint.cut import Progress, shard_file, write_cut
 from ebm_dist.cluster.backend import PartDied, Ref, first_line
 from ebm_dist.cluster.stall import answer
-from ebm_dist.controller.parts import Graph
+from ebm_dist.controller.parts import Parts
 from ebm_dist.core.errors import NonFinite, RunFailed
 from ebm_dist.core.types import Arrays, RankState, ShardMeta, ShardState
 
@@ -63,7 +63,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        graph: Graph,
+        parts: Parts,
         config: checkpoint.CheckpointConfig,
         run_dir: Path,
         *,
@@ -77,18 +77,18 @@ class Checkpointer:
             timeout: seconds within which a part answers and a disk writes.
             on_checkpoint: is called with each checkpoint that has been written.
         """
-        self._graph = graph
+        self._parts = parts
         self._config = config
         self._run_dir = run_dir
         self._meta = dict(meta)
         self._timeout = timeout
         self._on_checkpoint = on_checkpoint
-        self._backend = graph.backend
+        self._backend = parts.backend
         self._number = 0
         self._taken = -1
         self._written = -1
         self._owed = False
-        self._wholes: list[_WholeCut | None] = [None] * len(graph.shards)
+        self._wholes: list[_WholeCut | None] = [None] * len(parts.shards)
         self._write: _Write | None = None
 
     # --- when -----------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class Checkpointer:
         At update 0 as well: whatever dies before the second cut has one to go back to.
 
         Raises:
-            PartDied: a part of the graph is gone, of this cut or of the one before.
+            PartDied: a part of the run is gone, of this cut or of the one before.
             NonFinite: the cut before holds numbers that nothing can go on from.
         """
         self.settle(0.0)
@@ -162,18 +162,18 @@ class Checkpointer:
         self._number += 1
         name = checkpoint.name_of(progress.step)
         # Not waited for: an update that is started after this call is not in its answer.
-        ranks = self._graph.learners.state()
+        ranks = self._parts.learners.state()
         calls = [
             shard.cut(self._number, self._since(index, name))
-            for index, shard in enumerate(self._graph.shards)
+            for index, shard in enumerate(self._parts.shards)
         ]
         # The small half of the answer: with it the shard has copied what the cut is to hold.
         metas = [
             answer(self._backend, shard.handle, small, self._timeout, self._waits(progress))
-            for shard, (small, _) in zip(self._graph.shards, calls)
+            for shard, (small, _) in zip(self._parts.shards, calls)
         ]
         arrays = [large for _, large in calls]
-        meta = {**self._meta, "tracking": self._graph.hub.known}
+        meta = {**self._meta, "tracking": self._parts.hub.known}
         thread = threading.Thread(
             target=self._run,
             args=(dataclasses.replace(progress), ranks, metas, arrays, meta),
@@ -272,13 +272,13 @@ class Checkpointer:
     def _state(self, rank: int, ref: Ref[RankState]) -> RankState:
         if not self._backend.wait([ref], self._timeout):
             raise TimeoutError(self._late(f"learner-{rank}"))
-        return self._graph.learners.result(ref)
+        return self._parts.learners.result(ref)
 
     def _chains(self, index: int, ref: Ref[Arrays]) -> Arrays:
         try:
             return self._backend.get(ref, self._timeout)
         except TimeoutError:
-            raise TimeoutError(self._late(self._graph.shards[index].name)) from None
+            raise TimeoutError(self._late(self._parts.shards[index].name)) from None
 
     def _late(self, name: str) -> str:
         return f"the state of {name} did not come in {self._timeout:.0f} s (flow.stall_timeout_s)"

@@ -32,7 +32,7 @@ from ebm_dist.controller.negatives.source import POLL_S
 from ebm_dist.controller.observers.callbacks import Callbacks
 from ebm_dist.controller.observers.metric_window import SKIPPED, MetricWindow
 from ebm_dist.controller.observers.monitor import Monitor
-from ebm_dist.controller.parts import Graph, View
+from ebm_dist.controller.parts import Parts, View
 from ebm_dist.controller.recovery import TROUBLE, Recovery, Trouble
 from ebm_dist.controller.retry import Attempts
 from ebm_dist.controller.rounds.scheduler import RoundScheduler
@@ -52,7 +52,7 @@ class Controller:
 
     def __init__(
         self,
-        graph: Graph,
+        parts: Parts,
         config: RunConfig,
         *,
         run_dir: Path,
@@ -62,13 +62,13 @@ class Controller:
         callbacks: Callbacks,
     ) -> None:
         self.progress = Progress()
-        self._graph = graph
+        self._parts = parts
         self._config = config
         self._flow = flow = config.flow
         self._run_dir = run_dir
         self._view = view
         self._callbacks = callbacks
-        self._halt = graph.backend.halt
+        self._halt = parts.backend.halt
         self._window = MetricWindow()
         self._flat: Ref[np.ndarray] | None = None
         self._ema: Ref[np.ndarray] | None = None
@@ -76,7 +76,7 @@ class Controller:
         """Whether the parts stand where a checkpoint can be taken: no update has half begun."""
         attempts = Attempts()
         self._cuts = Checkpointer(
-            graph,
+            parts,
             config.checkpoint,
             run_dir,
             meta=meta,
@@ -84,7 +84,7 @@ class Controller:
             on_checkpoint=callbacks.on_checkpoint,
         )
         self._recovery = Recovery(
-            graph,
+            parts,
             flow,
             config.learner,
             self.progress,
@@ -96,18 +96,18 @@ class Controller:
             name=meta["name"],
         )
         self._scheduler = RoundScheduler(
-            graph.backend,
-            graph.shards,
-            graph.workers,
+            parts.backend,
+            parts.shards,
+            parts.workers,
             on_replaced=self._recovery.on_replaced,
             on_rejected=self._recovery.on_rejected,
             num_chains=config.workers.num_chains,
             depth=2,
-            hang_s=2.0 * graph.lease_timeout_s,
+            hang_s=2.0 * parts.lease_timeout_s,
         )
         self._negatives = MODES[flow.mode](
-            graph.backend,
-            graph.shards,
+            parts.backend,
+            parts.shards,
             flow,
             self._scheduler,
             self.progress,
@@ -119,8 +119,8 @@ class Controller:
         )
         self._recovery.serve(self._scheduler, self._negatives)
         self._delivery = Delivery(
-            graph.backend,
-            graph.learners,
+            parts.backend,
+            parts.learners,
             self._scheduler,
             self._negatives,
             self._meanwhile,
@@ -128,28 +128,28 @@ class Controller:
             timeout=flow.stall_timeout_s,
         )
         self._autoscaler = None
-        if graph.elasticity is not None:
+        if parts.elasticity is not None:
             self._autoscaler = Autoscaler(
-                self._scheduler.workers, self._negatives.waits, graph.elasticity
+                self._scheduler.workers, self._negatives.waits, parts.elasticity
             )
         self._mover = ShardMover(
-            graph.backend,
-            graph.shards,
-            graph.leave,
+            parts.backend,
+            parts.shards,
+            parts.leave,
             self._scheduler,
             timeout=flow.stall_timeout_s,
         )
         self._rank_mover = RankMover(
-            graph.backend,
-            graph.learners,
-            graph.leave,
+            parts.backend,
+            parts.learners,
+            parts.leave,
             self.progress,
             attempts,
             self._wait,
             self._publish_current,
         )
         self._monitor = Monitor(
-            graph,
+            parts,
             config,
             self._scheduler,
             self.progress,
@@ -250,12 +250,12 @@ class Controller:
         step = self.progress.step
         # Of an exact one the rounds move the chains that a repetition would have to begin with.
         self._is_whole = not self._negatives.exact
-        consumed = self._negatives.take_negatives() if self._graph.needs_negatives else None
+        consumed = self._negatives.take_negatives() if self._parts.needs_negatives else None
         if consumed is not None:
             self._delivery.bring(consumed, step)
         lr = learning_rate(self._config.learner, step, self._config.run.steps)
         lr *= self.progress.lr_factor
-        learners, auditor = self._graph.learners, self._graph.auditor
+        learners, auditor = self._parts.learners, self._parts.auditor
         average = self._monitor.reads_average(step + 1)
         self._is_whole = False
         replies = learners.update(
@@ -311,7 +311,7 @@ class Controller:
                     each(ref)
             pending = [ref for ref in pending if ref not in done]
             if pending and time.monotonic() - start > timeout:
-                self._graph.learners.broken = True
+                self._parts.learners.broken = True
                 raise PartDied(
                     f"update {self.progress.step}: the learner ranks gave no answer for "
                     f"{timeout:.0f} s; raise flow.stall_timeout_s if an update is only slow, or "
@@ -321,12 +321,12 @@ class Controller:
     def _meanwhile(self) -> None:
         """What goes on while something is waited for."""
         self._tend()
-        if self._graph.needs_negatives and not self._recovery.chains_go_back:
+        if self._parts.needs_negatives and not self._recovery.chains_go_back:
             self._negatives.top_up()
 
     def _tend(self) -> None:
         self._halt.check(grace_s=IDLE_GRACE_S if self._is_whole else GRACE_S)
-        self._graph.learners.look()
+        self._parts.learners.look()
         if self._autoscaler is not None:
             self._autoscaler.tend()
 
@@ -341,7 +341,7 @@ class Controller:
 
     def _publish_current(self) -> None:
         """Hand the weights as they are to the workers, at the start of a run."""
-        self._flat = self._ema = self._graph.learners.weights(self._wait)
+        self._flat = self._ema = self._parts.learners.weights(self._wait)
         self._scheduler.set_weights(self._flat, self.progress.version)
 
     def _publish(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray] | None) -> None:

@@ -1,4 +1,4 @@
-"""What a running graph is made of."""
+"""The parts of a run, and what the controller needs to show and to move them."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Leave:
 
 
 @dataclass(slots=True)
-class Graph:
-    """The parts, wired."""
+class Parts:
+    """All parts of a run that has started."""
 
     backend: Backend
     shards: Shards
@@ -53,5 +53,5 @@ class Graph:
     """None where the pool is as it is: in one process."""
     leave: Leave | None = None
     """None where there is nowhere else to go."""
-    watch: ChainMonitor | None = None
+    chain_monitor: ChainMonitor | None = None
     auditor: AuditLink | None = None

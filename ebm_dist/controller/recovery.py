@@ -23,7 +23,7 @@ from ebm_dist.controller.checkpointer import Checkpointer
 from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.learners import Wait
 from ebm_dist.controller.negatives.source import NegativeSource
-from ebm_dist.controller.parts import Graph
+from ebm_dist.controller.parts import Parts
 from ebm_dist.controller.retry import Attempts, Decision, GoBack, Redo, RollBack, obey
 from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.core.errors import NonFinite, RunFailed
@@ -44,7 +44,7 @@ class Recovery:
 
     def __init__(
         self,
-        graph: Graph,
+        parts: Parts,
         flow: FlowConfig,
         learner: LearnerConfig,
         progress: Progress,
@@ -62,8 +62,8 @@ class Recovery:
             publish: hands out the weights that the learners have.
             name: of the run.
         """
-        self._graph = graph
-        self._backend = graph.backend
+        self._parts = parts
+        self._backend = parts.backend
         self._flow = flow
         self._learner = learner
         self._progress = progress
@@ -96,18 +96,18 @@ class Recovery:
 
     def _load_learners(self, found: checkpoint.CheckpointDir) -> None:
         learner, ema = found.tensors("learner"), found.tensors("ema") or None
-        self._graph.learners.load(
+        self._parts.learners.load(
             learner, ema, found.meta["ranks"], self._wait, attempt=self._progress.rollbacks
         )
 
     def _load_shards(self, found: checkpoint.CheckpointDir | None, only: int | None = None) -> bool:
         """Whether the checkpoint holds chains for the shards, which have them now."""
-        dealt = deal_chains(found, self._graph.shards.capacities)
+        dealt = deal_chains(found, self._parts.shards.capacities)
         if dealt is None:
             return False
         asked = [
             (shard, shard.restore(part.arrays, Origin(part.data, part.next_chain)))
-            for index, (shard, part) in enumerate(zip(self._graph.shards, dealt))
+            for index, (shard, part) in enumerate(zip(self._parts.shards, dealt))
             if only in (None, index)
         ]
         for shard, ref in asked:
@@ -117,7 +117,7 @@ class Recovery:
     def _answer(self, shard: ShardClient, ref: Ref[T], what: str) -> T:
         detail = f"update {self._progress.step}: {shard.name} was told {what}"
         # It may be a successor, which has to start before it answers.
-        timeout = max(self._flow.stall_timeout_s, self._graph.start_timeout_s)
+        timeout = max(self._flow.stall_timeout_s, self._parts.start_timeout_s)
         return answer(self._backend, shard.handle, ref, timeout, detail)
 
     def recover(self, trouble: Trouble) -> None:
@@ -153,7 +153,7 @@ class Recovery:
             self._try_otherwise(trouble)
             return GoBack(str(trouble))
         self._attempts.failed(trouble)
-        if isinstance(trouble, RollBack) or self._graph.learners.lost():
+        if isinstance(trouble, RollBack) or self._parts.learners.lost():
             return GoBack(str(trouble))
         return Redo()
 
@@ -183,7 +183,7 @@ class Recovery:
         untouched = not self.chains_go_back or self._scheduler.num_started == 0
         if found is None and self._progress.step == 0 and untouched:
             # Nothing is learnt or moved yet: ranks and chains begin with what the seed gives them.
-            self._graph.learners.rebuild(self._wait)
+            self._parts.learners.rebuild(self._wait)
             self._replace_dead_shards()
             self.chains_go_back = False
             self._publish()
@@ -192,11 +192,11 @@ class Recovery:
         if found is None:
             raise RunFailed(f"{decision.reason}, and there is no checkpoint to go back to")
         lost = self._progress.step - found.step
-        what = " and ".join(self._graph.learners.dead())
+        what = " and ".join(self._parts.learners.dead())
         why = f"{what} died ({decision.reason})" if what else decision.reason
         log.info(f"{why}: going back {lost} updates to {found.path.name}")
-        if self._graph.learners.lost():
-            self._graph.learners.rebuild(self._wait)
+        if self._parts.learners.lost():
+            self._parts.learners.rebuild(self._wait)
         self._load_learners(found)
         if self.chains_go_back:
             self._replace_dead_shards()
@@ -215,7 +215,7 @@ class Recovery:
         log.info(f"the learners go on after {seconds:.1f} s{rate}")
 
     def _replace_dead_shards(self) -> None:
-        for index, shard in enumerate(self._graph.shards):
+        for index, shard in enumerate(self._parts.shards):
             if not self._backend.alive(shard.handle):
                 # Whatever follows from it: the run is on its way back.
                 self._scheduler.replace_shard(index, "its process is gone")
@@ -223,9 +223,9 @@ class Recovery:
     def on_replaced(self, index: int) -> Decision:
         """A new process holds the chains of shard `index`, or is given what the last cut had."""
         start = time.monotonic()
-        shard = self._graph.shards[index]
+        shard = self._parts.shards[index]
         # Its node may have taken a rank along as well, and that takes seconds to start.
-        self._graph.learners.renew_if_dead()
+        self._parts.learners.renew_if_dead()
         if self._negatives.exact:
             return GoBack(f"shard {index} died with the leases of this update")
         status = self._answer(shard, shard.status(), "to take its chains over")

@@ -1,1 +1,1 @@
-"""Builds a running graph of parts from a RunConfig."""
+"""Builds the parts of a run from a RunConfig, places and starts them."""

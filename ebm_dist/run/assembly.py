@@ -1,4 +1,4 @@
-"""RunConfig -> the parts of a graph: what each is given, where it goes, how it is replaced."""
+"""RunConfig -> the parts of a run: what each is given, where it goes, how it is replaced."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.observers.chain_health import ChainMonitor
 from ebm_dist.controller.observers.hub import HubLink
 from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
-from ebm_dist.controller.parts import Graph, Leave
+from ebm_dist.controller.parts import Leave, Parts
 from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.autoscaler import Elasticity
 from ebm_dist.controller.workers.membership import WorkerPool
@@ -53,7 +53,7 @@ def assemble(
     backend: Backend,
     found: checkpoint.CheckpointDir | None,
     stack: contextlib.ExitStack,
-) -> Graph:
+) -> Parts:
     """Start every part on `backend`, and wire them.
 
     Args:
@@ -112,9 +112,9 @@ def assemble(
                 backend.get(ref, 10.0)
 
     stack.callback(close_ranks)
-    watch = None
+    chain_monitor = None
     if shards and spawn.trace.num_chains > 0:
-        watch = ChainMonitor(
+        chain_monitor = ChainMonitor(
             backend,
             shards,
             reseed=config.evaluation.reseed_stuck,
@@ -123,7 +123,7 @@ def assemble(
             ),
             timeout=config.flow.stall_timeout_s,
         )
-    return Graph(
+    return Parts(
         backend=backend,
         shards=shards,
         workers=workers,
@@ -141,7 +141,7 @@ def assemble(
         leave=Leave(spawn.placer.draining, spawn.shard_elsewhere, spawn.ranks_elsewhere)
         if backend.scattered
         else None,
-        watch=watch,
+        chain_monitor=chain_monitor,
         auditor=auditor,
     )
 

@@ -1,4 +1,4 @@
-"""RunConfig -> a running graph, in this process or on Ray, from start or resume to export."""
+"""Trains from a RunConfig, in this process or on Ray, from start or resume to export."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def _train(
         stack.enter_context(interrupting())
         if (notice := getattr(backend, "log_dir", None)) is not None:
             log.info("Ray's logs: %s", notice)
-        graph = assemble(config, spec, run_dir, backend, found, stack)
+        parts = assemble(config, spec, run_dir, backend, found, stack)
         for line in found.skipped if found else ():
             view.say(f"passed over a damaged checkpoint: {line}")
 
@@ -234,7 +234,7 @@ def _train(
                 return None
 
         controller = Controller(
-            graph,
+            parts,
             config,
             run_dir=run_dir,
             view=view,
@@ -242,7 +242,7 @@ def _train(
             save_grid=write_grid,
             callbacks=callbacks,
         )
-        hub = graph.hub.info(60.0)
+        hub = parts.hub.info(60.0)
         view.say(hub["notice"] or f"W&B: {hub['mode']}")
         if found is not None:
             with found.of_a_run():
@@ -254,9 +254,9 @@ def _train(
         every = config.evaluation.every
         if finished and every is not None and config.run.steps % every:
             controller.evaluate()  # else the loop has just done so
-        graph.hub.flush(120.0)
-        hub = graph.hub.info(60.0)
-        graph.hub.close(config.tracking.finish_timeout + 10.0)
+        parts.hub.flush(120.0)
+        hub = parts.hub.info(60.0)
+        parts.hub.close(config.tracking.finish_timeout + 10.0)
     callbacks.check()
     try:
         export_dir = None

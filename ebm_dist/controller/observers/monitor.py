@@ -17,7 +17,7 @@ from ebm_dist.config.run_config import RunConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
 from ebm_dist.controller.observers.metric_window import MetricWindow
-from ebm_dist.controller.parts import Graph
+from ebm_dist.controller.parts import Parts
 from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import ChainSample
@@ -39,7 +39,7 @@ class Monitor:
 
     def __init__(
         self,
-        graph: Graph,
+        parts: Parts,
         config: RunConfig,
         scheduler: RoundScheduler,
         progress: Progress,
@@ -58,7 +58,7 @@ class Monitor:
         """
         self.metrics: dict[str, float] = {}
         """The last value of each metric."""
-        self._graph = graph
+        self._parts = parts
         self._config = config
         self._temperature = config.sampler.build().temperature
         self._scheduler = scheduler
@@ -66,7 +66,7 @@ class Monitor:
         self._window = window
         self._timeout = timeout
         self._save_grid = save_grid
-        self._backend = graph.backend
+        self._backend = parts.backend
         self._on_evaluation = on_evaluation
         self._owed_since = math.inf  # the update whose evaluation is to be made
         self._averaged = -1  # the update that the averaged weights are of, if they were asked for
@@ -74,7 +74,7 @@ class Monitor:
 
     def reads_average(self, step: int) -> bool:
         """Whether anything looks at the averaged weights as of update `step`."""
-        auditor, config = self._graph.auditor, self._config
+        auditor, config = self._parts.auditor, self._config
         every = [config.evaluation.every, auditor.every if auditor else None]
         due = step == config.run.steps or any(n is not None and step % n == 0 for n in every)
         if not due and step > self._owed_since:
@@ -85,7 +85,7 @@ class Monitor:
 
     @property
     def _is_measuring(self) -> bool:
-        return self._graph.evaluator is not None and self._graph.evaluator.busy
+        return self._parts.evaluator is not None and self._parts.evaluator.busy
 
     def observe(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
         """Do what is due after an update, of which `flat` and `ema` are the weights."""
@@ -96,8 +96,8 @@ class Monitor:
             self._log()
         self.catch_up(flat, ema)
         self._collect_evaluation(0.0)
-        if self._graph.auditor is not None:
-            self._audit(self._graph.auditor, flat, ema)
+        if self._parts.auditor is not None:
+            self._audit(self._parts.auditor, flat, ema)
 
     def catch_up(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
         """Evaluate if that is due, or was at an update before: a shard died under it, or the
@@ -131,7 +131,7 @@ class Monitor:
             auditor.give_up(f"it took more than {auditor.wait_s:.0f} s (flow.stall_timeout_s)")
 
     def _collect_audit(self, timeout: float) -> None:
-        auditor = self._graph.auditor
+        auditor = self._parts.auditor
         if auditor is None:
             return
         done = self._patiently(
@@ -139,15 +139,15 @@ class Monitor:
         )
         if done is not None:
             self.metrics.update(done[1])
-            self._graph.hub.log(done[0], self._progress.epoch, done[1])
+            self._parts.hub.log(done[0], self._progress.epoch, done[1])
 
     @property
     def restarts(self) -> int:
         """Parts replaced so far."""
-        graph = self._graph
-        observers = graph.hub.restarts + (graph.evaluator.restarts if graph.evaluator else 0)
-        observers += graph.auditor.restarts if graph.auditor else 0
-        return self._scheduler.restarts + graph.learners.restarts + observers
+        parts = self._parts
+        observers = parts.hub.restarts + (parts.evaluator.restarts if parts.evaluator else 0)
+        observers += parts.auditor.restarts if parts.auditor else 0
+        return self._scheduler.restarts + parts.learners.restarts + observers
 
     def _log(self) -> None:
         steps = self._scheduler.mcmc_steps
@@ -166,62 +166,62 @@ class Monitor:
                 self._scheduler.num_by_rows / self._scheduler.num_started
             )
         counts = self._scheduler.counts.values()
-        if self._graph.needs_negatives:
+        if self._parts.needs_negatives:
             for name in _COUNTED:
                 values[f"buffer/{name}"] = float(sum(getattr(c, name) for c in counts))
         # A shard says how it stands with each round; of one that has had none all chains are free.
-        for index in range(len(self._graph.shards)):
+        for index in range(len(self._parts.shards)):
             if index not in self._scheduler.counts:
-                values["buffer/free"] += self._graph.shards.capacities[index]
-                values["buffer/capacity"] += self._graph.shards.capacities[index]
+                values["buffer/free"] += self._parts.shards.capacities[index]
+                values["buffer/capacity"] += self._parts.shards.capacities[index]
         if counts:
             values["chain/age_mean"] = sum(c.age_mean for c in counts) / len(counts)
         if self._config.buffer.jarzynski:
             values["likelihood/resampled"] = float(sum(c.resampled for c in counts))
         try:
-            if self._graph.watch is not None:
-                values |= self._graph.watch.look()
+            if self._parts.chain_monitor is not None:
+                values |= self._parts.chain_monitor.look()
         finally:  # the update was made, whether or not all shards lived to say how they are
             self.metrics.update(values)
-            self._graph.hub.log(self._progress.step, self._progress.epoch, values)
+            self._parts.hub.log(self._progress.step, self._progress.epoch, values)
 
     def evaluate(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
         """Write the sample grid and start the measurements, which are logged when they come."""
         step = self._progress.step
-        config, graph = self._config.evaluation, self._graph
+        config, parts = self._config.evaluation, self._parts
         chains = self.chains(max(config.num_samples, config.num_grid), ema)
         shown = slice(config.num_grid)
         if (label := chains.context.get("label")) is not None:
             shown = np.argsort(label[shown], kind="stable")  # a class in each row, if they fit
         picture = self._save_grid(chains.x[shown], step)
         if picture is not None:
-            self._graph.hub.images("samples/chains", step, str(picture))
+            self._parts.hub.images("samples/chains", step, str(picture))
         self._log_distributions(step)
-        if self._graph.evaluator is None:
+        if self._parts.evaluator is None:
             return
         weighs = self._config.buffer.jarzynski
-        weighted = [shard.weighted() for shard in graph.shards] if weighs else []
-        self._graph.evaluator.start(step, chains, ema, flat, *weighted)
+        weighted = [shard.weighted() for shard in parts.shards] if weighs else []
+        self._parts.evaluator.start(step, chains, ema, flat, *weighted)
 
     def _log_distributions(self, step: int) -> None:
-        asked = [(shard, shard.distribution()) for shard in self._graph.shards]
-        parts = [self._answer(shard, ref, "a look at the chains") for shard, ref in asked]
-        if parts:
-            hub = self._graph.hub
-            energy = np.concatenate([part.energy for part in parts])
+        asked = [(shard, shard.distribution()) for shard in self._parts.shards]
+        answers = [self._answer(shard, ref, "a look at the chains") for shard, ref in asked]
+        if answers:
+            hub = self._parts.hub
+            energy = np.concatenate([part.energy for part in answers])
             hub.histogram("histogram/energy_negative", step, energy)
-            hub.histogram("histogram/age", step, np.concatenate([part.age for part in parts]))
+            hub.histogram("histogram/age", step, np.concatenate([part.age for part in answers]))
 
     def chains(self, num: int, ema: Ref[np.ndarray]) -> ChainSample:
         """`num` chains as they are now: from the shards, or drawn for the occasion
         where the objective trains without chains."""
         key = self._progress.step
-        if self._graph.needs_negatives:
-            shards = self._graph.shards
+        if self._parts.needs_negatives:
+            shards = self._parts.shards
             share = -(-num // len(shards))
             asked = [(shard, shard.peek(share, key)) for shard in shards]
         else:
-            worker, config = next(iter(self._graph.workers)), self._config
+            worker, config = next(iter(self._parts.workers)), self._config
             seed = derive_seed(config.run.seed, "samples", key)
             std = config.buffer.init_std
             asked = [(worker, worker.sample(num, config.sampler.num_steps, ema, seed, std))]
@@ -249,7 +249,7 @@ class Monitor:
         """Wait for the measurements under way, and give up those that take too long."""
         self._collect_evaluation(self._timeout)
         self._collect_audit(self._timeout)
-        for link in (self._graph.evaluator, self._graph.auditor):
+        for link in (self._parts.evaluator, self._parts.auditor):
             if link is not None and link.busy:
                 link.give_up(
                     f"it was not done {self._timeout:.0f} s later (flow.stall_timeout_s), or the "
@@ -257,13 +257,13 @@ class Monitor:
                 )
 
     def _collect_evaluation(self, timeout: float) -> None:
-        evaluator = self._graph.evaluator
+        evaluator = self._parts.evaluator
         if evaluator is None:
             return
         if (done := self._patiently(evaluator, evaluator.collect, timeout)) is not None:
             step, values = done
             self.metrics.update(values)
-            self._graph.hub.log(step, self._progress.epoch, values)
+            self._parts.hub.log(step, self._progress.epoch, values)
             self._on_evaluation(step, values)
 
     def _patiently(

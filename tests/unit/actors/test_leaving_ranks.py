@@ -13,7 +13,7 @@ from small_runs import curve, run
 from ebm_dist.cluster.backend import DEFAULTS, ActorOptions, Node, PartDied
 from ebm_dist.cluster.inline import InlineBackend, InlineHandle
 from ebm_dist.controller.learners import LearnerGroup
-from ebm_dist.controller.parts import Graph, Leave
+from ebm_dist.controller.parts import Leave, Parts
 from ebm_dist.controller.rounds.round import MAX_STARTS
 from ebm_dist.run import assembly
 from ebm_dist.run.placement.gpu_shares import Shares
@@ -31,10 +31,10 @@ class Nodes:
         """The look, one before each update, from which on the first node is draining."""
         real, kill = assembly.assemble, InlineBackend.kill
 
-        def wired(config: Any, *args: Any) -> Graph:
-            graph = real(config, *args)
-            graph.leave = Leave(self.draining, lambda index: None, self.place)
-            return graph
+        def wired(config: Any, *args: Any) -> Parts:
+            parts = real(config, *args)
+            parts.leave = Leave(self.draining, lambda index: None, self.place)
+            return parts
 
         def end(backend: InlineBackend, handle: InlineHandle) -> None:
             kill(backend, handle)
