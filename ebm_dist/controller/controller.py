@@ -135,14 +135,14 @@ class Controller:
         self._mover = ShardMover(
             parts.backend,
             parts.shards,
-            parts.leave,
+            parts.relocation,
             self._scheduler,
             timeout=flow.stall_timeout_s,
         )
         self._rank_mover = RankMover(
             parts.backend,
             parts.learners,
-            parts.leave,
+            parts.relocation,
             self.progress,
             attempts,
             self._wait,

@@ -24,7 +24,7 @@ class View(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Leave:
+class Relocation:
     """How shards and learner ranks get away from nodes."""
 
     draining: Callable[[], set[str]]
@@ -51,7 +51,7 @@ class Parts:
     """What a part that is started may take."""
     elasticity: Elasticity | None = None
     """None where the pool is as it is: in one process."""
-    leave: Leave | None = None
+    relocation: Relocation | None = None
     """None where there is nowhere else to go."""
     chain_monitor: ChainMonitor | None = None
     auditor: AuditLink | None = None

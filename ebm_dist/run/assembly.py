@@ -31,7 +31,7 @@ from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.observers.chain_health import ChainMonitor
 from ebm_dist.controller.observers.hub import HubLink
 from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
-from ebm_dist.controller.parts import Leave, Parts
+from ebm_dist.controller.parts import Parts, Relocation
 from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.autoscaler import Elasticity
 from ebm_dist.controller.workers.membership import WorkerPool
@@ -138,7 +138,7 @@ def assemble(
         )
         if backend.concurrent
         else None,
-        leave=Leave(spawn.placer.draining, spawn.shard_elsewhere, spawn.ranks_elsewhere)
+        relocation=Relocation(spawn.placer.draining, spawn.shard_elsewhere, spawn.ranks_elsewhere)
         if backend.scattered
         else None,
         chain_monitor=chain_monitor,

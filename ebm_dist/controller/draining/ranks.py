@@ -15,7 +15,7 @@ from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.backend import Backend, PartDied
 from ebm_dist.controller.draining.shards import LOOK_S
 from ebm_dist.controller.learners import LearnerGroup, Wait
-from ebm_dist.controller.parts import Leave
+from ebm_dist.controller.parts import Relocation
 from ebm_dist.controller.retry import Attempts
 
 log = logging.getLogger("ebm_dist.run")
@@ -32,7 +32,7 @@ class RankMover:
         self,
         backend: Backend,
         learners: LearnerGroup,
-        leave: Leave | None,
+        relocation: Relocation | None,
         progress: Progress,
         attempts: Attempts,
         wait: Wait,
@@ -47,7 +47,7 @@ class RankMover:
         """
         self._backend = backend
         self._learners = learners
-        self._leave = leave
+        self._relocation = relocation
         self._progress = progress
         self._attempts = attempts
         self._wait = wait
@@ -64,15 +64,15 @@ class RankMover:
             RunFailed: no new group could be started.
         """
         now = self._clock()
-        if self._leave is None or now - self._looked_at < LOOK_S:
+        if self._relocation is None or now - self._looked_at < LOOK_S:
             return
         self._looked_at = now
         held = [self._backend.where(rank.handle) for rank in self._learners.ranks]
-        gone = self._leave.draining() if any(held) else set()
+        gone = self._relocation.draining() if any(held) else set()
         leaving = [rank.name for rank, at in zip(self._learners.ranks, held) if at in gone]
         if not leaving:
             return
-        if (nodes := self._leave.place_ranks(held)) is not None:
+        if (nodes := self._relocation.place_ranks(held)) is not None:
             self._move(leaving, nodes, now)
         elif leaving != self._stays:
             self._stays = leaving

@@ -16,7 +16,7 @@ from ebm_dist.buffer.answers import ShardStatus
 from ebm_dist.cluster.backend import Backend, PartDied, Ref
 from ebm_dist.cluster.stall import answer
 from ebm_dist.controller.clients import ShardClient
-from ebm_dist.controller.parts import Leave
+from ebm_dist.controller.parts import Relocation
 from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.controller.shards import Shards
 
@@ -44,7 +44,7 @@ class ShardMover:
         self,
         backend: Backend,
         shards: Shards,
-        leave: Leave | None,
+        relocation: Relocation | None,
         scheduler: RoundScheduler,
         *,
         timeout: float,
@@ -52,12 +52,12 @@ class ShardMover:
     ) -> None:
         """
         Args:
-            leave: None where there is nowhere else to go.
+            relocation: None where there is nowhere else to go.
             timeout: seconds within which a shard answers.
         """
         self._backend = backend
         self._shards = shards
-        self._leave = leave
+        self._relocation = relocation
         self._scheduler = scheduler
         self._timeout = timeout
         self._clock = clock
@@ -76,14 +76,14 @@ class ShardMover:
             elif self._backend.wait([move.started], 0.0):
                 self._make(index, move)
         now = self._clock()
-        if self._leave is None or now - self._looked_at < LOOK_S:
+        if self._relocation is None or now - self._looked_at < LOOK_S:
             return
         self._looked_at = now
-        gone = self._leave.draining() if any(shard.node for shard in self._shards) else set()
+        gone = self._relocation.draining() if any(shard.node for shard in self._shards) else set()
         for index, shard in enumerate(self._shards):
             if shard.node not in gone or index in self._moves:
                 continue
-            if (successor := self._leave.start_elsewhere(index)) is not None:
+            if (successor := self._relocation.start_elsewhere(index)) is not None:
                 started = successor.status()
                 self._moves[index] = _Move(shard, successor, started, now)
 

@@ -13,7 +13,7 @@ from small_runs import curve, run
 from ebm_dist.cluster.backend import DEFAULTS, ActorOptions, Node, PartDied
 from ebm_dist.cluster.inline import InlineBackend, InlineHandle
 from ebm_dist.controller.learners import LearnerGroup
-from ebm_dist.controller.parts import Leave, Parts
+from ebm_dist.controller.parts import Parts, Relocation
 from ebm_dist.controller.rounds.round import MAX_STARTS
 from ebm_dist.run import assembly
 from ebm_dist.run.placement.gpu_shares import Shares
@@ -33,7 +33,7 @@ class Nodes:
 
         def wired(config: Any, *args: Any) -> Parts:
             parts = real(config, *args)
-            parts.leave = Leave(self.draining, lambda index: None, self.place)
+            parts.relocation = Relocation(self.draining, lambda index: None, self.place)
             return parts
 
         def end(backend: InlineBackend, handle: InlineHandle) -> None:

@@ -12,7 +12,7 @@ from worlds import CAPACITY, CHAINS, World
 from ebm_dist.cluster.backend import PartDied
 from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.draining.shards import LOOK_S, ShardMover
-from ebm_dist.controller.parts import Leave
+from ebm_dist.controller.parts import Relocation
 
 
 class Leaving:
@@ -26,7 +26,7 @@ class Leaving:
         self.mover = ShardMover(
             self.world.backend,  # type: ignore[arg-type]
             self.world.shards,
-            Leave(lambda: self.draining, self.start, lambda held: None),
+            Relocation(lambda: self.draining, self.start, lambda held: None),
             self.world.scheduler,
             timeout=30.0,
             clock=self.clock,
