@@ -8,7 +8,7 @@ from ebm_dist.cluster.backend import Backend, Ref
 from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.rounds.round import Drawn, Round
 from ebm_dist.controller.shards import Shards
-from ebm_dist.controller.workers.load import Seat
+from ebm_dist.controller.workers.load import Member
 from ebm_dist.core.types import Lease
 
 
@@ -21,9 +21,9 @@ class Checkouts:
         self._num_chains = num_chains
         self._one_machine = not backend.scattered
 
-    def beside(self, shard: ShardClient, seat: Seat) -> bool:
+    def beside(self, shard: ShardClient, member: Member) -> bool:
         """Whether the worker can read and write what the shard has mapped."""
-        return self._one_machine or (shard.node is not None and shard.node == seat.node)
+        return self._one_machine or (shard.node is not None and shard.node == member.node)
 
     def draw(self, leases: Sequence[tuple[int, int]]) -> dict[int, Drawn]:
         """Have each shard draw its leases of (lease id, shard) in one call, and so in this order.
@@ -44,11 +44,11 @@ class Checkouts:
                 drawn |= {i: Drawn(lease=ref) for i, ref in zip(ids, leases_of_shard)}
         return drawn
 
-    def lease(self, round_: Round, seat: Seat) -> Ref[Lease | None]:
-        """The lease of `round_`, for the worker of `seat`; what was drawn ahead is used up."""
+    def lease(self, round_: Round, member: Member) -> Ref[Lease | None]:
+        """The lease of `round_`, for the worker of `member`; what was drawn ahead is used up."""
         shard = self._shards[round_.shard]
         drawn, round_.drawn = round_.drawn, Drawn()
-        by_rows = self.beside(shard, seat)
+        by_rows = self.beside(shard, member)
         if round_.ready_id is not None:
             return shard.checkout_ready(round_.lease_id, round_.ready_id, by_rows)
         if drawn.lease is not None:

@@ -134,7 +134,7 @@ def assemble(
         lease_timeout_s=config.buffer.lease_timeout_s,
         start_timeout_s=config.runtime.start_timeout_s,
         elasticity=Elasticity(
-            low, high, config.workers.num_workers, spawn.hire, spawn.placer.draining
+            low, high, config.workers.num_workers, spawn.worker_if_room, spawn.placer.draining
         )
         if backend.concurrent
         else None,
@@ -195,8 +195,8 @@ class _Spawner:
             config.evaluation.stagnation_rhat,
         )
 
-    def hire(self, index: int) -> WorkerClient | None:
-        """A worker where there is room for one now."""
+    def worker_if_room(self, index: int) -> WorkerClient | None:
+        """A worker, if there is room for one now."""
         place = self.placer.for_worker()
         return self._worker(index, place) if place is not None else None
 

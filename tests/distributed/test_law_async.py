@@ -100,7 +100,7 @@ def negatives(backend: Backend, num_workers: int) -> tuple[np.ndarray, int]:
         progress.step += 1
         progress.version += 1
         scheduler.set_weights(weights, progress.version)
-    assert len({seat.index for seat in scheduler.workers.seats}) == num_workers
+    assert len({member.index for member in scheduler.workers.members}) == num_workers
     assert scheduler.restarts == 0
     return np.concatenate(out), lag
 

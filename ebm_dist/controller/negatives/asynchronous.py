@@ -182,7 +182,7 @@ class AsyncNegatives(NegativeSource):
         """Whether a round that begins now is consumed in time, after all that are before it."""
         most = min(self._room, self._max_ahead - self._being_learnt)
         if self._backend.concurrent:
-            most = min(most, 2 * max(len(self._scheduler.workers.seats), self._leases_per_update))
+            most = min(most, 2 * max(len(self._scheduler.workers.members), self._leases_per_update))
         return self._num_negatives() + reserved < most
 
     @property

@@ -99,7 +99,7 @@ class NegativeSource(ABC):
         self._booked = 0
         self._num_taken = 0  # leases that learners were given
         self._in_hand = 0  # and those that the update under way has chosen
-        self.waits = Utilisation(scheduler.workers.seats)
+        self.waits = Utilisation(scheduler.workers.members)
 
     def take_negatives(self) -> Consumed:
         """The leases of one update.
@@ -195,7 +195,7 @@ class NegativeSource(ABC):
                 scheduler.mcmc_steps,
                 scheduler.num_refused,
                 scheduler.restarts,
-                scheduler.workers.seats.num_serving,
+                scheduler.workers.members.num_serving,
             )
             watchdog.look(state, blocked, scheduler.replace_a_hung_shard)
 
@@ -206,7 +206,7 @@ class NegativeSource(ABC):
     def _blocked(self, queue: Queue) -> tuple[Queue, str]:
         """Which queue it is that keeps `queue` from being filled."""
         scheduler = self._scheduler
-        if scheduler.workers.seats.num_serving == 0:
+        if scheduler.workers.members.num_serving == 0:
             queue = WORKERS
         elif scheduler.outstanding == 0:
             queue = CREDITS
@@ -216,8 +216,8 @@ class NegativeSource(ABC):
 
     def _waited_for(self, what: str) -> str:
         scheduler = self._scheduler
+        num_workers, num_ready = scheduler.workers.members.num_serving, len(scheduler.committed)
         return (
-            f"update {self._progress.step}: the learner waits for {what}, with "
-            f"{scheduler.workers.seats.num_serving} workers, {scheduler.outstanding} rounds under "
-            f"way and {len(scheduler.committed)} ready"
+            f"update {self._progress.step}: the learner waits for {what}, with {num_workers} "
+            f"workers, {scheduler.outstanding} rounds under way and {num_ready} ready"
         )

@@ -152,13 +152,13 @@ class Monitor:
     def _log(self) -> None:
         steps = self._scheduler.mcmc_steps
         values = self._window.close(
-            mcmc_steps=steps, idle_s=self._scheduler.workers.seats.take_idle_seconds()
+            mcmc_steps=steps, idle_s=self._scheduler.workers.members.take_idle_seconds()
         )
         values["sampler/temperature"] = self._temperature
         values["weights/version"] = float(self._progress.version)
         values["fault/restarts"] = float(self.restarts)
         values["fault/rollbacks"] = float(self._progress.rollbacks)
-        values["workers/alive"] = float(self._scheduler.workers.seats.num_serving)
+        values["workers/alive"] = float(self._scheduler.workers.members.num_serving)
         if self._scheduler.num_local:
             values["flow/local_rounds"] = self._scheduler.num_local / self._scheduler.num_started
         if self._scheduler.num_started:

@@ -82,6 +82,6 @@ class Overdue:
         for round_ in rounds:
             if now - round_.started <= self.hang_s:
                 break
-            if round_.seat is not None and now - round_.seat.busy_since > self.hang_s:
+            if round_.member is not None and now - round_.member.busy_since > self.hang_s:
                 return round_
         return None

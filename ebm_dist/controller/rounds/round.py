@@ -10,7 +10,7 @@ import numpy as np
 
 from ebm_dist.buffer.answers import CheckinReply
 from ebm_dist.cluster.backend import Ref
-from ebm_dist.controller.workers.load import Seat
+from ebm_dist.controller.workers.load import Member
 from ebm_dist.core.errors import RunFailed
 from ebm_dist.core.types import Lease, MovedChains
 
@@ -52,7 +52,7 @@ class Round:
     ready_id: int | None = None
     """Of a repair: the committed lease whose chains are moved again."""
     drawn: Drawn = Drawn()
-    seat: Seat | None = None
+    member: Member | None = None
     weights: Ref[np.ndarray] | None = None
     """What it was last started under."""
     leased: Ref[Lease | None] | None = None

@@ -34,7 +34,7 @@ from ebm_dist.controller.rounds.round import (
     failed_too_often,
 )
 from ebm_dist.controller.shards import Shards
-from ebm_dist.controller.workers.load import Seat
+from ebm_dist.controller.workers.load import Member
 from ebm_dist.controller.workers.membership import WorkerPool
 from ebm_dist.core.errors import RunFailed
 
@@ -81,7 +81,7 @@ class RoundScheduler:
         self._noted: set[str] = set()
         self._shard_failures = [0] * len(self._shards)
         self.workers = workers
-        self._seats = self.workers.seats
+        self._members = self.workers.members
         # Ordered dicts: the first key of a plain one is found past all that were taken before it.
         self.committed: OrderedDict[int, Committed] = OrderedDict()
         self.releases: list[tuple[ShardClient, Ref[int]]] = []
@@ -111,14 +111,14 @@ class RoundScheduler:
     @property
     def has_room(self) -> bool:
         """Whether some worker holds weights and has fewer than `depth` rounds before it."""
-        seat = self._seats.first()
-        return seat is not None and seat.load < self._depth and not self._waiting
+        member = self._members.first()
+        return member is not None and member.load < self._depth and not self._waiting
 
     @property
     def idle_node(self) -> str | None:
         """Where the worker is that is given the next round."""
-        seat = self._seats.first()
-        return seat.node if seat is not None else None
+        member = self._members.first()
+        return member.node if member is not None else None
 
     def rounds(self) -> Iterable[Round]:
         """Every round that was started and not committed."""
@@ -166,9 +166,9 @@ class RoundScheduler:
 
     def forget_all(self) -> None:
         """Give up all rounds and all that is committed; the shards must refuse what comes back."""
-        for seat in self._seats:
-            self._seats.load(seat, -seat.load)
-            self.workers.release_if_done(seat)
+        for member in self._members:
+            self._members.add_load(member, -member.load)
+            self.workers.release_if_done(member)
         self._rounds.clear()
         self._waiting.clear()
         self._delayed.clear()
@@ -179,26 +179,26 @@ class RoundScheduler:
         if round_.attempts >= MAX_ATTEMPTS:
             raise failed_too_often(round_)
         shard = self._shards[round_.shard]
-        seat = self._seats.first(shard.node)
-        if seat is None or seat.load >= self._depth:
+        member = self._members.first(shard.node)
+        if member is None or member.load >= self._depth:
             round_.version = -1
             self._waiting.append(round_)
             return
         round_.attempts += 1
-        round_.seat = seat
+        round_.member = member
         round_.version = self.workers.version
         round_.started = self._clock()
         weights = round_.weights = self.workers.weights
         assert weights is not None, "a worker serves that holds none"
-        round_.leased = self._checkouts.lease(round_, seat)
-        round_.moved = seat.worker.run_round(
+        round_.leased = self._checkouts.lease(round_, member)
+        round_.moved = member.worker.run_round(
             round_.leased, weights, round_.version, round_.num_steps
         )
         round_.ref = shard.checkin(round_.moved, round_.lease_id)
         self._rounds[round_.ref] = round_
-        self._seats.load(seat, +1)
+        self._members.add_load(member, +1)
         self.num_started += 1
-        self.num_local += shard.node is not None and shard.node == seat.node
+        self.num_local += shard.node is not None and shard.node == member.node
 
     def poll(self, timeout: float, *others: Ref[T]) -> list[Ref[T]]:
         """Wait up to `timeout` for any round or any of `others`; book the finished rounds.
@@ -215,7 +215,7 @@ class RoundScheduler:
                     self._submit(round_)
             else:
                 timeout = min(timeout, max(0.0, min(at for at, _ in self._delayed) - now))
-        pending = [*others, *self.workers.arriving, *self._rounds]
+        pending = [*others, *self.workers.loading, *self._rounds]
         if not pending:
             time.sleep(timeout)
             done = {}
@@ -224,46 +224,46 @@ class RoundScheduler:
         for ref in done:
             if ref in self._rounds:
                 self._finish(ref)
-            elif ref in self.workers.arriving and (failed := self.workers.welcome(ref)) is not None:
+            elif ref in self.workers.loading and (failed := self.workers.admit(ref)) is not None:
                 self._redo_rounds_of(*failed)
         self._start_waiting()
         self._replace_who_hangs()
         self._overdue.renew_leases(self.rounds())
-        self.workers.give_up_the_overdue(now)
+        self.workers.remove_overdue(now)
         return [ref for ref in others if ref in done]
 
     def _start_waiting(self) -> None:
         for _ in range(len(self._waiting)):
-            seat = self._seats.first()
-            if seat is None or seat.load >= self._depth:
+            member = self._members.first()
+            if member is None or member.load >= self._depth:
                 return
             self._submit(self._waiting.popleft())
 
     def _finish(self, ref: Ref) -> None:
         round_ = self._rounds.pop(ref)
-        seat = round_.seat
-        assert seat is not None
-        self._seats.load(seat, -1)
+        member = round_.member
+        assert member is not None
+        self._members.add_load(member, -1)
         try:
             reply = self._backend.get(ref, timeout=30.0)
         except PartDied as died:
-            self._recover(round_, seat, died)
+            self._recover(round_, member, died)
             return
         except Exception as error:
             # The worker's, since a shard computes nothing; another process, on another device it
             # may be, has the same chains and noise.
             if (fault := fault_of_the_machine(error)) is None:
                 raise
-            self._fail(round_, seat, f"its round failed: {fault}")
+            self._fail(round_, member, f"its round failed: {fault}")
             return
-        self.workers.release_if_done(seat)
+        self.workers.release_if_done(member)
         self.counts[round_.shard] = reply.counts
         for note in reply.notes:
             if note not in self._noted:  # every worker of a pool chooses alike
                 self._noted.add(note)
                 log.info(note)
         if reply.accepted:
-            seat.failures = 0
+            member.failures = 0
             self._shard_failures[round_.shard] = 0
             self._commit(round_, reply)
             return
@@ -295,9 +295,9 @@ class RoundScheduler:
         if self.replace_a_hung_shard(self._overdue.hang_s):
             return
         if (round_ := self._overdue.held(self._rounds.values())) is not None:
-            assert round_.seat is not None
+            assert round_.member is not None
             round_.trouble = self._overdue.held_too_long
-            self._redo_rounds_of(round_.seat, round_.trouble)
+            self._redo_rounds_of(round_.member, round_.trouble)
 
     def replace_a_hung_shard(self, seconds: float) -> bool:
         """Replace a shard that a round older than `seconds` waits for, if there is one."""
@@ -306,25 +306,25 @@ class RoundScheduler:
             obey(self.replace_shard(index, f"a round has waited for it for {seconds:.0f} s"))
         return index is not None
 
-    def _recover(self, failed: Round, seat: Seat, died: PartDied) -> None:
+    def _recover(self, failed: Round, member: Member, died: PartDied) -> None:
         """Replace the part that took `failed` with it, and start its rounds again."""
         if not self._backend.alive(self._shards[failed.shard].handle):
             obey(self.replace_shard(failed.shard, str(died)))
-        elif not self._backend.alive(seat.worker.handle):
-            self._fail(failed, seat, str(died))
+        elif not self._backend.alive(member.worker.handle):
+            self._fail(failed, member, str(died))
         else:  # no fault of the round: weights are lost, or a node is and Ray has yet to see
             failed.version = -1
             failed.attempts -= 1
             self._delayed.append((self._clock() + RETRY_S, failed))
-        self.workers.release_if_done(seat)
+        self.workers.release_if_done(member)
 
-    def _fail(self, failed: Round, seat: Seat, why: str) -> None:
+    def _fail(self, failed: Round, member: Member, why: str) -> None:
         """Replace the worker of a round that has come back without chains; the round is redone."""
         failed.trouble = why
         assert failed.ref is not None
         self._rounds[failed.ref] = failed
-        self._seats.load(seat, +1)
-        self._redo_rounds_of(seat, why)
+        self._members.add_load(member, +1)
+        self._redo_rounds_of(member, why)
 
     def redo_lost(self) -> None:
         """Start again, under the present weights, what waits for weights that are lost."""
@@ -333,10 +333,10 @@ class RoundScheduler:
             if round_.weights is self.workers.weights or not self._backend.lost(round_.weights):
                 continue
             del self._rounds[ref]
-            seat = round_.seat
-            assert seat is not None
-            self._seats.load(seat, -1)
-            self.workers.release_if_done(seat)
+            member = round_.member
+            assert member is not None
+            self._members.add_load(member, -1)
+            self.workers.release_if_done(member)
             round_.attempts -= 1
             self._submit(round_)
         self.workers.send_again()
@@ -352,11 +352,11 @@ class RoundScheduler:
             if not self._backend.alive(shard.handle):
                 what_follows = self.replace_shard(index, why(shard))
                 decision = what_follows if isinstance(decision, Redo) else decision
-        for seat in self._seats:
+        for member in self._members:
             # One that starts has been sent weights, and is found out by its answer; to ask whether
             # it is alive would wait for Ray to place it.
-            if seat.state != "starting" and not self._backend.alive(seat.worker.handle):
-                self._redo_rounds_of(seat, why(seat.worker))
+            if member.state != "starting" and not self._backend.alive(member.worker.handle):
+                self._redo_rounds_of(member, why(member.worker))
         return decision
 
     def replace_shard(self, index: int, why: str) -> Decision:
@@ -383,19 +383,19 @@ class RoundScheduler:
     def _forget_rounds_of(self, index: int) -> None:
         """Give up the rounds and negatives that a shard knows of."""
         for ref in [ref for ref, round_ in self._rounds.items() if round_.shard == index]:
-            seat = self._rounds.pop(ref).seat
-            assert seat is not None
-            self._seats.load(seat, -1)
-            self.workers.release_if_done(seat)
+            member = self._rounds.pop(ref).member
+            assert member is not None
+            self._members.add_load(member, -1)
+            self.workers.release_if_done(member)
         self._waiting = deque(item for item in self._waiting if item.shard != index)
         self._delayed = [item for item in self._delayed if item[1].shard != index]
         for lease_id in [k for k, v in self.committed.items() if v.shard == index]:
             del self.committed[lease_id]
 
-    def _redo_rounds_of(self, seat: Seat, why: str) -> None:
-        lost = [ref for ref, round_ in self._rounds.items() if round_.seat is seat]
+    def _redo_rounds_of(self, member: Member, why: str) -> None:
+        lost = [ref for ref, round_ in self._rounds.items() if round_.member is member]
         again = [self._rounds.pop(ref) for ref in lost]
         self.restarts += 1
-        self.workers.replace(seat, why)
+        self.workers.replace(member, why)
         for round_ in sorted(again, key=lambda item: item.lease_id):
             self._submit(round_)

@@ -1,1 +1,1 @@
-"""Who is in the worker pool, what each has to do, and how many there should be."""
+"""The worker pool: its members, their load, and its size."""

@@ -1,4 +1,4 @@
-"""A pool that grows while the learner waits for it and shrinks while it waits for the learner."""
+"""Grows the worker pool while the learner waits for it, and shrinks it while workers are idle."""
 
 from __future__ import annotations
 
@@ -15,46 +15,51 @@ from ebm_dist.controller.workers.utilisation import Load, Utilisation, load_betw
 log = logging.getLogger("ebm_dist.run")
 
 WINDOW_S = 15.0
-"""What a decision looks at. A worker takes 4 to 10 s to start, most of it the import of torch."""
-LOOK_S = 2.0
-"""Between two looks at the cluster: Ray announces the end of a node half a minute ahead or more."""
+"""Time that a decision averages over. A worker takes 4 to 10 s to start, mostly to import torch."""
+DRAIN_CHECK_S = 2.0
+"""Time between two checks for draining nodes; Ray reports them at least half a minute ahead."""
 
-# Between the two ends lies a factor of 2.5 in the number of workers, so that the size that the
-# one decision leads to is never one that the other would change.
+# The sizes at which the pool grows and shrinks differ by a factor of 2.5, so that no decision is
+# undone by the next.
 GROW_AT = 0.2
+"""Smallest share of time for which the learner waits, if the pool is to grow."""
 USEFUL_BELOW = 0.3
+"""Largest idle share of the workers' time during these waits, if the pool is to grow."""
 SHRINK_AT = 0.5
-WAITLESS = 0.05
+"""Smallest idle share of the workers' time, if the pool is to shrink."""
+NO_WAIT = 0.05
+"""A learner that waits for a smaller share of time counts as not waiting."""
 SPARE = 1.33
+"""Size after shrinking, as a multiple of the workers that were busy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Elasticity:
-    """How large the pool may be, and where workers come from."""
+    """Bounds of the size of the pool, and how to start workers."""
 
     low: int
     high: int
-    start: int
-    hire: Callable[[int], WorkerClient | None]
-    """Starts the worker of that number; None where Ray has no room for one."""
+    initial: int
+    start_worker: Callable[[int], WorkerClient | None]
+    """Starts the worker of that number; None if Ray has no room for it."""
     draining: Callable[[], set[str]]
-    """Nodes whose end has been announced."""
+    """Ids of the nodes that Ray reports as draining."""
 
 
 def wanted(size: int, load: Load, low: int, high: int) -> int:
-    """The size, within low and high, that a pool of `size` workers should have after `load`.
+    """The size, between low and high, that a pool of `size` workers should get after `load`.
 
-    It grows where the learner waits and the workers have rounds meanwhile: as many more as would
-    have ended the waiting, at most twice as many. It shrinks where workers have nothing to do,
-    to a third more than were busy.
+    It grows if the learner waits while the workers are busy: by as many workers as would have ended
+    the wait, at most to twice the size. It shrinks if workers are idle, to a third more than were
+    busy.
     """
     size = min(max(size, low), high)
     if load.learner_wait >= GROW_AT and load.idle_in_wait <= USEFUL_BELOW:
         factor = min(2.0, 1.0 / max(1.0 - load.learner_wait, 0.5))
         return min(high, max(size + 1, math.ceil(size * factor - 1e-9)))
-    # In sync mode workers are idle while the learner computes, however many there are; what counts
-    # is whether they are while it waits.
-    idle = load.idle_in_wait if load.learner_wait > WAITLESS else load.worker_idle
+    # In sync mode all workers are idle while the learner computes, so only their idle time during
+    # its waits counts.
+    idle = load.idle_in_wait if load.learner_wait > NO_WAIT else load.worker_idle
     if idle >= SHRINK_AT:
         busy = size * (1.0 - idle)
         return max(low, min(size - 1, math.ceil(busy * SPARE - 1e-9)))
@@ -62,7 +67,7 @@ def wanted(size: int, load: Load, low: int, high: int) -> int:
 
 
 class Autoscaler:
-    """Keeps the pool at the size that the waits ask for, and off nodes that are about to leave."""
+    """Adapts the size of the pool to the measured waits, and moves workers off draining nodes."""
 
     def __init__(
         self,
@@ -71,54 +76,54 @@ class Autoscaler:
         elasticity: Elasticity,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._crew = workers
+        self._workers = workers
         self._waits = waits
         self._elastic = elasticity
         self._clock = clock
-        self.size = elasticity.start
-        """Workers there should be."""
-        self._num_stay = 0
-        """Workers beyond those: one that leaves its node once another serves elsewhere."""
+        self.size = elasticity.initial
+        """Target number of workers."""
+        self._num_extra = 0
+        """1 while a worker on a draining node stays until another serves elsewhere, else 0."""
         self._before = waits.sums()
-        self._looked_at = clock()
+        self._checked_at = clock()
 
     def tend(self) -> None:
-        """Look after the pool, if it is time to; never waits for anything."""
+        """Adjust the pool, at most once per DRAIN_CHECK_S. Never waits."""
         now = self._clock()
-        if now - self._looked_at < LOOK_S:
+        if now - self._checked_at < DRAIN_CHECK_S:
             return
-        self._looked_at = now
+        self._checked_at = now
         self._leave_draining_nodes()
         self._decide(now)
         self._fill()
 
     def _leave_draining_nodes(self) -> None:
-        seats = [seat for seat in self._crew.seats if seat.state != "retiring" and seat.node]
-        seats.sort(key=lambda seat: seat.state != "serving")
-        self._num_stay = 0
-        if not seats or not (draining := self._elastic.draining()):
+        members = [m for m in self._workers.members if m.state != "retiring" and m.node]
+        members.sort(key=lambda member: member.state != "serving")
+        self._num_extra = 0
+        if not members or not (draining := self._elastic.draining()):
             return
-        leaving = [seat for seat in seats if seat.node in draining]
-        if all(seat.node in draining for seat in seats if seat.state == "serving"):
-            # The last one works on until another serves elsewhere, or its node goes.
-            self._num_stay = len(leaving[:1])
+        leaving = [member for member in members if member.node in draining]
+        if all(member.node in draining for member in members if member.state == "serving"):
+            # One keeps working until another serves elsewhere, or its node is gone.
+            self._num_extra = len(leaving[:1])
             leaving = leaving[1:]
-        for seat in leaving:
-            log.info(f"{seat.worker.name} ends with its round: its node is about to leave")
-            self._crew.retire(seat)
+        for member in leaving:
+            log.info(f"{member.worker.name} ends after its rounds: its node is about to leave")
+            self._workers.retire(member)
 
     def _decide(self, now: float) -> None:
         low, high = self._elastic.low, self._elastic.high
         if low == high or now - self._before.time < WINDOW_S:
             return
         before, self._before = self._before, self._waits.sums()
-        # Newcomers on the way, or none that could be placed: what was measured is not of `size`.
-        if len(self._crew.seats) != self._crew.seats.num_serving:
+        # Some workers start, or could not be placed: the measured load is not that of `size`.
+        if len(self._workers.members) != self._workers.members.num_serving:
             return
         load = load_between(before, self._before)
-        size = wanted(len(self._crew.seats), load, low, high)
-        if size > self.size and len(self._crew.seats) < self.size:
-            return  # there is no room even for those that were wanted before
+        size = wanted(len(self._workers.members), load, low, high)
+        if size > self.size and len(self._workers.members) < self.size:
+            return  # there is no room even for the present target
         if size != self.size:
             log.info(
                 f"{size} workers from now on, {self.size} before: the learner waits "
@@ -127,20 +132,20 @@ class Autoscaler:
             self.size = size
 
     def _fill(self) -> None:
-        workers = self._crew
-        size = self.size + self._num_stay
-        for _ in range(size - len(workers.seats)):
-            worker = self._elastic.hire(workers.next_index)
+        workers = self._workers
+        size = self.size + self._num_extra
+        for _ in range(size - len(workers.members)):
+            worker = self._elastic.start_worker(workers.next_index)
             if worker is None:
                 return
             workers.join(worker)
-        surplus = len(workers.seats) - size
+        surplus = len(workers.members) - size
         if surplus > 0:
-            # The latest first; of them those that have not even begun.
+            # Members that still start go first, and newer ones before older ones.
             leaving = sorted(
-                (seat for seat in workers.seats if seat.state != "retiring"),
-                key=lambda seat: (seat.state == "starting", seat.index),
+                (member for member in workers.members if member.state != "retiring"),
+                key=lambda member: (member.state == "starting", member.index),
                 reverse=True,
             )
-            for seat in leaving[:surplus]:
-                workers.retire(seat)
+            for member in leaving[:surplus]:
+                workers.retire(member)

@@ -1,7 +1,7 @@
-"""The workers of the pool: who may be given a round, who is idle, who starts and who leaves.
+"""The members of the worker pool, ordered by load, and their idle time.
 
-A seat starts, serves and retires. It is given nothing before it holds weights, and nothing once it
-is told to go; what it has by then it finishes.
+A member starts, serves and retires. It gets no round before it holds weights and none while it
+retires; it finishes the rounds that it already has.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ State = Literal["starting", "serving", "retiring"]
 
 
 @dataclass(slots=True, eq=False)
-class Seat:
-    """One worker of the pool, whichever process holds it at the moment."""
+class Member:
+    """One worker of the pool. A new process may replace its process; the index stays."""
 
     index: int
     worker: WorkerClient
     since: float
-    """When its present process was asked for, on the pool's clock."""
+    """When its process was requested, on the pool's clock."""
     state: State = "starting"
     sent: Ref[np.ndarray] | None = None
-    """The weights that its present process was sent to begin with."""
+    """The first weights that its process was sent."""
     load: int = 0
-    """Rounds before it."""
+    """Rounds that it has been given and has not finished."""
     busy_since: float = 0.0
-    """When it can have begun the first of them, on the pool's clock."""
+    """Earliest time at which the first of them can have begun, on the pool's clock."""
     num_starts: int = 0
-    """Deaths in a row before it held weights."""
+    """Deaths in a row, each before it held weights."""
     failures: int = 0
-    """Deaths after that, without a commit between."""
+    """Deaths since its last commit, each while it held weights."""
 
     @property
     def node(self) -> str | None:
@@ -45,34 +45,34 @@ class Seat:
 
 
 class _Queue:
-    """Seats by load; of one load, the one that has had it longest comes first.
+    """Members by load; among equals, the one that has had this load longest comes first.
 
-    A newcomer that was never tried would keep the failures of its predecessor on its count.
+    A replaced worker that never got a round would keep the failures of its predecessor.
     """
 
     def __init__(self) -> None:
-        self._by_load: dict[int, OrderedDict[Seat, None]] = {}
+        self._by_load: dict[int, OrderedDict[Member, None]] = {}
 
-    def put(self, seat: Seat) -> None:
-        self._by_load.setdefault(seat.load, OrderedDict())[seat] = None
+    def put(self, member: Member) -> None:
+        self._by_load.setdefault(member.load, OrderedDict())[member] = None
 
-    def drop(self, seat: Seat) -> None:
-        seats = self._by_load[seat.load]
-        del seats[seat]
-        if not seats:
-            del self._by_load[seat.load]
+    def drop(self, member: Member) -> None:
+        members = self._by_load[member.load]
+        del members[member]
+        if not members:
+            del self._by_load[member.load]
 
-    def first(self) -> Seat | None:
-        # A handful of loads, however many seats there are.
+    def first(self) -> Member | None:
+        # There are few distinct loads, however many members.
         return next(iter(self._by_load[min(self._by_load)])) if self._by_load else None
 
 
 class LoadQueue:
-    """All seats, the ones that serve in order of their load, and how long they had nothing."""
+    """All members, with those that serve in order of load, and the time they were idle."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._seats: dict[int, Seat] = {}
+        self._members: dict[int, Member] = {}
         self._everywhere = _Queue()
         self._on_node: dict[str | None, _Queue] = defaultdict(_Queue)
         self._num_retiring = 0
@@ -83,87 +83,87 @@ class LoadQueue:
         self._idle_s = 0.0
         self._idle_before = 0.0
 
-    def __iter__(self) -> Iterator[Seat]:
-        return iter(list(self._seats.values()))
+    def __iter__(self) -> Iterator[Member]:
+        return iter(list(self._members.values()))
 
     def __len__(self) -> int:
-        """Seats that serve or will: those that leave do not count."""
-        return len(self._seats) - self._num_retiring
+        """Members that serve or start; those that retire do not count."""
+        return len(self._members) - self._num_retiring
 
-    def __contains__(self, seat: Seat) -> bool:
-        return self._seats.get(seat.index) is seat
+    def __contains__(self, member: Member) -> bool:
+        return self._members.get(member.index) is member
 
     @property
     def num_serving(self) -> int:
         return self._num_serving
 
-    def add(self, index: int, worker: WorkerClient) -> Seat:
-        seat = self._seats[index] = Seat(index, worker, self._clock())
-        return seat
+    def add(self, index: int, worker: WorkerClient) -> Member:
+        member = self._members[index] = Member(index, worker, self._clock())
+        return member
 
-    def open(self, seat: Seat) -> None:
-        """It holds weights: rounds may come."""
-        assert seat.state == "starting", seat
+    def serve(self, member: Member) -> None:
+        """`member` holds weights and may get rounds from now on."""
+        assert member.state == "starting", member
         self._account()
-        seat.state = "serving"
+        member.state = "serving"
         self._num_serving += 1
-        self._num_idle += seat.load == 0
-        self._enqueue(seat)
+        self._num_idle += member.load == 0
+        self._enqueue(member)
 
-    def close(self, seat: Seat, state: State) -> None:
-        """No more rounds for it; those that it has stay on its count."""
-        if seat.state == "serving":
+    def stop(self, member: Member, state: State) -> None:
+        """Give `member` no more rounds; its load stays."""
+        if member.state == "serving":
             self._account()
             self._num_serving -= 1
-            self._num_idle -= seat.load == 0
-            self._dequeue(seat)
-        self._num_retiring += (state == "retiring") - (seat.state == "retiring")
-        seat.state = state
+            self._num_idle -= member.load == 0
+            self._dequeue(member)
+        self._num_retiring += (state == "retiring") - (member.state == "retiring")
+        member.state = state
 
-    def renew(self, seat: Seat, worker: WorkerClient) -> None:
-        """Another process takes the seat, without rounds and without weights."""
-        self.close(seat, "starting")
-        seat.load = 0
-        seat.worker = worker
-        seat.since = self._clock()
+    def renew(self, member: Member, worker: WorkerClient) -> None:
+        """Give `member` another process, which has no rounds and no weights."""
+        self.stop(member, "starting")
+        member.load = 0
+        member.worker = worker
+        member.since = self._clock()
 
-    def remove(self, seat: Seat) -> None:
-        self.close(seat, "retiring")
+    def remove(self, member: Member) -> None:
+        self.stop(member, "retiring")
         self._num_retiring -= 1
-        del self._seats[seat.index]
+        del self._members[member.index]
 
-    def first(self, node: str | None = None) -> Seat | None:
-        """Who is given the next round: the one with the fewest before it, on `node` of equals."""
+    def first(self, node: str | None = None) -> Member | None:
+        """The member to get the next round: the least loaded; among equals one on `node`."""
         anywhere = self._everywhere.first()
         if node is not None and node in self._on_node:
             local = self._on_node[node].first()
-            # A worker elsewhere that has less to do is sooner done, the way included: energies
+            # A less loaded worker on another node finishes sooner, even with the transfer: energies
             # take longer than a copy of the chains.
             if local is not None and anywhere is not None and local.load <= anywhere.load:
                 return local
         return anywhere
 
-    def load(self, seat: Seat, change: int) -> None:
-        """Rounds given to `seat`, or taken from it."""
-        serving = seat.state == "serving"
+    def add_load(self, member: Member, change: int) -> None:
+        """Change the number of rounds of `member` by `change`."""
+        serving = member.state == "serving"
         if serving:
             self._account()
-            self._dequeue(seat)
-            self._num_idle -= seat.load == 0
-        if change < 0 or seat.load == 0:
-            seat.busy_since = self._clock()
-        seat.load = max(0, seat.load + change)
+            self._dequeue(member)
+            self._num_idle -= member.load == 0
+        if change < 0 or member.load == 0:
+            member.busy_since = self._clock()
+        member.load = max(0, member.load + change)
         if serving:
-            self._num_idle += seat.load == 0
-            self._enqueue(seat)
+            self._num_idle += member.load == 0
+            self._enqueue(member)
 
     def seconds(self) -> tuple[float, float]:
-        """Seconds that seats have served, and those of them without a round, summed over seats."""
+        """Seconds of service, and idle seconds among them, summed over members."""
         self._account()
         return self._serving_s, self._idle_s
 
     def take_idle_seconds(self) -> float:
-        """Mean seconds that a seat had no round since the last call."""
+        """Mean idle seconds per serving member since the last call."""
         _, idle = self.seconds()
         before, self._idle_before = self._idle_before, idle
         return (idle - before) / max(1, self._num_serving)
@@ -174,10 +174,10 @@ class LoadQueue:
         self._serving_s += passed * self._num_serving
         self._idle_s += passed * self._num_idle
 
-    def _enqueue(self, seat: Seat) -> None:
-        self._everywhere.put(seat)
-        self._on_node[seat.node].put(seat)
+    def _enqueue(self, member: Member) -> None:
+        self._everywhere.put(member)
+        self._on_node[member.node].put(member)
 
-    def _dequeue(self, seat: Seat) -> None:
-        self._everywhere.drop(seat)
-        self._on_node[seat.node].drop(seat)
+    def _dequeue(self, member: Member) -> None:
+        self._everywhere.drop(member)
+        self._on_node[member.node].drop(member)

@@ -1,4 +1,4 @@
-"""How long the learner waits for negatives, and what the workers did in the meantime."""
+"""Measures how long the learner waits for negatives, and how long workers are idle."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from ebm_dist.controller.workers.load import LoadQueue
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Shares of a stretch of time, in [0, 1]."""
+    """Shares of an interval of time, in [0, 1]."""
 
     learner_wait: float
-    """Of it, what the learner waited for negatives."""
+    """Share of the time that the learner waited for negatives."""
     worker_idle: float
-    """Of the workers' time, what they had no round."""
+    """Share of the workers' time that was idle, without a round."""
     idle_in_wait: float
-    """The same of the time that the learner waited: workers that more of would be of no use."""
+    """Idle share of the workers' time while the learner waited; if high, more will not help."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
+    """Sums of seconds up to `time`; those of workers are summed over workers."""
+
     time: float
     waited: float
     served: float
@@ -33,17 +35,18 @@ class _Sums:
 
 
 class Utilisation:
-    """Adds up waits, the one that is still going on included."""
+    """Sums the learner's waits, including one in progress, and the workers' idle time."""
 
-    def __init__(self, seats: LoadQueue, clock: Callable[[], float] = time.monotonic) -> None:
-        self._seats = seats
+    def __init__(self, members: LoadQueue, clock: Callable[[], float] = time.monotonic) -> None:
+        self._members = members
         self._clock = clock
         self._began: tuple[float, float, float] | None = None
         self._waited = self._served_in_wait = self._idle_in_wait = 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        self._began = (self._clock(), *self._seats.seconds())
+        """Count the time inside the context as a wait of the learner."""
+        self._began = (self._clock(), *self._members.seconds())
         try:
             yield
         finally:
@@ -53,8 +56,8 @@ class Utilisation:
             self._served_in_wait, self._idle_in_wait = sums.served_in_wait, sums.idle_in_wait
 
     def sums(self) -> _Sums:
-        """Everything so far, in seconds; those of workers summed over them."""
-        now, (served, idle) = self._clock(), self._seats.seconds()
+        """All sums up to now."""
+        now, (served, idle) = self._clock(), self._members.seconds()
         began = self._began or (now, served, idle)
         return _Sums(
             time=now,
@@ -67,6 +70,8 @@ class Utilisation:
 
 
 def load_between(before: _Sums, after: _Sums) -> Load:
+    """The shares of the interval between two results of `Utilisation.sums`."""
+
     def share(part: str, whole: str) -> float:
         total = getattr(after, whole) - getattr(before, whole)
         return (getattr(after, part) - getattr(before, part)) / total if total > 0 else 0.0

@@ -13,7 +13,13 @@ from worlds import World
 
 from ebm_dist.cluster.backend import Node
 from ebm_dist.config.run_config import load
-from ebm_dist.controller.workers.autoscaler import LOOK_S, WINDOW_S, Autoscaler, Elasticity, wanted
+from ebm_dist.controller.workers.autoscaler import (
+    DRAIN_CHECK_S,
+    WINDOW_S,
+    Autoscaler,
+    Elasticity,
+    wanted,
+)
 from ebm_dist.controller.workers.utilisation import Load
 from ebm_dist.core.errors import UserError
 from ebm_dist.run.placement.gpu_shares import Shares
@@ -59,29 +65,29 @@ def test_in_sync_mode_what_counts_is_idleness_while_the_learner_waits() -> None:
 
 
 class Elastic(World):
-    """A world whose time passes with its ticks, tended by a steward."""
+    """A world whose time passes with its ticks, with an autoscaler."""
 
     def __init__(self, low: int, high: int, start: int, room: int = 99, **options: Any) -> None:
         super().__init__(num_workers=low, **options)
         self.room = room
         self.leaving: set[str] = set()
-        for part in (self.scheduler.workers.seats, self.flow.waits):
+        for part in (self.scheduler.workers.members, self.flow.waits):
             part._clock = lambda: 0.1 * self.backend.tick
-        self.scheduler.workers.seats._last = 0.0
+        self.scheduler.workers.members._last = 0.0
         self.autoscaler = Autoscaler(
             self.scheduler.workers,
             self.flow.waits,
-            Elasticity(low, high, start, self.hire, lambda: self.leaving),
+            Elasticity(low, high, start, self.start_worker, lambda: self.leaving),
             clock=lambda: 0.1 * self.backend.tick,
         )
         self.flow._tend = self.autoscaler.tend
 
-    def hire(self, index: int) -> Any:
+    def start_worker(self, index: int) -> Any:
         return self.spawn_worker(index) if len(self.workers) < self.room else None
 
     @property
     def size(self) -> int:
-        return self.scheduler.workers.seats.num_serving
+        return self.scheduler.workers.members.num_serving
 
     def run(self, seconds: float, busy: int) -> list[int]:
         sizes = []
@@ -111,7 +117,7 @@ def test_workers_that_cannot_be_placed_are_not_waited_for_and_join_when_a_node_d
     assert set(world.run(3 * WINDOW_S, busy=1)) <= {1, 2}
     assert world.size == 2
     world.room = 4
-    world.run(2 * LOOK_S, busy=1)
+    world.run(2 * DRAIN_CHECK_S, busy=1)
     assert world.size == 4
 
 
@@ -127,12 +133,12 @@ def test_a_newcomer_gets_no_work_before_it_holds_weights() -> None:
 
 def test_workers_of_a_draining_node_finish_their_rounds_and_give_their_leases_back() -> None:
     world = Elastic(4, 4, 4, mode="async", max_lag=4, max_delay=40, nodes=("a", "b"), capacity=200)
-    world.run(LOOK_S, busy=0)
+    world.run(DRAIN_CHECK_S, busy=0)
     leaving = [worker for worker in world.workers if worker.node == "a"]
     assert len(leaving) == 2
     world.leaving = {"a"}
     world.room = 0
-    world.run(8 * LOOK_S, busy=0)
+    world.run(8 * DRAIN_CHECK_S, busy=0)
     assert all(worker.handle.dead for worker in leaving)
     assert {worker.node for worker in world.workers} == {"b"}
     assert world.scheduler.restarts == 0, "they were not lost, they left"
@@ -141,7 +147,7 @@ def test_workers_of_a_draining_node_finish_their_rounds_and_give_their_leases_ba
         assert shard.handle.part.counts().expired_leases == 0
     # As soon as there is room elsewhere, the pool is whole again.
     world.room, world.nodes = 99, ("b",)
-    world.run(2 * LOOK_S, busy=0)
+    world.run(2 * DRAIN_CHECK_S, busy=0)
     assert world.size == 4
 
 
@@ -149,10 +155,10 @@ def test_workers_of_a_draining_node_finish_their_rounds_and_give_their_leases_ba
 def test_the_last_worker_stays_on_a_draining_node_until_another_serves_elsewhere(size: int) -> None:
     world = Elastic(size, size, size, mode="async", max_lag=4, max_delay=10, nodes=("a",))
     world.leaving, world.room = {"a"}, 0
-    world.run(4 * LOOK_S, busy=0)
+    world.run(4 * DRAIN_CHECK_S, busy=0)
     assert [worker.node for worker in world.workers] == ["a"]
     world.room, world.nodes = 99, ("b",)
-    world.run(4 * LOOK_S, busy=0)
+    world.run(4 * DRAIN_CHECK_S, busy=0)
     assert [worker.node for worker in world.workers] == ["b"] * size
     assert world.scheduler.restarts == 0
 

@@ -137,22 +137,22 @@ def test_a_worker_that_dies_of_every_round_ends_the_run_after_five(
 
 def test_a_worker_that_never_starts_ends_the_run_with_its_name() -> None:
     world = World(mode="async", num_workers=1, max_delay=3)
-    seat = next(iter(world.scheduler.workers.seats))
+    member = next(iter(world.scheduler.workers.members))
     for _ in range(MAX_STARTS - 1):
-        world.scheduler.workers.replace(seat, "killed by the test")
+        world.scheduler.workers.replace(member, "killed by the test")
     with pytest.raises(RunFailed, match=r"worker-0 was started 20 times .*workers\.num_workers"):
-        world.scheduler.workers.replace(seat, "killed by the test")
+        world.scheduler.workers.replace(member, "killed by the test")
 
 
 def test_workers_that_are_hit_while_they_start_are_started_on() -> None:
     world = World(mode="async", num_workers=2, max_delay=3)
     world.update()
-    seat = next(iter(world.scheduler.workers.seats))
+    member = next(iter(world.scheduler.workers.members))
     for _ in range(3):
         for _ in range(2 * MAX_ATTEMPTS):
-            world.scheduler.workers.replace(seat, "killed by the test")
-            assert seat.state == "starting"
-        while seat.state == "starting":
+            world.scheduler.workers.replace(member, "killed by the test")
+            assert member.state == "starting"
+        while member.state == "starting":
             world.scheduler.poll(0.0)
     for _ in range(10):
         world.update()

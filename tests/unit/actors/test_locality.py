@@ -17,34 +17,34 @@ class Worker:
         self.name, self.node = "worker", node
 
 
-def seats(*nodes: str | None) -> LoadQueue:
+def pool(*nodes: str | None) -> LoadQueue:
     made = LoadQueue(lambda: 0.0)
     for index, node in enumerate(nodes):
-        made.open(made.add(index, Worker(node)))  # type: ignore[arg-type]
+        made.serve(made.add(index, Worker(node)))  # type: ignore[arg-type]
     return made
 
 
 def test_of_workers_with_equal_load_the_one_beside_the_shard_is_chosen() -> None:
-    made = seats("a", "a", "b", "b")
+    made = pool("a", "a", "b", "b")
     for _ in range(2):
-        seat = made.first("b")
-        assert seat is not None
-        assert seat.node == "b"
-        made.load(seat, +1)
+        member = made.first("b")
+        assert member is not None
+        assert member.node == "b"
+        made.add_load(member, +1)
     stolen = made.first("b")
     assert stolen is not None
     assert stolen.node == "a", "an idle worker elsewhere is sooner done than a busy one here"
 
 
 def test_of_equals_the_one_that_waited_longest_is_chosen() -> None:
-    made = seats(None, None, None)
+    made = pool(None, None, None)
     order = []
     for _ in range(6):
-        seat = made.first()
-        assert seat is not None
-        order.append(seat.index)
-        made.load(seat, +1)
-        made.load(seat, -1)
+        member = made.first()
+        assert member is not None
+        order.append(member.index)
+        made.add_load(member, +1)
+        made.add_load(member, -1)
     assert order == [0, 1, 2, 0, 1, 2]
 
 

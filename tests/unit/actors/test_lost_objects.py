@@ -131,7 +131,7 @@ def test_rounds_outlast_weights_that_are_lost_until_there_are_others() -> None:
     for _ in range(20):
         assert max(world.update(busy_ticks=5)[0]) <= 4
     assert world.scheduler.restarts == 0, "no worker was at fault"
-    assert world.scheduler.workers.seats.num_serving == 4, "the newcomer got the next weights"
+    assert world.scheduler.workers.members.num_serving == 4, "the newcomer got the next weights"
 
 
 def test_rounds_outlast_a_worker_that_nobody_knows_to_be_dead_yet(
@@ -174,7 +174,7 @@ def test_rounds_and_newcomers_that_wait_for_lost_weights_get_the_present_ones() 
     assert sorted(round_.lease_id for round_ in world.scheduler.rounds()) == ids
     assert {round_.version for round_ in world.scheduler.rounds()} == {2}
     assert {round_.attempts for round_ in world.scheduler.rounds()} == {1}
-    assert sum(seat.load for seat in world.scheduler.workers.seats) == len(ids)
+    assert sum(member.load for member in world.scheduler.workers.members) == len(ids)
 
 
 def test_a_run_goes_on_from_negatives_that_are_lost(

@@ -94,7 +94,7 @@ def test_rounds_and_newcomers_outlast_weights_whose_sender_died() -> None:
     for _ in range(20):
         assert max(world.update(busy_ticks=5)[0]) <= 4
     assert world.scheduler.restarts == 0, "no worker was at fault"
-    assert world.scheduler.workers.seats.num_serving == 4, "the newcomer got the next weights"
+    assert world.scheduler.workers.members.num_serving == 4, "the newcomer got the next weights"
     assert not world.said
 
 

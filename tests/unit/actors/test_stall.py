@@ -39,8 +39,8 @@ def test_workers_that_never_finish_are_named_as_those_who_fill_the_negatives(mod
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_workers_that_never_start_are_named(mode) -> None:
     made = world(mode=mode)
-    for seat in made.scheduler.workers.seats:
-        made.scheduler.workers.retire(seat)
+    for member in made.scheduler.workers.members:
+        made.scheduler.workers.retire(member)
     assert stalled(made).queue is stall.WORKERS
 
 
