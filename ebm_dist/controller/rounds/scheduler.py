@@ -21,9 +21,9 @@ import numpy as np
 
 from ebm_dist.buffer.answers import CheckinReply, ShardCounts
 from ebm_dist.cluster.backend import Backend, PartDied, Ref, T, fault_of_the_machine
-from ebm_dist.controller.checkouts import Checkouts
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.retry import Decision, Redo, obey
+from ebm_dist.controller.rounds.leases import LeaseSource
 from ebm_dist.controller.rounds.overdue import Overdue
 from ebm_dist.controller.rounds.round import (
     MAX_ATTEMPTS,
@@ -69,7 +69,7 @@ class RoundScheduler:
         self._shards = shards
         self._on_replaced = on_replaced
         self._on_rejected = on_rejected
-        self._checkouts = Checkouts(backend, shards, num_chains)
+        self._leases = LeaseSource(backend, shards, num_chains)
         self._depth = depth
         self._overdue = Overdue(backend, shards, hang_s, clock)
         self._clock = clock
@@ -159,7 +159,7 @@ class RoundScheduler:
         Args:
             spare: those of the lease ids whose chains stay in the buffer.
         """
-        drawn = self._checkouts.draw(leases)
+        drawn = self._leases.draw(leases)
         for lease_id, shard in leases:
             purpose: Purpose = "spare" if lease_id in spare else "negatives"
             self._submit(Round(lease_id, shard, num_steps, purpose, -1, drawn=drawn[lease_id]))
@@ -190,7 +190,7 @@ class RoundScheduler:
         round_.started = self._clock()
         weights = round_.weights = self.workers.weights
         assert weights is not None, "a worker serves that holds none"
-        round_.leased = self._checkouts.lease(round_, member)
+        round_.leased = self._leases.lease(round_, member)
         round_.moved = member.worker.run_round(
             round_.leased, weights, round_.version, round_.num_steps
         )

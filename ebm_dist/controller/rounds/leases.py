@@ -1,4 +1,4 @@
-"""How a round gets its lease: by rows where its worker is on the shard's node, else by value."""
+"""Gets the lease of a round: by rows if the worker is on the shard's node, else by value."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ from ebm_dist.controller.workers.load import Member
 from ebm_dist.core.types import Lease
 
 
-class Checkouts:
-    """Asks shards for leases. Of each, the same may be asked for again, for another worker: what
-    the one before had by rows is void then."""
+class LeaseSource:
+    """Asks the shards for leases.
+
+    A lease may be requested again for another worker; the rows granted to the first are then void.
+    """
 
     def __init__(self, backend: Backend, shards: Shards, num_chains: int) -> None:
         self._shards = shards
         self._num_chains = num_chains
         self._one_machine = not backend.scattered
 
-    def beside(self, shard: ShardClient, member: Member) -> bool:
-        """Whether the worker can read and write what the shard has mapped."""
-        return self._one_machine or (shard.node is not None and shard.node == member.node)
-
     def draw(self, leases: Sequence[tuple[int, int]]) -> dict[int, Drawn]:
-        """Have each shard draw its leases of (lease id, shard) in one call, and so in this order.
+        """Draw the leases (lease id, shard), those of a shard in one call and in this order.
 
         Returns:
-            For each lease id what `lease` needs to know of it.
+            By lease id, what `Round.drawn` is to be.
         """
         drawn: dict[int, Drawn] = {}
         for index, shard in enumerate(self._shards):
@@ -37,7 +35,7 @@ class Checkouts:
             if not ids:
                 continue
             if not self._one_machine:
-                # Who takes them is not known yet, nor then how they go to him.
+                # By rows or by value is decided later, when the worker is known.
                 drawn |= dict.fromkeys(ids, Drawn(after=shard.draw(ids, self._num_chains)))
             else:
                 leases_of_shard = shard.checkout_many(ids, self._num_chains, True)
@@ -45,13 +43,17 @@ class Checkouts:
         return drawn
 
     def lease(self, round_: Round, member: Member) -> Ref[Lease | None]:
-        """The lease of `round_`, for the worker of `member`; what was drawn ahead is used up."""
+        """The lease of `round_` for the worker of `member`. Uses `round_.drawn` up."""
         shard = self._shards[round_.shard]
         drawn, round_.drawn = round_.drawn, Drawn()
-        by_rows = self.beside(shard, member)
+        by_rows = self._shares_memory(shard, member)
         if round_.ready_id is not None:
             return shard.checkout_ready(round_.lease_id, round_.ready_id, by_rows)
         if drawn.lease is not None:
             return drawn.lease
-        # A shard runs its calls in any order; one that is given the answer of another comes after.
+        # A shard runs its calls in any order; the argument `drawn.after` makes it draw first.
         return shard.checkout(round_.lease_id, self._num_chains, by_rows, drawn.after)
+
+    def _shares_memory(self, shard: ShardClient, member: Member) -> bool:
+        """Whether the worker can map the files of the shard."""
+        return self._one_machine or (shard.node is not None and shard.node == member.node)
