@@ -35,7 +35,7 @@ from ebm_dist.cluster.ray_starts import (
 )
 from ebm_dist.cluster.ray_temp import private_temp_dir
 from ebm_dist.cluster.shared_memory import RunMemory
-from ebm_dist.cluster.stall import LOOK_S
+from ebm_dist.cluster.stall import HALT_CHECK_S
 from ebm_dist.core.errors import RunFailed, UserError
 
 log = logging.getLogger("ebm_dist")
@@ -261,9 +261,9 @@ class RayBackend:
         done, left = [], timeout
         while not done and left >= 0.0:
             self._check()
-            now = min(left, LOOK_S)
+            now = min(left, HALT_CHECK_S)
             done, _ = self._ray.wait(unique, num_returns=1, timeout=now, fetch_local=False)
-            left -= LOOK_S
+            left -= HALT_CHECK_S
         if done and len(unique) > 1:
             done, _ = self._ray.wait(unique, num_returns=len(unique), timeout=0, fetch_local=False)
         return done
@@ -273,10 +273,10 @@ class RayBackend:
         try:
             self._check()
             # On one machine nothing is fetched that would have to be fetched anew.
-            while self._own is not None and timeout > LOOK_S:
+            while self._own is not None and timeout > HALT_CHECK_S:
                 with contextlib.suppress(errors.GetTimeoutError):
-                    return self._ray.get(ref, timeout=LOOK_S)
-                timeout -= LOOK_S
+                    return self._ray.get(ref, timeout=HALT_CHECK_S)
+                timeout -= HALT_CHECK_S
                 self._check()
             return self._ray.get(ref, timeout=timeout)
         except errors.GetTimeoutError as error:

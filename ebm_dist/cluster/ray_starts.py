@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref
-from ebm_dist.cluster.stall import LOOK_S
+from ebm_dist.cluster.stall import HALT_CHECK_S
 from ebm_dist.core.errors import RunFailed, one_line
 
 log = logging.getLogger("ebm_dist")
@@ -78,7 +78,7 @@ class Starts:
             pending[handle.actor.ready.remote()] = handle
         while pending:
             backend.halt.check(grace_s=0.0)
-            for ref in backend.wait(list(pending), LOOK_S):
+            for ref in backend.wait(list(pending), HALT_CHECK_S):
                 handle = pending.pop(ref)
                 try:
                     backend.get(ref, 30.0)

@@ -57,8 +57,8 @@ DELIVERY = Queue(
 )
 
 
-LOOK_S = 1.0
-"""Between two looks whether the run is to end."""
+HALT_CHECK_S = 1.0
+"""Longest time for which a wait does not check whether the run is to end."""
 
 
 class Stalled(RunFailed):
@@ -114,13 +114,13 @@ def answer(backend: Backend, part: Handle, ref: Ref[T], timeout_s: float, detail
     # One call where the answer is there, as it mostly is. Where it is not, it is not asked for its
     # value again: what had come of it by then, from another node, would have to come anew.
     with contextlib.suppress(TimeoutError):
-        return backend.get(ref, min(LOOK_S, timeout_s))
+        return backend.get(ref, min(HALT_CHECK_S, timeout_s))
     while (left := began + timeout_s - time.monotonic()) > 0:
         backend.halt.check(began)
-        if backend.wait([ref], min(LOOK_S, left)):
+        if backend.wait([ref], min(HALT_CHECK_S, left)):
             break
     with contextlib.suppress(TimeoutError):
-        return backend.get(ref, max(left, LOOK_S))
+        return backend.get(ref, max(left, HALT_CHECK_S))
     backend.kill(part)
     raise PartDied(
         f"{detail}: {part.name} gave no answer for {timeout_s:.0f} s (flow.stall_timeout_s)"

@@ -24,7 +24,7 @@ from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.learners import Wait
 from ebm_dist.controller.negatives.source import NegativeSource
 from ebm_dist.controller.parts import Parts
-from ebm_dist.controller.retry import Attempts, Decision, GoBack, Redo, RollBack, obey
+from ebm_dist.controller.retry import RETRY_S, Attempts, Decision, GoBack, Redo, RollBack, obey
 from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.core.errors import NonFinite, RunFailed
 from ebm_dist.learner import LearnerConfig
@@ -34,9 +34,6 @@ log = logging.getLogger("ebm_dist.run")
 Trouble = PartDied | NonFinite | RollBack
 TROUBLE = (PartDied, NonFinite, RollBack)
 """What a run recovers from."""
-
-RETRY_S = 0.5
-"""Between two attempts to go back: what has just died is known to be dead a moment later."""
 
 
 class Recovery:

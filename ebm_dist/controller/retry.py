@@ -7,8 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ebm_dist.cluster.backend import UNREACHABLE_S, PartDied, Unreachable
-from ebm_dist.controller.rounds.round import MAX_ATTEMPTS, MAX_STARTS, RETRY_S
 from ebm_dist.core.errors import RunFailed
+
+MAX_ATTEMPTS = 5
+"""Attempts at one update or one round, and deaths of one worker or shard without a commit between
+them, before the run fails."""
+
+MAX_STARTS = 20
+"""Failed starts in a row, of a worker or of the learner ranks, before the run fails.
+
+A start takes some 10 s. If something dies every few seconds, most starts fail and the one that
+succeeds counts; if none can succeed, 20 of them fail within minutes.
+"""
+
+RETRY_S = 0.5
+"""Time between two attempts. By then Ray usually knows whether a part is dead."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ from typing import Protocol
 
 from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref, T
 from ebm_dist.controller.learners import LearnerGroup
-from ebm_dist.controller.retry import Attempts
-from ebm_dist.controller.rounds.round import MAX_STARTS
+from ebm_dist.controller.retry import MAX_STARTS, Attempts
 from ebm_dist.core.errors import RunFailed
 
 log = logging.getLogger("ebm_dist.run")

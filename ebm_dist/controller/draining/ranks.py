@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.backend import Backend, PartDied
-from ebm_dist.controller.draining.shards import LOOK_S
 from ebm_dist.controller.learners import LearnerGroup, Wait
 from ebm_dist.controller.parts import Relocation
 from ebm_dist.controller.retry import Attempts
+from ebm_dist.controller.workers.autoscaler import DRAIN_CHECK_S
 
 log = logging.getLogger("ebm_dist.run")
 
@@ -53,7 +53,7 @@ class RankMover:
         self._wait = wait
         self._publish = publish
         self._clock = clock
-        self._looked_at = clock()
+        self._checked_at = clock()
         self._stays: list[str] = []
 
     def between_updates(self) -> None:
@@ -64,9 +64,9 @@ class RankMover:
             RunFailed: no new group could be started.
         """
         now = self._clock()
-        if self._relocation is None or now - self._looked_at < LOOK_S:
+        if self._relocation is None or now - self._checked_at < DRAIN_CHECK_S:
             return
-        self._looked_at = now
+        self._checked_at = now
         held = [self._backend.where(rank.handle) for rank in self._learners.ranks]
         gone = self._relocation.draining() if any(held) else set()
         leaving = [rank.name for rank, at in zip(self._learners.ranks, held) if at in gone]

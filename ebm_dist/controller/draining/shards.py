@@ -19,11 +19,9 @@ from ebm_dist.controller.clients import ShardClient
 from ebm_dist.controller.parts import Relocation
 from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.controller.shards import Shards
+from ebm_dist.controller.workers.autoscaler import DRAIN_CHECK_S
 
 log = logging.getLogger("ebm_dist.run")
-
-LOOK_S = 2.0
-"""Between two looks at the cluster."""
 
 REMOVAL_S = 5.0
 """How long a shard that has handed over may take to remove its files."""
@@ -62,7 +60,7 @@ class ShardMover:
         self._timeout = timeout
         self._clock = clock
         self._moves: dict[int, _Move] = {}
-        self._looked_at = clock()
+        self._checked_at = clock()
 
     def between_updates(self) -> None:
         """Start the moves that have become necessary, and make those whose successor is up.
@@ -76,9 +74,9 @@ class ShardMover:
             elif self._backend.wait([move.started], 0.0):
                 self._make(index, move)
         now = self._clock()
-        if self._relocation is None or now - self._looked_at < LOOK_S:
+        if self._relocation is None or now - self._checked_at < DRAIN_CHECK_S:
             return
-        self._looked_at = now
+        self._checked_at = now
         gone = self._relocation.draining() if any(shard.node for shard in self._shards) else set()
         for index, shard in enumerate(self._shards):
             if shard.node not in gone or index in self._moves:

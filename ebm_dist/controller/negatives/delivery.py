@@ -16,8 +16,8 @@ from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.negatives.source import POLL_S, Consumed, NegativeSource
 from ebm_dist.controller.rounds.scheduler import RoundScheduler
 
-LOOK_S = 1.0
-"""What is not there by then is looked after: the node that holds it may be gone."""
+LOSS_CHECK_S = 1.0
+"""Time between two checks whether negatives in transit are lost with their node."""
 
 
 class Delivery:
@@ -69,7 +69,7 @@ class Delivery:
     def _has_come(self, consumed: Consumed, began: float, step: int) -> bool:
         """Wait for the negatives; False as soon as some are known to be lost."""
         pending = self._learners.fetch(self._num_negatives, consumed.negatives)
-        look_at = time.monotonic() + LOOK_S
+        check_at = time.monotonic() + LOSS_CHECK_S
         while pending:
             done = self._scheduler.poll(POLL_S, *pending)
             self._meanwhile()
@@ -77,10 +77,10 @@ class Delivery:
                 return False
             pending = [ref for ref in pending if ref not in done]
             now = time.monotonic()
-            if pending and now > look_at:
+            if pending and now > check_at:
                 if self._lost(consumed):
                     return False
-                look_at = now + LOOK_S
+                check_at = now + LOSS_CHECK_S
             if now - began > self._timeout:
                 raise Stalled(DELIVERY, self._timeout, f"update {step}")
         return True

@@ -12,7 +12,7 @@ import numpy as np
 
 from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.backend import PartDied, Ref, T, fault_of_the_machine
-from ebm_dist.cluster.stall import LOOK_S, answer
+from ebm_dist.cluster.stall import HALT_CHECK_S, answer
 from ebm_dist.config.run_config import RunConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
@@ -276,7 +276,7 @@ class Monitor:
         deadline, found = time.monotonic() + timeout, None
         while link.busy and found is None:
             left = deadline - time.monotonic()
-            found = collect(max(0.0, min(left, LOOK_S)))
+            found = collect(max(0.0, min(left, HALT_CHECK_S)))
             if left <= 0.0 or self._backend.halt.due:
                 break
         return found

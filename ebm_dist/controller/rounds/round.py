@@ -10,21 +10,10 @@ import numpy as np
 
 from ebm_dist.buffer.answers import CheckinReply
 from ebm_dist.cluster.backend import Ref
+from ebm_dist.controller.retry import MAX_ATTEMPTS
 from ebm_dist.controller.workers.load import Member
 from ebm_dist.core.errors import RunFailed
 from ebm_dist.core.types import Lease, MovedChains
-
-MAX_ATTEMPTS = 5
-"""Starts of one round, and deaths of one worker or shard without a commit between, before giving
-up."""
-
-MAX_STARTS = 20
-"""Starts in a row of a worker, or of the learner ranks, that it dies in. Each takes some 10 s, so
-where something dies every few seconds most are in vain, and the one that is not goes on; 20 are
-over in minutes where none can come through."""
-
-RETRY_S = 0.5
-"""Between two tries of a round whose parts are alive as far as Ray knows."""
 
 Purpose = Literal["negatives", "repair", "spare"]
 """A round's chains become negatives; become negatives after all; or stay in the buffer."""

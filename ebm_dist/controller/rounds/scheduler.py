@@ -22,12 +22,10 @@ import numpy as np
 from ebm_dist.buffer.answers import CheckinReply, ShardCounts
 from ebm_dist.cluster.backend import Backend, PartDied, Ref, T, fault_of_the_machine
 from ebm_dist.controller.clients import ShardClient, WorkerClient
-from ebm_dist.controller.retry import Decision, Redo, obey
+from ebm_dist.controller.retry import MAX_ATTEMPTS, RETRY_S, Decision, Redo, obey
 from ebm_dist.controller.rounds.leases import LeaseSource
 from ebm_dist.controller.rounds.overdue import Overdue
 from ebm_dist.controller.rounds.round import (
-    MAX_ATTEMPTS,
-    RETRY_S,
     Committed,
     Purpose,
     Round,

@@ -18,7 +18,7 @@ from ebm_dist.cluster.backend import (
     fault_of_the_machine,
 )
 from ebm_dist.controller.clients import WorkerClient
-from ebm_dist.controller.rounds.round import MAX_ATTEMPTS, MAX_STARTS
+from ebm_dist.controller.retry import MAX_ATTEMPTS, MAX_STARTS
 from ebm_dist.controller.workers.load import LoadQueue, Member
 from ebm_dist.core.errors import RunFailed
 

@@ -12,8 +12,7 @@ from small_runs import run
 from ebm_dist.cluster.backend import UNREACHABLE_S, PartDied, Unreachable
 from ebm_dist.cluster.inline import InlineHandle, InlineResult
 from ebm_dist.controller.learners import LearnerGroup
-from ebm_dist.controller.retry import Attempts, GoBack, RollBack
-from ebm_dist.controller.rounds.round import MAX_ATTEMPTS, MAX_STARTS
+from ebm_dist.controller.retry import MAX_ATTEMPTS, MAX_STARTS, Attempts, GoBack, RollBack
 from ebm_dist.core.errors import RunFailed
 
 DIED = PartDied("killed by the test")

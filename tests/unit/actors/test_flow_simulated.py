@@ -11,7 +11,7 @@ from simulation import SimWorker
 from worlds import BATCH, CHAINS, World
 
 from ebm_dist.cluster.backend import PartDied
-from ebm_dist.controller.rounds.round import MAX_ATTEMPTS, MAX_STARTS
+from ebm_dist.controller.retry import MAX_ATTEMPTS, MAX_STARTS
 from ebm_dist.core.errors import RunFailed
 
 

@@ -14,7 +14,7 @@ from ebm_dist.cluster.backend import DEFAULTS, ActorOptions, Node, PartDied
 from ebm_dist.cluster.inline import InlineBackend, InlineHandle
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.parts import Parts, Relocation
-from ebm_dist.controller.rounds.round import MAX_STARTS
+from ebm_dist.controller.retry import MAX_STARTS
 from ebm_dist.run import assembly
 from ebm_dist.run.placement.gpu_shares import Shares
 from ebm_dist.run.placement.placer import Placer
@@ -57,7 +57,7 @@ class Nodes:
 
         create = InlineBackend.spawn
         monkeypatch.setattr("ebm_dist.run.train.assemble", wired)
-        monkeypatch.setattr("ebm_dist.controller.draining.ranks.LOOK_S", 0.0)
+        monkeypatch.setattr("ebm_dist.controller.draining.ranks.DRAIN_CHECK_S", 0.0)
         monkeypatch.setattr(InlineBackend, "kill", end)
         monkeypatch.setattr(InlineBackend, "where", where)
         monkeypatch.setattr(InlineBackend, "spawn", spawn)

@@ -17,8 +17,7 @@ from ebm_dist.controller.clients import LearnerClient
 from ebm_dist.controller.learners import LearnerGroup
 from ebm_dist.controller.negatives import delivery
 from ebm_dist.controller.negatives.delivery import Delivery
-from ebm_dist.controller.retry import RollBack
-from ebm_dist.controller.rounds.round import MAX_ATTEMPTS
+from ebm_dist.controller.retry import MAX_ATTEMPTS, RollBack
 from ebm_dist.core.types import NegativeArrays
 
 LEASES = BATCH // CHAINS
@@ -72,7 +71,7 @@ def test_other_negatives_take_the_place_of_lost_ones(
     for index in lost:
         lose(consumed.negatives[index][1])
     if stuck:  # the ranks' nodes are not told, as after a power loss: only who owns it knows
-        monkeypatch.setattr(delivery, "LOOK_S", 0.0)
+        monkeypatch.setattr(delivery, "LOSS_CHECK_S", 0.0)
         answer_late(monkeypatch, world, 3)
     delivery_.bring(consumed, step=5)
     world.check()

@@ -16,7 +16,7 @@ from worlds import World
 from ebm_dist.actors.worker import Worker
 from ebm_dist.cluster.backend import PartDied, fault_of_the_machine
 from ebm_dist.controller.learners import LearnerGroup
-from ebm_dist.controller.rounds.round import MAX_ATTEMPTS
+from ebm_dist.controller.retry import MAX_ATTEMPTS
 from ebm_dist.core.errors import NonFinite, RunFailed
 
 FAULT = "CUDA error: uncorrectable ECC error encountered"

@@ -11,8 +11,9 @@ from worlds import CAPACITY, CHAINS, World
 
 from ebm_dist.cluster.backend import PartDied
 from ebm_dist.controller.clients import ShardClient
-from ebm_dist.controller.draining.shards import LOOK_S, ShardMover
+from ebm_dist.controller.draining.shards import ShardMover
 from ebm_dist.controller.parts import Relocation
+from ebm_dist.controller.workers.autoscaler import DRAIN_CHECK_S
 
 
 class Leaving:
@@ -44,7 +45,7 @@ class Leaving:
         return shard
 
     def update(self) -> tuple[list[int], np.ndarray]:
-        self.now += LOOK_S
+        self.now += DRAIN_CHECK_S
         self.mover.between_updates()
         busy = 2 if self.world.config.mode == "async" else 0
         return self.world.update(busy_ticks=busy)
@@ -61,7 +62,7 @@ def test_a_shard_leaves_a_draining_node_with_every_chain_as_it_is() -> None:
     for _ in range(5):
         leaving.update()
     leaving.draining = {"b"}
-    leaving.now += LOOK_S
+    leaving.now += DRAIN_CHECK_S
     leaving.mover.between_updates()  # a successor is asked for
     old, epoch = world.shards[1], world.shards[1].handle.part.epoch
     assert [shard.node for shard in world.shards] == ["a", "b"]
