@@ -1,1 +1,1 @@
-"""The driver's side of a run: the update loop and what keeps it going."""
+"""The driver's side of a run: the update loop, checkpoints, recovery and observers."""

@@ -1,4 +1,7 @@
-"""Cuts leave the loop as references and reach the disk in a thread: no update waits for a disk."""
+"""Takes checkpoints between two updates; a thread writes them, so that no update waits for a disk.
+
+A cut is the consistent state of all parts between two updates, which one checkpoint holds.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +26,18 @@ from ebm_dist.core.types import Arrays, RankState, ShardMeta, ShardState
 log = logging.getLogger("ebm_dist.run")
 
 PATIENCE_S = 5.0
-"""The loop waits this long for the write before; then the cut that is due is taken later."""
+"""Longest wait of the loop for the previous write; after it the cut that is due is postponed."""
 
 FINAL_TRIES = 3
-"""Writes of a cut that the run ends with, a second and more apart."""
-
+"""Attempts to write the last cut of a run, with growing pauses of 1 s and more between them."""
 
 MAX_DIFFERENCES = 10
-"""Checkpoints that refer to one file: its damage on the disk would cost all of them."""
+"""Most checkpoints that may refer to one file, since its damage invalidates all of them."""
 
 
 @dataclass(slots=True)
 class _WholeCut:
-    """A cut that holds a shard whole: what later ones may be differences to."""
+    """A cut with the full state of a shard, to which later cuts may store differences."""
 
     number: int
     base: checkpoint.Base
@@ -44,7 +46,7 @@ class _WholeCut:
 
 @dataclass(slots=True)
 class _Write:
-    """A cut on its way to the disk."""
+    """A cut that is being written."""
 
     thread: threading.Thread
     number: int
@@ -52,7 +54,7 @@ class _Write:
     why: str
     blocked_s: float
     metas: list[ShardMeta]
-    """Of the shards, as they described their parts."""
+    """What each shard says of its own state in the cut."""
     path: Path | None = None
     error: Exception | None = None
     seconds: float = 0.0
@@ -73,9 +75,9 @@ class Checkpointer:
     ) -> None:
         """
         Args:
-            meta: what every checkpoint says of the run.
-            timeout: seconds within which a part answers and a disk writes.
-            on_checkpoint: is called with each checkpoint that has been written.
+            meta: the metadata of the run, part of every checkpoint.
+            timeout: seconds within which a part must answer and a write must end.
+            on_checkpoint: called with the path of each written checkpoint.
         """
         self._parts = parts
         self._config = config
@@ -93,19 +95,19 @@ class Checkpointer:
 
     # --- when -----------------------------------------------------------------------------------
 
-    def stands_at(self, step: int) -> None:
-        """The run goes on from the checkpoint of `step`."""
+    def resumed_from(self, step: int) -> None:
+        """Note that the run continues from the checkpoint of `step`."""
         self._taken = self._written = step
         self._owed = False
 
     def take_if_due(self, progress: Progress) -> None:
-        """Take the cut of this update if one is due and the one before is written.
+        """Take the cut of this update if one is due and the previous one is written.
 
-        At update 0 as well: whatever dies before the second cut has one to go back to.
+        The cut of update 0 is taken too, so that a run can always go back.
 
         Raises:
-            PartDied: a part of the run is gone, of this cut or of the one before.
-            NonFinite: the cut before holds numbers that nothing can go on from.
+            PartDied: a part died during this cut or the previous one.
+            NonFinite: the previous cut holds non-finite numbers.
         """
         self.settle(0.0)
         due = self._owed or progress.step % self._config.every == 0
@@ -114,26 +116,26 @@ class Checkpointer:
         if not self.settle(0.0 if self._owed else PATIENCE_S):
             if not self._owed:
                 log.info(
-                    f"the checkpoint of update {self._taken} is still being written; the one of "
-                    f"update {progress.step} is taken once it is"
+                    f"the checkpoint of update {self._taken} is still being written; the next, due "
+                    f"at update {progress.step}, is taken after it"
                 )
             self._owed = True
             return
         self.take(progress)
 
     def finish(self, progress: Progress, why: str = "") -> None:
-        """Make sure that this update's cut is on the disk.
+        """Take and write the cut of this update, unless that is done.
 
         Raises:
-            RunFailed: it cannot be written; the checkpoints before it stay.
-            PartDied, NonFinite: as `take_if_due`.
+            RunFailed: the cut cannot be written; earlier checkpoints stay.
+            PartDied, NonFinite: as in `take_if_due`.
         """
         if self.settle(self._timeout) and self._written == progress.step:
             if why:
                 log.info(why)
             return
         for attempt in range(FINAL_TRIES):
-            if self._write is not None:  # a disk that hangs
+            if self._write is not None:  # the disk hangs
                 break
             time.sleep(attempt)
             self.take(progress, why)
@@ -141,33 +143,33 @@ class Checkpointer:
                 return
         raise RunFailed(
             f"the checkpoint of update {progress.step} could not be written to {self._run_dir}; "
-            "make room, or see to the disk, and go on from the one before with --resume auto"
+            "make room or repair the disk, and resume from the one before with --resume auto"
         )
 
     def latest(self) -> checkpoint.CheckpointDir | None:
-        """The newest valid checkpoint, that under way included."""
-        with contextlib.suppress(NonFinite, PartDied):  # then it has not become one
+        """The newest valid checkpoint, after any write in progress."""
+        with contextlib.suppress(NonFinite, PartDied):  # it was not written
             self.settle(self._timeout)
         found = checkpoint.latest(self._run_dir)
-        if found is not None and found.skipped:  # what is damaged may be what the next refers to
+        if found is not None and found.skipped:  # the next cut must not refer to a damaged file
             self._wholes = [None] * len(self._wholes)
         return found
 
     # --- how ------------------------------------------------------------------------------------
 
     def take(self, progress: Progress, why: str = "") -> None:
-        """Take a consistent cut, and start to write it; nothing may be under way."""
+        """Take a cut and start to write it; no write may be in progress."""
         assert self._write is None
         began = time.monotonic()
         self._number += 1
         name = checkpoint.name_of(progress.step)
-        # Not waited for: an update that is started after this call is not in its answer.
+        # No wait is needed: a rank answers with its state before any update that is called later.
         ranks = self._parts.learners.state()
         calls = [
             shard.cut(self._number, self._since(index, name))
             for index, shard in enumerate(self._parts.shards)
         ]
-        # The small half of the answer: with it the shard has copied what the cut is to hold.
+        # The small answer says that the shard has copied its state.
         metas = [
             answer(self._backend, shard.handle, small, self._timeout, self._waits(progress))
             for shard, (small, _) in zip(self._parts.shards, calls)
@@ -186,11 +188,11 @@ class Checkpointer:
         thread.start()
 
     def settle(self, timeout: float) -> bool:
-        """Book what has been written; False if a write is still under way after `timeout`.
+        """Record the write in progress; return False if it is not done after `timeout` seconds.
 
         Raises:
-            PartDied: a part died before its state was there; the cut is owed.
-            NonFinite: what was to be written is not finite.
+            PartDied: a part died before its state arrived; the cut is taken again later.
+            NonFinite: the state is not finite.
         """
         write = self._write
         if write is None:
@@ -200,14 +202,14 @@ class Checkpointer:
             return False
         self._write = None
         if write.path is not None:
-            self._book(write, write.path)
+            self._record(write, write.path)
         elif isinstance(write.error, NonFinite):
             raise NonFinite(f"update {write.step}: {write.error}")
         elif isinstance(write.error, OSError):
             reason = write.error.strerror or first_line(write.error)
             log.info(
                 f"checkpoint at update {write.step} not written ({reason}): "
-                f"{self._run_dir}; the one before it is still valid, training goes on"
+                f"{self._run_dir}; earlier checkpoints stay valid, training continues"
             )
         else:
             assert write.error is not None
@@ -215,7 +217,7 @@ class Checkpointer:
             raise write.error
         return True
 
-    def _book(self, write: _Write, path: Path) -> None:
+    def _record(self, write: _Write, path: Path) -> None:
         self._written = write.step
         for index, meta in enumerate(write.metas):
             if meta.since is None:
@@ -224,7 +226,7 @@ class Checkpointer:
             elif (whole := self._wholes[index]) is not None:
                 whole.num_differences += 1
         changed = sum(meta.since is not None for meta in write.metas)
-        what = f", {changed} of {len(write.metas)} shards by what changed" if changed else ""
+        what = f", {changed} of {len(write.metas)} shards as differences" if changed else ""
         why = f" ({write.why})" if write.why else ""
         log.info(
             f"checkpoint {path.name}{why}: {write.blocked_s:.3f} s of the loop, "
@@ -233,11 +235,11 @@ class Checkpointer:
         self._on_checkpoint(path)
 
     def _since(self, index: int, name: str) -> int | None:
-        """The cut that shard `index` may refer to in the checkpoint `name`."""
+        """The cut to which shard `index` may store differences in checkpoint `name`, or None."""
         whole = self._wholes[index]
         if whole is None or whole.num_differences >= MAX_DIFFERENCES:
             return None
-        # An update that is done again replaces its checkpoint, which then cannot be referred to.
+        # The checkpoint of a repeated update replaces the earlier one, so it cannot refer to it.
         return whole.number if whole.base.checkpoint != name else None
 
     def _run(
@@ -248,7 +250,7 @@ class Checkpointer:
         arrays: Sequence[Ref[Arrays]],
         meta: Mapping[str, Any],
     ) -> None:
-        """The thread's work. Says nothing and books nothing: that is for who settles."""
+        """Write a cut, in the thread. Logs and records nothing: `settle` does."""
         write, began = self._write, time.monotonic()
         assert write is not None
         try:
@@ -265,7 +267,7 @@ class Checkpointer:
             write.path = write_cut(
                 self._run_dir, progress, states, shards, meta, keep=self._config.keep, bases=bases
             )
-        except Exception as error:  # whatever it is, who settles has to be told
+        except Exception as error:  # `settle` raises it
             write.error = error
         write.seconds = time.monotonic() - began
 

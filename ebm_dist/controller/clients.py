@@ -1,7 +1,7 @@
-"""The remote methods of every part, with their types: nothing else names one by a string.
+"""Typed clients for the remote methods of every part. No other module calls a method by name.
 
-A method here has the name and the arguments of the part's own; an argument that is a reference
-there is its value. `tests/unit/actors/test_clients.py` holds the two against each other.
+A method has the name and the arguments of the part's own method, except that a reference here is a
+value there. `tests/unit/actors/test_clients.py` compares the two.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ebm_dist.metrics.hub import HubInfo
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Client:
-    """A part, wherever it runs."""
+    """Base of all clients: a part in any process."""
 
     handle: Handle
 
@@ -47,22 +47,22 @@ class Client:
 
     @property
     def node(self) -> str | None:
-        """Id of the node that it was put on, None where Ray chose."""
+        """Id of the node that was chosen for it; None if Ray chose."""
         return self.handle.node
 
     @property
     def runs_on(self) -> str | None:
-        """Id of the node once it has started there, None where it is not known."""
+        """Id of the node on which it has started; None if unknown."""
         return getattr(self.handle, "runs_on", None)
 
     @property
     def num_gpus(self) -> float:
-        """Its claim."""
+        """GPUs that it reserves in Ray."""
         return self.handle.num_gpus
 
 
 class ShardClient(Client):
-    """`buffer.shard.Shard`."""
+    """Client of `buffer.shard.Shard`."""
 
     __slots__ = ()
 
@@ -76,7 +76,7 @@ class ShardClient(Client):
     ) -> list[Ref[Lease | None]]:
         """One reference for each lease."""
         num_leases = len(lease_ids)
-        if num_leases == 1:  # of a list of one, a single return would be the list
+        if num_leases == 1:  # Ray would return the list itself
             return [self.checkout(lease_ids[0], num, by_rows)]
         return self.handle.call("checkout_many", lease_ids, num, by_rows, num_returns=num_leases)
 
@@ -90,7 +90,7 @@ class ShardClient(Client):
         return self.handle.call("checkin", moved, lease_id)
 
     def take(self, lease_id: int) -> tuple[Ref[bool], Ref[NegativeArrays]]:
-        """Whether the lease was ready, and its negatives, which are there if it was."""
+        """References of whether the lease was ready, and of its negatives if it was."""
         ready, negatives = self.handle.call("take", lease_id, num_returns=2)
         return ready, negatives
 
@@ -131,7 +131,7 @@ class ShardClient(Client):
 
 
 class WorkerClient(Client):
-    """`actors.worker.Worker`."""
+    """Client of `actors.worker.Worker`."""
 
     __slots__ = ()
 
@@ -150,7 +150,7 @@ class WorkerClient(Client):
 
 
 class LearnerClient(Client):
-    """`actors.learner_rank.LearnerRank`."""
+    """Client of `actors.learner_rank.LearnerRank`."""
 
     __slots__ = ()
 
@@ -168,12 +168,15 @@ class LearnerClient(Client):
         return self.handle.call("update", step, lr, after, parts, *negatives)
 
     def published(self, average: bool) -> tuple[Ref[bool], Ref[np.ndarray], Ref[np.ndarray]]:
-        """Beside the other calls. The third is there where `average` asked for it."""
+        """References of True, the flat weights, and with `average` the averaged ones, else None.
+
+        Runs beside the other calls.
+        """
         done, flat, mean = self.handle.aside("published", average, num_returns=3)
         return done, flat, mean
 
     def weights(self) -> Ref[np.ndarray]:
-        """Of rank 0; the others have to be asked as well, and answer with nothing."""
+        """The flat weights, from rank 0; None from the others. Collective."""
         return self.handle.call("weights")
 
     def fetched(self, *negatives: Ref[NegativeArrays]) -> Ref[None]:
@@ -197,7 +200,7 @@ class LearnerClient(Client):
 
 
 class HubClient(Client):
-    """`metrics.hub.MetricHub`."""
+    """Client of `metrics.hub.MetricHub`."""
 
     __slots__ = ()
 
@@ -221,7 +224,7 @@ class HubClient(Client):
 
 
 class EvaluatorClient(Client):
-    """`actors.evaluator.Evaluator`."""
+    """Client of `actors.evaluator.Evaluator`."""
 
     __slots__ = ()
 
@@ -237,7 +240,7 @@ class EvaluatorClient(Client):
 
 
 class AuditorClient(Client):
-    """`actors.auditor.Auditor`."""
+    """Client of `actors.auditor.Auditor`."""
 
     __slots__ = ()
 

@@ -1,10 +1,10 @@
-"""The training loop: rounds to workers, negatives to learners, weights back, cuts to disk.
+"""The training loop: rounds to workers, negatives to learners, weights to workers, checkpoints.
 
-Any part but this one may die. Workers and shards are the scheduler's to replace, the hub and the
-evaluator their links'; `recovery.py` has what follows for the learners.
+Any part except the controller may die. The scheduler replaces workers and shards, the links replace
+the hub, the evaluator and the auditor, and `recovery.py` restores the learners.
 
-Weights are handed out before they have left the learner, which sends them beside its next update.
-Every wait looks whether they came: rounds that were given lost ones do not come back.
+Workers get the reference of new weights before the learner has sent them, which it does during its
+next update. Every wait checks that they arrive, since rounds under lost weights never return.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from ebm_dist.learner import learning_rate
 
 log = logging.getLogger("ebm_dist.run")
 
-LEAVING_S = 30.0
-"""A run that fails waits this long for the checkpoint that is being written."""
+LAST_WRITE_S = 30.0
+"""Longest time that a failing run waits for the checkpoint in progress."""
 
 
 class Controller:
-    """Runs in the driver process and owns the weight references: a learner that dies takes
-    no weights with it."""
+    """Runs in the driver process and owns the weight references, so that published weights survive
+    the death of a learner."""
 
     def __init__(
         self,
@@ -72,8 +72,8 @@ class Controller:
         self._window = MetricWindow()
         self._flat: Ref[np.ndarray] | None = None
         self._ema: Ref[np.ndarray] | None = None
-        self._is_whole = True
-        """Whether the parts stand where a checkpoint can be taken: no update has half begun."""
+        self._is_consistent = True
+        """Whether a checkpoint can be taken: no update or move is half done."""
         attempts = Attempts()
         self._cuts = Checkpointer(
             parts,
@@ -112,7 +112,7 @@ class Controller:
             self._scheduler,
             self.progress,
             self._window.count,
-            self._tend,
+            self._check_parts,
             num_negatives=config.num_negatives,
             num_chains=config.workers.num_chains,
             num_steps=config.sampler.num_steps,
@@ -162,14 +162,14 @@ class Controller:
     # --- the loop -----------------------------------------------------------------------------
 
     def restore(self, found: checkpoint.CheckpointDir) -> None:
-        """Continue from `found`, whatever its numbers of ranks and shards were."""
+        """Continue from `found`, of any number of ranks and shards."""
         self._recovery.restore(found)
 
     def run(self) -> bool:
-        """Train to the last update; returns False if told to stop before it.
+        """Train to the last update; return False if stopped before it.
 
         Raises:
-            RunFailed: it cannot be gone on with. What could be kept is in a checkpoint.
+            RunFailed: the run cannot continue. A checkpoint holds what could be saved.
         """
         start = time.monotonic() - self.progress.wall_s
         try:
@@ -191,9 +191,9 @@ class Controller:
                         self._monitor.finish()
                         return True
                     self._cuts.take_if_due(self.progress)
-                    if self.progress.step == 0:  # from here on there is one to go back to
+                    if self.progress.step == 0:  # recovery needs a checkpoint to return to
                         self._cuts.settle(self._flow.stall_timeout_s)
-                    self._is_whole = False  # of a part that moves, two have half of what it holds
+                    self._is_consistent = False  # a part that moves is split over two processes
                     self._mover.between_updates()
                     self._rank_mover.between_updates()
                     self._update()
@@ -207,33 +207,33 @@ class Controller:
                 f"{self._flow.stall_timeout_s:.0f} s (flow.stall_timeout_s): {error}"
             ) from error
         except Halted:
-            self._keep_what_is_whole()
+            self._save_if_consistent()
         except BaseException:
-            # The cut under way is whole, whatever came after it.
+            # The checkpoint in progress is valid, whatever failed after it was taken.
             with contextlib.suppress(Exception):
-                self._cuts.settle(LEAVING_S)
+                self._cuts.settle(LAST_WRITE_S)
             raise
         if (why := self._halt.ailing()) is not None:
             raise RunFailed(why)
         return False
 
     def _recover(self, trouble: Trouble) -> None:
-        self._is_whole = False
+        self._is_consistent = False
         self._recovery.recover(trouble)
-        self._is_whole = True
+        self._is_consistent = True
 
-    def _keep_what_is_whole(self) -> None:
-        """Take a checkpoint of a run that ends within a wait, where the parts still allow it."""
+    def _save_if_consistent(self) -> None:
+        """Take a checkpoint of a run that was stopped during a wait, if its state is consistent."""
         step = self.progress.step
         try:
-            if self._is_whole:
+            if self._is_consistent:
                 why = f"{self._callbacks.why_stopped} at update {step}"
                 self._cuts.finish(self.progress, why)
             else:
-                log.info(f"stopped within update {step}: it is repeated from its checkpoint")
-                self._cuts.settle(LEAVING_S)
+                log.info(f"stopped during update {step}: a resumed run goes back to a checkpoint")
+                self._cuts.settle(LAST_WRITE_S)
         except (PartDied, Halted, NonFinite, RunFailed) as trouble:
-            log.info(f"stopped at update {step}, without a checkpoint of it: {trouble}")
+            log.info(f"stopped at update {step}, without a checkpoint of this update: {trouble}")
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -241,15 +241,15 @@ class Controller:
         return self._monitor.metrics
 
     def evaluate(self) -> None:
-        """Measure the weights as they are, and wait for it."""
+        """Evaluate the current weights and wait for the result."""
         self._monitor.finish()
         self._monitor.evaluate(*self._weights)
         self._monitor.finish()
 
     def _update(self) -> None:
         step = self.progress.step
-        # Of an exact one the rounds move the chains that a repetition would have to begin with.
-        self._is_whole = not self._negatives.exact
+        # In an exact mode these rounds move chains whose present state a repeated update needs.
+        self._is_consistent = not self._negatives.exact
         consumed = self._negatives.take_negatives() if self._parts.needs_negatives else None
         if consumed is not None:
             self._delivery.bring(consumed, step)
@@ -257,7 +257,7 @@ class Controller:
         lr *= self.progress.lr_factor
         learners, auditor = self._parts.learners, self._parts.auditor
         average = self._monitor.reads_average(step + 1)
-        self._is_whole = False
+        self._is_consistent = False
         replies = learners.update(
             step,
             lr,
@@ -266,16 +266,16 @@ class Controller:
             auditor.extra() if auditor and consumed else None,
         )
         began = time.monotonic()
-        pending = [*replies, *learners.publishing]  # the weights of the update before, as well
+        pending = [*replies, *learners.publishing]  # with the weights of the update before
         self._wait(pending, self._flow.stall_timeout_s, each=learners.result)
         waited = time.monotonic() - began
         metrics = dict(learners.result(replies[0]))
-        if metrics.pop(SKIPPED, None) is not None:  # each rank's own, where they may be left out
+        if metrics.pop(SKIPPED, None) is not None:  # each rank counts its own
             skipped = sum(learners.result(reply)[SKIPPED] for reply in replies)
             self._window.count(SKIPPED, int(skipped))
         flat, ema = learners.publish(average=average)
         self.progress.step += 1
-        self._is_whole = True
+        self._is_consistent = True
         self._publish(flat, ema if average else self._ema)
         self._window.add_update(metrics)
         self._window.add_wait(consumed.wait_s if consumed else 0.0, waited)
@@ -286,7 +286,7 @@ class Controller:
         latest = {**self._monitor.metrics, **metrics}
         self._view.update(self.progress.step, latest, self._window.bottleneck())
         self._callbacks.on_update(self.progress.step, latest)
-        if average:  # these are read now, the last of a run as well: they must have come
+        if average:  # they are read now, also after the last update
             learners.settle(self._wait)
 
     def _wait(
@@ -296,10 +296,10 @@ class Controller:
         *,
         each: Callable[[Ref[T]], object] | None = None,
     ) -> None:
-        """Keep rounds going until `refs` are done; `each` sees them as they come.
+        """Keep rounds going until `refs` are done; call `each` with each as it finishes.
 
         Raises:
-            PartDied: they were not done in `timeout` seconds, so that the learners are replaced.
+            PartDied: not done in `timeout` seconds. The learners are then replaced.
         """
         start = time.monotonic()
         pending = list(refs)
@@ -319,28 +319,29 @@ class Controller:
                 )
 
     def _meanwhile(self) -> None:
-        """What goes on while something is waited for."""
-        self._tend()
+        """Check the parts and start further rounds, during every wait."""
+        self._check_parts()
         if self._parts.needs_negatives and not self._recovery.chains_go_back:
             self._negatives.top_up()
 
-    def _tend(self) -> None:
-        self._halt.check(grace_s=IDLE_GRACE_S if self._is_whole else GRACE_S)
+    def _check_parts(self) -> None:
+        """Check for a halt and for published weights, and adjust the worker pool."""
+        self._halt.check(grace_s=IDLE_GRACE_S if self._is_consistent else GRACE_S)
         self._parts.learners.look()
         if self._autoscaler is not None:
-            self._autoscaler.tend()
+            self._autoscaler.adjust()
 
     # --- weights ------------------------------------------------------------------------------
 
     @property
     def _weights(self) -> tuple[Ref[np.ndarray], Ref[np.ndarray]]:
-        """The flat weights and the averaged ones, once they have been published."""
+        """The flat and the averaged weights, after the first publication."""
         assert self._flat is not None
         assert self._ema is not None
         return self._flat, self._ema
 
     def _publish_current(self) -> None:
-        """Hand the weights as they are to the workers, at the start of a run."""
+        """Hand the learners' current weights to the workers, under the current version."""
         self._flat = self._ema = self._parts.learners.weights(self._wait)
         self._scheduler.set_weights(self._flat, self.progress.version)
 

@@ -1,4 +1,4 @@
-"""The parts of a run, and what the controller needs to show and to move them."""
+"""The parts of a run, and the protocols through which the controller shows and moves them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from ebm_dist.controller.workers.membership import WorkerPool
 
 
 class View(Protocol):
-    """Shows how far the run is; `metrics.progress.TerminalView` is one. Events go to `logging`."""
+    """Shows the progress of a run, as `metrics.progress.TerminalView`. Events go to `logging`."""
 
     def update(self, step: int, metrics: dict[str, float], waits: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Relocation:
-    """How shards and learner ranks get away from nodes."""
+    """Finds places on other nodes for the shards and learner ranks of draining nodes."""
 
     draining: Callable[[], set[str]]
-    """Nodes whose end has been announced."""
+    """Ids of the nodes that Ray reports as draining."""
     start_elsewhere: Callable[[int], ShardClient | None]
-    """Starts a process for the shard of that number on a node that stays; None if there is none."""
+    """Starts a process for the shard of that number on another node; None if there is none."""
     place_ranks: Callable[[Sequence[str | None]], list[str] | None]
-    """A node that stays for each learner rank, given where they are; None if they do not fit."""
+    """A node for each learner rank, given the present ones; None if the ranks do not all fit."""
 
 
 @dataclass(slots=True)
@@ -48,10 +48,10 @@ class Parts:
     needs_negatives: bool
     lease_timeout_s: float
     start_timeout_s: float
-    """What a part that is started may take."""
+    """Longest time that the start of a part may take."""
     elasticity: Elasticity | None = None
-    """None where the pool is as it is: in one process."""
+    """None if the size of the pool is fixed, as in one process."""
     relocation: Relocation | None = None
-    """None where there is nowhere else to go."""
+    """None if there are no other nodes."""
     chain_monitor: ChainMonitor | None = None
     auditor: AuditLink | None = None

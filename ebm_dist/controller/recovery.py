@@ -83,7 +83,7 @@ class Recovery:
         # First: it names the noise of this attempt. In place: the flow of negatives holds it.
         self._progress.resume(found.step, found.meta, read_manifest(self._run_dir))
         self._attempts.reached(found.step)
-        self._cuts.stands_at(found.step)
+        self._cuts.resumed_from(found.step)
         try:
             self._load_learners(found)
             self._load_shards(found)
@@ -203,7 +203,7 @@ class Recovery:
         progress.step, progress.epoch = found.step, progress.epoch + 1
         # The counter goes on: a lag is a difference of versions, and never negative.
         progress.version += 1
-        self._cuts.stands_at(found.step)
+        self._cuts.resumed_from(found.step)
         write_manifest(self._run_dir, found.path.name, progress, self._name)
         self._publish()
         self._scheduler.redo_lost()

@@ -1,4 +1,4 @@
-"""Who holds the chains of each shard at the moment: the one owner of that list."""
+"""The list of the shards' current processes; no other object keeps one."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from ebm_dist.controller.clients import ShardClient
 
 
 class Shards(Sequence[ShardClient]):
-    """The shards of a run, by number. Ask here before each call: one may have been replaced."""
+    """The shards of a run, by number. Index it before each call, since a shard may be replaced."""
 
     def __init__(self, backend: Backend, capacities: Sequence[int]) -> None:
         """
         Args:
-            capacities: slots of each; none for a run without chains.
+            capacities: number of slots of each shard; empty for a run without chains.
         """
         self.capacities = capacities
         self._backend = backend
         self._shards: list[ShardClient] = []
         self._spawn: Callable[[int], ShardClient] | None = None
         self._early: dict[int, ShardClient] = {}
-        """Successors that were started with that of another shard, and have nothing to do yet."""
+        """Successors that `replace` has started ahead, by shard."""
 
     def start(self, spawn: Callable[[int], ShardClient]) -> None:
-        """Start them all.
+        """Start all shards.
 
         Args:
-            spawn: starts a process for the shard of that number, the first time and later on.
+            spawn: starts a process for the shard of that number, also for a replacement.
         """
         self._spawn = spawn
         for index in range(len(self.capacities)):
@@ -49,17 +49,17 @@ class Shards(Sequence[ShardClient]):
         return [shard.handle for shard in self._shards]
 
     def start_again(self, dead: Handle) -> None:
-        """Another process for a shard that died before the run began."""
+        """Replace a shard that died before the run began."""
         self.replace(self.handles.index(dead))
 
     def replace(self, index: int) -> None:
-        """End the process of a shard that is dead, or taken for it, and start its successor.
+        """End the process of a shard that is dead or hangs, and start its successor.
 
-        A lost node takes more than one with it, and each takes seconds to start: the successors of
-        the others that are dead are started with this one's.
+        Successors of other dead shards are started at the same time: a lost node may have held
+        several, and each takes seconds to start.
         """
         assert self._spawn is not None
-        # First: its successor takes over the memory that the chains are mapped in.
+        # Kill first: the successor takes over the memory in which the chains are mapped.
         self._backend.kill(self._shards[index].handle)
         for other, shard in enumerate(self._shards):
             if other in (index, *self._early) or self._backend.alive(shard.handle, 0.0):
@@ -68,6 +68,6 @@ class Shards(Sequence[ShardClient]):
         self._shards[index] = self._early.pop(index, None) or self._spawn(index)
 
     def move(self, index: int, successor: ShardClient) -> None:
-        """Go on with `successor`, which has been given the chains."""
+        """Replace the shard by `successor`, which already holds its chains."""
         self._backend.kill(self._shards[index].handle)
         self._shards[index] = successor

@@ -163,7 +163,7 @@ def test_two_ranks_three_shards_and_four_workers_resume_as_other_numbers_of_each
     assert saved is not None
 
     def cut_at_once(controller: Controller) -> bool:
-        controller._cuts.stands_at(-1)
+        controller._cuts.resumed_from(-1)
         controller._cuts.finish(controller.progress)
         return False
 

@@ -64,7 +64,7 @@ class NegativeSource(ABC):
         scheduler: RoundScheduler,
         progress: Progress,
         count: Callable[[str, int], None],
-        tend: Callable[[], None] = lambda: None,
+        on_wait: Callable[[], None] = lambda: None,
         *,
         num_negatives: int,
         num_chains: int,
@@ -74,7 +74,7 @@ class NegativeSource(ABC):
         Args:
             progress: the controller's own, read for step and version; lease ids are taken from it.
             count: adds to a counter by metric name.
-            tend: is called while the learner waits.
+            on_wait: called repeatedly while the learner waits.
             num_negatives: of an update.
             num_chains, num_steps: of a round.
         """
@@ -86,7 +86,7 @@ class NegativeSource(ABC):
         self._scheduler = scheduler
         self._progress = progress
         self._count = count
-        self._tend = tend
+        self._on_wait = on_wait
         self._leases_per_update = num_negatives // num_chains
         self._round_steps = num_chains * num_steps
         needed = num_negatives * num_steps
@@ -189,7 +189,7 @@ class NegativeSource(ABC):
         scheduler = self._scheduler
         while not condition():
             scheduler.poll(POLL_S)
-            self._tend()
+            self._on_wait()
             self.top_up(reserved)
             state = (
                 scheduler.mcmc_steps,

@@ -87,7 +87,7 @@ class Autoscaler:
         self._before = waits.sums()
         self._checked_at = clock()
 
-    def tend(self) -> None:
+    def adjust(self) -> None:
         """Adjust the pool, at most once per DRAIN_CHECK_S. Never waits."""
         now = self._clock()
         if now - self._checked_at < DRAIN_CHECK_S:

@@ -80,7 +80,7 @@ class Elastic(World):
             Elasticity(low, high, start, self.start_worker, lambda: self.leaving),
             clock=lambda: 0.1 * self.backend.tick,
         )
-        self.flow._tend = self.autoscaler.tend
+        self.flow._on_wait = self.autoscaler.adjust
 
     def start_worker(self, index: int) -> Any:
         return self.spawn_worker(index) if len(self.workers) < self.room else None
@@ -94,7 +94,7 @@ class Elastic(World):
         until = 0.1 * self.backend.tick + seconds
         while 0.1 * self.backend.tick < until:
             self.update(busy_ticks=busy)
-            self.autoscaler.tend()
+            self.autoscaler.adjust()
             sizes.append(self.size)
         return sizes
 

@@ -46,7 +46,7 @@ def test_a_wait_has_its_time_from_when_the_run_was_told_or_the_wait_began() -> N
 def test_who_waits_for_negatives_or_for_an_answer_sees_that_the_run_is_to_end() -> None:
     world = World(mode="async", max_delay=10**9)
     world.backend.halt = Halt(lambda: True)
-    world.flow._tend = lambda: world.backend.halt.check(grace_s=0.0)
+    world.flow._on_wait = lambda: world.backend.halt.check(grace_s=0.0)
     with pytest.raises(Halted):
         world.update()
     world.backend.hung.add("shard-0")
