@@ -117,7 +117,7 @@ class Controller:
             num_chains=config.workers.num_chains,
             num_steps=config.sampler.num_steps,
         )
-        self._recovery.serve(self._scheduler, self._negatives)
+        self._recovery.connect(self._scheduler, self._negatives)
         self._delivery = Delivery(
             parts.backend,
             parts.learners,

@@ -1,4 +1,4 @@
-"""The learner ranks as one group: they start together, step together and are replaced together."""
+"""The learner ranks as one group, which starts, steps and is replaced as a whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ebm_dist.core.types import Cursor, NegativeArrays, RankState
 
 
 class Wait(Protocol):
-    """Returns when every reference is done, or raises: it took too long. The graph goes on."""
+    """Waits until all references are done, while rounds go on. Raises PartDied after `timeout`."""
 
     def __call__(
         self,
@@ -34,14 +34,17 @@ class Wait(Protocol):
     ) -> None:
         """
         Args:
-            each: sees them as they come; what it raises ends the wait.
+            each: called with each reference as it finishes; its exceptions end the wait.
         """
         ...
 
 
 class LearnerGroup:
-    """Ranks that hold one model between them. A rank that dies takes the group with it: the
-    others stand in a collective that it will never join, and the model has lost a part."""
+    """Ranks that hold one model together.
+
+    If one rank dies, the group is replaced: the others wait for it in a collective, and its part of
+    the model is lost.
+    """
 
     def __init__(
         self,
@@ -55,21 +58,21 @@ class LearnerGroup:
     ) -> None:
         """
         Args:
-            spawn: starts a rank, on a node or where Ray likes.
+            spawn: starts the rank of that number, on the given node or, with None, on any.
         """
         self.restarts = 0
         self.broken = False
-        """Whether a call failed, so that the ranks may be out of step with each other, or they
-        have not met."""
+        """Whether the ranks are unusable: a call failed, so that they may be at different updates,
+        or they have not formed their group."""
         self._backend = backend
         self._spawn = spawn
         self._num_ranks = num_ranks
-        # A single rank meets nobody, and must not fail for a port that it does not need.
+        # A single rank needs no port, and must not fail because that port is taken.
         self._port = port if num_ranks > 1 else None
         self._renewed: list[str] | None = None
         self._asked: list[Ref[bool] | None] = [None] * num_ranks
         self.publishing: list[Ref[bool]] = []
-        """Done when the weights that `publish` was asked for last are there."""
+        """Done when the weights of the last `publish` have been sent."""
         self._start_timeout_s = start_timeout_s
         self._call_timeout_s = call_timeout_s
         self.ranks = [spawn(rank, None) for rank in range(num_ranks)]
@@ -79,43 +82,44 @@ class LearnerGroup:
         return [rank.handle for rank in self.ranks]
 
     def start_again(self, dead: Handle) -> None:
-        """Another process for a rank that died before the ranks met."""
+        """Replace a rank that died before the ranks met."""
         rank = self.handles.index(dead)
         self._backend.kill(dead)
         self.ranks[rank] = self._spawn(rank, None)
 
     def meet(self, wait: Wait) -> None:
         """Form the process group and build the engines."""
-        self.broken = True  # until they have met, whatever cuts it short
+        self.broken = True  # until they have met, also if this raises
         where = self._backend.rendezvous(self.ranks[0].handle, self._port)
         wait([where], self._start_timeout_s)
         meeting = self._backend.get(where, self._start_timeout_s)
         refs = [rank.start(meeting) for rank in self.ranks]
-        # As they come: who is left of a group waits for the dead until learner.timeout_s.
-        wait(refs, self._start_timeout_s, each=self._came_to_meet)
+        # Check each as it finishes: the remaining ranks wait for a dead one until
+        # learner.timeout_s.
+        wait(refs, self._start_timeout_s, each=self._check_meeting)
         self.broken = False
 
-    def _came_to_meet(self, ref: Ref[None]) -> None:
+    def _check_meeting(self, ref: Ref[None]) -> None:
         try:
             self.result(ref)
         except RunFailed as error:
-            # What is left of a group says that nobody came; who did not has died on the way.
+            # The remaining ranks report a timeout; the cause is the rank that died.
             if dead := self.dead():
                 raise PartDied(f"{' and '.join(dead)} died while the ranks met") from error
             raise
 
     def renew_if_dead(self) -> None:
-        """Start successors of all ranks if one is dead, for a `rebuild` to find them under way.
+        """If a rank is dead, start successors of all ranks, which the next `rebuild` uses.
 
-        A lost node takes more than one part with it, and each takes seconds to start. Until then
-        every other call raises PartDied.
+        They then start while other parts of a lost node are replaced. Until `rebuild` every other
+        call raises PartDied.
         """
         if self._renewed is None and (dead := self.dead()):
             self._replace()
             self._renewed = dead
 
     def rebuild(self, wait: Wait) -> None:
-        """Replace every rank; the new ones hold initial weights until `load`."""
+        """Replace all ranks; the new ones hold initial weights until `load`."""
         self.restarts += 1
         if self._renewed is None:
             self._replace()
@@ -123,10 +127,10 @@ class LearnerGroup:
         self.meet(wait)
 
     def replace(self, wait: Wait, nodes: Sequence[str] | None) -> None:
-        """As `rebuild`, for ranks that are well: no fault is counted, and what they publish comes.
+        """Replace healthy ranks: waits for weights in transit, and counts no restart.
 
         Args:
-            nodes: where each is started; Ray chooses when left out.
+            nodes: a node for each rank; None to let Ray choose.
         """
         self.settle(wait)
         self._replace(nodes)
@@ -142,7 +146,7 @@ class LearnerGroup:
         self.publishing = []
 
     def _check_met(self) -> None:
-        """Raises PartDied where the ranks are successors that have not met yet."""
+        """Raise PartDied if the ranks are successors that have not met yet."""
         if self._renewed is not None:
             raise PartDied("its process is gone")
 
@@ -155,7 +159,7 @@ class LearnerGroup:
         *,
         attempt: int = 0,
     ) -> None:
-        """Continue from a checkpoint of any number of ranks, with the noise of `attempt`."""
+        """Load a checkpoint of any number of ranks; `attempt` selects the noise."""
         self._check_met()
         refs = [
             rank.load(learner, ema, cursors[i if i < len(cursors) else 0], attempt)
@@ -174,13 +178,13 @@ class LearnerGroup:
         """Start an update on every rank.
 
         Args:
-            num_negatives: of the update, without `extra`.
-            negatives: (number of chains, reference) of each lease; the ranks take consecutive
-                slices of all of them together.
-            extra: negatives on top of those, a multiple of the number of ranks.
+            num_negatives: number of negatives of the update, without `extra`.
+            negatives: (number of chains, reference) of each lease; each rank takes a consecutive
+                slice of their concatenation.
+            extra: (number, reference) of further negatives, a multiple of the number of ranks.
 
         Returns:
-            References of metrics, for each rank. When all are there, its weights can be published.
+            The reference of each rank's metrics. When all are done, call `publish`.
         """
         self._check_met()
         replies = []
@@ -195,16 +199,16 @@ class LearnerGroup:
         return replies
 
     def publish(self, *, average: bool) -> tuple[Ref[np.ndarray], Ref[np.ndarray]]:
-        """Have the weights of the last update sent, beside the next one.
+        """Let rank 0 send the weights of the last update during the next one.
 
-        Call it once after each update, and not again until those of `publishing` are there.
+        Call this once after each update, when the references of `publishing` are done.
 
         Args:
-            average: have the averaged weights sent as well.
+            average: also send the averaged weights.
 
         Returns:
-            References of the flat weights and, where they were asked for, of the averaged ones, to
-            be used before they are there.
+            References of the flat weights and of the averaged ones, which may be passed on before
+            they are done. The second holds None without `average`.
         """
         self._check_met()
         done, flat, mean = self.ranks[0].published(average)
@@ -212,16 +216,17 @@ class LearnerGroup:
         return flat, mean
 
     def settle(self, wait: Wait) -> None:
-        """Return when the weights that `publish` was asked for are there; raises why not."""
+        """Wait until the weights of the last `publish` are sent; raise if that failed."""
         self.look()
         late, self.publishing = self.publishing, []
         if late:
             wait(late, self._call_timeout_s, each=self.result)
 
     def look(self) -> None:
-        """Take note of weights that have come; raises why they will not.
+        """Check, without a wait, whether the weights of the last `publish` are sent; raise if that
+        failed.
 
-        To be called in every wait: rounds that are given them wait as well, and never come back.
+        Call this in every wait: rounds under lost weights never return.
         """
         if self.publishing and self._backend.wait(self.publishing, 0.0):
             known, self.publishing = self.publishing, []
@@ -230,11 +235,13 @@ class LearnerGroup:
     def fetch(
         self, num_negatives: int, negatives: Sequence[tuple[int, Ref[NegativeArrays]]]
     ) -> list[Ref[None]]:
-        """Have the negatives of an update brought to the nodes of the ranks.
+        """Copy the negatives of an update to the nodes of the ranks.
+
+        Without this, one lost argument would keep Ray from running one rank's update, while the
+        other ranks wait for that rank in a collective.
 
         Returns:
-            References, done when they are there. An argument that is lost keeps a call from
-            being made, and in an update the other ranks would wait for it in a collective.
+            References that are done when the negatives have arrived.
         """
         self._check_met()
         return [
@@ -242,12 +249,12 @@ class LearnerGroup:
             for index, rank in enumerate(self.ranks)
         ]
 
-    def came(self, ref: Ref[None]) -> bool:
-        """Whether the negatives of a finished `fetch` are there; False if some are lost."""
+    def arrived(self, ref: Ref[None]) -> bool:
+        """Whether a finished reference of `fetch` succeeded; False if negatives are lost."""
         try:
             self._backend.get(ref, 30.0)
         except ObjectLost:
-            return False  # no rank has begun anything: they are in step
+            return False  # no rank has begun the update: the group stays usable
         except PartDied:
             self.broken = True
             raise
@@ -259,7 +266,7 @@ class LearnerGroup:
         num_negatives: int,
         negatives: Sequence[tuple[int, Ref[NegativeArrays]]] | None,
     ) -> tuple[list[tuple[int, int]], list[Ref[NegativeArrays]]]:
-        """What rank `index` takes of each lease that it takes something of."""
+        """The (start, stop) and the reference of each lease of which rank `index` gets a part."""
         per_rank = num_negatives // self._num_ranks
         low, high = index * per_rank, (index + 1) * per_rank
         parts: list[tuple[int, int]] = []
@@ -274,7 +281,7 @@ class LearnerGroup:
         return parts, refs
 
     def weights(self, wait: Wait) -> Ref[np.ndarray]:
-        """A reference of the flat weights as they are."""
+        """A reference of the current flat weights."""
         self._check_met()
         refs = [rank.weights() for rank in self.ranks]
         wait(refs, self._call_timeout_s)
@@ -282,9 +289,10 @@ class LearnerGroup:
         return refs[0]
 
     def state(self) -> list[Ref[RankState]]:
-        """References of what a checkpoint keeps of each rank; the model is with the first.
+        """References of the state of each rank for a checkpoint; rank 0 has the model.
 
-        As of now: the next update is given the small half of the answer, and is not in it.
+        The state is that before the next update, which takes the small answer as an argument and
+        so runs later.
         """
         self._check_met()
         replies = [rank.state() for rank in self.ranks]
@@ -292,7 +300,7 @@ class LearnerGroup:
         return [state for _, state in replies]
 
     def read(self, wait: Wait) -> list[RankState]:
-        """The whole state, as `state` of each rank, in this process."""
+        """The state of each rank, in this process."""
         refs = self.state()
         wait(refs, self._call_timeout_s)
         return self._results(refs)
@@ -301,7 +309,7 @@ class LearnerGroup:
         """The value of a finished call.
 
         Raises:
-            PartDied: a rank is gone, or lost the others.
+            PartDied: a rank died or lost its connection to the others.
             NonFinite, ValueError: as the rank raised them.
         """
         try:
@@ -313,8 +321,8 @@ class LearnerGroup:
             raise
         except Exception as error:
             self.broken = True
-            # With peers, an error that is none of ours is the collective that lost one of them. In
-            # this process there is no other device to try.
+            # With several ranks such an error means that the collective lost one. A single rank in
+            # this process has no other device to try.
             fault = fault_of_the_machine(error)
             if fault is not None and (self._num_ranks > 1 or self._backend.concurrent):
                 what = "lost the others" if self._num_ranks > 1 else "failed"
@@ -322,7 +330,7 @@ class LearnerGroup:
             raise
 
     def lost(self) -> bool:
-        """Whether a rank is known to be dead or out of step."""
+        """Whether the group has to be replaced."""
         return self.broken or bool(self.dead())
 
     def dead(self) -> list[str]:

@@ -1,9 +1,9 @@
-"""A run goes back: to the checkpoint that it is resumed from, or to its last one after a death.
+"""Returns a run to a checkpoint: at a resume, after a death, or after non-finite numbers.
 
-A learner rank takes the model's last updates with it: the group starts anew from the last
-checkpoint. In `sync` mode a shard's death does the same to the whole run, which then repeats those
-updates bit for bit; in `async` mode the others do not go back. From numbers that are not finite
-everything goes back, and the updates are not repeated but tried with other noise.
+If a learner rank dies, the group restarts from the last checkpoint. In `async` mode the other parts
+keep their state; in `sync` mode the whole run goes back, also if a shard dies, and repeats the
+updates bit for bit. After non-finite numbers everything goes back, and the next attempt has other
+noise.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ log = logging.getLogger("ebm_dist.run")
 
 Trouble = PartDied | NonFinite | RollBack
 TROUBLE = (PartDied, NonFinite, RollBack)
-"""What a run recovers from."""
+"""The exceptions from which a run recovers."""
 
 
 class Recovery:
-    """Replaces what is dead, and brings the learners, or everything, to a checkpoint."""
+    """Replaces dead parts and loads a checkpoint into the learners, or into all parts."""
 
     def __init__(
         self,
@@ -55,9 +55,9 @@ class Recovery:
     ) -> None:
         """
         Args:
-            progress, attempts, cuts: the controller's own.
-            publish: hands out the weights that the learners have.
-            name: of the run.
+            progress, attempts, cuts: shared with the controller.
+            publish: hands the learners' current weights to the workers.
+            name: name of the run.
         """
         self._parts = parts
         self._backend = parts.backend
@@ -71,16 +71,16 @@ class Recovery:
         self._run_dir = run_dir
         self._name = name
         self.chains_go_back = False
-        """Whether rounds rest until the chains are those of a checkpoint again."""
+        """Whether the chains are to be loaded from a checkpoint; until then no round starts."""
 
-    def serve(self, scheduler: RoundScheduler, negatives: NegativeSource) -> None:
-        """Replace the parts that `scheduler` finds dead, once there is one."""
+    def connect(self, scheduler: RoundScheduler, negatives: NegativeSource) -> None:
+        """Set the two objects that are built after this one, since they call it."""
         self._scheduler = scheduler
         self._negatives = negatives
 
     def restore(self, found: checkpoint.CheckpointDir) -> None:
-        """Continue from `found`, whatever its numbers of ranks and shards were."""
-        # First: it names the noise of this attempt. In place: the flow of negatives holds it.
+        """Continue from `found`, of any number of ranks and shards."""
+        # First, since it determines the noise of this attempt; in place, since others hold it.
         self._progress.resume(found.step, found.meta, read_manifest(self._run_dir))
         self._attempts.reached(found.step)
         self._cuts.resumed_from(found.step)
@@ -89,7 +89,7 @@ class Recovery:
             self._load_shards(found)
         except PartDied as died:
             self.chains_go_back = True
-            self.recover(RollBack(GoBack(f"while the run was restored: {died}")))
+            self.recover(RollBack(GoBack(f"a part died while the run was restored: {died}")))
 
     def _load_learners(self, found: checkpoint.CheckpointDir) -> None:
         learner, ema = found.tensors("learner"), found.tensors("ema") or None
@@ -98,7 +98,7 @@ class Recovery:
         )
 
     def _load_shards(self, found: checkpoint.CheckpointDir | None, only: int | None = None) -> bool:
-        """Whether the checkpoint holds chains for the shards, which have them now."""
+        """Load the chains of the checkpoint into the shards; return False if it has none."""
         dealt = deal_chains(found, self._parts.shards.capacities)
         if dealt is None:
             return False
@@ -108,22 +108,21 @@ class Recovery:
             if only in (None, index)
         ]
         for shard, ref in asked:
-            self._answer(shard, ref, "to take the chains of a checkpoint")
+            self._answer(shard, ref, "to load the chains of a checkpoint")
         return True
 
     def _answer(self, shard: ShardClient, ref: Ref[T], what: str) -> T:
         detail = f"update {self._progress.step}: {shard.name} was told {what}"
-        # It may be a successor, which has to start before it answers.
+        # The shard may be a successor that has to start before it answers.
         timeout = max(self._flow.stall_timeout_s, self._parts.start_timeout_s)
         return answer(self._backend, shard.handle, ref, timeout, detail)
 
     def recover(self, trouble: Trouble) -> None:
-        """Replace what is dead, and go back to the last checkpoint where state was lost or is
-        worth nothing.
+        """Replace dead parts; if state is lost or not finite, go back to the last checkpoint.
 
         Raises:
-            NonFinite: learner.on_nonfinite says so, or it happened too often.
-            RunFailed: parts died too often without a new update between.
+            NonFinite: learner.on_nonfinite is `stop`, or learner.max_rollbacks is reached.
+            RunFailed: parts died too often without a new update.
         """
         self._attempts.reached(self._progress.step)
         decision = self._decide(trouble)
@@ -140,22 +139,22 @@ class Recovery:
                 trouble = again
             time.sleep(RETRY_S)
             following = self._decide(trouble)
-            if isinstance(decision, GoBack):  # it stands, whatever hit the way back
+            if isinstance(decision, GoBack):  # a failed attempt to go back is repeated
                 following = GoBack(str(trouble))
             decision = following
 
     def _decide(self, trouble: Trouble) -> Decision:
-        """Whether state was lost or is worth nothing; counts the attempt that `trouble` ended."""
+        """Count the attempt that `trouble` ended, and decide whether to go back."""
         if isinstance(trouble, NonFinite):
-            self._try_otherwise(trouble)
+            self._count_rollback(trouble)
             return GoBack(str(trouble))
         self._attempts.failed(trouble)
         if isinstance(trouble, RollBack) or self._parts.learners.lost():
             return GoBack(str(trouble))
         return Redo()
 
-    def _try_otherwise(self, trouble: NonFinite) -> None:
-        """Count a roll-back from `trouble`; the next attempt has other noise and a smaller rate."""
+    def _count_rollback(self, trouble: NonFinite) -> None:
+        """Count a rollback; the next attempt has other noise and a smaller learning rate."""
         learner, progress = self._learner, self._progress
         if learner.on_nonfinite == "stop":
             raise trouble
@@ -170,8 +169,7 @@ class Recovery:
         self.chains_go_back = True
 
     def _go_back(self, decision: GoBack) -> None:
-        """Continue from the last checkpoint: the learners, and the chains as well in sync mode
-        and where they are worth nothing."""
+        """Load the last checkpoint into the learners, and into the shards if `chains_go_back`."""
         start = time.monotonic()
         self.chains_go_back = self.chains_go_back or self._negatives.exact
         if self.chains_go_back:
@@ -179,7 +177,7 @@ class Recovery:
         found = self._cuts.latest()
         untouched = not self.chains_go_back or self._scheduler.num_started == 0
         if found is None and self._progress.step == 0 and untouched:
-            # Nothing is learnt or moved yet: ranks and chains begin with what the seed gives them.
+            # No update and no round was made: ranks and chains restart from the seed.
             self._parts.learners.rebuild(self._wait)
             self._replace_dead_shards()
             self.chains_go_back = False
@@ -201,7 +199,7 @@ class Recovery:
             self.chains_go_back = False
         progress = self._progress
         progress.step, progress.epoch = found.step, progress.epoch + 1
-        # The counter goes on: a lag is a difference of versions, and never negative.
+        # The version still increases: a lag is a difference of versions and never negative.
         progress.version += 1
         self._cuts.resumed_from(found.step)
         write_manifest(self._run_dir, found.path.name, progress, self._name)
@@ -214,18 +212,18 @@ class Recovery:
     def _replace_dead_shards(self) -> None:
         for index, shard in enumerate(self._parts.shards):
             if not self._backend.alive(shard.handle):
-                # Whatever follows from it: the run is on its way back.
+                # The returned decision is ignored: the run already goes back.
                 self._scheduler.replace_shard(index, "its process is gone")
 
     def on_replaced(self, index: int) -> Decision:
-        """A new process holds the chains of shard `index`, or is given what the last cut had."""
+        """Give shard `index`, a new process, its chains: those on its node or of the last cut."""
         start = time.monotonic()
         shard = self._parts.shards[index]
-        # Its node may have taken a rank along as well, and that takes seconds to start.
+        # A rank may have died with the same node. Start its successor now: it takes seconds.
         self._parts.learners.renew_if_dead()
         if self._negatives.exact:
             return GoBack(f"shard {index} died with the leases of this update")
-        status = self._answer(shard, shard.status(), "to take its chains over")
+        status = self._answer(shard, shard.status(), "to attach to its chains")
         what = f"all {status.counts.capacity} chains"
         if not status.attached:
             found = self._cuts.latest()
@@ -237,11 +235,11 @@ class Recovery:
         return Redo()
 
     def on_rejected(self, shard: int) -> Decision:
-        """A shard refused a round, which in sync mode no other round can replace."""
-        # Drawn again, the lease would have other slots than in a run where nothing was late.
+        """Decide what follows when a shard has refused a round."""
+        # A new lease would have other slots than in an undisturbed run.
         if self._negatives.exact:
             return GoBack(
-                f"shard {shard} refused a round of this update, which came after its lease had "
+                f"shard {shard} refused a round of this update, which ended after its lease had "
                 "expired (buffer.lease_timeout_s)"
             )
         return Redo()

@@ -1,4 +1,4 @@
-"""What follows from a death: the run goes on, goes back, or after many of them gives up."""
+"""Decisions after a death (go on or go back), and the limits at which a run fails."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ RETRY_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Redo:
-    """Nothing is lost that is not started again: the update goes on."""
+    """The update goes on: everything that was lost has been started again."""
 
 
 @dataclass(frozen=True, slots=True)
 class GoBack:
-    """The run goes back to its last checkpoint: what this update has begun cannot be completed."""
+    """The run goes back to its last checkpoint: this update cannot be completed."""
 
     reason: str
 
@@ -40,23 +40,23 @@ Decision = Redo | GoBack
 
 
 class RollBack(RunFailed):
-    """Ends an update, wherever in it one stands, once it is decided to go back."""
+    """Ends an update from anywhere within it, after the decision to go back."""
 
     def __init__(self, decision: GoBack) -> None:
         super().__init__(decision.reason)
 
 
 def obey(decision: Decision) -> None:
-    """Go on within the update, or raise RollBack."""
+    """Return if the update goes on; raise RollBack if the run goes back."""
     if isinstance(decision, GoBack):
         raise RollBack(decision)
 
 
 class Attempts:
-    """Counts the attempts at a new update, and apart from them those to get the run to its feet.
+    """Counts failed attempts at the next update, and separately failed starts of parts.
 
-    A start that is hit says nothing of the update, which has not been tried. Nor does a part
-    that cannot be reached, for as long as Ray may take to know whether it is dead.
+    A failed start is no attempt at the update. An unreachable part does not count for
+    UNREACHABLE_S, the time in which Ray decides whether it is dead.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -68,24 +68,24 @@ class Attempts:
         self._starting = False
 
     def reached(self, step: int) -> None:
-        """Updates up to `step` are made; one that has not been made before is progress."""
+        """Note that `step` updates are made; a new maximum resets the counts."""
         if step > self._farthest:
             self._farthest, self._num_failed = step, 0
             self._unreachable_since = None
 
     def begin_start(self) -> None:
-        """Parts are started, and given the state that the run goes on from."""
+        """Note that parts are started and loaded with state."""
         self._starting = True
 
     def started(self) -> None:
-        """They have it: the next update is tried."""
+        """Note that the start succeeded."""
         self._starting, self._num_starts = False, 0
 
     def failed(self, died: PartDied | RollBack) -> None:
-        """A part died, in an update or in a start, or cannot be reached, which is waited for.
+        """Count a death during an update or a start; wait if the part is only unreachable.
 
         Raises:
-            RunFailed: that was one attempt too many.
+            RunFailed: the limit is reached.
         """
         if isinstance(died, Unreachable):
             now = self._clock()

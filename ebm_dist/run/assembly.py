@@ -302,7 +302,7 @@ class _Spawner:
         return shard
 
     def ranks_elsewhere(self, held: Sequence[str | None]) -> list[str] | None:
-        """Nodes for the learner ranks, none of which is about to leave; None where none fit."""
+        """Nodes for the learner ranks, none of them draining; None if the ranks do not all fit."""
         return [str(place.node) for place in places] if (places := self._place(held)) else None
 
     def _place(self, held: Sequence[str | None] | None = None) -> list[Place] | None:

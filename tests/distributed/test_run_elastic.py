@@ -84,7 +84,7 @@ def test_a_joined_node_is_used_and_a_draining_one_is_left_without_losing_a_round
         node = cluster.add_node(num_cpus=2)
         wait_for(lambda: alive() == 3, 120, "workers on the node that joined")
         drain(cluster, node)
-        wait_for(lambda: log().count("its node is about to leave") == 2, 60, "the drain noticed")
+        wait_for(lambda: log().count("its node is draining") == 2, 60, "the drain noticed")
         wait_for(lambda: alive() == 1, 60, "workers that left")
         seen = rows(run_dir)[-1]["step"]
         wait_for(lambda: rows(run_dir)[-1]["step"] > seen + 5, 60, "further updates")

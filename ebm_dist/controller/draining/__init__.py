@@ -1,1 +1,1 @@
-"""Leaving nodes whose end has been announced."""
+"""Moves shards and learner ranks off draining nodes."""

@@ -1,8 +1,7 @@
-"""Learner ranks leave a node whose end has been announced, with every update made.
+"""Moves the learner ranks off a draining node without the loss of an update.
 
-Between two updates the whole state is read into this process, which does not go with that node. A
-new group starts elsewhere from it, as one does from a checkpoint after a death; but nothing is
-repeated, and the version of the weights stays, since they do.
+Between two updates the driver reads the full state, ends the ranks, and starts a new group, which
+loads this state like a checkpoint. No update is repeated, and the version of the weights stays.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ log = logging.getLogger("ebm_dist.run")
 
 
 class RankMover:
-    """Looks for ranks that have to leave, and moves the group between two updates.
+    """Checks for ranks on draining nodes, and moves the group between two updates.
 
-    The group as a whole: the state of a rank is a part of the model that the others lack. It stands
-    still meanwhile, where a successor could start beside it: that one would claim the GPUs twice.
+    The group moves as a whole, since each rank holds a part of the model. The old ranks end before
+    the new ones start, which may need the same GPUs.
     """
 
     def __init__(
@@ -42,8 +41,8 @@ class RankMover:
     ) -> None:
         """
         Args:
-            progress, attempts: the controller's own.
-            publish: hands out the weights as they are; those of before lie on the node that goes.
+            progress, attempts: shared with the controller.
+            publish: hands out the current weights again, since the node of the old ones ends.
         """
         self._backend = backend
         self._learners = learners
@@ -54,13 +53,14 @@ class RankMover:
         self._publish = publish
         self._clock = clock
         self._checked_at = clock()
-        self._stays: list[str] = []
+        self._unplaced: list[str] = []
+        """Ranks that could not leave; each list is logged once."""
 
     def between_updates(self) -> None:
-        """Move the group if a rank has to leave and there is room elsewhere.
+        """Move the group if a rank is on a draining node and the ranks fit elsewhere.
 
         Raises:
-            PartDied: a rank died before its state was read; the group goes back to a checkpoint.
+            PartDied: a rank died before its state was read. The group then goes back.
             RunFailed: no new group could be started.
         """
         now = self._clock()
@@ -68,18 +68,17 @@ class RankMover:
             return
         self._checked_at = now
         held = [self._backend.where(rank.handle) for rank in self._learners.ranks]
-        gone = self._relocation.draining() if any(held) else set()
-        leaving = [rank.name for rank, at in zip(self._learners.ranks, held) if at in gone]
+        draining = self._relocation.draining() if any(held) else set()
+        leaving = [rank.name for rank, at in zip(self._learners.ranks, held) if at in draining]
         if not leaving:
             return
         if (nodes := self._relocation.place_ranks(held)) is not None:
             self._move(leaving, nodes, now)
-        elif leaving != self._stays:
-            self._stays = leaving
+        elif leaving != self._unplaced:
+            self._unplaced = leaving
             log.info(
-                f"{' and '.join(leaving)} cannot leave the node, which is about to leave: there is "
-                "no room for the learner ranks elsewhere. With the node they go back to the last "
-                "checkpoint"
+                f"{' and '.join(leaving)} cannot leave the draining node: there is no room for the "
+                "learner ranks elsewhere. When the node ends, they go back to the last checkpoint"
             )
 
     def _move(self, leaving: list[str], nodes: list[str], since: float) -> None:
@@ -102,9 +101,9 @@ class RankMover:
                 break
             except PartDied as died:
                 self._attempts.failed(died)
-                where = None  # one of the nodes may be gone: Ray knows which are there
+                where = None  # one of the nodes may be gone: let Ray choose
         self._attempts.started()
         log.info(
-            f"{' and '.join(leaving)} left the node, which is about to leave: the learners go on "
-            f"from update {self._progress.step} after {self._clock() - since:.1f} s"
+            f"{' and '.join(leaving)} left the node, which is draining: the learners go on from "
+            f"update {self._progress.step} after {self._clock() - since:.1f} s"
         )

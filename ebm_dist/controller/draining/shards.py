@@ -1,8 +1,8 @@
-"""Shards leave a node whose end has been announced, with their chains as they are at that moment.
+"""Moves shards off draining nodes without the loss of a chain.
 
-A successor starts on another node while the shard works on. Between two updates the shard hands
-over what it holds, from where on its leases are void, and the successor takes its place: no chain
-is lost, and none goes back to a checkpoint as it would if the node took them along.
+A successor starts on another node while the shard keeps working. Between two updates the shard
+hands its chains over, its leases become void, and the successor replaces it. If the node ended
+first, the chains would go back to the last checkpoint.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ from ebm_dist.controller.workers.autoscaler import DRAIN_CHECK_S
 log = logging.getLogger("ebm_dist.run")
 
 REMOVAL_S = 5.0
-"""How long a shard that has handed over may take to remove its files."""
+"""Longest time that a shard may take to remove its files after the move."""
 
 
 @dataclass(slots=True)
 class _Move:
+    """The move of a shard whose successor has been requested."""
+
     old: ShardClient
     new: ShardClient
     started: Ref[ShardStatus]
+    """Done when `new` has started."""
     since: float
 
 
 class ShardMover:
-    """Looks for shards that have to leave, and moves them between two updates."""
+    """Checks for shards on draining nodes, and moves them between two updates."""
 
     def __init__(
         self,
@@ -50,8 +53,8 @@ class ShardMover:
     ) -> None:
         """
         Args:
-            relocation: None where there is nowhere else to go.
-            timeout: seconds within which a shard answers.
+            relocation: None if there are no other nodes.
+            timeout: seconds within which a shard must answer.
         """
         self._backend = backend
         self._shards = shards
@@ -63,52 +66,54 @@ class ShardMover:
         self._checked_at = clock()
 
     def between_updates(self) -> None:
-        """Start the moves that have become necessary, and make those whose successor is up.
+        """Start successors of shards on draining nodes, and complete moves to those that are up.
 
         Raises:
-            PartDied: a shard died before it had handed over; it is replaced like any other.
+            PartDied: a shard died before it had handed its chains over, and has to be replaced.
         """
         for index, move in list(self._moves.items()):
-            if self._shards[index] is not move.old:  # it died meanwhile, and was replaced
-                self._give_up(index)
+            if self._shards[index] is not move.old:  # it died and was replaced
+                self._cancel(index)
             elif self._backend.wait([move.started], 0.0):
-                self._make(index, move)
+                self._complete(index, move)
         now = self._clock()
         if self._relocation is None or now - self._checked_at < DRAIN_CHECK_S:
             return
         self._checked_at = now
-        gone = self._relocation.draining() if any(shard.node for shard in self._shards) else set()
+        draining = (
+            self._relocation.draining() if any(shard.node for shard in self._shards) else set()
+        )
         for index, shard in enumerate(self._shards):
-            if shard.node not in gone or index in self._moves:
+            if shard.node not in draining or index in self._moves:
                 continue
             if (successor := self._relocation.start_elsewhere(index)) is not None:
                 started = successor.status()
                 self._moves[index] = _Move(shard, successor, started, now)
 
-    def _make(self, index: int, move: _Move) -> None:
+    def _complete(self, index: int, move: _Move) -> None:
         detail = f"{move.old.name} leaves its node"
         try:
             answer(self._backend, move.new.handle, move.started, self._timeout, detail)
-            # From actor to actor. The loop stands still: what moved meanwhile would be lost.
+            # The chains go from actor to actor. The loop waits: later commits would be lost.
             origin, arrays = move.old.hand_over()
             taken = move.new.restore(arrays, origin)
-            # In turn, since either may hang, and the other would be blamed for it.
+            # One after the other, so that the shard that hangs is the one to be blamed.
             answer(self._backend, move.old.handle, origin, self._timeout, detail)
             answer(self._backend, move.new.handle, taken, self._timeout, detail)
         except PartDied:
-            self._give_up(index)
+            self._cancel(index)
             if not self._backend.alive(move.old.handle, 0.0):
                 raise
-            return  # its successor is looked for again
+            return  # the next check starts another successor
         del self._moves[index]
-        # Nothing depends on it: nobody takes over what was handed over.
+        # The result is ignored: nobody uses the old files.
         self._backend.wait([move.old.remove_files()], REMOVAL_S)
         self._scheduler.move_shard(index, move.new)
         seconds = self._clock() - move.since
         log.info(
-            f"{move.old.name} has left its node, which is about to leave, with all its chains "
+            f"{move.old.name} has left its node, which is draining, with all its chains "
             f"({seconds:.1f} s)"
         )
 
-    def _give_up(self, index: int) -> None:
+    def _cancel(self, index: int) -> None:
         self._backend.kill(self._moves.pop(index).new.handle)

@@ -73,7 +73,7 @@ class Delivery:
         while pending:
             done = self._scheduler.poll(POLL_S, *pending)
             self._meanwhile()
-            if not all(self._learners.came(ref) for ref in done):
+            if not all(self._learners.arrived(ref) for ref in done):
                 return False
             pending = [ref for ref in pending if ref not in done]
             now = time.monotonic()

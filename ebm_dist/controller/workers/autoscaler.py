@@ -109,7 +109,7 @@ class Autoscaler:
             self._num_extra = len(leaving[:1])
             leaving = leaving[1:]
         for member in leaving:
-            log.info(f"{member.worker.name} ends after its rounds: its node is about to leave")
+            log.info(f"{member.worker.name} ends after its rounds: its node is draining")
             self._workers.retire(member)
 
     def _decide(self, now: float) -> None:
