@@ -1,4 +1,4 @@
-"""Where an update's negatives come from, and how they get to the learners."""
+"""The source of an update's negatives, and their delivery to the learners."""
 
 from ebm_dist.controller.negatives.asynchronous import AsyncNegatives
 from ebm_dist.controller.negatives.source import NegativeSource

@@ -1,7 +1,7 @@
 """`flow.mode: async`: rounds run ahead of the updates, so that the learner does not wait for them.
 
-As far as `flow.max_lag` gives credit; what has aged past it is repaired, reweighted or dropped
-before the learner sees it.
+`flow.max_lag` limits how far ahead. Negatives that are older are repaired, reweighted or dropped
+before the learner consumes them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ebm_dist.controller.rounds.round import Committed, Purpose
 
 
 class AsyncNegatives(NegativeSource):
-    """Whichever negatives are ready, none of them older than the lag allows."""
+    """The negatives that are ready first; `flow.stale` treats those that are too old."""
 
     exact = False
 
     _being_learnt = 0
-    """Leases that the learner is at."""
+    """Leases of the update that the learner is computing."""
 
     @cached_property
     def _choice(self) -> ShardChoice:
@@ -33,15 +33,15 @@ class AsyncNegatives(NegativeSource):
 
     @cached_property
     def _max_ahead(self) -> int:
-        # Inline rounds run where they are started: starting them early would only age them.
+        # In one process a round runs when it is started: an early start only makes it older.
         updates_ahead = 1 + self._flow.max_lag if self._backend.concurrent else 1
         return self._leases_per_update * updates_ahead
 
     @cached_property
     def _room(self) -> int:
-        """Leases that the shards have chains for."""
+        """Most leases that the shards have chains for."""
         room = sum(capacity // self._num_chains for capacity in self._shards.capacities)
-        # One less of each, or ready chains could fill them, and none be spare.
+        # One less per shard, so that ready chains always leave room for a spare round.
         return room - len(self._shards) if self._has_floor else room
 
     def _take_update(self) -> Taken:
@@ -52,7 +52,7 @@ class AsyncNegatives(NegativeSource):
         return taken
 
     def replace(self, consumed: Consumed, lost: Sequence[int]) -> None:
-        # The slots of those are free by now: a shard lets go of what it hands over.
+        # Their slots are free already: a shard frees them when it hands the negatives over.
         self._num_taken -= len(lost)
         for index in lost:
             self._count("flow/lost", consumed.leases[index].num_chains)
@@ -66,7 +66,7 @@ class AsyncNegatives(NegativeSource):
         consumed.wait_s += time.monotonic() - start
 
     def _take_leases(self, wanted: int) -> Taken:
-        """Negatives of `wanted` leases; the others of the update have been taken already."""
+        """Negatives of `wanted` leases; the others of the update are already taken."""
         before = self._leases_per_update - wanted
         self.top_up(reserved=before)
         self._scheduler.releases.clear()
@@ -80,17 +80,16 @@ class AsyncNegatives(NegativeSource):
                     self._in_hand += 1
                 self.top_up(reserved=before + len(taken) + len(chosen))
             taken += self._take(chosen)
-        band, progress = self._budget, self._progress
+        budget, progress = self._budget, self._progress
         self._poll_until(
-            lambda: not (self._has_floor and band.missing(progress.updates, self._extra())),
+            lambda: not (self._has_floor and budget.missing(progress.updates, self._extra())),
             lambda: self._blocked(SPARE_STEPS),
             reserved=before + len(taken),
         )
         return taken
 
     def _next(self, left: int, reserved: int) -> Committed:
-        """The committed lease to consume, of those that can be had now or, where the band leaves
-        no steps for what would come too late by it, of those that are late already."""
+        """Wait for the next lease to consume, and remove it from the committed ones."""
         found: list[Committed] = []
 
         def look() -> bool:
@@ -106,6 +105,11 @@ class AsyncNegatives(NegativeSource):
         return self._scheduler.committed.pop(found[0].lease_id)
 
     def _candidate(self, left: int) -> Committed | None:
+        """The next lease to consume, of the `left` that the update still takes; None to wait.
+
+        Prefers one whose use makes no more others late than the step budget can repair; otherwise
+        the oldest.
+        """
         committed = self._scheduler.committed
         if not committed:
             return None
@@ -113,7 +117,7 @@ class AsyncNegatives(NegativeSource):
         if math.isinf(self._budget.high) or self._flow.stale == "reweight":
             return first
         version = self._progress.version
-        # A round that nobody has begun will have the weights of when somebody does.
+        # A waiting round will have the weights of its start, at least those of today.
         under_way = Counter(
             version if round_.version < 0 else round_.version
             for round_ in self._scheduler.rounds()
@@ -127,7 +131,7 @@ class AsyncNegatives(NegativeSource):
             late = num_late(rest, version, self._flow.max_lag, left - 1, self._leases_per_update)
             if late <= affordable:
                 return lease
-        # Nothing better can be done than the oldest; a fault has cost more than there was.
+        # The budget does not suffice, as after a fault: the oldest comes first, also in flight.
         return oldest if oldest.version <= min(under_way, default=version) else None
 
     @property
@@ -140,7 +144,7 @@ class AsyncNegatives(NegativeSource):
         return steps * self._num_chains
 
     def _in_flight(self, *purposes: str) -> int:
-        """Chain steps of the rounds that are under way for these purposes."""
+        """Chain steps of the rounds in flight with one of these purposes."""
         chains = self._num_chains
         return sum(r.num_steps * chains for r in self._scheduler.rounds() if r.purpose in purposes)
 
@@ -149,7 +153,7 @@ class AsyncNegatives(NegativeSource):
         return self._budget.credit(self._progress.updates, extra)
 
     def _is_usable(self, lease: Committed) -> bool:
-        """Whether the learner may consume `lease` now; if not, do what flow.stale says."""
+        """Whether the learner may consume `lease` now; if not, apply `flow.stale` to it."""
         lag = self._progress.version - lease.version
         assert lag >= 0, f"negatives of version {lease.version} at {self._progress.version}"
         if lag <= self._flow.max_lag or self._flow.stale == "reweight":
@@ -169,7 +173,7 @@ class AsyncNegatives(NegativeSource):
         return False
 
     def top_up(self, reserved: int = 0) -> None:
-        """Start rounds while there is credit for them and a worker to run them."""
+        """Start rounds while there is credit for them and a worker has room."""
         while self._scheduler.has_room:
             if self._spare_is_due():
                 self._start("spare")
@@ -179,7 +183,7 @@ class AsyncNegatives(NegativeSource):
                 return
 
     def _may_start(self, reserved: int) -> bool:
-        """Whether a round that begins now is consumed in time, after all that are before it."""
+        """Whether a round that starts now will be consumed in time, after all earlier ones."""
         most = min(self._room, self._max_ahead - self._being_learnt)
         if self._backend.concurrent:
             most = min(most, 2 * max(len(self._scheduler.workers.members), self._leases_per_update))
@@ -196,7 +200,7 @@ class AsyncNegatives(NegativeSource):
         return self._budget.missing(self._progress.updates, under_way)
 
     def _num_negatives(self) -> int:
-        """Leases under way or ready that are meant for the learner."""
+        """Number of leases, in flight or ready, that will become negatives."""
         num = self._scheduler.outstanding + len(self._scheduler.committed)
         if self._has_floor:
             num -= sum(round_.purpose == "spare" for round_ in self._scheduler.rounds())

@@ -1,8 +1,8 @@
-"""Negatives reach the nodes of the learner ranks before an update begins, or others do instead.
+"""Brings the negatives of an update to the nodes of the learner ranks, and replaces lost ones.
 
-They go from shard to rank through the object stores of the nodes. One that is lost with its node
-keeps the call from being made that it was to go to: in an update the other ranks would wait for
-that one in a collective, and the group would have to start anew from its last checkpoint.
+Negatives go from shard to rank through the object stores of the nodes. Ray does not run a call
+whose argument was lost with its node. In an update the other ranks would then wait for that rank in
+a collective, and the group would have to restart from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOSS_CHECK_S = 1.0
 
 
 class Delivery:
-    """Sees the negatives of an update to the ranks, where nodes lie between."""
+    """Brings the negatives of an update to the ranks, in a run on several nodes."""
 
     def __init__(
         self,
@@ -36,9 +36,9 @@ class Delivery:
     ) -> None:
         """
         Args:
-            meanwhile: is called while the negatives are on their way.
-            num_negatives: of an update.
-            timeout: seconds after which those that do not come end the run.
+            meanwhile: called repeatedly while the negatives are in transit.
+            num_negatives: negatives per update.
+            timeout: seconds after which missing negatives end the run.
         """
         self._backend = backend
         self._learners = learners
@@ -49,25 +49,25 @@ class Delivery:
         self._meanwhile = meanwhile
 
     def bring(self, consumed: Consumed, step: int) -> None:
-        """Return when the negatives of update `step` are where the ranks are.
+        """Return when the negatives of update `step` are on the nodes of the ranks.
 
         Raises:
-            PartDied: a rank is gone.
-            RollBack: negatives are lost, and the run's mode knows no others.
-            Stalled: they did not come.
+            PartDied: a rank died.
+            RollBack: negatives are lost and have no replacement.
+            Stalled: they did not arrive within the timeout.
         """
         if not self._backend.scattered:
             return
         began = time.monotonic()
-        while not self._has_come(consumed, began, step):
+        while not self._have_arrived(consumed, began, step):
             if lost := self._lost(consumed):
                 self._negatives.replace(consumed, lost)
                 began = time.monotonic()
-            else:  # a call was told of a loss that is none: ask again
+            else:  # the call failed although nothing is lost: try again
                 time.sleep(POLL_S)
 
-    def _has_come(self, consumed: Consumed, began: float, step: int) -> bool:
-        """Wait for the negatives; False as soon as some are known to be lost."""
+    def _have_arrived(self, consumed: Consumed, began: float, step: int) -> bool:
+        """Wait for the negatives; return False as soon as some are known to be lost."""
         pending = self._learners.fetch(self._num_negatives, consumed.negatives)
         check_at = time.monotonic() + LOSS_CHECK_S
         while pending:
@@ -86,5 +86,6 @@ class Delivery:
         return True
 
     def _lost(self, consumed: Consumed) -> list[int]:
+        """Indices of the leases whose negatives are lost."""
         negatives = consumed.negatives
         return [i for i, (_, ref) in enumerate(negatives) if self._backend.lost(ref)]

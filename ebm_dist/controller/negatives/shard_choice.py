@@ -1,10 +1,9 @@
-"""Whose chains a round moves.
+"""Chooses the shard whose chains a round moves.
 
-Where an update takes equally many leases from each shard, rounds are dealt out evenly, each to a
-worker beside its shard where that can be. Where it cannot, for want of leases, the shards must not
-take turns: what one shard's chains have just pushed up is where the next one's go, and the shards
-come to hold different modes, each of them a part of the data (`benchmarks/LOG.md`). A shard drawn
-at random for each round keeps them alike, as draws from one buffer do, wherever its worker is.
+If an update takes equally many leases from each shard, all shards get equally many rounds, on
+workers of their own node if possible. Otherwise the shard of each round is drawn at random. With a
+fixed rotation the shards would come to hold different modes of the data (`benchmarks/LOG.md`);
+random draws keep them alike, as draws from one buffer do.
 """
 
 from __future__ import annotations
@@ -14,14 +13,15 @@ from collections.abc import Sequence
 import numpy as np
 
 SLACK = 8
-"""Rounds that a shard may fall behind the one that had most before a worker elsewhere steals from
-it. Unequal use ages chains unequally; a round stolen costs one copy over the network each way."""
+"""Rounds by which a shard on a worker's node may be ahead of the least used one, before the worker
+moves chains of the latter. Unequal use lets chains age unequally; a round on another node costs one
+copy over the network each way."""
 
 
 def shards_of_update(first_lease: int, num_rounds: int, num_shards: int) -> list[int]:
-    """The shards of an update's rounds in `sync` mode: a function of their numbers alone.
+    """The shards of an update's rounds in `sync` mode, a function of the lease ids alone.
 
-    All shards equally often, as far as that goes, and the rest of them at random.
+    All shards occur equally often; the remainder goes to different shards drawn at random.
     """
     order = _generator(first_lease).permutation(num_shards)
     return [int(order[i % num_shards]) for i in range(num_rounds)]
@@ -32,15 +32,15 @@ class ShardChoice:
 
     def __init__(self, num_shards: int, leases_per_update: int) -> None:
         self._num_rounds = [0] * num_shards
-        # A run without chains has no shards, and never asks for one.
+        # A run without chains has no shards; `next` is then never called.
         self._at_random = num_shards > 0 and leases_per_update % num_shards != 0
 
     def next(self, lease_id: int, node: str | None, nodes: Sequence[str | None]) -> int:
         """The shard of the round `lease_id`.
 
         Args:
-            node: of the worker that is free.
-            nodes: of each shard.
+            node: node of the free worker.
+            nodes: node of each shard.
         """
         rounds = self._num_rounds
         if self._at_random:

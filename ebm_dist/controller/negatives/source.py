@@ -1,7 +1,7 @@
-"""Which chains the learner consumes: what both modes of `flow.mode` have in common.
+"""Chooses the chains that the learner consumes: the common part of both values of `flow.mode`.
 
-Steps beyond those that the negatives take are kept within the band of `flow.min_steps_per_update`
-and `flow.max_steps_per_update`.
+A source keeps the MCMC steps per update between `flow.min_steps_per_update` and
+`flow.max_steps_per_update`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from ebm_dist.controller.workers.utilisation import Utilisation
 from ebm_dist.core.types import NegativeArrays
 
 POLL_S = 0.2
+"""Longest time that one poll of the scheduler waits."""
 
 Taken = list[tuple[Committed, Ref[NegativeArrays]]]
-"""Leases that the learner is given, and references of their negatives."""
+"""Leases that the learner consumes, each with the reference of its negatives."""
 
 
 @dataclass(slots=True)
@@ -45,16 +46,19 @@ class Consumed:
 
     leases: list[Committed]
     negatives: list[tuple[int, Ref[NegativeArrays]]]
+    """(number of chains, reference) of each lease."""
     version: int
+    """Version of the learner's weights."""
     wait_s: float
+    """Time that the learner waited for them."""
 
 
 class NegativeSource(ABC):
-    """Keeps rounds under way, and hands over the negatives of each update."""
+    """Keeps rounds in flight, and returns the negatives of each update."""
 
     exact: ClassVar[bool]
-    """Whether an update's negatives follow from its number alone. No others can then take the place
-    of what it loses: the run goes back as a whole, its chains included."""
+    """Whether an update's negatives depend on its number alone. Lost ones then have no replacement,
+    and the whole run goes back, with its chains."""
 
     def __init__(
         self,
@@ -72,11 +76,11 @@ class NegativeSource(ABC):
     ) -> None:
         """
         Args:
-            progress: the controller's own, read for step and version; lease ids are taken from it.
-            count: adds to a counter by metric name.
+            progress: shared with the controller; step and version are read, lease ids taken.
+            count: adds to a counter, by metric name.
             on_wait: called repeatedly while the learner waits.
-            num_negatives: of an update.
-            num_chains, num_steps: of a round.
+            num_negatives: negatives per update.
+            num_chains, num_steps: chains per round, and steps of each.
         """
         self._backend = backend
         self._shards = shards
@@ -96,17 +100,17 @@ class NegativeSource(ABC):
             needed=needed,
             round_steps=self._round_steps,
         )
-        self._booked = 0
-        self._num_taken = 0  # leases that learners were given
-        self._in_hand = 0  # and those that the update under way has chosen
+        self._recorded = 0  # extra steps of this process that `progress` includes
+        self._num_taken = 0  # leases that learners have consumed
+        self._in_hand = 0  # further leases that the present update has chosen
         self.waits = Utilisation(scheduler.workers.members)
 
     def take_negatives(self) -> Consumed:
-        """The leases of one update.
+        """The negatives of one update.
 
         Raises:
-            Stalled: nothing moved for flow.stall_timeout_s.
-            RollBack: some are lost, and no others would do.
+            Stalled: nothing changed for flow.stall_timeout_s.
+            RollBack: some are lost and have no replacement.
         """
         start = time.monotonic()
         self._in_hand = 0
@@ -126,37 +130,37 @@ class NegativeSource(ABC):
 
     @abstractmethod
     def replace(self, consumed: Consumed, lost: Sequence[int]) -> None:
-        """Other negatives in place of those that were lost on their way to the learner.
+        """Replace the negatives of the indices `lost`, which were lost on their way to the learner.
 
         Raises:
-            RollBack: no others would do.
+            RollBack: they have no replacement.
         """
 
     @abstractmethod
     def top_up(self, reserved: int = 0) -> None:
-        """Start rounds ahead of the updates that will consume them, where the mode has such.
+        """Start rounds for later updates, if the mode runs ahead.
 
         Args:
-            reserved: leases that the update under way has already.
+            reserved: number of leases that the present update already has.
         """
 
     def _extra(self) -> int:
-        """Chain steps committed that no negative needed: repairs, spare rounds, and the rounds of
-        leases that were dropped or lost."""
+        """Committed chain steps that no negative needed: of repairs, spare rounds, and leases that
+        were dropped or lost."""
         scheduler = self._scheduler
         in_repair = sum(round_.purpose == "repair" for round_ in scheduler.rounds())
         needed = self._num_taken + self._in_hand + len(scheduler.committed) + in_repair
         extra = scheduler.mcmc_steps - self._round_steps * needed
-        # Added up, since the run may have been resumed from other counts.
-        self._progress.extra_steps += extra - self._booked
-        self._booked = extra
+        # Only the change is added, since a resumed run starts from the count of its checkpoint.
+        self._progress.extra_steps += extra - self._recorded
+        self._recorded = extra
         return self._progress.extra_steps
 
     def _take(self, chosen: list[Committed]) -> Taken:
         """References of the negatives of `chosen`, without those whose shard has died.
 
-        Only a small answer is read here. A learner is never given the reference of a shard that
-        is gone: its peers would wait for it in a collective.
+        Reads the small answer of each shard first: no rank may get the reference of a dead shard,
+        since the other ranks would wait for that rank in a collective.
         """
         replies = [(lease, *self._shards[lease.shard].take(lease.lease_id)) for lease in chosen]
         taken = []
@@ -204,7 +208,7 @@ class NegativeSource(ABC):
         return answer(self._backend, shard.handle, ref, timeout, self._waited_for(what))
 
     def _blocked(self, queue: Queue) -> tuple[Queue, str]:
-        """Which queue it is that keeps `queue` from being filled."""
+        """The queue that keeps `queue` from being filled, and what the learner waits for."""
         scheduler = self._scheduler
         if scheduler.workers.members.num_serving == 0:
             queue = WORKERS

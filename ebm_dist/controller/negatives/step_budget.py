@@ -1,14 +1,12 @@
-"""How many MCMC steps an update may take: credits that keep the ratio of the two inside a band.
+"""Bounds on the MCMC steps per update, kept by credits.
 
-The negatives of an update take `needed` chain steps, once: the learner consumes what the workers
-commit, one for one. Beyond those there are extra steps. Repairs, and rounds whose chains are
-dropped, take as many as it happens; spare rounds, whose chains stay in the buffer, make up for
-what is missing. Each update earns credits for extra steps. Under `low` the learner waits while
-spare rounds run; above `high` it waits for rounds that would else come too late and have to be
-repaired or replaced. Nobody drops. After the limiter of samples per insert in Reverb (Cassirer et
-al. 2021, arXiv:2102.04736), with the two sides' counts in the checkpoint.
+The negatives of an update take `needed` chain steps. All others are extra steps: of repairs, of
+leases that are dropped or lost, and of spare rounds, whose chains stay in the buffer. Below `low`
+the learner waits while spare rounds run. Above `high` it waits for rounds in flight that would
+otherwise become too old and have to be repaired or replaced. The model is Reverb's limiter of
+samples per insert (Cassirer et al. 2021, arXiv:2102.04736); the counts are in the checkpoint.
 
-With U updates made, all steps committed by then lie between low * U and
+After U updates, the committed steps lie between low * U and
 high * U + (rounds ahead + 1) * steps of a round.
 """
 
@@ -23,25 +21,25 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class StepBudget:
-    """Bounds on chain steps (chains x steps) per update."""
+    """The lower and upper bound on chain steps (chains x steps) per update."""
 
     low: float
     high: float
     needed: int
-    """Steps of the negatives of one update."""
+    """Chain steps of the negatives of one update."""
     round_steps: int
-    """Steps of one round."""
+    """Chain steps of one round."""
 
     def missing(self, updates: int, extra: int) -> bool:
-        """Whether the update after `updates` asks for more than `extra` extra steps."""
+        """Whether the update after `updates` needs more than `extra` extra steps."""
         return extra + _ROUNDING < (self.low - self.needed) * (updates + 1)
 
     def credit(self, updates: int, extra: int) -> float:
-        """Extra steps that may still be taken before the update after `updates` is made."""
+        """Extra steps that may still be made before the update after `updates`."""
         return (self.high - self.needed) * (updates + 1) - extra
 
     def spare_rounds(self, step: int) -> int:
-        """Spare rounds of the update after `step`, where each has its own whatever happened."""
+        """Number of spare rounds of the update after `step`, a function of `step` alone."""
         if self.low <= self.needed:
             return 0
         each = (self.low - self.needed) / self.round_steps
@@ -49,23 +47,23 @@ class StepBudget:
 
     @property
     def max_spare_rounds(self) -> int:
-        """The most that `spare_rounds` is for any update."""
+        """Largest value of `spare_rounds` over all updates."""
         return max(0, math.ceil((self.low - self.needed) / self.round_steps - _ROUNDING))
 
 
 def num_late(
     versions: Mapping[int, int], version: int, max_lag: int, left: int, per_update: int
 ) -> int:
-    """How many leases cannot be consumed before they lag too far, whatever the order.
+    """How many leases will lag too far before they are consumed, even in the best order.
 
     Args:
-        versions: number of leases by the version that moved them.
-        version: the learner's.
-        max_lag: of a lease of version v, the last version that may consume it is v + max_lag.
-        left: leases that the update at `version` takes yet.
-        per_update: leases that every later one takes.
+        versions: number of leases, by the version of the weights that moved them.
+        version: version of the learner's weights.
+        max_lag: a lease of version v may be consumed up to version v + max_lag.
+        left: leases that the update at `version` still takes.
+        per_update: leases that each later update takes.
     """
-    # Jobs of one length with deadlines: the most crowded interval tells how many miss theirs.
+    # Jobs of unit length with deadlines: the most crowded interval gives the number that miss.
     late, before = 0, 0
     for moved_at in sorted(versions):
         before += versions[moved_at]

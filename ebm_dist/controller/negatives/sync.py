@@ -1,4 +1,4 @@
-"""`flow.mode: sync`: an update's rounds are started with it, under its own weights."""
+"""`flow.mode: sync`: the rounds of an update start with it, under its own weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ebm_dist.controller.retry import GoBack, RollBack
 
 
 class SyncNegatives(NegativeSource):
-    """Negatives that follow from the number of the update alone, whoever moves them and when."""
+    """Negatives that depend on the number of the update alone, not on workers or timing."""
 
     exact = True
 
     def _take_update(self) -> Taken:
         step = self._progress.step
-        # Numbered by the update alone: whoever repeats it draws the same.
+        # The ids depend on the update alone, so that a repeated update draws the same leases.
         per_update = self._leases_per_update + self._budget.max_spare_rounds
         first = self._progress.lease_of(step * per_update)
         wanted = range(first, first + self._leases_per_update)
@@ -31,7 +31,7 @@ class SyncNegatives(NegativeSource):
             lambda: scheduler.outstanding == 0 and all(i in scheduler.committed for i in wanted),
             lambda: self._blocked(NEGATIVES),
         )
-        while scheduler.releases:  # or the next update might draw before these chains are free
+        while scheduler.releases:  # the next update must not draw before these chains are free
             self._answer(*scheduler.releases.pop(), "chains")
         chosen = [scheduler.committed.pop(i) for i in wanted]
         taken = self._take(chosen)
@@ -43,4 +43,4 @@ class SyncNegatives(NegativeSource):
         raise RollBack(GoBack("negatives of this update were lost with the node that held them"))
 
     def top_up(self, reserved: int = 0) -> None:
-        """Nothing runs ahead."""
+        """Do nothing: no round runs ahead."""

@@ -1,1 +1,1 @@
-"""MCMC rounds under way on the workers."""
+"""MCMC rounds in flight: leases, dispatch to workers, timeouts."""

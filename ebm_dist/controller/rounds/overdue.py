@@ -1,7 +1,7 @@
-"""Rounds that take long: their leases are kept alive, and who holds one for too long is found.
+"""Renews the leases of rounds in flight, and finds the part that makes a round overdue.
 
-A round is three calls, the shard's checkout, the worker's run and the shard's checkin, and it waits
-for the first that is not done. That tells a worker that hangs from a shard that does.
+A round is three calls: checkout by the shard, run by the worker, checkin by the shard. The first
+call that is not done tells which of the two hangs.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ebm_dist.controller.rounds.round import Round
 from ebm_dist.controller.shards import Shards
 
 
-class Overdue:
-    """Looks after rounds by the clock."""
+class OverdueRounds:
+    """Renews leases, and finds rounds that take too long and the part that holds them."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Overdue:
     ) -> None:
         """
         Args:
-            hang_s: twice buffer.lease_timeout_s; whoever is at a round for longer hangs.
+            hang_s: twice buffer.lease_timeout_s; a part that holds a round for longer hangs.
         """
         self._backend = backend
         self._shards = shards
@@ -35,10 +35,10 @@ class Overdue:
         self._renewed = clock()
 
     def renew_leases(self, rounds: Iterable[Round]) -> None:
-        """Have the shards keep the leases of `rounds`, from time to time.
+        """Renew the leases of `rounds`, at most eight times per `hang_s`.
 
-        A round may wait behind others, with its lease drawn already: then the lease says nothing of
-        how long a worker takes, and must not expire for it.
+        A round may wait behind others after its lease was drawn. The lease must not expire for
+        that: `hung_round` alone limits the time of a worker.
         """
         now = self._clock()
         if now - self._renewed < self.hang_s / 8:
@@ -50,11 +50,11 @@ class Overdue:
         for index, lease_ids in leases.items():
             self._shards[index].renew(lease_ids)
 
-    def shard(self, rounds: Iterable[Round], seconds: float) -> int | None:
-        """A shard that has owed a round its answer, and the round is older than `seconds`.
+    def hung_shard(self, rounds: Iterable[Round], seconds: float) -> int | None:
+        """A shard for whose answer a round older than `seconds` waits, or None.
 
         Args:
-            rounds: in the order in which they were started.
+            rounds: ordered by their start.
         """
         now = self._clock()
         for round_ in rounds:
@@ -69,15 +69,15 @@ class Overdue:
         return None
 
     @property
-    def held_too_long(self) -> str:
-        """What is said of a worker that `held` found."""
+    def hang_message(self) -> str:
+        """Describes the worker of a `hung_round`."""
         return (
             f"held a round for {self.hang_s:.0f} s, twice buffer.lease_timeout_s; raise it if "
             "rounds take so long, or lower sampler.num_steps or workers.num_chains"
         )
 
-    def held(self, rounds: Iterable[Round]) -> Round | None:
-        """A round that its worker has been at for too long."""
+    def hung_round(self, rounds: Iterable[Round]) -> Round | None:
+        """A round whose worker has been busy with it for more than `hang_s`, or None."""
         now = self._clock()
         for round_ in rounds:
             if now - round_.started <= self.hang_s:

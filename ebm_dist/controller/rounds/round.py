@@ -1,4 +1,4 @@
-"""A round of MCMC on its way, and what is left of it once its chains are committed."""
+"""A round of MCMC in flight, and the committed lease that it becomes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from ebm_dist.core.errors import RunFailed
 from ebm_dist.core.types import Lease, MovedChains
 
 Purpose = Literal["negatives", "repair", "spare"]
-"""A round's chains become negatives; become negatives after all; or stay in the buffer."""
+"""`negatives`: the chains become negatives. `repair`: stale negatives are moved again. `spare`: the
+chains stay in the buffer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What a shard answered where the lease of a round was drawn ahead of it: the lease, or that
-    it has been drawn, where it is not known yet who will have it."""
+    """The answer of a shard that drew a lease before its round began: the lease or, if the worker
+    is not known yet, a reference that is done when the lease is drawn."""
 
     lease: Ref[Lease | None] | None = None
     after: Ref[int] | None = None
@@ -37,30 +38,31 @@ class Round:
     num_steps: int
     purpose: Purpose
     version: int
-    """Of the weights that it was last started under; -1 while nobody has begun it."""
+    """Version of the weights with which it last started; -1 while it waits."""
     ready_id: int | None = None
-    """Of a repair: the committed lease whose chains are moved again."""
+    """For a repair: the committed lease whose chains are moved again."""
     drawn: Drawn = Drawn()
     member: Member | None = None
     weights: Ref[np.ndarray] | None = None
-    """What it was last started under."""
+    """The weights with which it last started."""
     leased: Ref[Lease | None] | None = None
-    """What the shard answers to the checkout, where the worker has not been given it yet."""
+    """The shard's answer to the checkout."""
     moved: Ref[MovedChains | None] | None = None
-    """What the worker answers."""
+    """The worker's answer."""
     ref: Ref[CheckinReply] | None = None
-    """What the shard answers to the checkin: the last of the three calls."""
+    """The shard's answer to the checkin, the last of the three calls."""
     attempts: int = 0
     trouble: str = ""
-    """Why it was not committed when it was last tried."""
+    """Why its last attempt failed."""
     starved: bool = False
-    """Its shard had too few free chains when it was last tried."""
+    """Whether its shard had too few free chains at the last attempt."""
     started: float = 0.0
+    """When its last attempt began, on the scheduler's clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A lease whose chains are ready to be negatives."""
+    """A lease whose chains are committed and can become negatives."""
 
     lease_id: int
     shard: int
@@ -71,7 +73,7 @@ class Committed:
 
     @classmethod
     def of(cls, round_: Round, reply: CheckinReply) -> Committed:
-        """What the shard of `round_` replied when it had committed its chains."""
+        """The lease of `round_`, from the shard's reply to the checkin."""
         return cls(
             round_.lease_id,
             round_.shard,
@@ -84,7 +86,7 @@ class Committed:
 
 def failed_too_often(round_: Round) -> RunFailed:
     return RunFailed(
-        f"round {round_.lease_id} of shard {round_.shard} failed {MAX_ATTEMPTS} times, on one "
-        f"worker after another; the last time: {round_.trouble}. If memory ran out, lower "
-        "workers.num_chains; run.log names the times before"
+        f"round {round_.lease_id} of shard {round_.shard} failed {MAX_ATTEMPTS} times; the last "
+        f"time: {round_.trouble}. If memory ran out, lower workers.num_chains; run.log has the "
+        "earlier failures"
     )

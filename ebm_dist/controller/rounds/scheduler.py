@@ -1,13 +1,11 @@
-"""Rounds of MCMC in flight: dispatched to workers, committed by shards, redone when one dies.
+"""Rounds of MCMC in flight: given to workers, committed by shards, repeated after a death.
 
-A round is three calls chained by reference: the shard's checkout, the worker's run, the
-shard's checkin. The chains go from actor to actor; the scheduler sees the small reply of the
-checkin alone. A lease outlives its worker: a round whose worker died is started again with the
-same id, and the shard gives out the same lease, with the same noise. A lease does not outlive
-its shard: rounds with a shard that died are forgotten, ready ones too.
+A round is three calls chained by reference: checkout by the shard, run by the worker, checkin by
+the shard. The chains go from actor to actor; the scheduler reads only the small reply of the
+checkin. If a worker dies, its rounds start again with the same lease ids, for which the shard gives
+the same leases with the same noise. If a shard dies, its rounds and committed leases are forgotten.
 
-Workers come and go. Rounds that nobody has room for wait here and not with a worker, so that
-whoever is free first takes them; a newcomer is free once it holds weights.
+Rounds for which no worker has room wait here, so that the first free worker takes them.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from ebm_dist.cluster.backend import Backend, PartDied, Ref, T, fault_of_the_mac
 from ebm_dist.controller.clients import ShardClient, WorkerClient
 from ebm_dist.controller.retry import MAX_ATTEMPTS, RETRY_S, Decision, Redo, obey
 from ebm_dist.controller.rounds.leases import LeaseSource
-from ebm_dist.controller.rounds.overdue import Overdue
+from ebm_dist.controller.rounds.overdue import OverdueRounds
 from ebm_dist.controller.rounds.round import (
     Committed,
     Purpose,
@@ -40,7 +38,7 @@ log = logging.getLogger("ebm_dist.run")
 
 
 class RoundScheduler:
-    """Keeps workers supplied with rounds, and collects what they committed."""
+    """Gives rounds to workers, and collects the committed leases."""
 
     def __init__(
         self,
@@ -57,10 +55,10 @@ class RoundScheduler:
     ) -> None:
         """
         Args:
-            on_replaced: decides what follows, given the shard that has just been replaced.
-            on_rejected: the same, given the shard of a round that it did not accept.
-            num_chains: of a round.
-            depth: rounds that a worker may have before it.
+            on_replaced: decides what follows, given the index of a shard that was just replaced.
+            on_rejected: the same, given the index of a shard that refused a round.
+            num_chains: chains per round.
+            depth: most rounds that one worker is given at a time.
             hang_s: a part that holds a round for longer is replaced.
         """
         self._backend = backend
@@ -69,63 +67,61 @@ class RoundScheduler:
         self._on_rejected = on_rejected
         self._leases = LeaseSource(backend, shards, num_chains)
         self._depth = depth
-        self._overdue = Overdue(backend, shards, hang_s, clock)
+        self._overdue = OverdueRounds(backend, shards, hang_s, clock)
         self._clock = clock
-        self._rounds: OrderedDict[Ref[CheckinReply], Round] = (
-            OrderedDict()
-        )  # in the order of `started`
+        self._rounds: OrderedDict[Ref[CheckinReply], Round] = OrderedDict()  # ordered by `started`
         self._waiting: deque[Round] = deque()
         self._delayed: list[tuple[float, Round]] = []
         self._noted: set[str] = set()
         self._shard_failures = [0] * len(self._shards)
         self.workers = workers
         self._members = self.workers.members
-        # Ordered dicts: the first key of a plain one is found past all that were taken before it.
+        # Ordered: to find its first key, a plain dict would skip all deleted entries.
         self.committed: OrderedDict[int, Committed] = OrderedDict()
         self.releases: list[tuple[ShardClient, Ref[int]]] = []
-        """Shards, and their answers, that were told to keep the chains of a spare round."""
+        """For each spare round, its shard and the shard's answer to the release of its chains."""
         self.counts: dict[int, ShardCounts] = {}
         self.restarts = 0
         self.num_refused = 0
-        """Rounds whose lease was void by the time they came back."""
+        """Rounds that were refused because their lease was void."""
         self.num_started = 0
         self.num_local = 0
-        """Of those started, rounds whose worker was on the node of the shard."""
+        """Started rounds whose worker was on the node of the shard."""
         self.num_by_rows = 0
-        """Of those committed, rounds whose chains never left the memory of the shard's node."""
+        """Committed rounds whose chains stayed in the memory of the shard's node."""
         self.steps: Counter[Purpose] = Counter()
-        """Chain steps committed, by purpose of their round."""
+        """Committed chain steps (chains x steps), by purpose of the round."""
 
     @property
     def mcmc_steps(self) -> int:
-        """Chain steps committed."""
+        """Committed chain steps of all rounds."""
         return self.steps.total()
 
     @property
     def outstanding(self) -> int:
-        """Rounds started and not yet committed."""
+        """Number of rounds that are started and not committed."""
         return len(self._rounds) + len(self._waiting) + len(self._delayed)
 
     @property
     def has_room(self) -> bool:
-        """Whether some worker holds weights and has fewer than `depth` rounds before it."""
+        """Whether a serving worker has fewer than `depth` rounds, and no round waits."""
         member = self._members.first()
         return member is not None and member.load < self._depth and not self._waiting
 
     @property
     def idle_node(self) -> str | None:
-        """Where the worker is that is given the next round."""
+        """Node of the worker that gets the next round."""
         member = self._members.first()
         return member.node if member is not None else None
 
     def rounds(self) -> Iterable[Round]:
-        """Every round that was started and not committed."""
+        """All rounds that are started and not committed."""
         yield from self._rounds.values()
         yield from self._waiting
         yield from (round_ for _, round_ in self._delayed)
 
     def set_weights(self, weights: Ref[np.ndarray], version: int) -> None:
-        """Weights of the rounds started from now on. Versions never go back."""
+        """Set the weights of all rounds that start from now on. Versions never decrease."""
         self.workers.set_weights(weights, version)
 
     # --- rounds -------------------------------------------------------------------------------
@@ -139,7 +135,7 @@ class RoundScheduler:
         purpose: Purpose = "negatives",
         ready_id: int | None = None,
     ) -> None:
-        """Start a round on the worker with the fewest rounds before it."""
+        """Start a round on the least loaded worker."""
         self._submit(Round(lease_id, shard, num_steps, purpose, -1, ready_id))
 
     def start_together(
@@ -149,13 +145,13 @@ class RoundScheduler:
         *,
         spare: Sequence[int] = (),
     ) -> None:
-        """Start rounds, (lease id, shard) each, whose slots do not depend on timing.
+        """Start rounds, each (lease id, shard), whose slots do not depend on timing.
 
-        A shard draws all of its own in one call: drawn one by one, the slots that are free for
-        the next would depend on which rounds are back.
+        Each shard draws all its leases in one call. Drawn one by one, their free slots would depend
+        on which rounds have returned.
 
         Args:
-            spare: those of the lease ids whose chains stay in the buffer.
+            spare: lease ids of the rounds whose chains stay in the buffer.
         """
         drawn = self._leases.draw(leases)
         for lease_id, shard in leases:
@@ -163,7 +159,7 @@ class RoundScheduler:
             self._submit(Round(lease_id, shard, num_steps, purpose, -1, drawn=drawn[lease_id]))
 
     def forget_all(self) -> None:
-        """Give up all rounds and all that is committed; the shards must refuse what comes back."""
+        """Forget all rounds and committed leases; the shards must refuse their late checkins."""
         for member in self._members:
             self._members.add_load(member, -member.load)
             self.workers.release_if_done(member)
@@ -187,7 +183,7 @@ class RoundScheduler:
         round_.version = self.workers.version
         round_.started = self._clock()
         weights = round_.weights = self.workers.weights
-        assert weights is not None, "a worker serves that holds none"
+        assert weights is not None, "a worker serves without weights"
         round_.leased = self._leases.lease(round_, member)
         round_.moved = member.worker.run_round(
             round_.leased, weights, round_.version, round_.num_steps
@@ -199,10 +195,10 @@ class RoundScheduler:
         self.num_local += shard.node is not None and shard.node == member.node
 
     def poll(self, timeout: float, *others: Ref[T]) -> list[Ref[T]]:
-        """Wait up to `timeout` for any round or any of `others`; book the finished rounds.
+        """Wait up to `timeout` for any round or any of `others`, and handle the finished rounds.
 
         Returns:
-            Those of `others` that are done.
+            The references of `others` that are done.
         """
         now = self._clock()
         if self._delayed:
@@ -225,7 +221,7 @@ class RoundScheduler:
             elif ref in self.workers.loading and (failed := self.workers.admit(ref)) is not None:
                 self._redo_rounds_of(*failed)
         self._start_waiting()
-        self._replace_who_hangs()
+        self._replace_hung_parts()
         self._overdue.renew_leases(self.rounds())
         self.workers.remove_overdue(now)
         return [ref for ref in others if ref in done]
@@ -248,8 +244,8 @@ class RoundScheduler:
             self._recover(round_, member, died)
             return
         except Exception as error:
-            # The worker's, since a shard computes nothing; another process, on another device it
-            # may be, has the same chains and noise.
+            # The error is the worker's, since a shard computes nothing. Another process, perhaps on
+            # another device, repeats the round with the same chains and noise.
             if (fault := fault_of_the_machine(error)) is None:
                 raise
             self._fail(round_, member, f"its round failed: {fault}")
@@ -257,7 +253,7 @@ class RoundScheduler:
         self.workers.release_if_done(member)
         self.counts[round_.shard] = reply.counts
         for note in reply.notes:
-            if note not in self._noted:  # every worker of a pool chooses alike
+            if note not in self._noted:  # all workers of a pool report the same
                 self._noted.add(note)
                 log.info(note)
         if reply.accepted:
@@ -270,11 +266,11 @@ class RoundScheduler:
             self.num_refused += 1
             obey(self._on_rejected(round_.shard))
         if round_.purpose == "repair":
-            return  # the repaired chains expired back into the shard: nothing to redo
+            return  # its chains are free again
         if round_.starved:
-            round_.attempts -= 1  # too few free chains is no fault: wait for them
+            round_.attempts -= 1  # too few free chains is no failure
             if round_.purpose == "spare":
-                return  # any other chains do as well: whoever wanted it asks another shard
+                return  # the source may start another, on any shard
         round_.version = -1
         self._delayed.append((self._clock() + 0.05, round_))
 
@@ -289,35 +285,35 @@ class RoundScheduler:
 
     # --- when parts die -----------------------------------------------------------------------
 
-    def _replace_who_hangs(self) -> None:
+    def _replace_hung_parts(self) -> None:
         if self.replace_a_hung_shard(self._overdue.hang_s):
             return
-        if (round_ := self._overdue.held(self._rounds.values())) is not None:
+        if (round_ := self._overdue.hung_round(self._rounds.values())) is not None:
             assert round_.member is not None
-            round_.trouble = self._overdue.held_too_long
+            round_.trouble = self._overdue.hang_message
             self._redo_rounds_of(round_.member, round_.trouble)
 
     def replace_a_hung_shard(self, seconds: float) -> bool:
-        """Replace a shard that a round older than `seconds` waits for, if there is one."""
-        index = self._overdue.shard(self._rounds.values(), seconds)
+        """Replace a shard for which a round older than `seconds` waits; False if there is none."""
+        index = self._overdue.hung_shard(self._rounds.values(), seconds)
         if index is not None:
             obey(self.replace_shard(index, f"a round has waited for it for {seconds:.0f} s"))
         return index is not None
 
     def _recover(self, failed: Round, member: Member, died: PartDied) -> None:
-        """Replace the part that took `failed` with it, and start its rounds again."""
+        """Replace the part whose death ended `failed`, and repeat its rounds."""
         if not self._backend.alive(self._shards[failed.shard].handle):
             obey(self.replace_shard(failed.shard, str(died)))
         elif not self._backend.alive(member.worker.handle):
             self._fail(failed, member, str(died))
-        else:  # no fault of the round: weights are lost, or a node is and Ray has yet to see
+        else:  # weights are lost, or a node whose death Ray has not noticed yet
             failed.version = -1
             failed.attempts -= 1
             self._delayed.append((self._clock() + RETRY_S, failed))
         self.workers.release_if_done(member)
 
     def _fail(self, failed: Round, member: Member, why: str) -> None:
-        """Replace the worker of a round that has come back without chains; the round is redone."""
+        """Replace the worker of a round that failed, and repeat its rounds."""
         failed.trouble = why
         assert failed.ref is not None
         self._rounds[failed.ref] = failed
@@ -325,7 +321,7 @@ class RoundScheduler:
         self._redo_rounds_of(member, why)
 
     def redo_lost(self) -> None:
-        """Start again, under the present weights, what waits for weights that are lost."""
+        """Give the current weights to the rounds and workers that wait for lost ones."""
         for ref, round_ in list(self._rounds.items()):
             assert round_.weights is not None
             if round_.weights is self.workers.weights or not self._backend.lost(round_.weights):
@@ -340,7 +336,7 @@ class RoundScheduler:
         self.workers.send_again()
 
     def check(self, trouble: Exception | None = None) -> Decision:
-        """Replace the shards and workers that are known to be dead; `trouble` may say why."""
+        """Replace shards and workers that are known to be dead; `trouble` may name the cause."""
         decision: Decision = Redo()
 
         def why(part: ShardClient | WorkerClient) -> str:
@@ -348,20 +344,20 @@ class RoundScheduler:
 
         for index, shard in enumerate(self._shards):
             if not self._backend.alive(shard.handle):
-                what_follows = self.replace_shard(index, why(shard))
-                decision = what_follows if isinstance(decision, Redo) else decision
+                following = self.replace_shard(index, why(shard))
+                decision = following if isinstance(decision, Redo) else decision
         for member in self._members:
-            # One that starts has been sent weights, and is found out by its answer; to ask whether
-            # it is alive would wait for Ray to place it.
+            # The answer to its first weights tells whether a starting worker is dead; `alive` would
+            # wait until Ray has placed it.
             if member.state != "starting" and not self._backend.alive(member.worker.handle):
                 self._redo_rounds_of(member, why(member.worker))
         return decision
 
     def replace_shard(self, index: int, why: str) -> Decision:
-        """Start another process on the chains of a dead shard, without the rounds it knew of.
+        """Start another process for a dead shard, and forget its rounds.
 
         Raises:
-            RunFailed: it died `MAX_ATTEMPTS` times without a commit between.
+            RunFailed: it died more than `MAX_ATTEMPTS` times without a commit.
         """
         shard = self._shards[index]
         self._shard_failures[index] += 1
@@ -374,12 +370,12 @@ class RoundScheduler:
         return self._on_replaced(index)
 
     def move_shard(self, index: int, successor: ShardClient) -> None:
-        """Go on with `successor`, which holds the chains of the shard, without its rounds."""
+        """Replace the shard by `successor`, which holds its chains, and forget its rounds."""
         self._forget_rounds_of(index)
         self._shards.move(index, successor)
 
     def _forget_rounds_of(self, index: int) -> None:
-        """Give up the rounds and negatives that a shard knows of."""
+        """Forget the rounds and the committed leases of a shard."""
         for ref in [ref for ref, round_ in self._rounds.items() if round_.shard == index]:
             member = self._rounds.pop(ref).member
             assert member is not None
