@@ -1,1 +1,1 @@
-"""The parts of a running graph and the boundary to Ray."""
+"""The classes that run inside actors: shard, worker, learner rank, evaluator, auditor."""

@@ -1,4 +1,4 @@
-"""The auditor: long chains off the training path, and what they found as negatives."""
+"""The auditor: runs long chains beside training, and returns what they find as negatives."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from ebm_dist.samplers.frozen import for_rows
 
 @dataclass(frozen=True, slots=True)
 class AuditFindings:
-    """What an audit measured, and what it found."""
+    """The result of an audit."""
 
     values: dict[str, float]
-    """By metric name."""
+    """Metrics by name."""
     alarm: str | None
-    """In one line."""
+    """One line for the log, or None."""
     negatives: ChainSample  # the M chains to feed back
-    energies: np.ndarray  # (M,), theirs
+    energies: np.ndarray  # (M,), of `negatives`
 
 
 class Auditor:
-    """Runs the audit of one set of weights at a time. Plain Python: a part of the graph."""
+    """Audits one set of weights at a time."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Auditor:
         self._train: Batch | None = None
 
     def audit(self, step: int, flat: np.ndarray, chains: ChainSample | None) -> AuditFindings:
-        """Audit the weights `flat` from `chains`, or from where chains start."""
+        """Audit the weights `flat` from `chains`; None for fresh starts of chains."""
         if self._train is None:
             self._train = load_split(self._data, "train")
         self._layout.load_(self._energy, torch.from_numpy(np.array(flat)))
@@ -110,7 +110,7 @@ class Auditor:
     def _starts(self, generator: torch.Generator, pick: torch.Tensor, seed: int) -> ChainSample:
         num = self._config.audit_chains
         assert self._train is not None
-        # The other end of the permutation: the audit measures distances to the first of it.
+        # From the end of the permutation: the audit measures distances to its beginning.
         data = _rows(self._train, pick[-num:])
         x = data.x
         if self._buffer.init == "noise":

@@ -1,4 +1,4 @@
-"""Measurements off the training path, by a part of their own: quality, energies, likelihood."""
+"""The evaluator: measures sample quality, energies and likelihood beside training."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from ebm_dist.samplers.law import box, curvature, effective_temperature, unadjus
 log = logging.getLogger("ebm_dist")
 
 NUM_PROBED = 64
-"""Chains at which the curvature of the energy is measured."""
+"""Number of chains at which the curvature of the energy is measured."""
 
 
 class Evaluator:
-    """Trains the feature network at its first call, then answers what the controller asks."""
+    """Measures chains and weights. The first call trains the feature network."""
 
     def __init__(
         self,
@@ -52,11 +52,11 @@ class Evaluator:
     ) -> None:
         """
         Args:
-            sampler: of the chains; its step size biases them, which is measured.
-            temperature: T of the run's chains: the likelihood is that of exp(-E/T)/Z.
-            start_std: of the noise that chains start from, buffer.init_std.
-            run_estimates_log_z: training has an estimate of its own, under `likelihood/log_z`;
-                the exact one is then logged beside it.
+            sampler: sampler of the chains, for the bias of its step size; None to leave it out.
+            temperature: T of the run's chains; the likelihood is that of exp(-E/T)/Z.
+            start_std: standard deviation of the noise from which chains start, buffer.init_std.
+            run_estimates_log_z: training logs its own estimate as `likelihood/log_z`; the exact
+                value then has another name.
         """
         self._config = config
         self._temperature = temperature
@@ -84,9 +84,8 @@ class Evaluator:
         """Metrics of `chains` and of the averaged weights `ema`, by name.
 
         Args:
-            flat: the weights as they are. Where `weighted` is given, or the run has an estimate
-                of log Z of its own, the likelihood is theirs: an estimate that follows the
-                weights says nothing of their average.
+            flat: the current weights. With `weighted`, or if the run estimates log Z itself, the
+                likelihood is that of `flat`: such an estimate follows the current weights.
             weighted: all chains of each shard with their Jarzynski log-weights.
         """
         if self._test is None:
@@ -105,9 +104,9 @@ class Evaluator:
             a = curvature(self._moves, self._given(chains, NUM_PROBED), x, generator)
             values["sampler/curvature"] = a
             values["sampler/effective_temperature"] = effective_temperature(self._moves, a)
-        # A buffer on its way to another number of chains may show fewer than before.
+        # A buffer whose size changes may have fewer chains than before.
         if self._fidelity is not None and len(chains.x) >= self._fidelity.num:
-            # Unclamped chains leave the data's range by their noise; a picture cannot.
+            # The noise of unclamped chains leaves the range of the data; an image cannot.
             x = torch.from_numpy(np.array(chains.x[: self._fidelity.num])).clamp(-1.0, 1.0)
             label = chains.context.get("label")
             asked = None if label is None else torch.from_numpy(label[: self._fidelity.num])
@@ -122,7 +121,7 @@ class Evaluator:
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def _given(self, chains: ChainSample, num: int) -> EnergyFn:
-        """The energy of the first `num` chains."""
+        """The energy function with the context of the first `num` chains."""
         context = {
             name: torch.from_numpy(chains.context[name][:num].copy())
             for name in trait(self._energy, "context") & chains.context.keys()
@@ -130,8 +129,11 @@ class Evaluator:
         return bind(self._energy, **context)
 
     def _mean_energy(self, x: torch.Tensor) -> float:
-        """Of events (N, *event), each given what the held-out datum of its place comes with where
-        the energy needs it, and the cleanest level."""
+        """Mean energy of events (N, *event).
+
+        If the energy needs a context, event i gets that of held-out datum i, and the cleanest
+        level.
+        """
         assert self._test is not None
         index = torch.arange(len(x)) % len(self._test.x)
         known = {
@@ -144,7 +146,7 @@ class Evaluator:
         return mean_energy(self._energy, x, context)
 
     def _running_likelihood(self, shards: Sequence[WeightedChains]) -> dict[str, float]:
-        """log Z from the chains' own weights, each carried from its version to today's."""
+        """log Z from the chains' Jarzynski weights, each updated to the current weights."""
 
         def joined(arrays: list[np.ndarray]) -> torch.Tensor:
             return torch.from_numpy(np.concatenate(arrays))
@@ -167,10 +169,10 @@ class Evaluator:
         }
 
     def _likelihood(self, step: int, beside: bool) -> dict[str, float]:
-        """log Z exactly where it can be had, else by annealing where that was asked for."""
+        """log Z: exact if possible, else by annealing if evaluation.likelihood is true."""
         wanted = self._config.likelihood
         if wanted is False or trait(self._energy, "needs_context"):
-            return {}  # such an energy has a log Z for each context
+            return {}  # such an energy has one log Z per context
         if is_exact(self._energy, self._spec):
             try:
                 log_z = exact_log_partition(
@@ -182,7 +184,7 @@ class Evaluator:
                         "likelihood/log_prob_exact": self._log_probs(log_z)["likelihood/log_prob"],
                     }
                 return {"likelihood/log_z": log_z, **self._log_probs(log_z)}
-            except ValueError as error:  # e.g. an energy that does not rise far out: Z is infinite
+            except ValueError as error:  # Z may be infinite, if the energy does not rise far out
                 log.info("no exact likelihood at update %d: %s", step, error)
         if wanted == "auto" or beside:
             return {}
@@ -230,6 +232,7 @@ class Evaluator:
 
 
 def wants_fidelity(config: EvaluationConfig, spec: EventSpec) -> bool:
+    """Whether to measure fidelity; `auto` means for images with classes."""
     if config.fidelity == "auto":
         return spec.kind == "image" and len(spec.shape) == 3 and spec.num_classes is not None
     return config.fidelity
@@ -238,7 +241,7 @@ def wants_fidelity(config: EvaluationConfig, spec: EventSpec) -> bool:
 def mean_energy(
     energy: EnergyFn, x: torch.Tensor, context: Mapping[str, torch.Tensor] | None = None
 ) -> float:
-    """Of events (N, *event), each given its row of the `context` (N, ...)."""
+    """Mean energy of events (N, *event), each with its row of `context` (N, ...)."""
     parts = []
     for start in range(0, len(x), 256):
         rows = slice(start, start + 256)

@@ -1,4 +1,4 @@
-"""A learner rank: its own data, its slice of the negatives, one DeepSpeed step, the weights."""
+"""The learner rank: one DeepSpeed step on its own data and its slice of the negatives."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ebm_dist.objectives import ObjectiveSection, ess_ratio
 class LearnerRank:
     """One of `config.num_ranks` processes that hold the model together.
 
-    `update`, `state` and `load` are collective: the controller calls them on every rank, or
-    the others wait for the missing one until `learner.timeout_s`. `published` is rank 0's alone,
-    and may run in a thread of its own beside any of them: to move the weights off the device and
-    into Ray's shared memory takes as long as they are large, and no update depends on it.
+    `start`, `update`, `weights`, `state` and `load` are collective: unless the controller calls
+    them on every rank, the called ranks wait until `learner.timeout_s`. `published` is called on
+    rank 0 alone and may run in a thread beside the others: no update waits while large weights are
+    copied from the device into Ray's shared memory.
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class LearnerRank:
         self._data_config = data
         self._data = DataStream(data, rank=rank, world_size=config.num_ranks, seed=seed)
         self._num_skipped = 0
-        """Bad samples that this stream has left out, as far as updates have reported them."""
+        """Bad samples that this stream has skipped and updates have reported."""
         self._energy = energy.build(seed=derive_seed(seed, "energy"))
         self._objective = objective.build(seed=derive_seed(seed, "objective"))
         self._objective.reweight = reweight and self._objective.needs_negatives
         self._jarzynski = jarzynski
         self._outbox: WeightOutbox | None = None
-        """Rank 0's, once it has started."""
+        """Set on rank 0 by `start`."""
 
     def start(self, rendezvous: tuple[str, int]) -> None:
-        """Meet the other ranks at (host, port) and build the engine. Collective."""
-        # Importing DeepSpeed takes seconds; nothing but a learner pays them.
+        """Form the process group at (host, port) and build the engine. Collective."""
+        # The import of DeepSpeed takes seconds and is needed by learners alone.
         from ebm_dist.learner.engine import LearnerEngine
 
         self._engine = LearnerEngine(
@@ -82,19 +82,19 @@ class LearnerRank:
         parts: Sequence[tuple[int, int]],
         *negatives: NegativeArrays,
     ) -> dict[str, float]:
-        """One update with the next batch of data; rank 0's weights then wait to be `published`.
+        """Make one update with the next batch of data. Rank 0 queues the weights for `published`.
 
         Args:
-            step: counts updates; seeds the noise of the objective.
-            after: what had to be there before this is called.
-            parts: (start, stop) of each entry of `negatives` that this rank consumes.
-            negatives: leases as the shards handed them over.
+            step: number of the update; seeds the noise of the objective.
+            after: unused; its reference makes Ray wait for another call first.
+            parts: (start, stop) that this rank consumes of each entry of `negatives`.
+            negatives: negatives of leases, from the shards.
 
         Returns:
-            Metrics averaged over ranks, and the bad samples that this rank has left out.
+            Metrics averaged over ranks, and the number of bad samples that this rank skipped.
 
         Raises:
-            NonFinite: on every rank alike, with the parameters as they were.
+            NonFinite: on all ranks, with unchanged parameters.
         """
         batch = self._data.next_batch(self._batch_size)
         joined = _join(parts, negatives) if negatives else None
@@ -115,29 +115,30 @@ class LearnerRank:
         return metrics
 
     def published(self, average: bool) -> tuple[bool, np.ndarray, np.ndarray | None]:
-        """True, and the flat weights of the oldest update that they were not asked of yet.
+        """True, the flat weights of the oldest queued update, and the averaged weights or None.
 
-        The first is small: it says that the others are there. Rank 0 alone, once an update.
+        The first result is small and tells the driver that the others exist. Called on rank 0
+        alone, once per update.
 
         Args:
-            average: return the averaged weights as well, which are as large and seldom read.
+            average: also return the averaged weights, which are as large and rarely read.
         """
         assert self._outbox is not None, "asked of another rank than the first"
         flat, mean = self._outbox.take(average)
         return True, as_sent(flat, self._config.wire), mean
 
     def weights(self) -> np.ndarray | None:
-        """The flat weights as they are, for the wire; None on ranks other than 0. Collective."""
+        """The current flat weights in the wire format; None on ranks other than 0. Collective."""
         flat = self._engine.flat_weights()
         return as_sent(flat, self._config.wire) if flat is not None else None
 
     def fetched(self, *negatives: NegativeArrays) -> None:
-        """Called when `negatives` are on this node; of several ranks each by itself."""
+        """Do nothing. Ray runs this call once `negatives` are on this node."""
 
     def state(self) -> tuple[bool, RankState]:
         """True, and this rank's part of a checkpoint. Collective.
 
-        The first half is small: it says that the second has been taken.
+        The first result is small and tells the driver that the state has been copied.
         """
         learner = self._engine.state()
         return True, RankState(
@@ -153,11 +154,10 @@ class LearnerRank:
         data: Cursor | None,
         attempt: int = 0,
     ) -> None:
-        """Continue from a checkpoint or from what `state` returned, of any world size and ZeRO
-        stage. Collective.
+        """Load a checkpoint, or results of `state`, of any world size and ZeRO stage. Collective.
 
         Args:
-            attempt: each has its own noise and its own order of data.
+            attempt: number of rollbacks; selects the noise and the order of the data.
         """
         seed = derive_seed(self._run_seed, "attempt", attempt) if attempt else self._run_seed
         if seed != self._seed:
@@ -183,7 +183,7 @@ def _arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def _tensors(entries: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
-    """Arrays that came through Ray are read-only, and torch warns of those: they are copied."""
+    """Tensors of `entries`. Arrays are copied: those from Ray are read-only, and torch warns."""
     return {
         name: torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
         for name, value in entries.items()
@@ -191,6 +191,8 @@ def _tensors(entries: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torc
 
 
 def _join(parts: Sequence[tuple[int, int]], leases: Sequence[NegativeArrays]) -> Negatives:
+    """Concatenate the (start, stop) slice of each lease."""
+
     def joined(arrays: Iterable[np.ndarray]) -> torch.Tensor:
         pieces = [array[start:stop] for (start, stop), array in zip(parts, arrays)]
         return torch.from_numpy(np.concatenate(pieces))

@@ -1,4 +1,4 @@
-"""A shard as a part of the graph, with the data stream that its chains may start from."""
+"""Builds a shard in its actor, with the data stream from which its chains may start."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def open_shard(
     shared: NodeMemory | None = None,
     life: int = 0,
 ) -> Shard:
-    """A `Shard` from config alone, so that any process can make it.
+    """Build a `Shard` from its config.
 
     Args:
-        shared: where the chains are mapped if there is room; None for ordinary memory.
-        life: those of the process before are taken over if it was of the same.
+        shared: directory of mapped chains, used if it has room; None for ordinary memory.
+        life: a process attaches to the mapped chains of an earlier one with the same value.
     """
     stream = start_stream(data, index, num_shards, seed) if data is not None else None
 
@@ -70,7 +70,7 @@ def open_shard(
     try:
         return opened(directory, ())
     except OSError as error:
-        # Of shards that start together each may have found the room that there is for one.
+        # Several shards that start together may each have seen room for one.
         if error.errno != errno.ENOSPC:
             raise
         shutil.rmtree(directory, ignore_errors=True)
@@ -79,13 +79,13 @@ def open_shard(
 
 def _unmapped(why: str) -> str:
     return (
-        f"{why}: chains lie in the memory of their shard's process, go to workers by value, and "
-        "are rolled back to the last checkpoint should it die"
+        f"{why}: chains are in the memory of their shard's process, go to workers by value, and "
+        "return to the last checkpoint if it dies"
     )
 
 
 def start_stream(data: DataConfig, index: int, num_shards: int, seed: int) -> DataStream:
-    """Where the chains of shard `index` start from, with `buffer.init: data`."""
-    # Another seed than the learner's stream: chains that start at the very batch they will be
-    # contrasted with would follow it through every epoch.
+    """The stream of data from which chains of shard `index` start, with `buffer.init: data`."""
+    # Not the seed of the learner's stream: chains would otherwise start at the batch with which
+    # they are contrasted, in every epoch.
     return DataStream(data, rank=index, world_size=num_shards, seed=derive_seed(seed, "start"))

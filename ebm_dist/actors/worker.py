@@ -1,4 +1,4 @@
-"""The MCMC worker: stateless, so that any of them can redo the round of any other."""
+"""The MCMC worker. It is stateless, so that any worker can repeat the round of another."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ebm_dist.samplers import Chain, Engine, KernelSection, run_chain
 
 
 class Worker:
-    """Take a lease, run K steps under the weights given, return the chains."""
+    """Runs MCMC rounds: takes a lease, moves its chains under given weights, returns them."""
 
     def __init__(
         self,
@@ -51,20 +51,20 @@ class Worker:
     ) -> None:
         """
         Args:
-            num_updates: the update at which the run ends: what is left decides whether
-                `sampler.engine: auto` compiles.
-            resample_threshold: the chains carry Jarzynski weights, and are resampled where their
-                effective share falls below this; None for chains without weights.
-            storage: what the shards store chains as.
-            steady: for flow.mode sync, whose rounds may not depend on when a compilation ends.
-            shared: where the shards of this node map their chains; None for anywhere.
+            num_updates: the last update of the run; `sampler.engine: auto` compiles only if enough
+                updates remain.
+            resample_threshold: chains with Jarzynski weights are resampled when their effective
+                sample fraction falls below this; None for chains without weights.
+            storage: the format in which shards store chains.
+            steady: rounds must not depend on when a compilation ends, as in flow.mode sync.
+            shared: directory in which the shards of this node map their chains; None to accept any.
         """
         self._device = torch.device(device)
         self._spec = spec
         self._energy = energy.build().to(self._device).eval().requires_grad_(False)
         self._layout = FlatLayout.of(self._energy)
         self._codec = Codec.of(storage, spec)
-        self._landing: Tensor | None = None
+        self._staging: Tensor | None = None
         self._within = str(shared.path) if shared is not None else None
         self._sampler = sampler
         self._resample_threshold = resample_threshold
@@ -81,7 +81,7 @@ class Worker:
         """Move the chains of `lease` by `num_steps` steps under `weights` of `version`.
 
         Raises:
-            NonFinite: an energy or a position left the finite numbers.
+            NonFinite: an energy or a position is not finite.
         """
         if lease is None:  # the shard had too few free chains
             return None
@@ -99,7 +99,7 @@ class Worker:
         if self._resample_threshold is not None:
             now, log_weight = self._carried(lease, start)
             negatives = NegativeArrays(
-                # A copy: what `start` lies in is used again in the next round.
+                # A copy: the next round reuses the memory of `start`.
                 x=np.array(start.cpu().numpy()),
                 energy=now.astype(np.float32),
                 version=np.full(len(start), version, np.int64),
@@ -140,21 +140,21 @@ class Worker:
         )
 
     def hold(self, weights: np.ndarray, version: int) -> int:
-        """Take weights before any round; answers when the process is up and holds them."""
+        """Load weights before the first round. The answer tells that the process has started."""
         self._use(weights, version)
         return version
 
     def sample(
         self, num: int, num_steps: int, weights: np.ndarray, seed: int, start_std: float
     ) -> ChainSample:
-        """`num` fresh chains from noise after `num_steps` steps.
+        """`num` chains that start from noise, after `num_steps` steps.
 
-        An energy that needs a label gets each class equally often, one that needs a level gets
-        the cleanest.
+        An energy that needs a label gets all classes equally often; one that needs a level gets the
+        cleanest.
 
         Args:
-            seed: of this occasion and no other; starts and moves each have one derived from it.
-            start_std: of the noise, buffer.init_std.
+            seed: seed of this call, from which those of the starts and of the moves are derived.
+            start_std: standard deviation of the starting noise, buffer.init_std.
         """
         self._use(weights, None)
         start = self._spec.noise(num, seeded(derive_seed(seed, "starts")), std=start_std)
@@ -169,7 +169,7 @@ class Worker:
         return ChainSample(chain.position.cpu().numpy(), context)
 
     def _given(self, context: Arrays) -> EnergyFn:
-        """The energy of chains with this context."""
+        """The energy function of chains with this context."""
         tensors = {
             name: torch.from_numpy(np.array(context[name])).to(self._device)
             for name in CONTEXT
@@ -178,34 +178,34 @@ class Worker:
         return bind(self._energy, **tensors)
 
     def _empty_condition(self, lease: Lease) -> np.ndarray | None:
-        """Where to read the conditions of a lease from its granted rows; None if they are not
-        there."""
+        """An array for the conditions that a lease grants by rows; None if it grants none."""
         if lease.grant is None or (shape := lease.grant.condition_shape) is None:
             return None
         return np.empty((len(lease.slots), *shape), np.float32)
 
     def _fetch(self, lease: Lease, condition: np.ndarray | None) -> Tensor | None:
-        """The chains of a lease, (M, *event) float32 on the device; None if it is void by now.
+        """The chains of a lease, (M, *event) float32 on the device; None if the lease is void.
 
-        Valid until the next call: they land in memory that is kept.
+        Valid until the next call, which reuses the staging buffer.
         """
         size = (len(lease.slots), *self._spec.shape)
-        if self._landing is None or self._landing.shape != size:
+        if self._staging is None or self._staging.shape != size:
             empty = torch.from_numpy(np.empty(size, self._codec.dtype))
-            self._landing = empty.pin_memory() if self._device.type == "cuda" else empty
+            self._staging = empty.pin_memory() if self._device.type == "cuda" else empty
         if lease.grant is None:
             assert lease.position is not None
-            np.copyto(self._landing.numpy(), lease.position)
+            np.copyto(self._staging.numpy(), lease.position)
         else:
             rows = open_rows(lease.grant, self._within)
-            landing = self._landing.numpy()
-            if rows is None or not rows.read(lease.grant, landing, lease.chain_id, condition):
+            staging = self._staging.numpy()
+            if rows is None or not rows.read(lease.grant, staging, lease.chain_id, condition):
                 return None
-        # Not waited for: the landing is written to again after the round, whose end is.
-        return self._codec.decode(self._landing.to(self._device, non_blocking=True))
+        # The copy may be asynchronous: the buffer is reused only after the round, and the end of
+        # the round synchronises.
+        return self._codec.decode(self._staging.to(self._device, non_blocking=True))
 
     def _energy_of(self, chain: Chain, energy_fn: EnergyFn, stored: Tensor) -> Tensor:
-        """The energies (M,) of chains where they are stored, which rounding has moved."""
+        """The energies (M,) of the chains as stored, after rounding."""
         if self._codec.name == "float32" or self._codec.discrete:
             return chain.energy
         with torch.no_grad():
@@ -229,13 +229,13 @@ class Worker:
         )
 
     def _new_notes(self) -> tuple[str, ...]:
-        # A compiling thread may add one meanwhile; what is taken is what was counted.
+        # A compiling thread may add a note meanwhile: remove only those that were taken.
         taken = tuple(self._notes)
         del self._notes[: len(taken)]
         return taken
 
     def _carried(self, lease: Lease, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """The energies and log-weights of the chains x under the weights in use, unmoved."""
+        """Energies and Jarzynski log-weights of unmoved chains x under the current weights."""
         assert lease.energy is not None
         log_weight, recorded = (
             torch.from_numpy(np.array(value)) for value in (lease.log_weight, lease.energy)
@@ -250,7 +250,7 @@ class Worker:
 
 
 def _void(lease: Lease, version: int, num_steps: int) -> MovedChains:
-    """The answer to a lease whose rows are another's by now: the shard counts it as late."""
+    """The answer for a lease whose rows were given to another: the shard counts it as late."""
     nothing = np.zeros(len(lease.slots), np.float32)
     return MovedChains.of(
         lease,
@@ -263,10 +263,10 @@ def _void(lease: Lease, version: int, num_steps: int) -> MovedChains:
 
 
 def round_stats(chain: Chain, start: Tensor) -> dict[str, float]:
-    """Diagnostics of a round, by metric name; two transfers from the device."""
+    """Diagnostics of a round, by metric name. Makes two transfers from the device."""
     names, values = [], []
     for key, per_chain in chain.info.items():
-        name = f"sampler/{key}"  # a sampler of the user may report anything
+        name = f"sampler/{key}"  # a user's sampler may report any name
         names.append(name if describe(name) is not None else f"{USER_METRICS}{key}")
         values.append(per_chain.float().mean())
     moved = rearrange(chain.position - start, "b ... -> b (...)")
@@ -275,11 +275,12 @@ def round_stats(chain: Chain, start: Tensor) -> dict[str, float]:
     stats = dict(zip(names, torch.stack(values).tolist()))
     trace = chain.energies.cpu()
     if trace.shape[0] >= 4:
-        # The time is that of a chain about its own mean; ESS and R-hat see chains that differ.
+        # The autocorrelation time is about each chain's own mean; ESS and R-hat also detect chains
+        # with different means.
         stats["chain/autocorrelation"] = float(autocorrelation_time(trace))
         stats["chain/ess"] = float(effective_sample_size(trace))
         stats["chain/rhat"] = float(split_rhat(trace))
-    # As it fell out, not the acceptance: what NUTS calls so is a mean along its trajectories.
+    # From the outcomes, not from the acceptance rate, which for NUTS is a mean along trajectories.
     if "accepted" in chain.info:
         stats["chain/self_transition"] = 1.0 - stats["sampler/accepted"]
     return stats

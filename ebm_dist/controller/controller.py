@@ -327,7 +327,7 @@ class Controller:
     def _check_parts(self) -> None:
         """Check for a halt and for published weights, and adjust the worker pool."""
         self._halt.check(grace_s=IDLE_GRACE_S if self._is_consistent else GRACE_S)
-        self._parts.learners.look()
+        self._parts.learners.check_published()
         if self._autoscaler is not None:
             self._autoscaler.adjust()
 

@@ -217,12 +217,12 @@ class LearnerGroup:
 
     def settle(self, wait: Wait) -> None:
         """Wait until the weights of the last `publish` are sent; raise if that failed."""
-        self.look()
+        self.check_published()
         late, self.publishing = self.publishing, []
         if late:
             wait(late, self._call_timeout_s, each=self.result)
 
-    def look(self) -> None:
+    def check_published(self) -> None:
         """Check, without a wait, whether the weights of the last `publish` are sent; raise if that
         failed.
 

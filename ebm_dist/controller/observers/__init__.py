@@ -1,1 +1,1 @@
-"""What watches a run without taking part: metrics, evaluation, the audit, chain health."""
+"""Observers of a run: metrics, evaluation, the audit, chain health, the user's callbacks."""

@@ -1,4 +1,4 @@
-"""Calls the user's callbacks in the driver process; any of them may ask the run to stop."""
+"""Calls the user's callbacks in the driver process. A callback may stop the run."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ log = logging.getLogger("ebm_dist")
 
 
 class Callbacks:
-    """The callbacks of a run, in the order given.
+    """The callbacks of a run, called in the given order.
 
-    They run between two updates, in the thread that called `train`, and the run waits for them.
-    An exception of theirs is kept in `failure` and ends the run as a request to stop does, so
-    that the run first writes its checkpoint.
+    They run between two updates in the thread that called `train`, and the run waits for them. An
+    exception is stored in `failure` and stops the run like a request to stop, so that the run first
+    writes its checkpoint.
     """
 
     def __init__(self, callbacks: Iterable[tuple[str, Any]] = (), *, num_updates: int = 0) -> None:
         """
         Args:
-            callbacks: the name and the object of each.
-            num_updates: of the run; a request to stop after the last one changes nothing.
+            callbacks: (name, object) of each.
+            num_updates: updates of the run; a request to stop after the last has no effect.
         """
         self.stopped_by: str | None = None
-        """The callback that asked the run to stop."""
+        """Name of the callback that stopped the run."""
         self.failure: RunFailed | None = None
         self._num_updates = num_updates
         self._step = 0
@@ -45,18 +45,18 @@ class Callbacks:
 
     @property
     def end_run(self) -> bool:
-        """Whether the run is to end before its last update."""
+        """Whether the run must stop before its last update."""
         return self.stopped_by is not None or self.failure is not None
 
     @property
     def why_stopped(self) -> str:
-        """The words before "at update N"."""
+        """Why the run stopped, to be followed by "at update N"."""
         if self.failure is not None:
             return "stopped by an exception in a callback"
         return f"stopped by callback {self.stopped_by}" if self.stopped_by else "stopped"
 
     def check(self) -> None:
-        """Raise the failure of a callback, if there was one."""
+        """Raise `failure`, if there is one."""
         if self.failure is not None:
             raise self.failure
 
@@ -77,7 +77,7 @@ class Callbacks:
         for name, function in self._hooks[hook]:
             if self.failure is not None:
                 return
-            # A copy for each: what one of them changes reaches neither the log nor the next.
+            # A copy for each, so that a callback cannot change what the log or the next one gets.
             own = [dict(arg) if isinstance(arg, Mapping) else arg for arg in args]
             try:
                 asks = function(*own)
@@ -97,10 +97,10 @@ class Callbacks:
 def load_callbacks(
     sections: Iterable[CallbackSection], given: Iterable[object] = ()
 ) -> list[tuple[str, Any]]:
-    """Name and object of each callback: those of the config, then those given from Python.
+    """Name and object of each callback: first those of the config, then those given in Python.
 
     Raises:
-        UserError: a target cannot be imported or made, or has none of the hooks.
+        UserError: a target cannot be imported or constructed, or has none of the hooks.
     """
     found = []
     for index, section in enumerate(sections):

@@ -1,4 +1,4 @@
-"""Looks at the followed chains of every shard, and raises the alarm where they stand still."""
+"""Checks whether the traced chains of the shards move, and logs an alarm if they do not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger("ebm_dist.run")
 
 
 class ChainMonitor:
-    """Asks the shards how their chains move, at each log line."""
+    """Asks the shards for the health of their chains, once per log row."""
 
     def __init__(
         self,
@@ -28,9 +28,9 @@ class ChainMonitor:
     ) -> None:
         """
         Args:
-            reseed: give stuck chains a fresh start where the alarm sounds.
-            generator: chains are a short-run generator's, which keep their mode: it is said once,
-                and is no alarm.
+            reseed: restart stuck chains after an alarm.
+            generator: the run is a short-run generator, whose chains never leave their mode: say
+                so once instead of an alarm.
         """
         self._backend = backend
         self._shards = shards
@@ -42,16 +42,16 @@ class ChainMonitor:
         self._num_alarms = 0
         self._num_reseeded = 0
 
-    def look(self) -> dict[str, float]:
-        """Means over the shards that have something new to tell, by metric name.
+    def check(self) -> dict[str, float]:
+        """Metrics by name, averaged over the shards that have new values.
 
         Raises:
-            PartDied: a shard is gone.
+            PartDied: a shard died.
         """
         sums: dict[str, list[float]] = defaultdict(list)
         asked = [(shard, shard.health(self._reseed)) for shard in self._shards]
         for index, (shard, ref) in enumerate(asked):
-            detail = "waited for how the chains move"
+            detail = "waited for the health of the chains"
             report = answer(self._backend, shard.handle, ref, self._timeout, detail)
             if report is None:
                 continue

@@ -1,7 +1,6 @@
-"""The link to the metric hub, which no update waits for.
+"""The link to the metric hub. No update waits for the hub.
 
-It may die at any moment and the training does not notice: what it was told and did not confirm is
-told again to its successor.
+If the hub dies, training continues: calls that it has not confirmed are repeated on its successor.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from ebm_dist.metrics.hub import HubInfo, unknown_hub
 log = logging.getLogger("ebm_dist.run")
 
 MAX_UNCONFIRMED = 1000
-"""Calls kept for a successor of the hub; the oldest are forgotten first."""
+"""Most calls that are kept for a successor of the hub; the oldest are dropped first."""
 
 RESTART_S = 10.0
-"""Between two attempts to start a hub where the disk refused the one before."""
+"""Time between two attempts to start a hub that fails to start, as on a full disk."""
 
 _Call = Callable[[HubClient], Ref[None]]
 _LOST = (PartDied, UserError, OSError)
 
 
 class HubLink:
-    """Sends metrics to the hub, and starts another one where it died."""
+    """Sends metrics to the hub, and replaces it after its death."""
 
     def __init__(
         self,
@@ -43,7 +42,7 @@ class HubLink:
     ) -> None:
         """
         Args:
-            spawn: starts a hub that continues the W&B run of the given id.
+            spawn: starts a hub, which continues the W&B run of the given id.
         """
         self.restarts = 0
         self.client = spawn(resume_id)
@@ -68,11 +67,11 @@ class HubLink:
 
     @property
     def known(self) -> HubInfo:
-        """The W&B run as the hub told it last, without asking again."""
+        """What the hub last reported of the W&B run, without a call."""
         return self._info
 
     def info(self, timeout: float) -> HubInfo:
-        """The W&B run as the hub knows it; as last known where it does not answer."""
+        """What the hub reports of the W&B run; its last report if it does not answer."""
         try:
             self._info = self._backend.get(self.client.info(), timeout)
         except TimeoutError:
@@ -82,7 +81,7 @@ class HubLink:
         return self._info
 
     def flush(self, timeout: float) -> None:
-        """Wait until what was sent is written, at most `timeout` seconds."""
+        """Wait until everything sent is written, for at most `timeout` seconds per attempt."""
         for _ in range(2):
             try:
                 self._confirm()
@@ -94,7 +93,7 @@ class HubLink:
                 self._lost(error)
 
     def close(self, timeout: float) -> None:
-        """Have the hub write what waits, and end the W&B run; it may not answer in time."""
+        """Let the hub write its queue and end the W&B run; ignore a late answer."""
         with contextlib.suppress(Exception):
             self._backend.get(self.client.close(), timeout)
 
@@ -106,7 +105,7 @@ class HubLink:
         self._unconfirmed.append((call(self.client), call))
 
     def _confirm(self) -> None:
-        """Forget the calls that the hub has answered; raises PartDied where it cannot any more."""
+        """Drop the calls that the hub has answered; raises if it is dead or cannot write."""
         while self._unconfirmed:
             ref = self._unconfirmed[0][0]
             if not self._backend.wait([ref], 0.0):
@@ -115,8 +114,8 @@ class HubLink:
             self._unconfirmed.popleft()
 
     def _lost(self, error: Exception) -> None:
-        """Start another hub: at once for one that died, and now and then where one cannot start,
-        as on a full disk. What was sent stays here until one has taken it."""
+        """Replace the hub: at once if it died, at most every RESTART_S if it fails to start.
+        Unconfirmed calls stay here until a hub has confirmed them."""
         if not isinstance(error, PartDied):
             if time.monotonic() < self._not_before:
                 return
@@ -132,11 +131,11 @@ class HubLink:
             self._unconfirmed.append((call(self.client), call))
 
     def start_again(self, dead: Handle) -> None:
-        """Another process for a hub that died before the run began."""
+        """Replace a hub that died before the run began."""
         self.start_anew()
 
     def start_anew(self) -> None:
-        """Another process in place of one that is dead."""
+        """End the hub and start its successor."""
         self.restarts += 1
         self._backend.kill(self.client.handle)
         self.client = self._spawn(self._info["id"])

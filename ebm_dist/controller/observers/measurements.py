@@ -1,6 +1,6 @@
-"""Links to the evaluator and the auditor, which measure while training goes on.
+"""Links to the evaluator and the auditor, which measure while training continues.
 
-Either may die at any moment: the update that it was at then goes without its measurement.
+If one of them dies, the measurement in progress is given up.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ T = TypeVar("T")
 
 
 class MeasurementLink(Generic[C, T]):
-    """One measurement at a time, whose result is logged when it comes."""
+    """Runs one measurement at a time, and replaces the process after its death."""
 
     part: ClassVar[str]
     failure: ClassVar[str]
-    """Begins the line that says that the measurement of an update failed."""
+    """First words of the log line for a failed measurement."""
     without: ClassVar[str]
-    """Ends the line that says that an update goes without it."""
+    """Last words of the log line for a measurement that is given up."""
 
     def __init__(self, backend: Backend, spawn: Callable[[], C]) -> None:
         self.restarts = 0
@@ -47,11 +47,11 @@ class MeasurementLink(Generic[C, T]):
 
     @property
     def busy(self) -> bool:
-        """Whether a measurement is under way."""
+        """Whether a measurement is in progress."""
         return self._pending is not None
 
     def _result(self, timeout: float) -> tuple[int, T] | None:
-        """The measurement under way if it is done within `timeout` seconds, and its update."""
+        """(update, result) of the measurement in progress, if done within `timeout` seconds."""
         if self._pending is None:
             return None
         step, ref = self._pending
@@ -68,25 +68,25 @@ class MeasurementLink(Generic[C, T]):
         return None
 
     def give_up(self, why: str) -> None:
-        """Do without the measurement under way."""
+        """Give up the measurement in progress, and restart the process."""
         if self._pending is not None:
             log.info(f"update {self._pending[0]} {self.without}: {why}")
             self._pending = None
             self.start_anew()
 
     def start_again(self, dead: Handle) -> None:
-        """Another process for a part that died before the run began."""
+        """Replace a process that died before the run began."""
         self.start_anew()
 
     def start_anew(self) -> None:
-        """Another process in place of one that is dead, or is not waited for any more."""
+        """End the process and start its successor."""
         self.restarts += 1
         self._backend.kill(self.client.handle)
         self.client = self._spawn()
 
 
 class EvaluatorLink(MeasurementLink[EvaluatorClient, dict[str, float]]):
-    """Measures chains and weights."""
+    """The link to the evaluator, which measures chains and weights."""
 
     part, failure, without = "the evaluator", "evaluation at", "goes unmeasured"
 
@@ -98,17 +98,17 @@ class EvaluatorLink(MeasurementLink[EvaluatorClient, dict[str, float]]):
         flat: Ref[np.ndarray],
         *weighted: Ref[WeightedChains],
     ) -> None:
-        """Measure `chains` and the weights of update `step`; nothing may be under way."""
+        """Start to measure `chains` and the weights of update `step`; must not be `busy`."""
         assert self._pending is None
         self._pending = step, self.client.evaluate(step, chains, ema, flat, *weighted)
 
     def collect(self, timeout: float) -> tuple[int, dict[str, float]] | None:
-        """The measurement under way if it is done within `timeout` seconds, as (step, metrics)."""
+        """(update, metrics) of the measurement in progress, if done within `timeout` seconds."""
         return self._result(timeout)
 
 
 class AuditLink(MeasurementLink[AuditorClient, AuditFindings]):
-    """Audits weights, and feeds what was found back as negatives where asked."""
+    """The link to the auditor; with evaluation.audit_feedback its findings become negatives."""
 
     part, failure, without = "the auditor", "the audit of", "goes without an audit"
 
@@ -126,10 +126,10 @@ class AuditLink(MeasurementLink[AuditorClient, AuditFindings]):
         """
         Args:
             batch_size: negatives of an update without those fed back.
-            divisor: the number fed back is a multiple of it.
-            from_chains: audits go on from the buffer's chains.
-            wait_s: how long training waits for an audit; in sync mode its findings must enter at
-                the same update in every run.
+            divisor: the number of negatives fed back is a multiple of this.
+            from_chains: audits start from the buffer's chains.
+            wait_s: longest time that training waits for an audit. In sync mode the findings must
+                enter at the same update in every run.
         """
         super().__init__(backend, spawn)
         assert config.audit_every is not None
@@ -145,15 +145,15 @@ class AuditLink(MeasurementLink[AuditorClient, AuditFindings]):
         self._fed_back = 0
 
     def start(self, step: int, flat: Ref[np.ndarray], chains: ChainSample | None) -> None:
-        """Audit the weights of update `step`; nothing may be under way."""
+        """Start to audit the weights of update `step`; must not be `busy`."""
         assert self._pending is None
         self._pending = step, self.client.audit(step, flat, chains)
 
     def collect(self, timeout: float, version: int) -> tuple[int, dict[str, float]] | None:
-        """The audit under way if it is done within `timeout` seconds, as (step, metrics).
+        """(update, metrics) of the audit in progress, if it is done within `timeout` seconds.
 
         Args:
-            version: of the learner's weights, that of negatives fed back from now on.
+            version: version of the learner's weights, for the negatives fed back from now on.
         """
         if (done := self._result(timeout)) is None:
             return None
@@ -165,7 +165,7 @@ class AuditLink(MeasurementLink[AuditorClient, AuditFindings]):
         return step, {**found.values, "audit/fed_back": float(self._fed_back)}
 
     def extra(self) -> tuple[int, Ref[NegativeArrays]] | None:
-        """(number, reference) of the negatives that the next update gets on top, if any."""
+        """(number, reference) of further negatives for the next update, or None."""
         if self._left == 0:
             return None
         self._left -= 1
@@ -178,7 +178,7 @@ class AuditLink(MeasurementLink[AuditorClient, AuditFindings]):
         num = -(-len(energy) // self._divisor) * self._divisor
         index = np.arange(num) % len(energy)
         share = self._config.audit_feedback_weight
-        # Chains of the buffer have log-weight 0, so that these have `share` of the whole.
+        # Chains of the buffer have log-weight 0; these get the fraction `share` of all weight.
         log_weight = math.log(share / (1 - share) * self._batch_size / num)
         negatives = NegativeArrays(
             x=chains.x[index],

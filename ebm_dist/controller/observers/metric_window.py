@@ -1,4 +1,4 @@
-"""What happened between two log lines, averaged into metrics."""
+"""Averages updates and rounds between two log rows into metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SKIPPED = "fault/skipped_samples"
 
 
 class MetricWindow:
-    """Collects updates and rounds; `close` gives their means and starts anew."""
+    """Collects updates and rounds; `close` returns their means and begins a new window."""
 
     def __init__(self) -> None:
         self._mcmc_before = 0
@@ -43,11 +43,11 @@ class MetricWindow:
         self._waits[1] += for_learner_s
 
     def count(self, name: str, num: int) -> None:
-        """Add to a counter that runs over the whole run."""
+        """Add to a counter of the whole run."""
         self._totals[name] += num
 
     def bottleneck(self) -> str:
-        """Which of the two sides the other one waits for, for the progress line."""
+        """Whether the learner waits or computes most of the time, for the progress line."""
         total = sum(self._waits)
         if total <= 0:
             return ""
@@ -57,7 +57,12 @@ class MetricWindow:
         return f"learner computes ({1 - share:.0%})"
 
     def close(self, *, mcmc_steps: int, idle_s: float) -> dict[str, float]:
-        """Means since the last close. `mcmc_steps` counts chain steps over the whole run."""
+        """Metrics since the last close.
+
+        Args:
+            mcmc_steps: committed chain steps of the whole run.
+            idle_s: mean idle seconds per worker in this window.
+        """
         seconds = max(time.monotonic() - self._start, 1e-9)
         updates = max(self._num_updates, 1)
         done, self._mcmc_before = mcmc_steps - self._mcmc_before, mcmc_steps
@@ -80,7 +85,7 @@ class MetricWindow:
 
     def _add(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            # A diagnostic may be undefined for a round; its mean is over the others.
+            # A diagnostic may be undefined for a round; the mean is over the other rounds.
             if math.isfinite(value):
                 self._sums[name] += value
                 self._counts[name] += 1

@@ -1,4 +1,4 @@
-"""What is seen of a run while it goes: log rows, sample grids, measurements, audits, chains."""
+"""Logs metrics during a run, writes sample grids, and starts evaluations and audits."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _Found = tuple[int, dict[str, float]] | None
 
 
 _COUNTED = ("free", "leased", "ready", "capacity", "late_checkins", "expired_leases")
-"""What a shard says of itself with each round, for the metrics `buffer/*`."""
+"""Counts that a shard reports with each round, for the metrics `buffer/*`."""
 
 
 class Monitor:
-    """Looks at the parts between two updates; what takes long is started here and logged later.
+    """Observes the parts between two updates. Evaluations and audits run beside training.
 
-    Every method raises PartDied where a part that it asked is gone.
+    Every method raises PartDied if a part dies that it has asked.
     """
 
     def __init__(
@@ -51,10 +51,11 @@ class Monitor:
     ) -> None:
         """
         Args:
-            progress, window: the controller's own, read here.
-            timeout: seconds within which a part answers.
-            save_grid: writes chains (num, *event) of an update as a picture.
-            on_evaluation: is called with the update and the result of each evaluation.
+            progress: shared with the controller, and only read.
+            window: filled by the controller, and closed here at each log row.
+            timeout: seconds within which a part must answer.
+            save_grid: writes chains (num, *event) of an update as an image.
+            on_evaluation: called with the update and the metrics of each evaluation.
         """
         self.metrics: dict[str, float] = {}
         """The last value of each metric."""
@@ -68,12 +69,12 @@ class Monitor:
         self._save_grid = save_grid
         self._backend = parts.backend
         self._on_evaluation = on_evaluation
-        self._owed_since = math.inf  # the update whose evaluation is to be made
-        self._averaged = -1  # the update that the averaged weights are of, if they were asked for
+        self._owed_since = math.inf  # the last update at which an evaluation was due
+        self._averaged = -1  # the update whose averaged weights were requested
         self._said_busy = False
 
     def reads_average(self, step: int) -> bool:
-        """Whether anything looks at the averaged weights as of update `step`."""
+        """Whether the averaged weights of update `step` are needed."""
         auditor, config = self._parts.auditor, self._config
         every = [config.evaluation.every, auditor.every if auditor else None]
         due = step == config.run.steps or any(n is not None and step % n == 0 for n in every)
@@ -88,7 +89,7 @@ class Monitor:
         return self._parts.evaluator is not None and self._parts.evaluator.busy
 
     def observe(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
-        """Do what is due after an update, of which `flat` and `ema` are the weights."""
+        """Log and measure what is due after an update with the weights `flat` and `ema`."""
         step = self._progress.step
         if (every := self._config.evaluation.every) is not None and step % every == 0:
             self._owed_since = step
@@ -100,9 +101,8 @@ class Monitor:
             self._audit(self._parts.auditor, flat, ema)
 
     def catch_up(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
-        """Evaluate if that is due, or was at an update before: a shard died under it, or the
-        evaluator was still at another one."""
-        # A run that went back to before that update will come to it again.
+        """Start the evaluation that is due, also if a death or an evaluation postponed it."""
+        # A run that went back has not reached the update whose evaluation is due.
         step = self._progress.step
         if step < self._owed_since or step != self._averaged:
             return
@@ -112,8 +112,8 @@ class Monitor:
         if self._is_measuring:
             if not self._said_busy:
                 log.info(
-                    f"the evaluation before is still under way at update {step}; those due "
-                    "meanwhile are made as one when it is done (raise evaluation.every)"
+                    f"the previous evaluation is still under way at update {step}; one evaluation "
+                    "follows it in place of all that are due until then (raise evaluation.every)"
                 )
             self._said_busy = True
             return
@@ -121,7 +121,7 @@ class Monitor:
         self._owed_since = math.inf
 
     def _audit(self, auditor: AuditLink, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
-        """Start the audit that is due, unless one is under way, and log what came."""
+        """Start the audit that is due, unless one is in progress, and log a finished one."""
         step = self._progress.step
         if step % auditor.every == 0 and not auditor.busy:
             chains = self.chains(auditor.num_chains, ema) if auditor.from_chains else None
@@ -134,7 +134,7 @@ class Monitor:
         auditor = self._parts.auditor
         if auditor is None:
             return
-        done = self._patiently(
+        done = self._collect(
             auditor, lambda wait_s: auditor.collect(wait_s, self._progress.version), timeout
         )
         if done is not None:
@@ -143,7 +143,7 @@ class Monitor:
 
     @property
     def restarts(self) -> int:
-        """Parts replaced so far."""
+        """Number of replaced processes so far."""
         parts = self._parts
         observers = parts.hub.restarts + (parts.evaluator.restarts if parts.evaluator else 0)
         observers += parts.auditor.restarts if parts.auditor else 0
@@ -169,7 +169,7 @@ class Monitor:
         if self._parts.needs_negatives:
             for name in _COUNTED:
                 values[f"buffer/{name}"] = float(sum(getattr(c, name) for c in counts))
-        # A shard says how it stands with each round; of one that has had none all chains are free.
+        # A shard reports its counts with each round; before its first one all chains are free.
         for index in range(len(self._parts.shards)):
             if index not in self._scheduler.counts:
                 values["buffer/free"] += self._parts.shards.capacities[index]
@@ -180,19 +180,19 @@ class Monitor:
             values["likelihood/resampled"] = float(sum(c.resampled for c in counts))
         try:
             if self._parts.chain_monitor is not None:
-                values |= self._parts.chain_monitor.look()
-        finally:  # the update was made, whether or not all shards lived to say how they are
+                values |= self._parts.chain_monitor.check()
+        finally:  # the row is logged even if a shard dies here
             self.metrics.update(values)
             self._parts.hub.log(self._progress.step, self._progress.epoch, values)
 
     def evaluate(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
-        """Write the sample grid and start the measurements, which are logged when they come."""
+        """Write the sample grid and start an evaluation, whose metrics are logged later."""
         step = self._progress.step
         config, parts = self._config.evaluation, self._parts
         chains = self.chains(max(config.num_samples, config.num_grid), ema)
         shown = slice(config.num_grid)
         if (label := chains.context.get("label")) is not None:
-            shown = np.argsort(label[shown], kind="stable")  # a class in each row, if they fit
+            shown = np.argsort(label[shown], kind="stable")  # one class per row, if they fit
         picture = self._save_grid(chains.x[shown], step)
         if picture is not None:
             self._parts.hub.images("samples/chains", step, str(picture))
@@ -205,7 +205,7 @@ class Monitor:
 
     def _log_distributions(self, step: int) -> None:
         asked = [(shard, shard.distribution()) for shard in self._parts.shards]
-        answers = [self._answer(shard, ref, "a look at the chains") for shard, ref in asked]
+        answers = [self._answer(shard, ref, "the energies of the chains") for shard, ref in asked]
         if answers:
             hub = self._parts.hub
             energy = np.concatenate([part.energy for part in answers])
@@ -213,8 +213,8 @@ class Monitor:
             hub.histogram("histogram/age", step, np.concatenate([part.age for part in answers]))
 
     def chains(self, num: int, ema: Ref[np.ndarray]) -> ChainSample:
-        """`num` chains as they are now: from the shards, or drawn for the occasion
-        where the objective trains without chains."""
+        """`num` chains: the present ones of the shards, or, if the objective trains without chains,
+        chains that a worker draws from noise."""
         key = self._progress.step
         if self._parts.needs_negatives:
             shards = self._parts.shards
@@ -225,8 +225,8 @@ class Monitor:
             seed = derive_seed(config.run.seed, "samples", key)
             std = config.buffer.init_std
             asked = [(worker, worker.sample(num, config.sampler.num_steps, ema, seed, std))]
-        pieces = [self._answer(*call, "a picture of the chains") for call in asked]
-        # Interleaved, so that the first k show every shard.
+        pieces = [self._answer(*call, "samples of the chains") for call in asked]
+        # Interleaved, so that the first k come from all shards.
         order = np.argsort(np.concatenate([np.arange(len(p.x)) for p in pieces]), kind="stable")
         order = order[:num]
         context = {
@@ -242,11 +242,12 @@ class Monitor:
         except Exception as error:
             if (fault := fault_of_the_machine(error)) is None:
                 raise
-            self._backend.kill(part.handle)  # as of a round: another process may have more luck
+            # As after a failed round: another process may run on another device.
+            self._backend.kill(part.handle)
             raise PartDied(f"{detail}: {part.name} failed: {fault}") from error
 
     def finish(self) -> None:
-        """Wait for the measurements under way, and give up those that take too long."""
+        """Wait for the measurements in progress, and give up those that take too long."""
         self._collect_evaluation(self._timeout)
         self._collect_audit(self._timeout)
         for link in (self._parts.evaluator, self._parts.auditor):
@@ -260,19 +261,19 @@ class Monitor:
         evaluator = self._parts.evaluator
         if evaluator is None:
             return
-        if (done := self._patiently(evaluator, evaluator.collect, timeout)) is not None:
+        if (done := self._collect(evaluator, evaluator.collect, timeout)) is not None:
             step, values = done
             self.metrics.update(values)
             self._parts.hub.log(step, self._progress.epoch, values)
             self._on_evaluation(step, values)
 
-    def _patiently(
+    def _collect(
         self,
         link: EvaluatorLink | AuditLink,
         collect: Callable[[float], _Found],
         timeout: float,
     ) -> _Found:
-        """What `collect` finds of `link` within `timeout` seconds, or until the run is to end."""
+        """The result of `collect` within `timeout` seconds; None if there is none, or at a halt."""
         deadline, found = time.monotonic() + timeout, None
         while link.busy and found is None:
             left = deadline - time.monotonic()
