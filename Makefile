@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-slow test-cluster test-jobs test-install test-gpu gpu-check chaos lint format types gallery bench clean help
+.PHONY: train test test-slow test-cluster test-jobs test-install test-gpu gpu-check chaos lint format types pretrained gallery bench clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -55,6 +55,15 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device
 
 chaos: $(STAMP) ## ten minutes of training while a random part is killed every few seconds
 	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed/chaos.py --seconds 600
+
+# Each model is the export of one shipped config; its card says what was measured.
+PRETRAINED := digits digits-joint digits-rbm
+pretrained: $(STAMP) ## train the models in ebm_dist/pretrained again
+	for name in $(PRETRAINED); do \
+	  config=$$(echo $$name | tr - _) && \
+	  $(BIN)/ebm-dist train configs/$$config.yaml --run-dir build/pretrained/$$name tracking.wandb=off && \
+	  $(BIN)/ebm-dist export build/pretrained/$$name ebm_dist/pretrained/$$name || exit 1; \
+	done
 
 lint: $(STAMP) ## style and format
 	$(BIN)/ruff check ebm_dist tests benchmarks

@@ -27,6 +27,7 @@ from ebm_dist.commands.options import (
     import_named,
     plain_overrides,
 )
+from ebm_dist.commands.pretrained import pretrained_app
 from ebm_dist.core import installed
 from ebm_dist.core.errors import RunFailed, UserError, one_line
 from ebm_dist.core.signals import interrupting
@@ -48,6 +49,7 @@ config_app = typer.Typer(help="Show a config, or the schema of configs.", no_arg
 app.add_typer(data_app, name="data")
 app.add_typer(dashboard_app, name="dashboard")
 app.add_typer(config_app, name="config")
+app.add_typer(pretrained_app, name="pretrained")
 
 
 def _version(asked: bool) -> None:

@@ -26,6 +26,7 @@ from ebm_dist.core.types import MAX_EVENT_NUMBERS, EventKind, EventSpec
 from ebm_dist.energies import EnergySection
 from ebm_dist.energies.context import CONTEXT
 from ebm_dist.energies.limits import limited
+from ebm_dist.export.pretrained import named, names
 from ebm_dist.samplers import Kernel, KernelSection
 
 FORMAT = "ebm_dist"
@@ -89,7 +90,8 @@ def load_energy(
     """The exported energy at `path`: (B, *event) -> (B,), eval mode, CPU, float32.
 
     Args:
-        path: an export directory, a file in it, or a run directory with `export/` inside.
+        path: an export directory, a file in it, a run directory with `export/` inside, or the
+            name of a model that comes with the package (`ebm-dist pretrained list`).
         plugins: modules that are imported first, since the export is of a network or a section
             that they define. No other module of a user is imported.
         energy: for a network that lies in no module: one like it, or what makes one. It is
@@ -166,9 +168,11 @@ def read_chains(directory: Path, spec: EventSpec) -> StoredChains | None:
 
 def find_export(path: Path) -> Path:
     """The export directory that `path` means; raises UserError saying what `path` is instead."""
+    path = named(path)
     if not path.exists():
         raise UserError(
-            f"{path}: no such file or directory; expected an export of `ebm-dist export`"
+            f"{path}: no such file or directory; expected an export of `ebm-dist export`, or a "
+            f"pretrained model: {', '.join(names())}"
         )
     if path.is_file():
         if path.name not in (WEIGHTS, CONFIG):

@@ -32,6 +32,7 @@ from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import EventSpec, RankState, ShardState
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.energies.limits import limited
+from ebm_dist.export.pretrained import named
 from ebm_dist.export.reader import (
     CHAINS,
     CONFIG,
@@ -102,7 +103,7 @@ def located(section: RunSection) -> RunSection:
     """`section` with an absolute `init_from`, as the run records it."""
     if section.init_from is None:
         return section
-    whole = os.path.join(os.getcwd(), section.init_from)
+    whole = os.path.join(os.getcwd(), named(section.init_from))
     return section.model_copy(update={"init_from": whole})
 
 
