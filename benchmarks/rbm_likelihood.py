@@ -26,7 +26,7 @@ from ebm_dist.config.run_config import load
 from ebm_dist.core.seeds import derive_seed
 from ebm_dist.data import load_split
 from ebm_dist.energies.closed_form.boltzmann import Rbm
-from ebm_dist.export.writer import load_energy
+from ebm_dist.export.reader import load_energy
 from ebm_dist.learner import learning_rate
 from ebm_dist.learner.optimizer import make_optimizer
 from ebm_dist.run.train import bind, describe, train

@@ -228,10 +228,6 @@ class Conditional(_Composite):
             label = torch.full((len(x),), self.label, device=x.device)
         return -logits.logsumexp(1) if label is None else self._given(logits, label)
 
-    def class_energy(self, x: Tensor, label: Tensor) -> Tensor:
-        """E(x, y), (B,), of events (B, *event) with their own labels (B,) int64."""
-        return self._given(self.logits(x), label)
-
     def _given(self, logits: Tensor, label: Tensor) -> Tensor:
         if self.label is not None and not 0 <= self.label < logits.shape[1]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A user's own network or function as the energy, named in the config or given from Python."""
+"""A user's own network or function as the energy, by a target in the config or from Python."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ebm_dist.energies.context import bind as bind_context
 from ebm_dist.energies.family import FAMILY, BoundSection, EnergySection
 
 NUM_TRIED = 4
-"""Events that a network is tried on before a run."""
+"""Number of events with which a network is tested before a run."""
 
 
 class FunctionEnergy(nn.Module):
-    """A callable (B, *event) -> (B,) that is no module; it has no parameters.
+    """A callable (B, *event) -> (B,) that is not a module, as a module without parameters.
 
-    Its attributes among `ContextTraits` say which context it takes as keywords.
+    Its attributes of `ContextTraits` name the context that it takes as keywords.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -44,7 +44,7 @@ class FunctionEnergy(nn.Module):
 
 @FAMILY.register
 class ModuleEnergySection(BoundSection):
-    """A network of your own: a class or a factory function, named by the module that defines it."""
+    """A network of your own: a class, or a function that makes one."""
 
     name: Literal["module"] = "module"
     example: ClassVar[dict[str, Any]] = {
@@ -58,17 +58,17 @@ class ModuleEnergySection(BoundSection):
     `__call__`: (B, *event) -> (B,), lower is likelier. Training imports the module."""
 
     params: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments that the class or function is called with."""
+    """Keyword arguments of the class or function."""
 
     num_classes: PositiveInt | None = None
-    """Classes of a network that has `logits(x)` (B, num_classes) too, for objective.name: joint."""
+    """Classes of a network with a method `logits(x)` (B, num_classes); for the joint objective."""
 
     _given: Any = PrivateAttr(default=None)
 
     def build(self, seed: int = 0) -> Any:
         """The user's own module itself, so that its weights keep their names."""
         if self._given is None:
-            # Before the seed is set: what a module draws when it is first imported is not ours.
+            # Imported before the seed is set, because an import may use random numbers.
             load_target(self.target, "energy.target")
         return super().build(seed)
 
@@ -165,14 +165,14 @@ class ModuleEnergySection(BoundSection):
 
 
 def given(energy: nn.Module | Callable[..., Any]) -> EnergySection:
-    """The section of an energy that is given from Python, not named in a config.
+    """The section of an energy that is given from Python.
 
-    It is copied here and shipped by pickling: to Ray's actors by value where its class is of
+    The energy is copied, and pickled for Ray's actors: by value if its class is defined in
     `__main__` or a notebook, else by the name of its module, which every node must have.
 
     Args:
-        energy: a module, whose weights are where training starts; a class or function that takes
-            no argument and makes one; or a callable (B, *event) -> (B,).
+        energy: a module with the initial weights; a class or function that makes one without
+            arguments; or a callable (B, *event) -> (B,).
     """
     if not callable(energy):
         raise ValueError(
@@ -196,7 +196,7 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def _takes_nothing(function: Callable[..., Any]) -> bool:
-    """Whether `function` makes an energy, rather than being one."""
+    """Whether `function` takes no arguments, so that it makes an energy and is none itself."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # a builtin without a signature

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ebm_dist.evaluation.audit import long_run_audit
 from ebm_dist.evaluation.bases import base_law
-from ebm_dist.evaluation.config import EvaluationConfig
 from ebm_dist.evaluation.exact import exact_log_partition, is_exact
 from ebm_dist.evaluation.fidelity import Fidelity, frechet_distance
 from ebm_dist.evaluation.likelihood import log_likelihood, log_partition
@@ -12,7 +11,6 @@ from ebm_dist.evaluation.ood import ood_auroc, ood_report
 from ebm_dist.evaluation.robustness import robust_accuracy
 
 __all__ = [
-    "EvaluationConfig",
     "Fidelity",
     "base_law",
     "exact_log_partition",

@@ -21,7 +21,7 @@ from ebm_dist.core.errors import NonFinite
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.samplers.chain import run_chain
 from ebm_dist.samplers.frozen import for_rows
-from ebm_dist.samplers.kernel import Kernel
+from ebm_dist.samplers.kernel import Kernel, per_chain
 
 MAX_HIGH = 0.05
 """Fraction of long chains far above the data's energies that raises the alarm."""
@@ -239,9 +239,8 @@ def _run(
         if bool(finite.all()):
             state = new
         else:
-            mask = finite.reshape(-1, *[1] * (x.ndim - 1))
             # A diverged chain returns to its start, where the energy is finite; it is excluded.
-            state = kernel.init(torch.where(mask, new.position, x), energy)
+            state = kernel.init(torch.where(per_chain(finite, x), new.position, x), energy)
     return state.position, lost
 
 

@@ -92,14 +92,8 @@ class BernoulliBase:
         return type(self)(self.logits.to(device))
 
 
-class CategoricalBase:
+class CategoricalBase(BernoulliBase):
     """E(x) = -sum logit * x of independent one-hot sites; logits (*sites, num_values)."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits.float()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return -(x * self.logits.to(x)).flatten(1).sum(dim=1)
 
     def log_z(self) -> float:
         return float(self.logits.double().logsumexp(dim=-1).sum())
@@ -110,9 +104,6 @@ class CategoricalBase:
         gumbel = -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
         index = (self.logits + gumbel).argmax(dim=-1)
         return F.one_hot(index, self.logits.shape[-1]).float()
-
-    def to(self, device: Any) -> Self:
-        return type(self)(self.logits.to(device))
 
 
 def base_law(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ebm_dist.core.energy_call import energy_at
 from ebm_dist.core.types import EnergyFn, EventSpec
+from ebm_dist.energies.closed_form.finite import num_states, states
 from ebm_dist.energies.closed_form.quadrature import log_integral
 
 MAX_ENUMERATED = 2**20
@@ -98,26 +98,6 @@ def event_of(energy: EnergyFn, spec: EventSpec | None) -> EventSpec:
             f"spec=EventSpec(shape, kind)"
         )
     return spec
-
-
-def num_states(spec: EventSpec) -> int:
-    """The number of events of a discrete kind."""
-    if spec.kind == "categorical":
-        return spec.shape[-1] ** math.prod(spec.shape[:-1])
-    return 2 ** math.prod(spec.shape)
-
-
-def states(spec: EventSpec, chunk: int = 2**14) -> Iterator[Tensor]:
-    """All events of a discrete kind, float32, in chunks (at most `chunk`, *event)."""
-    categorical = spec.kind == "categorical"
-    base = spec.shape[-1] if categorical else 2
-    num_sites = math.prod(spec.shape[:-1] if categorical else spec.shape)
-    total = base**num_sites
-    place = base ** torch.arange(num_sites)
-    for start in range(0, total, chunk):
-        digit = torch.arange(start, min(start + chunk, total))[:, None] // place % base
-        value = F.one_hot(digit, base) if categorical else digit
-        yield value.float().reshape(-1, *spec.shape)
 
 
 def _enumerate(energy: EnergyFn, spec: EventSpec, temperature: float) -> float:

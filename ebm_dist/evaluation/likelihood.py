@@ -13,6 +13,7 @@ from torch import Tensor
 from ebm_dist import samplers
 from ebm_dist.core.energy_call import energy_at
 from ebm_dist.core.types import EnergyFn, EventSpec
+from ebm_dist.energies.closed_form.finite import sites_of
 from ebm_dist.evaluation.annealing_path import AnnealingPath, BoxedPath
 from ebm_dist.evaluation.bases import Base, base_law
 from ebm_dist.evaluation.exact import event_of
@@ -122,7 +123,7 @@ def log_partition(
             f"temperature; build the kernel with temperature 1 and pass temperature="
         )
     if num_steps is None:
-        num_steps = math.ceil(_num_sites(spec) / 8) if spec.discrete else 1
+        num_steps = math.ceil(sites_of(spec)[0] / 8) if spec.discrete else 1
     path = AnnealingPath(base, energy, temperature, spec)
     if box is not None:
         path = BoxedPath(base, energy, temperature, spec, box=box)
@@ -329,7 +330,3 @@ def _bennett(log_w: Tensor, log_v: Tensor) -> tuple[float, float]:
         return float(value.var()) / (len(value) * mean**2) if mean > 0 else math.inf
 
     return ratio, math.sqrt(part(up) + part(down))
-
-
-def _num_sites(spec: EventSpec) -> int:
-    return math.prod(spec.shape[:-1] if spec.kind == "categorical" else spec.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebm_dist.core.energy_call import energy_at
+from ebm_dist.samplers.kernel import per_chain
 
 Norm = Literal["l2", "linf"]
 Logits = Callable[[Tensor], Tensor]
@@ -63,16 +64,6 @@ def robust_accuracy(
     return float((guess == label).double().mean())
 
 
-def robust_curve(
-    energy: object, x: Tensor, label: Tensor, *, epsilons: Sequence[float], norm: Norm, **options
-) -> list[float]:
-    """`robust_accuracy` at each of `epsilons`."""
-    return [
-        robust_accuracy(energy, x, label, epsilon=epsilon, norm=norm, **options)
-        for epsilon in epsilons
-    ]
-
-
 def attack(
     energy: object,
     x: Tensor,
@@ -119,7 +110,7 @@ def attack(
             found, broken = _ascend(
                 logits, part, start, target, epsilon, norm, num_steps, step, clamp
             )
-            take = _like(open_, part)
+            take = per_chain(open_, part)
             worst = torch.where(take, found, worst)
             open_ = open_ & ~broken
         done.append(worst)
@@ -148,7 +139,7 @@ def _start(
         offset = torch.empty_like(x).normal_(generator=generator)
         radius = torch.rand(x.shape[0], generator=generator, device=x.device)
         length = epsilon * radius ** (1 / math.prod(x.shape[1:]))
-        offset = offset * _like(length / _norms(offset), x)
+        offset = offset * per_chain(length / _norms(offset), x)
     start = x + offset
     return start.clamp(*clamp) if clamp else start
 
@@ -176,16 +167,16 @@ def _ascend(
             moved = here + step * grad.sign()
             offset = (moved - x).clamp(-epsilon, epsilon)
         else:
-            moved = here + step * grad / _like(_norms(grad), x)
+            moved = here + step * grad / per_chain(_norms(grad), x)
             offset = moved - x
-            offset = offset * _like((epsilon / _norms(offset)).clamp_max(1), x)
+            offset = offset * per_chain((epsilon / _norms(offset)).clamp_max(1), x)
         here = x + offset
         if clamp is not None:
             # x is inside the range, so clamping cannot leave the ball around it.
             here = here.clamp(*clamp)
         wrong = ~_right(logits, here, label)
         # Keeps the first misclassified point, since later steps may be classified correctly again.
-        found = torch.where(_like(broken, x), found, here)
+        found = torch.where(per_chain(broken, x), found, here)
         broken = broken | wrong
     return found, broken
 
@@ -204,7 +195,3 @@ def _logits_of(energy: object) -> Logits:
 
 def _norms(value: Tensor) -> Tensor:
     return value.flatten(1).norm(dim=1).clamp_min(1e-12)
-
-
-def _like(value: Tensor, x: Tensor) -> Tensor:
-    return value.reshape(-1, *[1] * (x.ndim - 1))

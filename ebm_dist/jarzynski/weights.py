@@ -9,7 +9,7 @@ training.
 The path consists of two kinds of step, in any order:
 
     the energy changes, the chain is fixed     `weights_moved`: needs recorded and new energy only
-    the chain moves, the energy is fixed       `run_weighted`; no correction for an exact kernel
+    the chain moves, the energy is fixed       `kernel.weighted`; no correction for an exact kernel
 
 or of both together (`ula_step`, the paper's form). A chain that skipped versions takes one step
 of the first kind from its own version to the current one.
@@ -22,7 +22,6 @@ refuse these.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +29,9 @@ from torch import Tensor
 
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.generators import seeded
-from ebm_dist.core.types import EnergyFn
 from ebm_dist.objectives.objective import sum_event
 from ebm_dist.objectives.weighting import ess_ratio
-from ebm_dist.samplers import Kernel, KernelSection, Langevin
+from ebm_dist.samplers import KernelSection, Langevin
 from ebm_dist.samplers.traits import names_with, trait
 
 
@@ -104,51 +102,6 @@ def weights_moved(
     return log_weight + (energy - new_energy) / temperature
 
 
-def run_weighted(
-    kernel: Kernel[Any],
-    x: Tensor,
-    log_weight: Tensor,
-    energy: EnergyFn,
-    num_steps: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Move weighted chains x (M, *event) `num_steps` times under a fixed energy.
-
-    Returns:
-        Positions (M, *event), their energies (M,) and log-weights (M,). The positions are those
-        of `run_chain` with the same generator.
-
-    Raises:
-        ValueError: the kernel's moves have no density here (see `check_sampler`).
-    """
-    langevin = kernel if isinstance(kernel, Langevin) else None
-    if langevin is not None:
-        check_langevin(langevin)
-    elif not trait(kernel, "leaves_invariant"):
-        raise ValueError(
-            f"kernel: {type(kernel).__name__} has no Jarzynski correction; use langevin, or a "
-            "kernel with an accept step"
-        )
-    state = kernel.init(x, energy)
-    log_weight = log_weight.to(state.energy.dtype)
-    for _ in range(num_steps):
-        new, _ = kernel.step(state, energy, generator)
-        if langevin is not None:
-            log_weight = ula_step(
-                log_weight,
-                state.position,
-                state.energy,
-                state.grad,
-                new.position,
-                new.energy,
-                new.grad,
-                step_size=langevin.step_size,
-                temperature=langevin.temperature,
-            )
-        state = new
-    return state.position, state.energy, log_weight
-
-
 def log_z_ratio(log_weight: Tensor) -> Tensor:
     """Estimate of log(Z_now / Z_0) from log-weights (M,), 0-d, in nats.
 
@@ -217,15 +170,6 @@ def check_sampler(sampler: KernelSection) -> None:
             f"sampler.name: {name} has no Jarzynski correction; use langevin (unclipped), or "
             f"{names_with('leaves_invariant')}, or turn the correction off"
         )
-    check_langevin(kernel)
-
-
-def check_langevin(kernel: Langevin) -> None:
-    """Refuse Langevin moves that are clipped, clamped or without noise.
-
-    Raises:
-        UserError: the key to change and why.
-    """
     for key in ("grad_clip", "grad_norm_clip", "clamp"):
         value = getattr(kernel, key)
         if value is not None:

@@ -91,25 +91,33 @@ class Partition:
             group["lr"] = lr
 
 
-class FlatPartition(Partition):
-    """Stages 1 and 2: each rank holds a slice of one flat tensor of all weights."""
+class _ShardedPartition(Partition):
+    """Each rank holds a part of the state, in a ZeRO optimiser around torch's own."""
 
     sharded = True
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        return self._optimizer.optimizer
+
+    def gradients(self) -> list[Tensor]:
+        groups = self._optimizer.averaged_gradients.values()
+        return [grad for group in groups if group is not None for grad in group]
+
+    def refresh(self) -> None:
+        self._optimizer.refresh_fp32_params()
+
+
+class FlatPartition(_ShardedPartition):
+    """Stages 1 and 2: each rank holds a slice of one flat tensor of all weights."""
 
     def __init__(self, optimizer: Any) -> None:
         super().__init__(optimizer)
         # DeepSpeed maps parameters to state after the first step; our state exists before it.
         optimizer._lazy_init_hp_params_optimizer_state()
 
-    @property
-    def inner(self) -> torch.optim.Optimizer:
-        return self._optimizer.optimizer
-
     def masters(self) -> list[Tensor]:
         return list(self._optimizer.single_partition_of_fp32_groups)
-
-    def gradients(self) -> list[Tensor]:
-        return _flat(self._optimizer.averaged_gradients.values())
 
     def discard(self) -> None:
         optimizer = self._optimizer
@@ -125,28 +133,16 @@ class FlatPartition(Partition):
     def set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         parameter.set_full_hp_param(value, optim_state_key=key)  # type: ignore[attr-defined]
 
-    def refresh(self) -> None:
-        self._optimizer.refresh_fp32_params()
 
-
-class GatheredPartition(Partition):
+class GatheredPartition(_ShardedPartition):
     """Stage 3: each rank holds a padded slice of every weight."""
-
-    sharded = True
 
     def __init__(self, optimizer: Any, *, rank: int) -> None:
         self._rank = rank
         super().__init__(optimizer)
 
-    @property
-    def inner(self) -> torch.optim.Optimizer:
-        return self._optimizer.optimizer
-
     def masters(self) -> list[Tensor]:
         return list(self._optimizer.fp32_partitioned_groups_flat)
-
-    def gradients(self) -> list[Tensor]:
-        return _flat(self._optimizer.averaged_gradients.values())
 
     def discard(self) -> None:
         optimizer = self._optimizer
@@ -169,9 +165,6 @@ class GatheredPartition(Partition):
         flat[:end] = value.flatten()[:end]
         local = flat[size * self._rank :]
         self._optimizer.set_local_hp_param(local, parameter, key)
-
-    def refresh(self) -> None:
-        self._optimizer.refresh_fp32_params()
 
 
 def first_state(config: LearnerConfig, step: nn.Module) -> dict[str, Tensor]:
@@ -219,10 +212,6 @@ def partition_of(optimizer: Any, *, zero_stage: int, rank: int) -> Partition:
     if zero_stage == 3:
         return GatheredPartition(optimizer, rank=rank)
     return FlatPartition(optimizer)
-
-
-def _flat(groups: Iterable[Iterable[Tensor] | None]) -> list[Tensor]:
-    return [grad for group in groups if group is not None for grad in group]
 
 
 def _start_state(inner: torch.optim.Optimizer, master: Tensor) -> None:

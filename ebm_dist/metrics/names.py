@@ -1,17 +1,16 @@
 """Every metric that a run may log: its name, meaning and unit.
 
-The names are the same in `metrics.jsonl`, on W&B and on the dashboard. Tests call `check`, which
-refuses names that are not listed here.
+The names are the same in `metrics.jsonl`, on W&B and on the dashboard. Tests call `unknown`, to
+refuse names that are not listed here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ebm_dist.core.plugins import USER_METRICS
-from ebm_dist.core.section import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,10 +240,3 @@ def describe(name: str) -> Metric | None:
 def unknown(names: Iterable[str]) -> list[str]:
     """Those of `names` that are not metrics, sorted; `step` and `epoch` are known."""
     return sorted(name for name in names if name not in FRAME and describe(name) is None)
-
-
-def check(values: Mapping[str, object] | Iterable[str]) -> None:
-    """Raise ValueError if a name in `values` is not a metric. For tests."""
-    faults = [f"{name!r}{nearest(name, METRICS)}" for name in unknown(values)]
-    if faults:
-        raise ValueError(f"not in metrics/names.py: {', '.join(faults)}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ebm_dist.core import installed
-from ebm_dist.metrics.config import TrackingConfig as TrackingConfig
+from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import scrub, scrub_config
 from ebm_dist.metrics.names import FRAME
 from ebm_dist.metrics.spool import Continuity, Spool
@@ -89,7 +89,6 @@ class WandbSink:
         self._kept = Continuity(self.dir / "continuity.json", run_id)
         self._wake = threading.Event()
         self._closing = threading.Event()
-        self._give_up_at = float("inf")
         self._thread = threading.Thread(target=self._work, name="wandb-sink", daemon=True)
         self._thread.start()
 
@@ -120,13 +119,11 @@ class WandbSink:
         if self._closing.is_set():
             self._thread.join(1.0)
             return
-        limit = self._config.finish_timeout
-        self._give_up_at = time.monotonic() + limit
         self._closing.set()
         self._wake.set()
         # A running attempt to connect cannot be cancelled, and the fallback to an offline run
         # takes seconds.
-        self._thread.join(limit + self._config.init_timeout + 15.0)
+        self._thread.join(self._config.finish_timeout + self._config.init_timeout + 15.0)
         if self._thread.is_alive():
             self._tell("finish", f"W&B: not done in time; send the rest by `{self.sync_command}`")
 

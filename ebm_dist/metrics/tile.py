@@ -8,9 +8,13 @@ import numpy as np
 
 BETWEEN = (170, 180, 200)
 """Colour of the gaps: neither black nor white, so that the edges of binary images stay visible."""
+GAP = 1
+"""Pixels between two images."""
+MIN_SIDE = 480
+"""Pixels of the longer side of an enlarged picture."""
 
 
-def tile(images: np.ndarray, *, num_columns: int | None = None, gap: int = 1) -> np.ndarray:
+def tile(images: np.ndarray, *, num_columns: int | None = None) -> np.ndarray:
     """One picture (H', W', 3) uint8 from `images` (N, C, H, W) in [-1, 1], row by row.
 
     One channel is drawn grey, three as RGB; for other numbers the mean over channels is drawn.
@@ -34,19 +38,19 @@ def tile(images: np.ndarray, *, num_columns: int | None = None, gap: int = 1) ->
     columns = min(num, num_columns or math.ceil(math.sqrt(num)))
     rows = math.ceil(num / columns)
     picture = np.full(
-        (rows * (height + gap) + gap, columns * (width + gap) + gap, 3), BETWEEN, dtype=np.uint8
+        (rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), BETWEEN, dtype=np.uint8
     )
     for index in range(num):
-        top = gap + (index // columns) * (height + gap)
-        left = gap + (index % columns) * (width + gap)
+        top = GAP + (index // columns) * (height + GAP)
+        left = GAP + (index % columns) * (width + GAP)
         picture[top : top + height, left : left + width] = pixels[index]
     return picture
 
 
-def enlarge(picture: np.ndarray, *, at_least: int = 480) -> np.ndarray:
-    """`picture` (H, W, 3) enlarged until its longer side has `at_least` pixels.
+def enlarge(picture: np.ndarray) -> np.ndarray:
+    """`picture` (H, W, 3) enlarged until its longer side has `MIN_SIDE` pixels.
 
     Repeats pixels by an integer factor, so that browsers do not blur small images.
     """
-    factor = max(1, math.ceil(at_least / max(picture.shape[:2])))
+    factor = max(1, math.ceil(MIN_SIDE / max(picture.shape[:2])))
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)

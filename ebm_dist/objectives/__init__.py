@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ebm_dist.objectives.contrast.energy_discrepancy import (
-    EnergyDiscrepancy,
+# Imported so that their sections register.
+from ebm_dist.objectives import module  # noqa: F401
+from ebm_dist.objectives.contrast import (  # noqa: F401
+    energy_discrepancy,
+    neighbours,
+    noise_contrastive,
 )
-from ebm_dist.objectives.contrast.neighbours import (
-    PseudoLikelihood,
-    RatioMatching,
+from ebm_dist.objectives.likelihood import joint, recovery_likelihood, reverse_kl  # noqa: F401
+from ebm_dist.objectives.likelihood.contrastive import ContrastiveSection
+from ebm_dist.objectives.matching import (  # noqa: F401
+    denoising,
+    energy_matching,
+    score_matching,
+    sliced_score_matching,
 )
-from ebm_dist.objectives.contrast.noise_contrastive import NoiseContrastive
-from ebm_dist.objectives.likelihood.contrastive import Contrastive, ContrastiveSection
-from ebm_dist.objectives.likelihood.joint import Joint
-from ebm_dist.objectives.likelihood.recovery_likelihood import (
-    RecoveryLikelihood,
-)
-from ebm_dist.objectives.likelihood.reverse_kl import ReverseKl
-from ebm_dist.objectives.matching.denoising import Denoising
-from ebm_dist.objectives.matching.energy_matching import EnergyMatching
-from ebm_dist.objectives.matching.score_matching import ScoreMatching
-from ebm_dist.objectives.matching.sliced_score_matching import (
-    SlicedScoreMatching,
-)
-from ebm_dist.objectives.module import ModuleObjectiveSection
 from ebm_dist.objectives.objective import FAMILY, Objective, ObjectiveSection
-from ebm_dist.objectives.weighting import ess_ratio, staleness_log_weight
+from ebm_dist.objectives.weighting import ess_ratio
 
 make = FAMILY.make
 
@@ -37,24 +31,10 @@ else:
 
 __all__ = [
     "FAMILY",
-    "Contrastive",
     "ContrastiveSection",
-    "Denoising",
-    "EnergyDiscrepancy",
-    "EnergyMatching",
-    "Joint",
-    "ModuleObjectiveSection",
-    "NoiseContrastive",
     "Objective",
     "ObjectiveConfig",
     "ObjectiveSection",
-    "PseudoLikelihood",
-    "RatioMatching",
-    "RecoveryLikelihood",
-    "ReverseKl",
-    "ScoreMatching",
-    "SlicedScoreMatching",
     "ess_ratio",
     "make",
-    "staleness_log_weight",
 ]

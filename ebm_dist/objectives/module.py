@@ -1,4 +1,4 @@
-"""A user's own objective in a run: a function, callable or module, by a target in the config."""
+"""A user's own function, callable or module as the objective, by a target in the config."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ebm_dist.objectives.objective import FAMILY, Metrics, Objective, ObjectiveS
 
 
 class OwnObjective(Objective):
-    """A user's `(energy, batch, negatives, generator) -> (loss, metrics)`.
+    """Calls a user's `(energy, batch, negatives, generator) -> (loss, metrics)`.
 
-    A metric without a slash in its name is logged as `user/NAME`; another one has a name of
+    A metric without a slash in its name is logged as `user/NAME`. One with a slash must be in
     `metrics/names.py`, such as `energy/gap`, which learner.gap_limit reads.
     """
 
@@ -28,8 +28,8 @@ class OwnObjective(Objective):
     ) -> None:
         """
         Args:
-            own: what is called for the loss.
-            says: what has the attributes `needs_labels` and `needs_generator`.
+            own: the callable.
+            says: the object with the attributes `needs_labels` and `needs_generator`, if any.
         """
         super().__init__()
         self.own = own
@@ -72,7 +72,7 @@ class OwnObjective(Objective):
 
 @FAMILY.register
 class ModuleObjectiveSection(ObjectiveSection):
-    """An objective of your own: a function, or a class that makes a callable or an nn.Module."""
+    """An objective of your own: a function, or a class whose instances are callable."""
 
     name: Literal["module"] = "module"
     far_modes: ClassVar[str] = "not known, since the objective is code of the user"
@@ -81,25 +81,25 @@ class ModuleObjectiveSection(ObjectiveSection):
 
     target: Target
     """MODULE:NAME of a function `(energy, batch, negatives, generator) -> (loss, metrics)`, or of a
-    class that makes such a callable from `params`; as an nn.Module it may have weights of its own.
-    Attributes of it: `needs_labels`, false when left out, and `needs_generator`, true then."""
+    class that makes such a callable from `params`; an nn.Module may have weights of its own. Its
+    attributes `needs_labels` (default false) and `needs_generator` (default true) are read."""
 
     params: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments: of the class where it is made, of the function at every call."""
+    """Keyword arguments of the class, or of every call of the function."""
 
     needs_negatives: bool = True
-    """Whether it reads negatives. With false no chains are drawn, and it is given None."""
+    """Whether it reads negatives. With false the run has no chains, and `negatives` is None."""
 
     @property
     def contexts(self) -> frozenset[str]:
-        return frozenset(CONTEXTS)  # handed over in `negatives.context`
+        return frozenset(CONTEXTS)  # it may read any of `negatives.context`
 
     @property
     def takes_negatives(self) -> bool:
         return self.needs_negatives
 
     def build(self, seed: int = 0) -> Objective:
-        # Before the seed is set: what a module draws when it is first imported is not ours.
+        # Imported before the seed is set, because an import may use random numbers.
         load_target(self.target, "objective.target")
         return super().build(seed)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ebm_dist import diagnostics, energies, samplers
 from ebm_dist.core.types import EventSpec
-from ebm_dist.evaluation.exact import exact_log_partition, states
+from ebm_dist.energies.closed_form.finite import states
+from ebm_dist.evaluation.exact import exact_log_partition
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A user's own sampler in a run: an object with `init` and `step`, by a target in the config."""
+"""A user's own object with `init` and `step` as the sampler, by a target in the config."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NoInfo:
 
 @dataclass(frozen=True)
 class OwnKernel:
-    """A user's `init` and `step`, checked where a mistake would not be seen later."""
+    """Calls a user's `init` and `step`, and checks what they return."""
 
     own: Any
     temperature: float
@@ -30,12 +30,12 @@ class OwnKernel:
 
     @property
     def reversible(self) -> bool:
-        """As the user's sampler says; see `traits.KernelTraits`."""
+        """The trait of the user's sampler; see `traits.KernelTraits`."""
         return trait(self.own, "reversible")
 
     @property
     def leaves_invariant(self) -> bool:
-        """As the user's sampler says; see `traits.KernelTraits`."""
+        """The trait of the user's sampler; see `traits.KernelTraits`."""
         return trait(self.own, "leaves_invariant")
 
     def init(self, x: Tensor, energy: EnergyFn) -> Any:
@@ -73,7 +73,7 @@ class OwnKernel:
 
 @FAMILY.register
 class ModuleKernelSection(KernelSection):
-    """A sampler of your own: an object with `init` and `step`, named by its class or factory."""
+    """A sampler of your own: a class with `init` and `step`, or a function that makes one."""
 
     name: Literal["module"] = "module"
     example: ClassVar[dict[str, Any]] = {
@@ -87,17 +87,17 @@ class ModuleKernelSection(KernelSection):
     info is None or a dataclass of (B,) tensors. Training imports the module."""
 
     params: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments that the class or function is called with."""
+    """Keyword arguments of the class or function."""
 
     temperature: PositiveFloat = 1.0
-    """T of the law exp(-E/T) that the sampler draws from, for the objective and the model card. The
-    sampler itself is not given it; if it takes a temperature, set that in params."""
+    """T of the law exp(-E/T) of the sampler, for the objective and the model card. The sampler does
+    not receive it; if it takes a temperature, set that in params."""
 
     engine: Literal["eager"] = "eager"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Steps of your own sampler run one by one: compiled once, they could not change as they go."""
+    """Steps of your own sampler are not compiled, since compiled steps cannot change later."""
 
     adapt_steps: Literal[0] = 0  # pyright: ignore[reportIncompatibleVariableOverride]
-    """There is no warm-up of the step size; a sampler registered as a section can have one."""
+    """No warm-up of the step size; a sampler that is registered as a section can have one."""
 
     @property
     def law_temperature(self) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from ebm_dist.config.run_config import load
 from ebm_dist.core.errors import UserError
-from ebm_dist.export.writer import load_energy
+from ebm_dist.export.reader import load_energy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "actors"))
 from small_runs import SMALL, curve, run

@@ -31,7 +31,7 @@ from ebm_dist.controller.workers.membership import WorkerPool
 from ebm_dist.core.section import Section
 from ebm_dist.core.types import EventSpec, NegativeArrays
 from ebm_dist.energies import EnergyConfig
-from ebm_dist.objectives import staleness_log_weight
+from ebm_dist.objectives.weighting import staleness_log_weight
 from ebm_dist.samplers import SamplerConfig
 
 H = 0.05

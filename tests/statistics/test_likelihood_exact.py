@@ -8,7 +8,8 @@ import torch
 
 from ebm_dist import energies
 from ebm_dist.core.types import EventSpec
-from ebm_dist.evaluation.exact import exact_log_partition, is_exact, num_states, states
+from ebm_dist.energies.closed_form.finite import num_states, states
+from ebm_dist.evaluation.exact import exact_log_partition, is_exact
 
 
 @pytest.mark.parametrize(("precision", "temperature"), [(1.0, 1.0), (4.0, 0.5), (0.01, 3.0)])

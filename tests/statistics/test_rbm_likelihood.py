@@ -13,7 +13,7 @@ from rich.console import Console
 from ebm_dist.config.run_config import load
 from ebm_dist.data import load_split
 from ebm_dist.energies.closed_form.boltzmann import Rbm
-from ebm_dist.export.writer import load_energy
+from ebm_dist.export.reader import load_energy
 from ebm_dist.run.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

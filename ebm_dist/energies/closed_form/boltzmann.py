@@ -52,11 +52,6 @@ class Rbm(FiniteEnergy):
         v = v.flatten(1)
         return -(v @ self.visible_bias.to(v.dtype)) - F.softplus(latent_input).sum(1)
 
-    def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
-        """-b.v - c.h - h^T W v, (B,), of visible (B, *event) and hidden (B, num_hidden)."""
-        flat = v.flatten(1)
-        return -(flat @ self.visible_bias.to(v.dtype)) - (h * self.latent_input(flat)).sum(1)
-
     @torch.no_grad()
     def sample_hidden(self, v: Tensor, generator: torch.Generator) -> Tensor:
         """h (B, num_hidden) in {0,1} given v (B, *event), all units at once."""

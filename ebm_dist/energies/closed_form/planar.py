@@ -136,10 +136,6 @@ class Checkerboard(AnalyticEnergy):
     def energy(self, x: Tensor) -> Tensor:
         return self.barrier * (-self.sharpness * self._pattern(x)).sigmoid() + self._wall(x)
 
-    def dark(self, x: Tensor) -> Tensor:
-        """Whether each event (B, 2) lies on a square of low energy, (B,) bool."""
-        return (self._pattern(x) > 0) & (x.abs() <= self.limit).all(1)
-
     def log_z(self, temperature: float = 1.0) -> float:
         """By quadrature with panels that end on the squares' borders, good to about 1e-9."""
         reach = self.limit + math.sqrt(2 * _NEGLIGIBLE * temperature / self.stiffness)

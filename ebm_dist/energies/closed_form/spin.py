@@ -80,12 +80,7 @@ class Potts(FiniteEnergy):
         values = torch.eye(num_values, dtype=torch.float64)
         index = list(itertools.product(range(num_values), repeat=math.prod(layer)))
         state = values[torch.tensor(index)].reshape(len(index), *layer, num_values)
-        coupling = self.coupling.detach().double().cpu()
-        inside = coupling * _successors(state, len(layer)) + self.field.detach().double().cpu()
-        flat = state.reshape(len(index), -1)
-        own = (state * inside).reshape(len(index), -1).sum(1)
-        between = coupling * flat @ flat.T
-        return _log_z_of_layers(own, between, self.lattice[axis], temperature)
+        return _log_z_of_layers(self, state, len(layer), self.lattice[axis], temperature)
 
 
 class Ising(FiniteEnergy):
@@ -125,10 +120,6 @@ class Ising(FiniteEnergy):
         pull = self.coupling.to(x.dtype) * _successors(spin, x.ndim - 1)
         return -(spin * (pull + self.field.to(x.dtype))).flatten(1).sum(1)
 
-    def magnetisation(self, x: Tensor) -> Tensor:
-        """Mean spin of each event, (B,)."""
-        return (2 * x - 1).flatten(1).mean(1)
-
     def log_z(self, temperature: float = 1.0) -> float:
         """By transfer matrix where a layer has at most 2**11 states, else by enumeration."""
         assert self.event is not None
@@ -137,12 +128,7 @@ class Ising(FiniteEnergy):
             return super().log_z(temperature)
         index = list(itertools.product((-1.0, 1.0), repeat=math.prod(layer)))
         state = torch.tensor(index, dtype=torch.float64).reshape(len(index), *layer)
-        coupling = self.coupling.detach().double().cpu()
-        inside = coupling * _successors(state, len(layer)) + self.field.detach().double().cpu()
-        flat = state.reshape(len(index), -1)
-        own = (state * inside).reshape(len(index), -1).sum(1)
-        between = coupling * flat @ flat.T
-        return _log_z_of_layers(own, between, self.event.shape[axis], temperature)
+        return _log_z_of_layers(self, state, len(layer), self.event.shape[axis], temperature)
 
 
 def _lattice(shape: Sequence[int]) -> tuple[int, ...]:
@@ -192,7 +178,19 @@ def _narrowest_layer(lattice: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     return axis, lattice[:axis] + lattice[axis + 1 :]
 
 
-def _log_z_of_layers(own: Tensor, between: Tensor, num_layers: int, temperature: float) -> float:
+def _log_z_of_layers(
+    model: Ising | Potts, state: Tensor, num_axes: int, num_layers: int, temperature: float
+) -> float:
+    """log Z of `num_layers` layers in a ring; `state` (S, *layer, ...) holds every state of one.
+
+    Args:
+        num_axes: of the lattice inside a layer.
+    """
+    coupling = model.coupling.detach().double().cpu()
+    inside = coupling * _successors(state, num_axes) + model.field.detach().double().cpu()
+    flat = state.reshape(len(state), -1)
+    own = (state * inside).reshape(len(state), -1).sum(1)
+    between = coupling * flat @ flat.T
     log_matrix = (0.5 * (own[:, None] + own) + between) / temperature
     return log_trace_power(log_matrix, num_layers)
 

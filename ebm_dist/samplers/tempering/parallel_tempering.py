@@ -33,15 +33,6 @@ class ParallelTemperingState:
         """(B,), of the coldest copy."""
         return self.replicas[0].energy
 
-    @property
-    def swap_rates(self) -> Tensor:
-        """(R - 1,): accepted over attempted exchanges since init, over all chains.
-
-        A rate near zero cuts the ladder in two: add a temperature between those two.
-        """
-        attempts = self.num_swaps.new_tensor(self.num_attempts).clamp(min=1)
-        return self.num_swaps.mean(1) / attempts
-
 
 @dataclass(frozen=True, slots=True)
 class ParallelTemperingInfo:

@@ -9,7 +9,7 @@ from small_runs import SMALL, curve, run
 
 from ebm_dist.config.run_config import load
 from ebm_dist.data import load_split
-from ebm_dist.export.writer import load_energy
+from ebm_dist.export.reader import load_energy
 
 
 def test_auto_logs_the_exact_likelihood_at_the_runs_temperature(tmp_path: Path) -> None:

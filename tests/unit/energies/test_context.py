@@ -180,7 +180,9 @@ def test_a_composition_gives_each_member_its_own_part():
     expected = net(x, level=level) + energies.quadratic(2.0)(x) + classes(x, label=label)
     torch.testing.assert_close(sum_.given(level=level, label=label)(x), expected)
     guided = energies.Conditional(classes, guidance=2.0)
-    torch.testing.assert_close(guided.given(label=label)(x), guided.class_energy(x, label))
+    logits = classes.logits(x)
+    of_label = logits.log_softmax(1).gather(1, label[:, None])[:, 0]
+    torch.testing.assert_close(guided.given(label=label)(x), -logits.logsumexp(1) - 2 * of_label)
     with pytest.raises(ValueError, match="takes no context"):
         energies.Conditional(classes, label=1).given(label=label)
     with pytest.raises(ValueError, match="noise levels differ"):

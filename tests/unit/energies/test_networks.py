@@ -171,7 +171,7 @@ def test_conditional_energy_is_minus_the_logit_and_guidance_sharpens_it():
     torch.testing.assert_close(energies.Conditional(net, label=2)(x), -logits[:, 2])
     label = torch.tensor([0, 1, 2, 1, 0])
     torch.testing.assert_close(
-        energies.Conditional(net).class_energy(x, label), -logits.gather(1, label[:, None])[:, 0]
+        energies.Conditional(net).given(label=label)(x), -logits.gather(1, label[:, None])[:, 0]
     )
     guided = energies.Conditional(net, label=1, guidance=3.0)(x)
     torch.testing.assert_close(guided, net(x) - 3 * logits.log_softmax(1)[:, 1])

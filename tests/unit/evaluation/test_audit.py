@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ebm_dist import energies, samplers
-from ebm_dist.evaluation import EvaluationConfig
 from ebm_dist.evaluation.audit import MAX_HIGH, long_run_audit
+from ebm_dist.evaluation.config import EvaluationConfig
 
 
 def normal(num, dim, std=1.0, seed=0):

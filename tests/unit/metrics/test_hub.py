@@ -16,9 +16,9 @@ from PIL import Image
 
 from ebm_dist.core.errors import UserError
 from ebm_dist.metrics import hub as hub_module
+from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.hub import MetricHub
 from ebm_dist.metrics.jsonl import SUPERSEDED_FILE, read_rows
-from ebm_dist.metrics.sink import TrackingConfig
 from ebm_dist.metrics.tile import tile
 
 OFF = TrackingConfig(wandb="off")
@@ -49,7 +49,7 @@ def test_off_never_imports_wandb(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from ebm_dist.metrics.hub import MetricHub\n"
-        "from ebm_dist.metrics.sink import TrackingConfig\n"
+        "from ebm_dist.metrics.config import TrackingConfig\n"
         "hub = MetricHub(TrackingConfig(wandb='off'), sys.argv[1], {}, 't')\n"
         "hub.log(1, 0, {'energy/gap': 1.0}); hub.close()\n"
         "info = hub.info()\n"

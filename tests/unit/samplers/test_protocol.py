@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ebm_dist import samplers
 from ebm_dist.core.types import EventSpec
 from ebm_dist.samplers import (
     FAMILY,
-    DepartingKernel,
-    InPlaceKernel,
     Kernel,
     KernelSection,
     run_chain,
 )
+from ebm_dist.samplers.kernel import DepartingKernel, InPlaceKernel
 from ebm_dist.samplers.module import OwnKernel
+from ebm_dist.samplers.tempering.parallel_tempering import ParallelTempering
+from ebm_dist.samplers.tempering.tempered_transitions import TemperedTransitions
 
 NUM_CHAINS = 6
 
@@ -246,7 +246,7 @@ def test_temperature_is_a_field_that_can_be_replaced(case):
     kernel, x, energy = case
     if isinstance(kernel, OwnKernel):
         pytest.skip("a sampler of the user is not told its temperature; none may temper it")
-    if isinstance(kernel, samplers.ParallelTempering | samplers.TemperedTransitions):
+    if isinstance(kernel, ParallelTempering | TemperedTransitions):
         hot = replace(kernel, temperatures=(2.0, 4.0, 6.0))
     else:
         hot = replace(kernel, temperature=2.0)

@@ -12,8 +12,10 @@ from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.energies.family import EnergySection
 from ebm_dist.export.model_card import sampler_law
-from ebm_dist.jarzynski.weights import check_sampler, run_weighted
-from ebm_dist.samplers import KernelSection, Mala
+from ebm_dist.jarzynski.kernel import weighted
+from ebm_dist.jarzynski.weights import check_sampler
+from ebm_dist.samplers import KernelSection
+from ebm_dist.samplers.continuous.mala import Mala
 from ebm_dist.samplers.law import effective_temperature, unadjusted
 from ebm_dist.samplers.traits import KernelTraits, names_with, trait
 
@@ -66,12 +68,7 @@ def test_a_kernel_that_says_it_is_reversible_goes_inside_tempered_transitions():
 
 
 def test_a_kernel_that_keeps_the_law_carries_jarzynski_weights_and_one_that_is_silent_does_not():
-    x, weight = torch.zeros(4, 2), torch.ones(4)
-    energy, generator = energies.make("ring"), torch.Generator().manual_seed(0)
-    _, _, carried = run_weighted(Exact(), x, weight, energy, 3, generator)
-    assert torch.equal(carried, weight)
-    with pytest.raises(ValueError, match="Plain has no Jarzynski correction"):
-        run_weighted(Plain(), x, weight, energy, 3, generator)
+    assert weighted(Exact()) == Exact()
     with pytest.raises(UserError, match=r"langevin \(unclipped\), or .*mala.*or \w+, or turn"):
         check_sampler(Outside())
 
