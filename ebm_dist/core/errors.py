@@ -20,6 +20,11 @@ class NonFinite(RunFailed):
     """A loss, gradient or energy is not finite, or beyond its limit."""
 
 
+def named(error: BaseException) -> str:
+    """`TYPE: MESSAGE` of `error`, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def one_line(text: object) -> str:
     """`text` as one printable line, shortened in the middle, with control characters escaped.
 

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from ebm_dist.core.errors import UserError
+from ebm_dist.core.errors import UserError, named
 from ebm_dist.core.section import nearest
 
 ENTRY_POINTS = "ebm_dist.plugins"
@@ -234,8 +234,8 @@ def _import(name: str, key: str) -> ModuleType:
 
 
 def _raised(name: str, key: str, error: BaseException) -> str:
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{key}: the module {name} raises while it is imported: {what} ({_place(error)})"
+    what = f"raises while it is imported: {named(error)} ({_place(error)})"
+    return f"{key}: the module {name} {what}"
 
 
 def _place(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The data section of a run: which samples, how they are read, and what is done to each batch."""
+"""The `data` section of the config: the source of samples, how they are read and transformed."""
 
 from __future__ import annotations
 
@@ -23,59 +23,61 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-# A `before` validator of the model makes pydantic forget that a list came from JSON.
+# With a `before` validator of the model, pydantic no longer converts a JSON list to a tuple.
 Paths = Annotated[tuple[UserPath, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
 
 
 class DataConfig(Section):
-    """Where the data comes from and how a stream of it is made."""
+    """The source of the data, and how samples are read and transformed."""
 
     source: UserPath | None = None
     """`digits`, `fashion-mnist`, `toy:NAME`, or prepared or plain webdataset shards: a directory,
-    a file, a brace pattern such as `path/{00..07}.tar`, or a glob such as `path/*.tar`, which of a
-    prepared directory takes the training part. `digits` if `shards` is left out too. `module` for
-    a dataset of your own, which `target` names; `given` where one was handed over in Python."""
+    a file, a brace pattern such as `path/{00..07}.tar`, or a glob such as `path/*.tar`, which in a
+    prepared directory matches the training shards. `digits` if `shards` is left out too. `module`
+    for a dataset of your own, which `target` names; `given` for one given from Python."""
 
     target: Target | None = None
     """With `source: module`, a dataset of your own: `my_pkg.data:dataset`, the class, a function
     that returns one, or one that the module holds. It has `__len__` and `__getitem__`, which
     returns an event or (event, label) and should return the same at every call. An event is a PIL
     image, an array or a tensor. Images and uint8 arrays of 2 or 3 dimensions are of kind `image`
-    and scaled from 0..255 to [-1, 1]; bools are `binary`; other numbers are `real` and taken as
-    they are, also with `kind: image`, where they must lie in [-1, 1]. Every process that reads
-    data makes the dataset for itself."""
+    and scaled from 0..255 to [-1, 1]; bools are `binary`; other numbers are `real` and unchanged,
+    also with `kind: image`, which requires [-1, 1]. Every process that reads data constructs the
+    dataset itself."""
 
     params: dict[str, JsonValue] = Field(default_factory=dict)
-    """Keyword arguments for `target`. Paths should be absolute: parts of a run work elsewhere."""
+    """Keyword arguments for `target`. Use absolute paths: parts of a run have other working
+    directories."""
 
     test_params: dict[str, JsonValue] | None = None
-    """Keyword arguments with which `target` makes the test split, such as `{train: false}`."""
+    """Keyword arguments of `target` for the test split, such as `{train: false}`."""
 
     fingerprint: str | None = None
-    """Number of samples and a hash of some, for `source: module` and `given`. Filled in when a run
-    starts, so that it goes on with the same data; where given, other data is refused."""
+    """Number of samples and a hash of some, for `source: module` and `given`. A run fills it in at
+    its start, so that a resume with other data is refused."""
 
     _given: Any = PrivateAttr(default=None)
-    """Of `source: given`: the train and test `Items`."""
+    """The train and test `Items` of `source: given`."""
 
     shards: UserPath | Paths | None = None
     """The same for shards alone, or a list of several; give `source` or `shards`, not both."""
 
     test_source: UserPath | None = None
-    """Held-out shards, where the source has no test split of its own, as plain shards."""
+    """Held-out shards, for a source without a test split, such as plain shards."""
 
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Part of the samples kept for the test split where the source has none of its own, chosen by
-    a hash of the sample's key, or of its index in a dataset of your own."""
+    """Fraction of the samples in the test split, for a source without one. A hash of the sample's
+    key, or of its index in a dataset of your own, chooses them."""
 
     batch_size: PositiveInt = 128
-    """Samples of one update, over all learner ranks together."""
+    """Samples per update, over all learner ranks together."""
 
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
 
     crop_padding: NonNegativeInt = 0
-    """Pad images by so many pixels by reflection, then crop a random window of the old size."""
+    """Pad images by this number of pixels by reflection, then crop a random window of the old
+    size."""
 
     dequantize: bool = False
     """Uniform dequantisation: level k of L becomes 2 (k + u) / L - 1, u ~ U[0, 1)."""
@@ -85,60 +87,61 @@ class DataConfig(Section):
     (images lie in [-1, 1]). JEM uses 0.03. The sum is not clamped."""
 
     binarize: Literal["none", "threshold", "bernoulli"] = "none"
-    """Make images binary: at mid-grey, or as coins whose probability is the intensity, tossed anew
-    in every batch (Salakhutdinov & Murray 2008); a split loaded whole is tossed once."""
+    """Make images binary: by a threshold at mid-grey, or as Bernoulli variables with the intensity
+    as probability, drawn anew in every batch (Salakhutdinov & Murray 2008) and once for a split
+    that is loaded whole."""
 
     flatten: bool = False
-    """Hand out vectors (prod(shape),). An image then counts as `real`."""
+    """Flatten events to vectors (prod(shape),). An image then counts as `real`."""
 
     shuffle: NonNegativeInt = 5000
-    """Samples in the shuffle buffer. It holds them encoded: 5000 photographs of 100 kB are 0.5 GB.
-    0 keeps the order of the shards. A dataset of your own needs no buffer: an epoch is a
-    permutation of all of it, or its own order where this is 0."""
+    """Samples in the shuffle buffer, which holds them encoded: 5000 photographs of 100 kB take
+    0.5 GB. 0 keeps the order of the shards. A dataset of your own needs no buffer: an epoch is a
+    permutation of all samples, or their own order if this is 0."""
 
     rank_split: Literal["auto", "shard", "sample"] = "auto"
-    """How ranks share an epoch. `shard`: each reads shards of its own. `sample`: every rank reads
-    all shards and keeps every world_size-th sample, so that the ranks' batches together are
-    the batch of one rank, bit for bit. `auto`: by shard where there are as many as ranks."""
+    """How ranks share an epoch. `shard`: each reads other shards. `sample`: every rank reads all
+    shards and keeps every world_size-th sample, so that the ranks' batches together are the batch
+    of one rank, bit for bit. `auto`: by shard if there are at least as many shards as ranks."""
 
     prefetch: NonNegativeInt = 4
-    """Batches made ahead by a background thread, several at a time; 0 makes them when asked. The
-    order is the same."""
+    """Batches that a background thread reads ahead; 0 reads each when it is needed. The order does
+    not change."""
 
     cache: Literal["auto", "always", "never"] = "auto"
-    """Keep decoded samples of shards in memory after they were read once. `auto`: up to
-    `cache_mib`. The order is the same."""
+    """Keep decoded samples of shards in memory after the first reading. `auto`: up to `cache_mib`.
+    The order is the same."""
 
     cache_mib: PositiveInt = 512
-    """Memory for decoded samples of one rank, in MiB, under `cache: auto`."""
+    """Memory for decoded samples of one rank, in MiB, with `cache: auto`."""
 
     cache_dir: UserPath | None = None
-    """Where built-in sources keep their shards; `~/.cache/ebm_dist/data` when left out
-    ($XDG_CACHE_HOME is honoured)."""
+    """Directory for the shards of built-in sources; `~/.cache/ebm_dist/data` when left out
+    ($XDG_CACHE_HOME replaces `~/.cache`)."""
 
     verify: bool = True
-    """Compare each shard with its SHA-256 in dataset.json when it is first opened."""
+    """Compare each shard with its SHA-256 in dataset.json when it is opened first."""
 
     on_bad_sample: Literal["stop", "skip"] = "stop"
     """What to do about a sample of a shard that cannot be read or has another shape than the first.
     `stop` ends the run with one line. `skip` leaves it out: `run.log` names the first few, and the
-    metric `fault/skipped_samples` counts all. A shard that is missing or cut ends the run in either
-    case. Where samples are left out, the ranks' batches are no longer the batch of one rank."""
+    metric `fault/skipped_samples` counts all. A missing or truncated shard always ends the run.
+    With samples left out, the ranks' batches together are no longer the batch of one rank."""
 
     kind: Literal["image", "real", "binary", "categorical"] | None = None
-    """Kind of the events of plain shards or your own dataset; told from the first sample when left
-    out."""
+    """Kind of the events of plain shards or your own dataset; by default that of the first
+    sample."""
 
     num_classes: PositiveInt | None = None
-    """Number of classes of labelled plain shards or your own dataset, which only all labels
-    together would tell (`dataset.classes` is asked first). Objectives and energies that read
-    labels need it."""
+    """Number of classes of labelled plain shards or your own dataset, since it is unknown without
+    reading all labels; a dataset's own `classes` is used when this is left out. Objectives and
+    energies that read labels need it."""
 
     member: str | None = None
-    """Extension of the member that holds x, where a sample has several: `jpg`, `image.png`, …"""
+    """Extension of the member with x, for samples with several members: `jpg`, `image.png`, …"""
 
     toy_samples: PositiveInt = Field(default=8192, le=2**24)
-    """Training samples of a `toy:` source; a quarter as many again are its test split."""
+    """Training samples of a `toy:` source; its test split has a quarter of that."""
 
     @model_validator(mode="before")
     @classmethod
@@ -193,17 +196,17 @@ class DataConfig(Section):
 
     @property
     def is_own_dataset(self) -> bool:
-        """Whether samples come from a dataset of the user's, not from shards."""
+        """Whether samples come from a user's own dataset, not from shards."""
         return self.source in ("module", "given")
 
     @property
     def num_given_bytes(self) -> int:
-        """Bytes of the arrays given from Python, which every process that reads data is sent."""
+        """Bytes of the arrays given from Python; every process that reads data gets a copy."""
         return sum(items.num_bytes for items in self._given or () if items is not None)
 
     @property
     def how_to_hold_out(self) -> str:
-        """What names a test split beside `holdout`, for messages."""
+        """The other way to name a test split, for messages."""
         if self.source == "given":
             return 'one in data={"train": ..., "test": ...}'
         if self.source == "module":
@@ -212,7 +215,7 @@ class DataConfig(Section):
 
     @property
     def location(self) -> str:
-        """The source, the shards or the dataset, whichever was given."""
+        """The source, the shards or the dataset that the section names."""
         if self.is_own_dataset and self.target is not None:
             return self.target
         first, *others = self.patterns
@@ -220,7 +223,7 @@ class DataConfig(Section):
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """What names shards, or a built-in source."""
+        """Paths and patterns of shards, or the name of a built-in source."""
         if isinstance(self.shards, tuple):
             return self.shards
         return (self.source or self.shards or "digits",)

@@ -1,4 +1,4 @@
-"""`data.source` -> the storage of its samples and their layout."""
+"""Finds the samples that `data.source` names, and their layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_SHARDS = 1_000_000
 
 
 def stored_layout(config: DataConfig) -> Layout:
-    """The layout of the source's samples: cheap, and a built-in source is not written for it."""
+    """The layout of the source's samples. Does not write the shards of a built-in source."""
     layout = static_layout(config.location) if not config.is_own_dataset else None
     if layout is None:
         return open_dataset(config).layout
@@ -34,10 +34,10 @@ def stored_layout(config: DataConfig) -> Layout:
 
 
 def open_dataset(config: DataConfig) -> Storage:
-    """Find the samples; built-in sources write theirs into the cache at first use.
+    """Find the samples; a built-in source writes its shards into the cache at the first use.
 
     Raises:
-        UserError: for a source that is not there or will not do.
+        UserError: the source is missing or cannot be used.
     """
     if config.is_own_dataset:
         return open_module(config)
@@ -50,8 +50,8 @@ def open_dataset(config: DataConfig) -> Storage:
 
 
 def located(config: DataConfig) -> DataConfig:
-    """`config` with relative paths made absolute, since parts of a run work in other directories,
-    and with the fingerprint of a dataset that is not shards."""
+    """`config` with absolute paths, since parts of a run have other working directories, and with
+    the fingerprint of a dataset that is not in shards."""
     if config.is_own_dataset:
         found = config.fingerprint or open_module(config).fingerprint()
         return config.model_copy(update={"fingerprint": found})
@@ -60,7 +60,7 @@ def located(config: DataConfig) -> DataConfig:
     def absolute(path: Any) -> Any:
         if isinstance(path, tuple):
             return tuple(map(absolute, path))
-        # A brace pattern may begin with whole paths, and braces of ours would be part of one.
+        # A brace pattern may begin with absolute paths; braces in `here` would become a pattern.
         if path is None or path.startswith("{/") or "{" in here:
             return path
         return os.path.join(here, path)
@@ -107,7 +107,7 @@ def _find(config: DataConfig) -> Shards:
 
 
 def _guessed(shard: ShardFile, config: DataConfig) -> Layout:
-    """The layout of plain shards, by the first sample that will do."""
+    """The layout of plain shards, from the first usable sample."""
     fault: UserError | None = None
     for sample in read_shard(shard):
         try:
@@ -145,7 +145,11 @@ def _with_test(dataset: Shards, config: DataConfig) -> Shards:
 
 
 def _of_manifest(directory: Path, chosen: list[Path] | None, config: DataConfig) -> Shards:
-    """`chosen`: shards named by a pattern inside a prepared directory, None for all of them."""
+    """The shards of a prepared directory.
+
+    Args:
+        chosen: the shards that a pattern names; None for all.
+    """
     manifest = read_manifest(directory)
     train, test = manifest.files("train", directory), manifest.files("test", directory)
     if chosen is not None:
@@ -169,8 +173,8 @@ def _of_manifest(directory: Path, chosen: list[Path] | None, config: DataConfig)
 
 
 def _expand(location: str, key: str = "data.source") -> tuple[list[Path], Path | None]:
-    """The shards that a directory, file or brace pattern names; the directory of their
-    dataset.json if there is one. For a prepared directory the list is None in effect: all."""
+    """The shards that a directory, file or brace pattern names, and the directory of their
+    dataset.json, if there is one."""
     import braceexpand
 
     if "://" in location or location.startswith("pipe:"):
@@ -205,7 +209,7 @@ def _expand(location: str, key: str = "data.source") -> tuple[list[Path], Path |
 
 
 def _matching(name: str, location: str, key: str) -> list[Path]:
-    """The shards that a glob matches. Of a prepared directory, those to train on."""
+    """The shards that a glob matches; in a prepared directory, only training shards."""
     if not glob.has_magic(name) or os.path.lexists(name):
         return [Path(name)]
     paths = [Path(found) for found in sorted(glob.glob(name, recursive=True))]
@@ -219,12 +223,12 @@ def _matching(name: str, location: str, key: str) -> list[Path]:
         if (directory / FILE_NAME).is_file()
     }
     kept = [path for path in paths if path in to_train_on.get(path.parent, {path})]
-    # The held-out part alone is meant where nothing else matches.
+    # A glob that matches only held-out shards means them.
     return kept or paths
 
 
 def _shards_of(directory: Path, key: str) -> list[Path]:
-    """All tars of a directory that no dataset.json describes."""
+    """All tars of a directory without a dataset.json."""
     names = sorted(item.name for item in directory.iterdir() if not item.name.startswith("."))
     found = [name for name in names if name.endswith(SUFFIXES)]
     if not found:

@@ -1,4 +1,4 @@
-"""Reads every sample of some shards, and names those that will not do."""
+"""Reads every sample of a set of shards, and names the unusable ones."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ebm_dist.data.storage.shards import Shards
 
 @dataclass(slots=True)
 class Findings:
-    """What was read."""
+    """Counts of shards and samples."""
 
     num_shards: int = 0
     num_samples: int = 0
-    """Samples that will do."""
+    """Usable samples, those of bad shards included."""
     num_bad_samples: int = 0
     num_bad_shards: int = 0
-    """Shards that are missing, altered, cut or no tar. What could be read of them is counted."""
+    """Shards that are missing, altered, truncated or not a tar."""
     by_class: Counter[int] = field(default_factory=Counter)
 
 
@@ -31,10 +31,10 @@ def examine(config: DataConfig, say: Callable[[str], None]) -> Findings:
     """Read all samples of both splits.
 
     Args:
-        say: is told each fault, in one line that names the shard and the sample.
+        say: receives each fault, in one line that names the shard and the sample.
 
     Raises:
-        UserError: there are no shards, or the first holds no sample that will do.
+        UserError: there are no shards, or the first holds no usable sample.
     """
     storage = open_dataset(config.model_copy(update={"on_bad_sample": "skip"}))
     if not isinstance(storage, Shards):
@@ -47,7 +47,7 @@ def examine(config: DataConfig, say: Callable[[str], None]) -> Findings:
             for sample in read_shard(shard):
                 _count(sample, storage.layout, findings, say)
         except UserError as error:
-            if not faults:  # else it is one and the same
+            if not faults:  # otherwise it is the same fault
                 say(str(error))
             faults.append(shard)
         findings.num_bad_shards += bool(faults)

@@ -64,19 +64,19 @@ def replace_text(path: Path, text: str) -> None:
         file.write(text.encode(errors="replace"))  # a lone surrogate has no encoding
 
 
-def write_output(path: Path, text: str, option: str = "--out") -> None:
-    """Write the output of a command to `path`, and create its parent directories.
+def write_output(path: Path, text: str) -> None:
+    """Write the output of a command to `path`, from --out, and create its parent directories.
 
     Raises:
         UserError: the write fails, and leaves no file behind; or `path` is a file of a run.
     """
     if path.name in _OF_A_RUN and path.exists():
-        raise UserError(f"{option}: {path} is a file that a run or an export needs; name another")
+        raise UserError(f"--out: {path} is a file that a run or an export needs; name another")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, text)
     except OSError as error:
-        raise UserError(f"{option}: cannot write {path} ({error.strerror or error})") from None
+        raise UserError(f"--out: cannot write {path} ({error.strerror or error})") from None
 
 
 @contextlib.contextmanager

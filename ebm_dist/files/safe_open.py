@@ -49,9 +49,9 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         return file.read()
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of the regular file at `path`."""
-    with open_to_read(path) as file:
+def sha256(path: str | os.PathLike[str], *, follow: bool = False) -> str:
+    """The SHA-256 of the regular file at `path`, in hexadecimal; `follow` as in `open_to_read`."""
+    with open_to_read(path, follow=follow) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -46,8 +46,8 @@ def tensors_or_refuse(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; UserError if it is damaged or of another format."""
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
 
 
 def _contiguous(value: Tensor | np.ndarray) -> Tensor:

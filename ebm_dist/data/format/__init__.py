@@ -1,1 +1,1 @@
-"""Tar shards and their manifest: reading and writing single records."""
+"""File formats of data: tar shards and their manifest, images, npy, npz and IDX files."""

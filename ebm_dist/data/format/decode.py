@@ -1,7 +1,7 @@
-"""Bytes of a shard's member -> array, with every limit checked before memory is taken.
+"""Decodes the members of a shard into arrays, and checks their sizes before it allocates memory.
 
-No byte is ever unpickled: images go through pillow's PNG and JPEG readers, arrays through a parse
-of the `.npy` header that refuses object dtypes, labels through `int`.
+Nothing is unpickled: pillow reads PNG and JPEG images, `.npy` headers with an object dtype are
+refused, and a label is an integer in text.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ PICKLE_EXTENSIONS = ("pyd", "pickle", "pkl", "pck", "p", "pt", "pth", "joblib", 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the samples of one data set are laid out in their shards."""
+    """The format of the stored samples of one data set."""
 
     spec: EventSpec
-    """As stored: before binarisation and flattening."""
+    """The events as stored, before binarisation and flattening."""
     levels: int | None
-    """Grey levels of an 8-bit image; None where x is stored as floats or bits."""
+    """Grey levels of an 8-bit image; None if x is stored as floats or bits."""
     labelled: bool
     member: str | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """uint8 where a byte holds a value exactly, else float32."""
+        """uint8 if a byte holds every value exactly, else float32."""
         exact = self.levels is not None or self.spec.discrete
         return np.dtype(np.uint8 if exact else np.float32)
 
@@ -46,26 +46,34 @@ def decode_sample(sample: Mapping[str, Any], layout: Layout) -> tuple[np.ndarray
     """x (*shape) in `layout.dtype` and the label of one webdataset sample.
 
     Raises:
-        UserError: naming the shard and the sample, for anything that is not what `layout` says.
+        UserError: names a shard and sample that do not fit `layout`.
     """
     where = place(sample)
     x = fit(_read_member(sample, layout.member, where), layout, where)
     label = read_label(sample, where)
+    advice = f"give every sample a .cls member or none. {TOGETHER}"
+    check_label(label, layout, where, name=".cls label", advice=advice)
+    return x, label
+
+
+def check_label(
+    label: int | None, layout: Layout, where: str, *, name: str = "label", advice: str
+) -> None:
+    """Refuse a label that `layout` does not have, and a missing one that it has.
+
+    Args:
+        name: how messages call the label.
+        advice: what to change where some samples have labels and others have none.
+    """
     if layout.labelled != (label is not None):
         came, others = ("a", "none") if label is not None else ("no", "one")
+        raise UserError(f"{where}: has {came} {name}, but the first sample has {others}; {advice}")
+    num_classes = layout.spec.num_classes
+    if label is not None and num_classes is not None and label >= num_classes:
         raise UserError(
-            f"{where}: has {came} .cls label, but the first sample has {others}; give every sample "
-            f"a .cls member or none. {TOGETHER}"
+            f"{where}: label {label}, but there are {num_classes} classes, 0 to "
+            f"{num_classes - 1}; correct the {name} or data.num_classes"
         )
-    if label is not None:
-        num_classes = layout.spec.num_classes
-        if num_classes is not None and label >= num_classes:
-            raise UserError(
-                f"{where}: label {label}, but there are {num_classes} classes, 0 to "
-                f"{num_classes - 1}; correct the .cls member or data.num_classes"
-            )
-        return x, label
-    return x, None
 
 
 def guess_layout(
@@ -75,10 +83,10 @@ def guess_layout(
     num_classes: int | None,
     member: str | None,
 ) -> Layout:
-    """The layout that the first sample of plain shards suggests.
+    """The layout of plain shards, guessed from their first sample.
 
-    PNG, JPEG and uint8 arrays of 2 or 3 dimensions are images, bool arrays binary, other arrays
-    real; `kind` overrules that.
+    PNG, JPEG and uint8 arrays of 2 or 3 dimensions are images, bool arrays are binary, other arrays
+    real; `kind` overrides that.
     """
     where = place(sample)
     x = _read_member(sample, member, where)
@@ -100,7 +108,7 @@ def layout_of(
     num_classes: int | None,
     member: str | None = None,
 ) -> Layout:
-    """The layout that an event suggests: see `guess_layout`."""
+    """The layout guessed from the event `x`; see `guess_layout`."""
     if kind is None:
         if x.dtype == np.uint8 and x.ndim in (2, 3):
             kind = "image"
@@ -123,7 +131,7 @@ def place(sample: Mapping[str, Any]) -> str:
 
 
 def read_label(sample: Mapping[str, Any], where: str) -> int | None:
-    """The `.cls` member as an integer of at least 0, None where there is none."""
+    """The `.cls` member as an integer of at least 0; None if there is none."""
     data = sample.get("cls")
     if data is None:
         for name in sample:
@@ -134,7 +142,7 @@ def read_label(sample: Mapping[str, Any], where: str) -> int | None:
                 )
         return None
     text = bytes(data[:40]).decode("ascii", "replace").strip()
-    # `isdigit` first: int() would take '1_0' and '+1', and minutes for a megabyte of digits.
+    # Checked first, since int() accepts '1_0' and '+1', and takes minutes for a megabyte of digits.
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
         raise UserError(f"{where}: .cls must hold an integer from 0, got {text[:20]!r}")
     return int(text)
@@ -193,13 +201,13 @@ def _as_image(x: np.ndarray, where: str) -> np.ndarray:
 
 
 def fit(x: np.ndarray, layout: Layout, where: str) -> np.ndarray:
-    """`x` in the layout's shape and dtype, or the error that says why it does not fit."""
+    """`x` in the layout's shape and dtype; raises UserError if it does not fit."""
     spec = layout.spec
     if spec.kind == "image":
         x = _as_image(x, where)
         wants_colour = spec.shape[0] == 3
         if layout.levels is not None and wants_colour and x.shape == (1, *spec.shape[1:]):
-            # JPEG folders mix grey and colour files; grey is the colour with equal channels.
+            # Folders of JPEGs mix grey and colour files; a grey image has three equal channels.
             x = np.repeat(x, 3, axis=0)
     if x.shape != spec.shape:
         raise UserError(
@@ -211,7 +219,7 @@ def fit(x: np.ndarray, layout: Layout, where: str) -> np.ndarray:
 
 
 def fit_numbers(x: np.ndarray, layout: Layout, where: str) -> np.ndarray:
-    """Events `x` (..., *shape) in the layout's dtype; UserError where their numbers do not fit."""
+    """Events `x` (..., *shape) in the layout's dtype; raises UserError if they do not fit."""
     spec = layout.spec
     if layout.levels is not None:
         if x.dtype != np.uint8:

@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST and of the sets made like it, gzipped or plain."""
+"""Reads IDX files, the format of MNIST and similar sets, gzipped or plain."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ebm_dist.core.errors import UserError
 from ebm_dist.files.safe_open import open_to_read
 
 MAX_BYTES = 2**30
-"""Of one file, unpacked: EMNIST's largest has 550 MB."""
+"""Largest size of one file, uncompressed; EMNIST's largest has 550 MB."""
 
 
 def read_first_whole(paths: Sequence[Path], *, num_dims: int) -> np.ndarray:
-    """The first of `paths` that can be read: a download that was cut may lie beside the whole."""
+    """The first readable file of `paths`, since one may be a truncated download of the other."""
     for path in paths[:-1]:
         with contextlib.suppress(UserError):
             return read_idx(path, num_dims=num_dims)
@@ -28,10 +28,10 @@ def read_first_whole(paths: Sequence[Path], *, num_dims: int) -> np.ndarray:
 
 
 def read_idx(path: Path, *, num_dims: int) -> np.ndarray:
-    """A uint8 IDX file: 0, 0, 8, dimensions, big-endian sizes, bytes.
+    """The array of a uint8 IDX file: the bytes 0, 0, 8, the number of dimensions, sizes, data.
 
     Raises:
-        UserError: it is not one, is cut, or has other dimensions.
+        UserError: the file is not IDX, is truncated, or has another number of dimensions.
     """
     try:
         with (
@@ -45,7 +45,7 @@ def read_idx(path: Path, *, num_dims: int) -> np.ndarray:
             size = math.prod(shape)
             if not 0 < size <= MAX_BYTES:
                 raise ValueError(f"it claims {size} bytes")
-            # One byte more than claimed, so that a longer file shows and a bomb does not unfold.
+            # One byte more than claimed detects a longer file without unpacking a gzip bomb.
             data = stream.read(size + 1)
             if len(data) != size:
                 raise ValueError(f"it claims {size} bytes and holds {min(len(data), size + 1)}")

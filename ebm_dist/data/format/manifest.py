@@ -1,4 +1,4 @@
-"""dataset.json: what a directory of prepared shards holds."""
+"""dataset.json, which describes the content of a directory of prepared shards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ShardEntry(Section):
 
 
 class EventEntry(Section):
-    """The EventSpec of the samples as stored."""
+    """The `EventSpec` of the stored samples."""
 
     shape: tuple[PositiveInt, ...] = Field(min_length=1)
     kind: EventKind
@@ -46,10 +46,10 @@ class Manifest(Section):
     version: Literal[1] = VERSION
     name: str
     law: str = ""
-    """Where the samples come from: a toy's density, or the original files."""
+    """The origin of the samples: a toy's density, or the original files."""
     event: EventEntry
     levels: int | None = Field(default=None, ge=2, le=256)
-    """Grey levels of the original; its level k is stored as round(255 k / (levels - 1))."""
+    """Grey levels of the original; level k is stored as round(255 k / (levels - 1))."""
     classes: tuple[str, ...] = ()
     splits: dict[SplitName, tuple[ShardEntry, ...]]
 
@@ -71,7 +71,7 @@ class Manifest(Section):
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Parse DIRECTORY/dataset.json; UserError names the file and what is wrong in it."""
+    """Read DIRECTORY/dataset.json; raises UserError, which names the file and the fault."""
     path = directory / FILE_NAME
     fix = "prepare the data set again"
     try:

@@ -1,6 +1,6 @@
-"""`.npy` and `.npz` -> arrays of plain numbers, with every size checked before memory is taken.
+"""Reads arrays of plain numbers from `.npy` and `.npz`; checks sizes before it allocates memory.
 
-numpy's own loader is not used: it trusts the sizes of a header, and it may unpickle.
+numpy's own loader is not used, since it trusts the sizes in a header and may unpickle.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ebm_dist.core.errors import UserError
 from ebm_dist.files.safe_open import open_to_read
 
 MAX_NPY_HEADER = 4096
-"""Bytes of an npy header; numpy parses it as a Python literal, which is quadratic for bad ones."""
+"""Largest size of an npy header; numpy parses it as a Python literal, in quadratic time."""
 MAX_NPZ_BYTES = 4 * 2**30
-"""Bytes of all arrays of a .npz, unpacked: some megabytes can unfold into them."""
+"""Largest size of all arrays of a .npz, uncompressed; a few megabytes could expand to more."""
 _MAX_MEMBERS = 64
 
 
@@ -38,7 +38,7 @@ class _Header(NamedTuple):
 
 
 def read_npy(data: bytes, where: str) -> np.ndarray:
-    """The array in `data`; UserError naming `where` if it is none, or not of plain numbers."""
+    """The array in `data`; raises UserError, which names `where`, if it is not plain numbers."""
     stream = io.BytesIO(data)
     header = _read_header(stream, len(data), where)
     flat = np.frombuffer(data, dtype=header.dtype, offset=stream.tell())
@@ -46,12 +46,12 @@ def read_npy(data: bytes, where: str) -> np.ndarray:
 
 
 def open_npy(path: Path) -> np.ndarray:
-    """The array in the file `path`, mapped, so that it may be larger than memory."""
+    """The array in the file `path`, memory-mapped, so that it may be larger than memory."""
     with open_to_read(path, follow=True) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         header = _read_header(file, size, str(path))
-        if header.num_bytes == 0:  # which cannot be mapped
+        if header.num_bytes == 0:  # an empty file cannot be mapped
             return np.empty(header.shape, header.dtype)
         start = file.tell()
         return np.memmap(file, header.dtype, "r", start, header.shape, order=header.order)
@@ -74,7 +74,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             }
     except UserError:
         raise
-    # What zipfile raises for damage, encryption and kinds of compression that it lacks.
+    # zipfile raises these for damage, encryption and unsupported compression.
     except (
         *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error),
         *(RuntimeError, NotImplementedError, ValueError),
@@ -86,7 +86,7 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) 
     where = f"{path}: {member.filename}"
     with archive.open(member) as stream:
         header = _read_header(stream, member.file_size, where)
-        # A byte more than claimed: only the end of a member has its checksum compared.
+        # One byte more than claimed, because zipfile checks the checksum at the end of a member.
         data = stream.read(header.num_bytes + 1)
     if len(data) != header.num_bytes:
         raise UserError(f"{where}: is cut or damaged; write it again by numpy.savez")
@@ -94,7 +94,7 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) 
 
 
 def _read_header(stream: BinaryIO | Any, size: int, where: str) -> _Header:
-    """The header of an array that lies in `size` bytes, its own included."""
+    """The header of an array, which with its header has `size` bytes."""
     try:
         version = np.lib.format.read_magic(stream)
         if version not in ((1, 0), (2, 0)):
@@ -118,7 +118,7 @@ def _read_header(stream: BinaryIO | Any, size: int, where: str) -> _Header:
             "pickles and are never read); store uint8 or float32"
         )
     expected, follow = math.prod(shape) * dtype.itemsize, size - stream.tell()
-    # Before any memory is taken: the header of a small file may claim terabytes.
+    # Checked before memory is allocated: the header of a small file may claim terabytes.
     if min(shape, default=0) < 0 or expected != follow:
         raise UserError(
             f"{where}: .npy header claims shape {shape} of {dtype}, {expected} bytes, but "

@@ -1,4 +1,4 @@
-"""Bytes of an image file -> its 8-bit pixels, alike for folders and shards."""
+"""Reads image files as 8-bit pixels, for folders and shards."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from ebm_dist.core.errors import UserError
 from ebm_dist.files.safe_open import open_to_read
 
 MAX_PIXELS = 64 * 2**20
-"""Pixels of one image. Pillow's own limit only warns; a 1 MB PNG can unfold into gigabytes."""
+"""Most pixels of one image. Pillow's own limit only warns; a 1 MB PNG can expand to gigabytes."""
 
 MAX_FILE_BYTES = 256 * 2**20
-"""Of one image file."""
+"""Largest size of one image file."""
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg")
 GREY_MODES = ("1", "L", "LA")
 
 
 def _tiff(stream: BinaryIO) -> TiffImageFile:
-    # Of a damaged header pillow warns, and then raises for it. Folders alone hold TIFF, and are
-    # read by one thread.
+    # Pillow warns about a damaged header before it raises. The warning is suppressed by global
+    # state, which is safe here: only folders have TIFF files, and one thread reads them.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return TiffImageFile(stream)
 
 
-# The readers themselves, not Image.open: no other format is tried, and its check of the size comes
-# as a warning, which in a thread can be caught only by changing global state.
+# Pillow's readers, not Image.open, which would try other formats and whose size check is a warning;
+# a thread can catch a warning only by changing global state.
 _READERS: dict[str, tuple[bytes | tuple[bytes, ...], Callable[[Any], Image.Image]]] = {
     "PNG": (b"\x89PNG", PngImageFile),
     "BMP": (b"BM", BmpImageFile),
@@ -50,11 +50,11 @@ _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def open_picture(data: bytes, where: str, *, formats: Collection[str]) -> Image.Image:
-    """The image, turned as its EXIF entry says, in 8-bit grey (`L`) or colour (`RGB`).
+    """The image in 8-bit grey (`L`) or colour (`RGB`), rotated as its EXIF entry says.
 
     Raises:
-        UserError: naming `where`, for an image of another format, cut, too large or of more than
-            8 bits a channel.
+        UserError: names `where`; the image has another format, is truncated or too large, or has
+            more than 8 bits per channel.
     """
     try:
         image = _header(io.BytesIO(data), formats)
@@ -63,7 +63,7 @@ def open_picture(data: bytes, where: str, *, formats: Collection[str]) -> Image.
                 f"{where}: image of {image.width} x {image.height} pixels; at most "
                 f"{MAX_PIXELS} are read, against decompression bombs; resize it"
             )
-        # Pillow cuts 16-bit colour to 8 bits. The depth is PNG's 25th byte.
+        # Pillow truncates 16-bit colour to 8 bits. Byte 25 of a PNG is its bit depth.
         if image.format == "PNG" and data[24] > 8:
             raise _too_deep(where)
         if isinstance(image, TiffImageFile):
@@ -71,7 +71,7 @@ def open_picture(data: bytes, where: str, *, formats: Collection[str]) -> Image.
                 raise _too_deep(where)
             if image.is_animated:
                 raise UserError(f"{where}: TIFF of several pages; write each as a file of its own")
-        # Pillow is content once it has all rows, and a cut file may still have them.
+        # Pillow accepts a truncated file that still has all rows.
         if image.format == "PNG" and _PNG_END not in data:
             raise ValueError("PNG without its end: truncated")
         ImageOps.exif_transpose(image, in_place=True)
@@ -94,12 +94,11 @@ def read_picture(path: Path, *, formats: Collection[str]) -> Image.Image:
 
 
 def cut(image: Image.Image, where: str, *, crop: int | None, resize: int | None) -> Image.Image:
-    """The middle of `image`, scaled.
+    """The central square of `image`, scaled; `image` itself if both sides are None.
 
     Args:
-        crop: side of the square to cut out of the middle; where it is None and `resize` is given,
-            the largest square.
-        resize: side to which that is scaled, by Lanczos' filter.
+        crop: side of the square in pixels; by default the largest square.
+        resize: side to which the square is scaled, with Lanczos' filter.
     """
     if crop is not None and crop > min(image.size):
         raise UserError(
@@ -108,7 +107,7 @@ def cut(image: Image.Image, where: str, *, crop: int | None, resize: int | None)
         )
     if crop is None and resize is None:
         return image
-    # Cut first: scaling a box of the whole image would blend in what lies around it.
+    # Cropped first, because scaling a box of the whole image would blend in pixels around the box.
     side = crop or min(image.size)
     image = ImageOps.fit(image, (side, side)) if crop is None else _middle(image, crop)
     if resize is not None and resize != side:
@@ -122,9 +121,13 @@ def _middle(image: Image.Image, side: int) -> Image.Image:
 
 
 def grey_or_colour(image: Image.Image, where: str) -> Image.Image:
-    """The image in 8-bit grey (`L`) or colour (`RGB`); UserError for more than 8 bits a channel."""
-    # Pillow clips 16-bit grey to white. Scaling would be a guess: 12-bit cameras fill a sixteenth
-    # of the range.
+    """The image in 8-bit grey (`L`) or colour (`RGB`).
+
+    Raises:
+        UserError: names `where`; the image has more than 8 bits per channel.
+    """
+    # Pillow clips 16-bit grey to white. Scaling is not possible, since the range is unknown: 12-bit
+    # cameras use a sixteenth of it.
     if image.mode.startswith(("I", "F")):
         raise _too_deep(where)
     if image.mode in ("L", "RGB"):
@@ -140,16 +143,16 @@ def _too_deep(where: str) -> UserError:
 
 
 def is_colour(path: Path, *, formats: Collection[str]) -> bool:
-    """Whether the file's header announces colour; False where it is unreadable."""
+    """Whether the image has colour, by its header; False if the header is unreadable."""
     try:
         with open_to_read(path, follow=True) as stream:
             return not _header(stream, formats).mode.startswith((*GREY_MODES, "I", "F"))
-    except Exception:  # as above; reading the image will say what is wrong
+    except Exception:  # reading the image reports the fault
         return False
 
 
 def _header(stream: BinaryIO, formats: Collection[str]) -> Image.Image:
-    """The image before its pixels are read."""
+    """The image, of which only the header has been read."""
     start = stream.read(4)
     stream.seek(0)
     for name, (magic, reader) in _READERS.items():

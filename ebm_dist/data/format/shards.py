@@ -1,8 +1,7 @@
-"""One webdataset tar -> its samples as bytes, or one clear error that names the file."""
+"""Reads the samples of one webdataset tar as bytes; errors name the file."""
 
 from __future__ import annotations
 
-import hashlib
 import lzma
 import re
 import tarfile
@@ -18,21 +17,22 @@ from tarfile import (
 from typing import Any, BinaryIO, Self, cast
 
 from ebm_dist.core.errors import UserError
+from ebm_dist.files.safe_open import sha256
 
 MAX_MEMBER_BYTES = 256 * 2**20
-"""Bytes of one member, after decompression: a tar.gz of kilobytes can unfold into gigabytes."""
+"""Largest size of one member, uncompressed; a tar.gz of kilobytes can expand to gigabytes."""
 
 BROKEN = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, RecursionError)
-"""What reading a damaged or truncated archive raises."""
+"""Exceptions of reading a damaged or truncated archive."""
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-"""What tarfile reads. A file of another name is read too where data.source names it."""
+"""Suffixes of shards in a directory. A file with another name is read if data.source names it."""
 
 MAX_MEMBERS = 1000
-"""Of one sample."""
+"""Most members of one sample."""
 
 MAX_NAME_BYTES = 2**20
-"""Of the headers that hold long names and attributes."""
+"""Largest size of a header for a long name or attributes."""
 
 _NAMING = (
     tarfile.GNUTYPE_LONGNAME,
@@ -44,12 +44,12 @@ _NAMING = (
 
 _BLOCK = 512
 _MAX_PADDING = 64 * 2**20
-"""Bytes after a tar's end that are looked at; GNU tar fills up to 10 kB, `cat` puts a tar there."""
+"""Bytes to check after the end of a tar: GNU tar pads to 10 kB, and `cat` may add another tar."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """A tar, and what dataset.json says of it (None for plain shards)."""
+    """A tar, and its entries in dataset.json (None for plain shards)."""
 
     path: Path
     num_samples: int | None = None
@@ -57,14 +57,8 @@ class ShardFile:
     sha256: str | None = None
 
 
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def check_shard(shard: ShardFile, *, checksum: bool) -> None:
-    """Raise UserError unless the shard is there, whole, and (if asked) has its checksum."""
+    """Raise UserError unless the shard exists with its size and, with `checksum`, its SHA-256."""
     path = shard.path
     if not path.is_file():
         if path.exists():
@@ -79,7 +73,7 @@ def check_shard(shard: ShardFile, *, checksum: bool) -> None:
             f"{path}: {size} bytes, but dataset.json says {shard.num_bytes}; the shard was "
             "truncated or changed: copy it again or prepare the data set again"
         )
-    if checksum and shard.sha256 is not None and sha256_of(path) != shard.sha256:
+    if checksum and shard.sha256 is not None and sha256(path, follow=True) != shard.sha256:
         raise UserError(
             f"{path}: SHA-256 differs from dataset.json; the shard is damaged or was changed: "
             "copy it again or prepare the data set again"
@@ -90,13 +84,13 @@ def read_shard(shard: ShardFile, left_out: list[str] | None = None) -> Iterator[
     """The samples of a shard in their order: `__key__`, `__url__` and bytes by extension.
 
     Args:
-        left_out: is given the names of members that belong to no sample.
+        left_out: receives the names of members that belong to no sample.
 
     Raises:
-        UserError: for a tar that is missing, truncated, empty, no tar, or has other samples than
-            dataset.json says.
+        UserError: the tar is missing, truncated, empty or not a tar, or has another number of
+            samples than dataset.json says.
     """
-    # Here, not above: importing it costs a second that `describe` of a built-in does not need.
+    # Imported here, because it takes a second and `describe` of a built-in source needs no shard.
     from webdataset.tariterators import group_by_keys
 
     check_shard(shard, checksum=False)
@@ -128,17 +122,20 @@ def read_shard(shard: ShardFile, left_out: list[str] | None = None) -> Iterator[
 
 
 def _members(path: Path, left_out: list[str] | None) -> Iterator[dict[str, Any]]:
-    """webdataset's `tar_file_expander` for a local file, which knows neither a limit on the size
-    of a member nor links nor a tar that was cut or damaged between two members."""
+    """The members of a local tar, in the form of webdataset's `tar_file_expander`.
+
+    That function has no limit on the size of a member, and does not detect links or a tar that is
+    truncated or damaged between two members.
+    """
     _refuse_cut_tar(path)
     url = str(path)
-    # Seeking, not streaming (`r|`): the latter copies the rest of its buffer at every read.
+    # `r:` seeks; the streaming mode `r|` copies the rest of its buffer at every read.
     with (
         path.open("rb", buffering=2**18) as file,
         tarfile.open(fileobj=file, mode="r:*", tarinfo=Header) as stream,
     ):
         for info in stream:
-            # A tarfile remembers every header it saw.
+            # Otherwise a tarfile keeps every header in memory.
             stream.members = []  # pyright: ignore[reportAttributeAccessIssue]
             if info.isdir() or re.match(r"__[^/]*__($|/)", info.name):
                 continue
@@ -159,7 +156,7 @@ def _members(path: Path, left_out: list[str] | None) -> Iterator[dict[str, Any]]
 
 
 def _bounded(members: Iterator[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
-    """`members`, refusing a sample that would be gathered without end."""
+    """`members`, with a limit on the members and bytes of one sample."""
     key, num_members, num_bytes = None, 0, 0
     for member in members:
         if (own := base_plus_ext(member["fname"])[0]) != key:
@@ -174,7 +171,7 @@ def _bounded(members: Iterator[dict[str, Any]], path: Path) -> Iterator[dict[str
 
 
 def _refuse_cut_tar(path: Path) -> None:
-    """At once, for the usual form of a tar; the end of the others is seen when they are read."""
+    """Check the end of an uncompressed tar. That of a compressed one is checked while reading."""
     with path.open("rb") as stream:
         if stream.read(_BLOCK)[257:262] != b"ustar":
             return
@@ -187,7 +184,7 @@ def _refuse_cut_tar(path: Path) -> None:
 
 
 def _refuse_link(info: tarfile.TarInfo, path: Path) -> None:
-    """Links are never followed; one in a sample's place is a sample lost."""
+    """Raise UserError for a link or device: it is not read, so its sample would be lost."""
     if not info.isreg():
         what = "link" if info.islnk() or info.issym() else "device"
         raise UserError(
@@ -197,7 +194,7 @@ def _refuse_link(info: tarfile.TarInfo, path: Path) -> None:
 
 
 def _refuse_more(padding: BinaryIO, path: Path) -> None:
-    """`padding` is what follows a tar's end, and nobody reads."""
+    """Raise UserError if `padding`, the bytes after the end of a tar, is not zero."""
     for _ in range(0, _MAX_PADDING, 2**20):
         block = padding.read(2**20)
         if block.count(0) != len(block):
@@ -210,8 +207,11 @@ def _refuse_more(padding: BinaryIO, path: Path) -> None:
 
 
 class Header(tarfile.TarInfo):
-    """Refuses a damaged header, or none, which tarfile takes for the end of the tar, and a name
-    longer than a name can be, which it would read whole, twice."""
+    """Refuses headers that tarfile accepts.
+
+    Tarfile takes a damaged or missing header for the end of the tar, and reads a name of any length
+    into memory, twice.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -226,7 +226,7 @@ class Header(tarfile.TarInfo):
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
         try:
             return super().fromtarfile(tarfile)
-        except EOFHeaderError:  # the block of zeros that is the end
+        except EOFHeaderError:  # the block of zeros that marks the end
             raise
         except HeaderError as error:
             raise ReadError(
@@ -235,7 +235,7 @@ class Header(tarfile.TarInfo):
 
 
 def base_plus_ext(name: str) -> tuple[str | None, str | None]:
-    """webdataset's key and extension of a member; (None, None) for a name that has no key."""
+    """webdataset's key and extension of a member; (None, None) if the name has no key."""
     from webdataset.tariterators import base_plus_ext as split
 
     return split(name)

@@ -1,1 +1,1 @@
-"""Where datasets come from, and how they are made into shards."""
+"""Sources of data sets, and their conversion into shards."""

@@ -1,4 +1,4 @@
-"""Arrays in a `.npz` or `.npy` file: events, and labels if there are any."""
+"""Reads events, and labels if there are any, from a `.npz` or `.npy` file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ebm_dist.data.storage.items import Arrays
 HOLDOUT = 0.1
 _LABELS = {"y", "label", "labels", "target", "targets", "cls"}
 _TEST = ("test", "valid", "validation", "val")
-"""What the held-out part is called; the first of them that is there is taken."""
+"""Names of a test part, in order of preference."""
 
 
 def load(source: Path | None, labels: Path | None) -> Original:
-    """The arrays of `source`; a tenth is held out where it has no test part.
+    """The arrays of `source`; a tenth is held out if it has no test part.
 
-    Of a .npz the names tell: `x` and `y`, `x_train` and `y_train`, `test_images` and
-    `test_labels`, or a single array of any name.
+    The arrays of a .npz are identified by name: `x` and `y`, `x_train` and `y_train`, `test_images`
+    and `test_labels`, or a single array of any name.
     """
     if source is None or source.suffix.lower() not in (".npy", ".npz"):
         came = "none" if source is None else str(source)
@@ -57,7 +57,7 @@ def load(source: Path | None, labels: Path | None) -> Original:
 
 
 def _flat(y: np.ndarray) -> np.ndarray:
-    """(N, 1), as MedMNIST has its labels, as (N,)."""
+    """Labels (N,) from (N,) or (N, 1), the shape in MedMNIST."""
     return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, from either of their archives."""
+"""Reads CIFAR-10 and CIFAR-100 from their python or binary archives."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class _Set:
     test: tuple[str, ...]
     num_classes: int
     labels: str
-    """Their key in the python archive."""
+    """Key of the labels in the python archive."""
     num_label_bytes: int
-    """Before the pixels of a record in the binary archive; the last of them is the class."""
+    """Bytes before the pixels of a record in the binary archive; the last one is the class."""
     names: str | None = None
-    """The file of the python archive that holds `fine_label_names`."""
+    """The file of the python archive with `fine_label_names`."""
 
 
 CIFAR10 = _Set(
@@ -55,7 +55,7 @@ CIFAR100 = _Set("cifar100", "CIFAR-100", ("train",), ("test",), 100, "fine_label
 
 
 def load(which: _Set, source: Path | None) -> Original:
-    """The python or the binary archive, or the directory unpacked from either."""
+    """Read the python or the binary archive, or the directory unpacked from one of them."""
     stem = which.title.lower()
     if source is None:
         raise UserError(
@@ -86,7 +86,7 @@ def load(which: _Set, source: Path | None) -> Original:
 
 
 def _classes(which: _Set, files: dict[str, bytes], source: Path) -> tuple[str, ...]:
-    """The names of the classes, their numbers where the files do not hold the names."""
+    """The names of the classes; their numbers if the files do not have the names."""
     if which.num_classes == 10:
         return _TEN
     names: Any = None
@@ -103,7 +103,7 @@ def _classes(which: _Set, files: dict[str, bytes], source: Path) -> tuple[str, .
 
 
 def _files(which: _Set, source: Path) -> dict[str, bytes]:
-    """The files that are needed, by base name, from the archive or the directory."""
+    """The required files of the archive or directory, by base name."""
     stems = (*which.train, *which.test)
     wanted = {*stems, *(f"{stem}.bin" for stem in stems)}
     if which.names is not None:

@@ -1,4 +1,4 @@
-"""Which images of a folder are training and which test, of which class, and which are left out."""
+"""Sorts the images of a folder into classes and training and test parts."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".tif", "
 _TRAIN_NAMES = ("train", "training")
 _TEST_NAMES = ("test", "val", "valid", "validation")
 _NOT_DATA = ("__MACOSX", "@eaDir")
-"""Copies and thumbnails that a Mac's zip and Synology's index put beside the images."""
+"""Folders of copies and thumbnails that macOS and Synology create."""
 
 Labelled = tuple[Path, int | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """Images with the index of their class, None where there are no classes."""
+    """Images with the index of their class, None without classes."""
 
     classes: tuple[str, ...]
     train: list[Labelled]
     test: list[Labelled]
     notes: tuple[str, ...]
-    """What was left out, and choices that the folder's form did not settle; one line each."""
+    """Left-out files, and choices that the folder's structure left open; one line each."""
 
 
 def scan(source: Path, labels: Path | None = None) -> Scan:
-    """SOURCE/CLASS/*.png, or SOURCE/{train,test}/CLASS/…, or images without subfolders.
+    """Sort SOURCE/CLASS/*.png, SOURCE/{train,test}/CLASS/…, or images without subfolders.
 
-    `labels` is a file of labels by name, which tells the classes in place of the folders. Without
-    a folder for the test part, every tenth image of each class, by name, is test. Hidden files and
-    folders are no data.
+    Without a folder for the test part, every tenth image of each class, by name, is a test image.
+    Hidden files and folders are ignored.
+
+    Args:
+        labels: a file of labels by name, which replaces the folders as classes.
 
     Raises:
-        UserError: for images of which it cannot be told whether they have a class.
+        UserError: it is ambiguous whether an image has a class.
     """
     images, others = _walk(source, frozenset())
     images.sort()
@@ -56,12 +58,12 @@ def scan(source: Path, labels: Path | None = None) -> Scan:
 
     train_folder, test_folder = _split_folders(source, images)
     if train_folder is None:
-        classes = classes or _classes(source, images)
+        classes = classes or _subfolders(source, images)
         train, test = _every_tenth(labelled(source, images))
     else:
         own = [path for path in images if train_folder in path.parents]
         held_out = [path for path in images if test_folder in path.parents]
-        classes = classes or _classes(train_folder, own)
+        classes = classes or _subfolders(train_folder, own)
         train = labelled(train_folder, own)
         if test_folder is not None:
             test = labelled(test_folder, held_out)
@@ -79,9 +81,9 @@ def scan(source: Path, labels: Path | None = None) -> Scan:
 def _named(
     source: Path, images: list[Path], labels: Path, notes: tuple[str, ...]
 ) -> tuple[list[str], dict[Path, int], tuple[str, ...]]:
-    """Classes, images with their index, and notes, by a file of labels.
+    """Classes, images with their index, and notes, from a file of labels.
 
-    It names images by their path below `source`, with or without the suffix.
+    The file names images by their path below `source`, with or without the suffix.
     """
     by_name = labels_file.by_name(labels)
     given: dict[Path, str] = {}
@@ -108,7 +110,7 @@ def _named(
 
 
 def _walk(folder: Path, above: frozenset[Path]) -> tuple[list[Path], list[Path]]:
-    """Images below `folder`, and what else is there; a link to a folder above is not followed."""
+    """Images and other files below `folder`. Does not follow links to a folder above."""
     above |= {folder.resolve()}
     images, others = [], []
     for path in folder.iterdir():
@@ -134,9 +136,9 @@ def _left_out(others: list[Path]) -> tuple[str, ...]:
 
 
 def _kind(path: Path) -> str:
-    """What `path` is, which is no image."""
+    """The kind of a file that is not an image."""
     if path.is_dir():
-        # Only an empty folder has nothing inside that would be listed in its place.
+        # The files in a folder are listed one by one, so only an empty folder is listed itself.
         back = path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
         return "link to a folder above it" if back else "empty folder"
     if path.is_file():
@@ -145,7 +147,7 @@ def _kind(path: Path) -> str:
 
 
 def _split_folders(source: Path, images: list[Path]) -> tuple[Path | None, Path | None]:
-    names = {name.lower(): name for name in _first_parts(source, images)}
+    names = {name.lower(): name for name in _subfolders(source, images)}
     train = [source / names[name] for name in _TRAIN_NAMES if name in names]
     test = [source / names[name] for name in _TEST_NAMES if name in names]
     if test and not train and len(test) == len(names):
@@ -153,20 +155,16 @@ def _split_folders(source: Path, images: list[Path]) -> tuple[Path | None, Path 
             f"{source}: holds {test[0].name} but no train folder; name the folder of the training "
             f"images train, or take {test[0]} as --source"
         )
-    # `train` alone beside other folders is a class: vehicles have one of that name.
+    # `train` beside other folders, without a test folder, is a class, such as a vehicle.
     if train and (test or len(names) == 1):
         return train[0], test[0] if test else None
     return None, None
 
 
-def _first_parts(folder: Path, images: Iterable[Path]) -> list[str]:
+def _subfolders(folder: Path, images: Iterable[Path]) -> list[str]:
+    """The subfolders of `folder` that hold some of `images`."""
     parts = (path.relative_to(folder).parts for path in images)
     return sorted({own[0] for own in parts if len(own) > 1})
-
-
-def _classes(folder: Path, images: list[Path]) -> list[str]:
-    """The subfolders that hold images."""
-    return _first_parts(folder, images)
 
 
 def _labelled(folder: Path, images: list[Path], classes: list[str]) -> list[Labelled]:

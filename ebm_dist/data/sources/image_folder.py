@@ -1,4 +1,4 @@
-"""A folder of PNG, JPEG, BMP, WebP and TIFF images."""
+"""Reads a folder of PNG, JPEG, BMP, WebP and TIFF images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load(
     crop: int | None = None,
     resize: int | None = None,
 ) -> Original:
-    """The images of `source` as `folder_scan.scan` sorts them, in colour where one of them is."""
+    """The images of `source`, sorted by `folder_scan.scan`; all in colour if one of them is."""
     if source is None or not source.is_dir():
         came = "none" if source is None else f"{source}, which is not a directory"
         raise UserError(f"imagefolder: needs --source, a directory of images; got {came}")

@@ -1,4 +1,4 @@
-"""Labels that lie in a file of their own: JSON, CSV, TSV or npy."""
+"""Reads a file of labels: JSON, CSV, TSV or npy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMES = ("file", "filename", "file_name", "image", "image_id", "img", "path", "
 _LABELS = ("label", "labels", "class", "class_name", "category", "target", "y")
 
 Row = tuple[str | None, str]
-"""The name of a sample, None where the file holds labels alone in the samples' order; its label."""
+"""Name and label of a sample; the name is None if the file lists labels in the samples' order."""
 
 
 def read_rows(path: Path) -> list[Row]:

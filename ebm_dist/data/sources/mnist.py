@@ -1,4 +1,4 @@
-"""MNIST, Fashion-MNIST and sets made like them (EMNIST, KMNIST, …), from their IDX files."""
+"""Reads MNIST, Fashion-MNIST and similar sets (EMNIST, KMNIST, …) from their IDX files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ebm_dist.data.format.manifest import SplitName
 from ebm_dist.data.sources.original import Original, Samples, of_arrays
 
 DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts the IDX files."""
+"""Directory of the IDX files of Debian's package dataset-fashion-mnist."""
 
 _GARMENTS = (
     "t-shirt/top",
@@ -41,7 +41,7 @@ _IMAGES = re.compile(r"(?:(.+)-)?(train|t10k|test)-images[-.]idx3-ubyte(?:\.gz)?
 
 
 def load(name: str, directory: Path | None) -> Original:
-    """The IDX files of `directory`, gzipped or plain. The files do not tell the two sets apart."""
+    """Read the IDX files of `directory`. `name` is not checked: both sets have the same format."""
     if directory is None:
         raise UserError(
             f"{name}: needs --source, the directory of its four IDX files (train-images-idx3-ubyte "
@@ -65,10 +65,11 @@ def load(name: str, directory: Path | None) -> Original:
 
 
 def load_any(source: Path | None) -> Original:
-    """Any set of IDX files: images of one size, with or without labels and a test part.
+    """Read any set of IDX files: images of one size, with or without labels and a test part.
 
-    `source` is their directory or, where it holds several sets as EMNIST's does, the directory and
-    the set's name in one: `gzip/emnist-letters`.
+    Args:
+        source: the directory of the files; if it has several sets, as EMNIST's, the directory and
+            the name of the set, such as `gzip/emnist-letters`.
     """
     if source is None:
         raise UserError(
@@ -115,7 +116,7 @@ def load_any(source: Path | None) -> Original:
 
 
 def _find(source: Path) -> tuple[Path, str, dict[SplitName, str]]:
-    """The directory, the name of the set, and the first part of its files' names by split."""
+    """The directory, the name of the set, and the prefix of its file names by split."""
     directory, wanted = (source, None) if source.is_dir() else (source.parent, source.name)
     if not directory.is_dir():
         raise UserError(f"{source}: is missing; --source takes the directory of IDX files")
@@ -142,7 +143,8 @@ def _find(source: Path) -> tuple[Path, str, dict[SplitName, str]]:
 
 
 def _names(mapping: Path, values: Iterable[int]) -> tuple[str, ...]:
-    """The classes of labels: EMNIST's mapping file has lines of label and character codes."""
+    """The names of the labels `values`. A line of EMNIST's mapping file has a label and the code of
+    its character."""
     names = {value: str(value) for value in values}
     if mapping.is_file() and mapping.stat().st_size < 2**16:
         for line in mapping.read_text(encoding="ascii", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""A dataset of the user's own: by the name of a class or function, or given from Python."""
+"""A user's own dataset, named in the config by a target or given from Python."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ebm_dist.core.errors import UserError
+from ebm_dist.core.errors import UserError, named
 from ebm_dist.core.plugins import load_target, target_of
 from ebm_dist.core.section import one_line_each
 from ebm_dist.data.config import DataConfig
@@ -24,8 +24,8 @@ def open_module(config: DataConfig) -> Indexed:
     """The samples of `source: module` or `source: given`.
 
     Raises:
-        UserError: in one line; the dataset cannot be imported or made, is not map-style, is empty,
-            or was given to another process.
+        UserError: in one line; the dataset cannot be imported or constructed, is not map-style, is
+            empty, or was given in another process.
     """
     if config.source == "given":
         if config._given is None:
@@ -47,18 +47,19 @@ def given(
     data: Dataset | Tensor | np.ndarray | tuple[Any, Any] | Mapping[str, Any],
     section: DataConfig | None = None,
 ) -> DataConfig:
-    """`section` with its samples taken from `data`.
+    """A data section whose samples are `data`.
 
-    The data is not copied, and stays out of every dump of the config. It goes along when the
-    config is pickled: on Ray each learner rank, the evaluator, the auditor and, where chains start
-    from data, each shard holds a copy, so write what is larger than about a gigabyte as shards.
+    The data is not copied, and a dump of the config does not contain it. A pickle of the config
+    does: on Ray each learner rank, the evaluator, the auditor and, if chains start from data, each
+    shard gets a copy. So write more than about a gigabyte as shards.
 
     Args:
         data: events (N, *event) as a tensor or array, a tuple (events, labels), a map-style
             dataset of events or (event, label), or {"train": ..., "test": ...} of two of these.
+        section: the other keys of the section.
 
     Raises:
-        UserError: in one line; it is none of these, or the section does not go with it.
+        UserError: in one line; `data` is none of these, or a key of `section` does not apply to it.
     """
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
     if "train" not in parts or not parts.keys() <= {"train", "test"}:
@@ -81,14 +82,14 @@ def given(
         for split in ("train", "test")
     )
     config._given = (train, test)
-    Indexed(config, *config._given)  # so that what it would refuse is refused here
+    Indexed(config, *config._given)  # raises for unusable samples
     return config
 
 
 def _made(target: str, params: Mapping[str, Any], key: str) -> Items:
     found = load_target(target, "data.target", instances=True)
     where = f"{'data.target' if key == 'data.params' else key}: {target}"
-    if not hasattr(found, "__qualname__"):  # an instance, which is made already
+    if not hasattr(found, "__qualname__"):  # an instance
         if params:
             raise UserError(f"{key}: {target} is an instance, which takes no parameters")
         return items_of(found, where)
@@ -97,12 +98,11 @@ def _made(target: str, params: Mapping[str, Any], key: str) -> Items:
     except UserError:
         raise
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
         arguments = ", ".join(f"{name}={value!r}" for name, value in params.items())
-        raise UserError(f"{key}: {target}({arguments}) raises {said}") from error
+        raise UserError(f"{key}: {target}({arguments}) raises {named(error)}") from error
 
 
-# A dataset may take minutes to make, and the start of a run asks for it several times.
+# Cached, because a dataset may take minutes to construct and the start of a run needs it often.
 @lru_cache(maxsize=2)
 def _called(factory: Callable[..., Any], params: str) -> Any:
     return factory(**json.loads(params))

@@ -17,7 +17,7 @@ from ebm_dist.data.storage.indexed import Indexed
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """One split, drawn one at a time so that a folder of photographs need not fit in memory."""
+    """One split, read sample by sample, so that a folder of photographs need not fit in memory."""
 
     num: int
     get: Callable[[int], tuple[np.ndarray, int | None]]
@@ -25,17 +25,18 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """Its splits, and what is known of their samples."""
+    """A data set: its splits, their layout and their classes."""
 
     name: str
     law: str
+    """The origin of the samples, for dataset.json."""
     layout: Layout
     classes: tuple[str, ...]
     splits: dict[SplitName, Samples]
     shard_size: int = 2500
-    """Samples a shard: Fashion-MNIST makes 24 shards, so that up to 24 ranks read their own."""
+    """Samples per shard. Fashion-MNIST has 24 shards, so up to 24 ranks can split it by shard."""
     notes: tuple[str, ...] = ()
-    """What was left out of it, one line each."""
+    """Left-out content, one line each."""
 
 
 def of_arrays(x: np.ndarray, label: np.ndarray | None) -> Samples:
@@ -52,7 +53,7 @@ def of_storage(
     classes: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> Original:
-    """What is read by index, class names and all."""
+    """The data set in an indexed storage."""
 
     def samples(split: SplitName) -> Samples:
         def get(index: int) -> tuple[np.ndarray, int | None]:
@@ -74,14 +75,14 @@ def of_storage(
 
 
 def check_sides(*, crop: int | None, resize: int | None) -> None:
-    """Refuse sides of images that are none."""
+    """Refuse sides of images that are out of range."""
     for option, side in (("--crop", crop), ("--resize", resize)):
         if side is not None and not 1 <= side <= MAX_PIXELS**0.5:
             raise UserError(f"{option}: expected 1 to {MAX_PIXELS**0.5:.0f} pixels, got {side}")
 
 
 def scaled(original: Original, *, crop: int | None, resize: int | None) -> Original:
-    """`original` with its 8-bit images cut and scaled; see `picture.cut`."""
+    """`original` with its 8-bit images cropped and scaled; see `picture.cut`."""
     layout, spec = original.layout, original.layout.spec
     if layout.levels is None:
         raise UserError(
@@ -100,12 +101,12 @@ def scaled(original: Original, *, crop: int | None, resize: int | None) -> Origi
 
     splits = {name: of(samples) for name, samples in original.splits.items()}
     shape = splits["train"].get(0)[0].shape
-    # Between grey levels lie those of 8 bits.
+    # Scaling interpolates between grey levels, so all 256 may occur.
     layout = replace(layout, spec=replace(spec, shape=shape), levels=256)
     return replace(original, layout=layout, splits=splits)
 
 
 def channels_first(image: Image.Image) -> np.ndarray:
-    """(C, H, W) uint8."""
+    """The pixels (C, H, W), uint8."""
     x = np.asarray(image)
     return x[None] if x.ndim == 2 else np.ascontiguousarray(x.transpose(2, 0, 1))

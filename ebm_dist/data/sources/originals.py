@@ -1,4 +1,4 @@
-"""The originals of the named data sets: digits, MNISTs, CIFARs, image folders, arrays, toys."""
+"""Reads the originals of named data sets: digits, MNIST, CIFAR, image folders, arrays, toys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = (
     "arrays",
     "toy:NAME",
 )
-"""What `prepare` takes."""
+"""Names that `prepare` accepts."""
 
 WITHOUT_ORIGINALS = {
     "cifar10": "cifar-10-python.tar.gz",
@@ -36,7 +36,7 @@ WITHOUT_ORIGINALS = {
     "imagefolder": "the directory of images",
     "arrays": "a file FILE.npz or FILE.npy",
 }
-"""Names that only `prepare` takes, and its --source."""
+"""Names that only `prepare` accepts, and the --source of each."""
 
 _STATIC = {
     "digits": Layout(EventSpec((1, 8, 8), "image", 10), 17, labelled=True),
@@ -45,7 +45,7 @@ _STATIC = {
 
 
 def static_layout(name: str) -> Layout | None:
-    """The layout of a built-in source without reading it; None for a path."""
+    """The layout of a built-in source, without reading it; None for any other source."""
     if name.startswith("toy:"):
         spec = toy(name.removeprefix("toy:")).spec
         return Layout(spec, None, labelled=spec.num_classes is not None)
@@ -64,7 +64,7 @@ def load_original(
     """Read the originals of `name`.
 
     Raises:
-        UserError: for an unknown name, or originals that are missing or damaged.
+        UserError: the name is unknown, or the originals are missing or damaged.
     """
     if name.startswith("toy:") and name.removeprefix("toy:") not in TOYS:
         raise _unknown(name)
@@ -100,7 +100,7 @@ def _load(name: str, source: Path | None, labels: Path | None, toy_samples: int)
 
 
 def is_target(name: str) -> bool:
-    """Whether `prepare` takes `name` for a dataset of the user's own."""
+    """Whether `name` is the target of a user's own dataset."""
     return ":" in name and not name.startswith("toy:")
 
 
@@ -125,8 +125,8 @@ def _unknown(name: str) -> UserError:
 def _digits() -> Original:
     """scikit-learn's digits, 1,797 images of 8x8 with 17 grey levels.
 
-    Within each class every fifth image is test: the file runs by writer, so both splits have
-    all writers and all classes.
+    Every fifth image of each class is a test image. The file is sorted by writer, so both splits
+    have all writers and all classes.
     """
     from sklearn.datasets import load_digits
 

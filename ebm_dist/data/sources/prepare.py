@@ -1,4 +1,4 @@
-"""Write a data set as webdataset shards, all of it or nothing."""
+"""Writes a data set as webdataset shards; after a failure no files remain."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from ebm_dist.data.format.manifest import (
     SplitName,
     read_manifest,
 )
-from ebm_dist.data.format.shards import sha256_of
 from ebm_dist.data.sources.module import open_module
 from ebm_dist.data.sources.original import Original, Samples, of_storage
 from ebm_dist.data.sources.originals import is_target, load_original
 from ebm_dist.files.durable import new_directory
 from ebm_dist.files.private import scratch
+from ebm_dist.files.safe_open import sha256
 
 _MAX_LISTED = 100
-"""Classes that are counted one by one."""
+"""Largest number of classes whose counts are listed."""
 
 
 def prepare(
@@ -49,22 +49,22 @@ def prepare(
     toy_samples: int = 8192,
     say: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
-    """Write `name` as shards and dataset.json in `out_dir`, which appears when it is complete.
+    """Write `name` as shards and dataset.json in `out_dir`, which appears once it is complete.
 
     Args:
         name: digits, mnist, fashion-mnist, idx, cifar10, cifar100, imagefolder, arrays, toy:NAME,
             or a dataset of your own: MODULE:NAME, or the data section of a run that has one.
-        out_dir: the directory to make; must not exist, or be empty; not inside a folder of images.
-        source: where the originals are, for the names that have any.
+        out_dir: the directory to create; if it exists, it must be empty. Not inside `source`.
+        source: the path of the originals, for names that have originals.
         labels: a file of labels for imagefolder (by name) or arrays (in order).
-        crop: side in pixels of the square to cut out of the middle of each image.
-        resize: side to which images are scaled; without `crop`, the largest square is cut first.
-        shard_size: samples a shard.
+        crop: side in pixels of the central square to cut out of each image.
+        resize: side to which images are scaled; without `crop`, their largest square is cut first.
+        shard_size: samples per shard.
         toy_samples: training samples of a toy.
-        say: is told what was left out, and how many samples each split has of each class.
+        say: receives lines on left-out content and on the number of samples of each class.
 
     Raises:
-        UserError: for originals or a directory that will not do.
+        UserError: the originals or the directory cannot be used.
     """
     try:
         out = Path(user_path(out_dir))
@@ -135,9 +135,9 @@ def _of_module(config: DataConfig) -> Original:
 
 
 def materialise(name: str, cache_dir: str | None, *, toy_samples: int) -> Path:
-    """The directory of a built-in source's shards, made at the first use.
+    """The directory of a built-in source's shards, which the first use creates.
 
-    Safe where many processes start at once: each writes its own copy and the first to finish wins.
+    Processes that start together each write a copy, and the first complete one is kept.
     """
     key = name.replace(":", "-")
     if name.startswith("toy:"):
@@ -162,7 +162,7 @@ def _cache_root(cache_dir: str | None) -> Path:
         root.mkdir(parents=True, exist_ok=True)
     if os.access(root, os.W_OK):
         return root
-    # Containers often run without a home that can be written.
+    # Containers often have no writable home directory.
     return scratch() / "data"
 
 
@@ -210,8 +210,8 @@ def _write_split(
 ) -> tuple[list[ShardEntry], Counter[int]]:
     from webdataset.writer import TarWriter
 
-    # A shuffled order on disk, once: originals are sorted by class or by writer, and a shuffle
-    # buffer smaller than the data cannot undo that.
+    # Shuffled once on disk: originals are sorted by class or writer, and a shuffle buffer smaller
+    # than the data cannot undo that.
     rng = np.random.default_rng(derive_seed(0, "data", "prepare", original.name, split))
     order = rng.permutation(samples.num)
     entries = []
@@ -219,7 +219,7 @@ def _write_split(
     for number, start in enumerate(range(0, samples.num, shard_size)):
         path = directory / f"{split}-{number:06d}.tar"
         chosen = order[start : start + shard_size]
-        # mtime 0: the same originals give the same bytes, hence the same checksums.
+        # mtime 0, so that equal originals give equal bytes and checksums.
         with path.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0) as writer:
             for index in chosen:
                 x, label = samples.get(int(index))
@@ -233,14 +233,14 @@ def _write_split(
                 file=path.name,
                 num_samples=len(chosen),
                 num_bytes=path.stat().st_size,
-                sha256=sha256_of(path),
+                sha256=sha256(path),
             )
         )
     return entries, counts
 
 
 def counted(num: int, counts: Counter[int], classes: tuple[str, ...]) -> str:
-    """The number of samples, in all and of each class."""
+    """The number of samples, in total and of each class."""
     if not classes:
         return f"{num} samples without labels"
     if len(classes) > _MAX_LISTED:
@@ -250,7 +250,7 @@ def counted(num: int, counts: Counter[int], classes: tuple[str, ...]) -> str:
 
 
 def encode(x: np.ndarray) -> dict[str, bytes]:
-    """One member: PNG for uint8 images (C, H, W) with 1 or 3 channels, else npy."""
+    """`x` as one member: PNG for uint8 images (C, H, W) with 1 or 3 channels, else npy."""
     stream = io.BytesIO()
     if x.dtype == np.uint8 and x.ndim == 3 and len(x) in (1, 3):
         pixels = x[0] if len(x) == 1 else np.ascontiguousarray(x.transpose(1, 2, 0))

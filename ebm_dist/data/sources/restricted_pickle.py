@@ -1,10 +1,10 @@
-"""Read CIFAR's python archives as data: its pickle opcodes, without unpickling.
+"""Reads CIFAR's python archives by interpreting their pickle opcodes, without unpickling.
 
 The batches are Python 2 pickles of `{"data": ndarray, "labels": list, …}`. `pickle.Unpickler` with
-a narrow `find_class` would do, but would still hand bytes from outside to numpy's own
-reconstructors. Here `pickletools` only names the opcodes and this module interprets the two dozen
-that plain containers need, on a stack of its own. Nothing is imported and nothing called: the four
-names by which a pickle spells an array become inert marks, and every other name is refused.
+a restricted `find_class` would still pass foreign bytes to numpy's reconstructors. Here
+`pickletools` decodes the opcodes, and this module interprets the two dozen that plain containers
+need, on its own stack. It imports and calls nothing: the few names that occur in the pickle of an
+array become inert objects, and every other name is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ARRAY_NAMES = {
     "numpy._core.multiarray _reconstruct": "reconstruct",
     "numpy ndarray": "ndarray",
     "numpy dtype": "dtype",
-    "_codecs encode": "encode",  # how Python 3 spells bytes in protocol 2
+    "_codecs encode": "encode",  # Python 3's form of bytes in protocol 2
 }
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -36,7 +36,7 @@ _IGNORED = frozenset(["PROTO", "FRAME"])
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """A global that stands for a part of an array; it does nothing."""
+    """A global name in the pickle of an array; it does nothing."""
 
     role: str
 
@@ -55,10 +55,12 @@ class _Mark:
 
 
 def read_plain_pickle(data: bytes, *, where: str) -> Any:
-    """The object that `data` spells, of dicts, lists, tuples, numbers, strings and uint8 arrays.
+    """The pickled object: dicts, lists, tuples, numbers, strings and uint8 arrays.
 
-    Strings of Python 2 are read as latin-1. Raises UserError naming `where` for any opcode or name
-    beyond that, and for a pickle that is cut short.
+    Strings of Python 2 are read as latin-1.
+
+    Raises:
+        UserError: names `where`; the pickle has another opcode or name, or is truncated.
     """
     try:
         return _interpret(data, where)
@@ -123,8 +125,8 @@ def _interpret(data: bytes, where: str) -> Any:
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
-            # A list that holds one list ten times, which holds one list ten times, is small here
-            # and endless for whoever walks it. What CIFAR repeats is names and text.
+            # Nested lists that repeat one list ten times each are small in the pickle, but take
+            # exponential time to walk. CIFAR repeats only names and text.
             if isinstance(memo[argument], list | tuple | dict):
                 raise ValueError("a list, tuple or dict that comes twice")
             stack.append(memo[argument])
@@ -159,7 +161,7 @@ def _named(name: str, where: str) -> _Name:
 
 
 def _keyed(items: list[Any]) -> dict[Any, Any]:
-    # The hash of a tuple in a tuple in a tuple ... takes the whole stack of C.
+    # Hashing deeply nested tuples would overflow the C stack.
     if not all(isinstance(key, str | bytes | int) for key in items[::2]):
         raise ValueError("a key that is no text and no number")
     return dict(zip(items[::2], items[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""Toy laws: small distributions with known moments, to see an energy learn what is known."""
+"""Toy distributions with known moments, to check what an energy has learnt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Draw = Callable[[int, np.random.Generator], tuple[np.ndarray, np.ndarray | None]
 
 @dataclass(frozen=True, slots=True)
 class Toy:
-    """A law that can be sampled exactly and whose first two moments are known."""
+    """A distribution with exact samples and known first two moments."""
 
     spec: EventSpec
     law: str
@@ -36,7 +36,7 @@ TOYS: dict[str, Toy] = {}
 
 
 def toy(name: str) -> Toy:
-    """The law called `name`; UserError with the nearest name otherwise."""
+    """The toy `name`; raises UserError with the nearest name if it is unknown."""
     if name not in TOYS:
         raise UserError(
             f"data.source: unknown toy {name!r}{nearest(name, TOYS)}; known: "
@@ -136,7 +136,7 @@ def _on_circle(radius: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _isotropic(mean_square: float) -> tuple[Array, Array]:
-    """Moments of a law that some rotation by less than a half turn leaves alone."""
+    """Moments of a law that is invariant under a rotation by less than a half turn."""
     return np.zeros(2), mean_square / 2 * np.eye(2)
 
 
@@ -145,7 +145,7 @@ RING_RADIUS, RING_WIDTH = 2.0, 0.2
 
 def _draw_ring(num: int, rng: np.random.Generator) -> tuple[np.ndarray, None]:
     # In polar coordinates the density is rho * exp(-(rho - r)^2 / 2 s^2): accept a normal rho in
-    # proportion to rho. Above r + 8 s a normal has no mass that a double could tell.
+    # proportion to rho. The mass of a normal above r + 8 s is negligible in double precision.
     top = RING_RADIUS + 8 * RING_WIDTH
     kept: list[np.ndarray] = []
     missing = num
@@ -369,7 +369,7 @@ def _stay_probability() -> float:
 
 
 def _draw_potts(num: int, rng: np.random.Generator) -> tuple[np.ndarray, None]:
-    # On an open chain exp(sum [s_i = s_{i+1}]) is a Markov chain with this chance to stay.
+    # On an open chain exp(sum [s_i = s_{i+1}]) is a Markov chain that stays with this probability.
     site = rng.integers(_STATES, size=(num, _SITES))
     stay = rng.uniform(size=(num, _SITES)) < _stay_probability()
     move = rng.integers(1, _STATES, size=(num, _SITES))

@@ -1,1 +1,1 @@
-"""Where samples lie: in shards that are read from front to end, or in a dataset read by index."""
+"""Storages of samples: shards, read sequentially, and datasets, read by index."""

@@ -1,4 +1,4 @@
-"""Samples in a dataset that is read by index, so that an epoch is a permutation of all of it."""
+"""Samples of a dataset that is read by index; an epoch is a permutation of all samples."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ebm_dist.data.stream.bad_samples import BadSamples
 from ebm_dist.data.stream.order import SplitMode
 
 NUM_HASHED = 16
-"""Samples whose hash tells one dataset from another."""
+"""Number of samples in the fingerprint of a dataset."""
 
 
 class Indexed:
-    """Items by split; `test` is None where nothing was held out. See `protocol.Storage`."""
+    """Items by split; `test` is None if there is no test split. See `protocol.Storage`."""
 
     def __init__(self, config: DataConfig, train: Items, test: Items | None) -> None:
         for items in (train, *([] if test is None else [test])):
@@ -63,7 +63,7 @@ class Indexed:
         return len(self._splits[split][1])
 
     def take(self, split: SplitName, rows: np.ndarray) -> Rows:
-        """Some samples of a split, by their number in it."""
+        """The samples at the indices `rows` (num,) of a split."""
         items, own = self._splits[split]
         if len(rows):
             return items.take(own[rows], self.layout)
@@ -71,7 +71,7 @@ class Indexed:
         return x, np.empty(0, np.int64) if self.layout.labelled else None
 
     def read(self, split: SplitName, limit: int | None) -> Rows:
-        # The order in which `prepare` writes the split: datasets are often sorted by class.
+        # Not in index order, since datasets are often sorted by class. `prepare` does the same.
         path = ("data", "prepare", self._config.location, split)
         order = np.random.default_rng(derive_seed(0, *path)).permutation(self.num_samples(split))
         return self.take(split, order[:limit])
@@ -85,8 +85,8 @@ class Indexed:
         return [self.fingerprint()]
 
     def fingerprint(self) -> str:
-        """Number of training samples and a hash of some of them; without the hash where they are
-        not the same when they are read again."""
+        """The number of training samples and a hash of some of them; no hash if a second read gives
+        other samples."""
         num = self.num_samples("train")
         if not num:
             return "0 samples"
@@ -95,10 +95,10 @@ class Indexed:
         return f"{num} samples, {first if first == again else 'not repeatable'}"
 
     def refuse_missing(self) -> None:
-        """Nothing can be missing before it is read."""
+        """Does nothing: a missing sample is found only by reading it."""
 
     def survey(self) -> list[str]:
-        """Reads samples spread over both splits; of arrays, all."""
+        """Read evenly spaced samples of both splits; all samples of arrays."""
         for items, rows in self._splits.values():
             for some in items.surveyed(rows):
                 items.take(some, self.layout)
@@ -116,15 +116,9 @@ class Indexed:
             "data.noise_std instead, whose noise is seeded"
         ]
 
-    def problems(self) -> list[str]:
-        try:
-            return self.survey()
-        except UserError as error:
-            return [str(error)]
-
 
 class IndexedEpochs:
-    """See `protocol.Epochs`. Ranks always split an epoch by sample, and any rank reads any."""
+    """See `protocol.Epochs`. Ranks always split an epoch by sample."""
 
     mode: SplitMode = "sample"
 
@@ -153,7 +147,7 @@ class IndexedEpochs:
         return self._storage.take("train", rows)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no file is open."""
 
 
 def _hash(rows: Rows) -> str:

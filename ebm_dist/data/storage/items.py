@@ -1,4 +1,4 @@
-"""A dataset of the user's, by index: its events and labels as arrays, each checked when read."""
+"""A user's dataset, read by index: converts events and labels to arrays, and checks each."""
 
 from __future__ import annotations
 
@@ -13,52 +13,53 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ebm_dist.core.errors import UserError
-from ebm_dist.data.format.decode import Layout, fit, fit_numbers
+from ebm_dist.core.errors import UserError, named
+from ebm_dist.data.format.decode import Layout, check_label, fit, fit_numbers
 from ebm_dist.data.format.picture import grey_or_colour
 from ebm_dist.data.storage.protocol import Rows
 
 _ONE_AT_A_TIME = threading.Lock()
-"""Inline, the streams of several ranks read one dataset from threads of their own, and a dataset
-that seeks in an open file is not made for that."""
+"""On the inline backend several threads read one dataset, which may not be thread-safe: it may seek
+in an open file, for example."""
 
 
 SURVEY_S, NUM_SURVEYED = 2.0, 64
-"""Seconds and samples of a dataset that are spent on it before a run; of arrays all are read."""
+"""Limits of the survey of a dataset before a run; all samples of arrays are read."""
 _BLOCK = 4096
-"""Rows of an array that are checked at a time: the checks make copies."""
+"""Rows of an array that are checked together; limited because the checks make copies."""
 
 
 class Items(Protocol):
-    """Samples by index. `where` names them in messages."""
+    """Samples by index."""
 
     where: str
+    """Names the samples in messages."""
     num_bytes: int
-    """Of arrays; what a dataset holds is not known, and counts as 0."""
+    """Size of arrays; 0 for a dataset, whose size is unknown."""
 
     def __len__(self) -> int: ...
 
     def example(self) -> tuple[np.ndarray, int | None]:
-        """The first event as it comes, and its label."""
+        """The first event, unconverted, and its label."""
         ...
 
     def num_classes(self) -> int | None:
-        """Number of classes, as far as it is known without reading every sample."""
+        """Number of classes; None if it is unknown without reading every sample."""
         ...
 
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, none where they have no names."""
+        """The names of the classes; empty if they have no names."""
         ...
 
     def surveyed(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Those of `rows` that are to be read before a run, in parts."""
+        """The part of `rows` to read before a run, in blocks."""
         ...
 
     def take(self, rows: np.ndarray, layout: Layout) -> Rows:
-        """The samples of some indices, at least one.
+        """The samples at the indices `rows` (num,), num >= 1.
 
         Raises:
-            UserError: naming the sample that cannot be read or is not what `layout` says.
+            UserError: names a sample that cannot be read or does not fit `layout`.
         """
         ...
 
@@ -106,7 +107,7 @@ class Arrays:
             highest = int(label.argmax())
             _check_label(int(label[highest]), layout, self._name(rows[highest]))
         if x.shape[1:] == layout.spec.shape:
-            with contextlib.suppress(UserError):  # which the loop below names the sample of
+            with contextlib.suppress(UserError):  # the loop below then names the sample
                 return fit_numbers(x, layout, self.where), label
         return np.stack([fit(self._x[row], layout, self._name(row)) for row in rows]), label
 
@@ -134,7 +135,7 @@ class Indexable:
         try:
             self._num = len(dataset)
         except Exception as error:
-            raise UserError(f"{where}: __len__ raises {_said(error)}") from error
+            raise UserError(f"{where}: __len__ raises {named(error)}") from error
 
     def __len__(self) -> int:
         return self._num
@@ -174,22 +175,25 @@ class Indexable:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{where}: __getitem__ raises {_said(error)}") from error
+            raise UserError(f"{where}: __getitem__ raises {named(error)}") from error
 
     def _name(self, row: int) -> str:
         return f"{self.where}: sample {row}"
 
 
 def spread(rows: np.ndarray, num: int) -> np.ndarray:
-    """At most `num` of some rows, from end to end."""
+    """At most `num` of `rows`, evenly spaced."""
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), num)).astype(np.int64))]
 
 
 def items_of(data: Any, where: str) -> Items:
-    """Events (N, *event), a tuple of them and labels (N,), or a map-style dataset.
+    """`data` as samples by index.
+
+    Args:
+        data: events (N, *event), a tuple of events and labels (N,), or a map-style dataset.
 
     Raises:
-        UserError: it is none of these.
+        UserError: `data` is none of these.
     """
     if isinstance(data, Tensor | np.ndarray):
         return Arrays(as_array(data, where), None, where)
@@ -201,7 +205,7 @@ def items_of(data: Any, where: str) -> Items:
 
 
 def as_array(x: Any, where: str) -> np.ndarray:
-    """A tensor, array or PIL image as plain numbers; images as uint8 (H, W) or (H, W, 3)."""
+    """A tensor, array or PIL image as an array; a PIL image becomes uint8, (H, W) or (H, W, 3)."""
     if isinstance(x, Image.Image):
         return np.asarray(grey_or_colour(x, where))
     if isinstance(x, Tensor):
@@ -225,7 +229,7 @@ def _event_and_label(item: Any, where: str) -> tuple[np.ndarray, int | None]:
             f"{where}: expected an event or (event, label), got a {type(item).__name__} of "
             f"{len(item)}"
         )
-    # An image that was opened lazily is read here.
+    # Reads an image that was opened lazily.
     return as_array(item[0], where), _label(item[1], where) if len(item) == 2 else None
 
 
@@ -239,18 +243,4 @@ def _label(value: Any, where: str) -> int | None:
 
 
 def _check_label(label: int | None, layout: Layout, where: str) -> None:
-    if layout.labelled != (label is not None):
-        came, others = ("a", "none") if label is not None else ("no", "one")
-        raise UserError(
-            f"{where}: has {came} label, but the first sample has {others}; label all or none"
-        )
-    num_classes = layout.spec.num_classes
-    if label is not None and num_classes is not None and label >= num_classes:
-        raise UserError(
-            f"{where}: label {label}, but there are {num_classes} classes, 0 to "
-            f"{num_classes - 1}; correct the label or data.num_classes"
-        )
-
-
-def _said(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    check_label(label, layout, where, advice="label all or none")

@@ -1,4 +1,4 @@
-"""A look through small plain shards before a run, which no dataset.json describes."""
+"""Reads small plain shards, without a dataset.json, completely before a run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ebm_dist.data.format.shards import ShardFile, read_shard
 from ebm_dist.data.stream.bad_samples import BadSamples
 
 MAX_BYTES = 16 * 2**20
-"""Shards up to this total are decoded before the start, in about a second; of larger ones the
-first epoch finds the faults."""
+"""Shards up to this total size are decoded before a run, in about a second; faults of larger ones
+are found in the first epoch."""
 
 
 def survey(shards: Iterable[ShardFile], layout: Layout, bad: BadSamples) -> list[str]:
-    """What plain shards hold beside their samples, one line for each kind; empty if nothing.
+    """One line for each plain shard with content that a run would not read.
 
     Raises:
-        UserError: for a sample or shard that an epoch would refuse.
+        UserError: for a sample or shard that would end an epoch.
     """
     shards = [shard for shard in shards if shard.num_samples is None]
     if sum(shard.path.stat().st_size for shard in shards) > MAX_BYTES:

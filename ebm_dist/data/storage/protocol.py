@@ -1,4 +1,4 @@
-"""What the reader and `load_split` need of a place where samples lie."""
+"""The interface of a storage of samples, for the reader and `load_split`."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ from ebm_dist.data.stream.bad_samples import BadSamples
 from ebm_dist.data.stream.order import SplitMode
 
 Rows = tuple[np.ndarray, np.ndarray | None]
-"""x (num, *stored shape) in the layout's dtype, and labels (num,) int64 where there are any."""
+"""x (num, *stored shape) in the layout's dtype, and labels (num,) int64; None without labels."""
 
 
 class Epochs(Protocol):
-    """The samples of one rank, an epoch at a time, in an order that follows from the seed."""
+    """The samples of one rank, epoch by epoch, in an order that the seed determines."""
 
     mode: SplitMode
     """How the ranks share an epoch."""
     offset: int
-    """Of the next sample in the epoch; counts as `Cursor.offset` does."""
+    """Place of the next sample in the epoch, counted as in `Cursor.offset`."""
     num_seen: int
-    """Samples of the epoch, known once `take` has returned fewer than it was asked for."""
+    """Number of samples in the epoch; valid after `take` has returned fewer than requested."""
 
     bad: BadSamples
-    """Told of the samples that will not do."""
+    """Receives the errors of unusable samples."""
 
-    def open(self, epoch: int, offset: int) -> None: ...
+    def open(self, epoch: int, offset: int) -> None:
+        """Go to `offset` of `epoch`."""
+        ...
 
     def take(self, num: int) -> Rows:
-        """The next `num` samples, or fewer where the epoch ends.
+        """The next `num` samples; fewer at the end of the epoch.
 
         Raises:
-            UserError: naming the sample that will not do.
+            UserError: names a sample that cannot be used.
         """
         ...
 
@@ -46,36 +48,40 @@ class Storage(Protocol):
     """The samples of a source, by split."""
 
     @property
-    def layout(self) -> Layout: ...
+    def layout(self) -> Layout:
+        """Shape, kind and dtype of the samples."""
+        ...
 
-    def has(self, split: SplitName) -> bool: ...
+    def has(self, split: SplitName) -> bool:
+        """Whether the source has this split."""
+        ...
 
     def num_samples(self, split: SplitName) -> int | None:
-        """None where only reading all of it would tell."""
+        """Number of samples; None if it is unknown without reading all of them."""
         ...
 
     def read(self, split: SplitName, limit: int | None) -> Rows:
-        """The first `limit` samples in an order of which the first are a fair part, or all."""
+        """The first `limit` samples, or all, in an order in which the first ones are representative
+        of the split."""
         ...
 
-    def epochs(self, config: DataConfig, *, rank: int, world_size: int, seed: int) -> Epochs: ...
+    def epochs(self, config: DataConfig, *, rank: int, world_size: int, seed: int) -> Epochs:
+        """The epochs of the training split for one rank."""
+        ...
 
     def identity(self) -> list[str]:
-        """Names the training samples and their order, wherever they lie."""
+        """Hashes that identify the training samples and their order, independent of their path."""
         ...
 
     def refuse_missing(self) -> None:
-        """UserError for what is not there, as far as that is seen without reading samples."""
+        """Raise UserError if a file is missing or truncated. Reads no samples."""
         ...
 
     def survey(self) -> list[str]:
-        """Reads what takes a second or two; lines on what is there and would not be read.
+        """Read samples for a second or two; returns a line for each kind of content that a run
+        would not read.
 
         Raises:
-            UserError: for what an epoch would refuse.
+            UserError: for a fault that would end an epoch.
         """
-        ...
-
-    def problems(self) -> list[str]:
-        """Faults, a line each."""
         ...

@@ -1,4 +1,4 @@
-"""Samples in webdataset shards."""
+"""Samples of webdataset shards."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from ebm_dist.data.stream.bad_samples import BadSamples, Policy
 from ebm_dist.data.stream.shard_epochs import ShardEpochs
 
 MAX_CHECKSUM_BYTES = 256 * 2**20
-"""Shards up to this total are read through before the start, in about a second; the readers
-check larger ones as they open them."""
+"""The checksums of shards up to this total size are compared before a run, in about a second; those
+of larger ones when a reader opens them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """Shards by split. `test` is None where nothing was held out. See `protocol.Storage`."""
+    """Shards by split; `test` is None if there is no test split. See `protocol.Storage`."""
 
     layout: Layout
     train: tuple[ShardFile, ...]
     test: tuple[ShardFile, ...] | None
     holdout: float = 0.0
-    """Part of the training shards that is the test split; then `test` is `train`."""
+    """Fraction of the training samples in the test split; `test` then equals `train`."""
     verify: bool = True
-    """Compare checksums."""
+    """Whether to compare checksums."""
     bad: Policy = "stop"
     """See `data.on_bad_sample`."""
 
@@ -50,13 +50,13 @@ class Shards:
         return None if None in counts else sum(count or 0 for count in counts)
 
     def belongs(self, sample: dict[str, Any], split: SplitName) -> bool:
-        """Whether a sample is in `split`, by a hash of its key where a part is held out."""
+        """Whether a sample is in `split`; with a holdout, a hash of its key decides."""
         if self.holdout == 0:
             return True
         return held_out(sample["__key__"], self.holdout) == (split == "test")
 
     def read(self, split: SplitName, limit: int | None) -> Rows:
-        # Prepared shards were shuffled when they were written, so the first are a fair part.
+        # Prepared shards were shuffled when they were written, so the first are representative.
         xs: list[np.ndarray] = []
         labels: list[int | None] = []
         for x, label in self._decoded(split):
@@ -79,7 +79,7 @@ class Shards:
         )
 
     def identity(self) -> list[str]:
-        """Paths may change, contents not."""
+        """Hashes of the contents, since paths may change."""
         return [shard.sha256 or _glance(shard.path) for shard in self.train]
 
     def refuse_missing(self) -> None:
@@ -87,7 +87,8 @@ class Shards:
             check_shard(shard, checksum=False)
 
     def survey(self) -> list[str]:
-        """Every shard's presence and size, and of a small data set checksums or samples."""
+        """Check that every shard exists with its size, and the checksums or samples of a small data
+        set."""
         shards = self.all()
         for shard in shards:
             check_shard(shard, checksum=False)
@@ -95,16 +96,6 @@ class Shards:
             for shard in shards:
                 check_shard(shard, checksum=True)
         return survey(shards, self.layout, BadSamples(self.bad))
-
-    def problems(self) -> list[str]:
-        found = []
-        for shard in self.all():
-            try:
-                check_shard(shard, checksum=self.verify)
-                decode_sample(next(iter(read_shard(shard))), self.layout)
-            except UserError as error:
-                found.append(str(error))
-        return found
 
     def _of(self, split: SplitName) -> tuple[ShardFile, ...]:
         return self.train if split == "train" else self.test or ()
@@ -129,13 +120,16 @@ class Shards:
 
 
 def held_out(key: str, part: float) -> bool:
-    """Whether the sample of this key is in the `part` that is the test split."""
+    """Whether the sample with this key is in the test split, a fraction `part` of all samples."""
     return zlib.crc32(key.encode()) < part * 2**32
 
 
 def _glance(path: Path) -> str:
-    """A hash of a plain shard's name, size and end: reading all of it would take as long as an
-    epoch, and tar's padding makes files of different contents equally long."""
+    """A hash of a plain shard's name, size and last bytes.
+
+    Hashing the whole file would take as long as an epoch. The size alone does not suffice, because
+    tar pads files to equal sizes.
+    """
     size = path.stat().st_size
     with path.open("rb") as stream:
         stream.seek(max(0, size - 2**14))

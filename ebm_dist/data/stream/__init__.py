@@ -1,1 +1,1 @@
-"""Batches of a split in a seeded order, for a rank, from a cursor."""
+"""The stream of a rank's batches, in a seeded order that can continue from a cursor."""

@@ -1,4 +1,4 @@
-"""`data.on_bad_sample`: samples that will not do stop the run, or are left out and counted."""
+"""`data.on_bad_sample`: an unusable sample stops the run, or is left out and counted."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _MAX_NAMED = 10
 
 
 class BadSamples:
-    """Told of each bad sample: raises the error, or counts it and names the first few."""
+    """Raises the error of a bad sample, or counts it and logs the first few."""
 
     def __init__(self, policy: Policy) -> None:
         self.skips = policy == "skip"
         self.num = 0
-        """Left out so far; a sample counts each time that an epoch meets it."""
+        """Samples left out so far; a bad sample counts once per epoch."""
         self._named: set[str] = set()
 
     def add(self, error: UserError) -> None:

@@ -1,4 +1,4 @@
-"""Samples that stay in memory: those of whole shards, encoded until they are used first."""
+"""The samples of whole shards in memory, encoded until their first use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ebm_dist.data.stream.bad_samples import BadSamples
 
 
 class Sample:
-    """One sample on its way to a batch: encoded until it is used first, decoded from then on."""
+    """One sample, encoded until its first use and decoded afterwards."""
 
     __slots__ = ("_label", "_raw", "_x")
 
@@ -29,14 +29,14 @@ class Sample:
 
     @property
     def raw(self) -> dict[str, Any] | None:
-        """As it came out of its shard; None once it is decoded."""
+        """The encoded sample, as read from its shard; None once it is decoded."""
         return self._raw
 
     def decoded(self, layout: Layout) -> tuple[np.ndarray, int | None]:
         """x (*stored shape) and the label.
 
         Raises:
-            UserError: it is not what `layout` says.
+            UserError: the sample does not fit `layout`.
         """
         if self._raw is not None:
             self._x, self._label = decode_sample(self._raw, layout)
@@ -46,12 +46,12 @@ class Sample:
 
 
 class Kept:
-    """The samples of some shards, by the number of the shard.
+    """The samples of the shards in memory, by number of the shard.
 
-    One by one where a part of an epoch is not here. An epoch that is here from end to end is
-    handed out as rows of one array, a batch by a few calls: sample by sample the interpreter takes
-    90 us for 64 images of 28x28, and four times that behind an update, whose own operations wait
-    for it meanwhile.
+    If a whole epoch is in memory, it is returned as rows of one array, which takes a few calls per
+    batch. Sample by sample, Python takes 90 us for 64 images of 28x28, and four times that during
+    an update, whose operations wait for it. If a part of the epoch is not in memory, its samples
+    are returned one by one.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -61,14 +61,14 @@ class Kept:
         self._x = np.empty((0, *layout.spec.shape), layout.dtype)
         self._label = np.empty(0, np.int64)
         self._encoded: dict[int, dict[str, Any]] = {}
-        """By row: those that were passed over so far, by a cursor or because another rank has
-        them. Memory that nobody wrote to is none, so their rows cost nothing yet."""
+        """Encoded samples by row: a cursor has skipped them, or another rank reads them. Their rows
+        have not been written to, so they take no memory yet."""
 
     def __contains__(self, number: int) -> bool:
         return number in self._single or number in self._rows
 
     def keep(self, number: int, samples: tuple[Sample, ...]) -> None:
-        """Hold on to the samples of shard `number`."""
+        """Keep the samples of shard `number`."""
         self._single[number] = samples
 
     def samples(self, number: int) -> Iterator[Sample]:
@@ -78,11 +78,11 @@ class Kept:
             return
         for row in self._rows[number]:
             raw = self._encoded.get(row)
-            # Decoded outside, it stays encoded here: an epoch that mixes both kinds is rare.
+            # The caller decodes it, and here it stays encoded: such epochs are rare.
             yield Sample(raw) if raw else Sample(None, self._x[row], int(self._label[row]))
 
     def rows(self, numbers: Iterable[int]) -> list[int] | None:
-        """The samples of shards in their order, for `take`; None if one of them is not here."""
+        """The rows of the samples of the shards `numbers`; None if one is not in memory."""
         numbers = list(numbers)
         if not all(number in self for number in numbers):
             return None
@@ -91,7 +91,7 @@ class Kept:
         return [row for number in numbers for row in self._rows[number]]
 
     def decoded(self, rows: np.ndarray, bad: BadSamples) -> np.ndarray:
-        """`rows` (num,) without those of bad samples; the others are decoded afterwards."""
+        """Decode the samples of `rows` (num,); returns the rows without those of bad samples."""
         if not self._encoded:
             return rows
         good = np.ones(len(rows), bool)
@@ -112,14 +112,14 @@ class Kept:
         return self._x[rows], self._label[rows] if self._layout.labelled else None
 
     def _line_up(self) -> None:
-        """Move what is held one by one into the array."""
+        """Move the single samples into the array."""
         row = len(self._x)
         num = row + sum(map(len, self._single.values()))
         x, label = np.empty((num, *self._x.shape[1:]), self._x.dtype), np.empty(num, np.int64)
         x[:row], label[:row] = self._x, self._label
         self._x, self._label = x, label
         while self._single:
-            # One after the other, so that never more than a shard is there twice.
+            # One shard at a time, so that at most one shard is in memory twice.
             number, samples = self._single.popitem()
             self._rows[number] = range(row, row + len(samples))
             for sample in samples:

@@ -1,4 +1,4 @@
-"""The order of an epoch: which shards, in which order, mixed how. Functions of seeds alone."""
+"""The order of an epoch, as functions of the seed: shards of each rank, and the shuffle."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ SplitMode = Literal["shard", "sample"]
 
 
 def split_mode(rank_split: str, *, num_shards: int, world_size: int) -> SplitMode:
-    """How ranks share an epoch: by shard where there are as many shards as ranks.
+    """How ranks share an epoch: by shard if there are at least as many shards as ranks.
 
-    One rank alone counts as split by sample: its batches are then those that several ranks would
-    have between them.
+    A single rank splits by sample, so that its batches are those of several ranks together.
     """
     if world_size == 1 or rank_split == "sample":
         return "sample"
@@ -39,7 +38,7 @@ def shard_order(
 ) -> list[int]:
     """The shards that `rank` reads in `epoch`, in order.
 
-    The permutation is the same on every rank, so the ranks' shards are disjoint and together all.
+    Every rank computes the same permutation, so each shard belongs to exactly one rank.
     """
     order = np.arange(num_shards)
     if mix:
@@ -50,17 +49,17 @@ def shard_order(
 
 
 def shuffled(items: Iterable[T], size: int, seed: int) -> Iterator[T]:
-    """Mix a stream through a buffer of `size` items: each newcomer pushes a random one out.
+    """Shuffle a stream with a buffer of `size` items: a new item replaces a random one.
 
-    webdataset's own shuffle starts to yield at 100 items and takes its random numbers from a
-    module whose stream is not promised; an exact resume needs one that is ours.
+    webdataset's own shuffle starts to yield at 100 items, and does not guarantee its stream of
+    random numbers, which an exact resume needs.
     """
     if size <= 1:
         yield from items
         return
     rng = np.random.Generator(np.random.PCG64(seed))
     buffer: list[T] = []
-    # Blocks: one call of the generator for each item would cost more than the mixing.
+    # Drawn in blocks, because one call of the generator per item would take longer than the rest.
     picks: list[int] = []
     for item in items:
         if len(buffer) < size:

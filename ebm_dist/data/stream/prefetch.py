@@ -1,4 +1,4 @@
-"""Batches made ahead by one thread, in the order in which they are asked for."""
+"""Reads batches ahead of their use in one thread, in the same order."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ebm_dist.data.stream.reader import Cursor, Reader
 
 
 class Ahead:
-    """A bounded queue of `reader.read(num)`. While it lives, the reader is the thread's own.
+    """A bounded queue of `reader.read(num)`. Until `stop`, only its thread may use the reader.
 
-    It is filled in bursts, from a third up: a batch that is read after an update has run finds its
-    samples and the interpreter's own code out of the caches, and takes four times as long as the
-    next, on a core that the update could use (64 images of 28x28 out of memory: .15 and .04 ms).
+    It is refilled in bursts, once it is down to a third. After an update, the samples and the
+    interpreter's code are no longer in the CPU caches, so the first batch takes four times as long
+    as the next, on a core that the update could use (64 images of 28x28: .15 and .04 ms).
     """
 
     def __init__(self, reader: Reader, num: int, depth: int) -> None:
@@ -27,7 +27,7 @@ class Ahead:
         self._has_few = threading.Event()
         self._stopped = threading.Event()
         self._failure: BaseException | None = None
-        # A daemon, so that a program that forgets `close` still ends.
+        # A daemon thread, so that a program that does not call `close` can end.
         self._thread = threading.Thread(target=self._work, name="ebm-dist-data", daemon=True)
         self._thread.start()
 
@@ -43,7 +43,7 @@ class Ahead:
         raise self._failure
 
     def stop(self) -> None:
-        """Throw away what was made ahead. The reader is free once this returns."""
+        """Discard the queue and end the thread; others may then use the reader."""
         self._stopped.set()
         self._has_few.set()
         while self._thread.is_alive():
@@ -55,9 +55,9 @@ class Ahead:
             while not self._stopped.is_set():
                 if self._queue.qsize() >= self._depth:
                     self._has_few.wait()
-                    self._has_few.clear()  # it may have been so a while ago: look again
+                    self._has_few.clear()  # the event may be old, so the size is checked again
                 else:
-                    # Nobody else puts anything there, so there is room.
+                    # Only this thread adds items, so there is room.
                     self._queue.put(self._reader.read(self.num))
         except BaseException as error:
             self._queue.put(error)

@@ -1,10 +1,10 @@
 """One rank's endless sequence of batches, as a function of a cursor of three integers.
 
-Samples a second of CPU time of one core (x86 server, Python 3.11, batches of 128, prefetch 0, the
-commit that adds this line): 28x28 PNGs 10,700 when first read and 2,960,000 out of memory, 204,000
-with dequantisation and noise; 8x8 PNGs 15,100, 4,930,000 and 939,000. Going to the middle of an
-epoch of 60,000 that is not in memory takes seconds, since what lies before it is read again, though
-not decoded.
+Samples per second of CPU time of one core (x86 server, Python 3.11, batches of 128, prefetch 0, the
+commit that adds this line): 28x28 PNGs 10,700 at the first reading and 2,960,000 from memory,
+204,000 with dequantisation and noise; 8x8 PNGs 15,100, 4,930,000 and 939,000. Seeking to the middle
+of an epoch of 60,000 that is not in memory takes seconds, since the samples before it are read
+again, but not decoded.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ebm_dist.data.stream.transform import Part, Transform
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """Where a rank stands.
+    """The position of a rank in the data.
 
-    `offset` counts samples of the epoch: of the rank's own shards when ranks split by shard, of
-    all ranks' common order when they split by sample. `num_batches` seeds the augmentation.
+    `offset` counts samples of the epoch: those of the rank's own shards if ranks split by shard,
+    those of all ranks if they split by sample. `num_batches` seeds the augmentation.
     """
 
     epoch: int
@@ -38,7 +38,7 @@ class Cursor:
 
 
 class Reader:
-    """Batches out of the epochs of a storage; see `data.DataStream` for the promise."""
+    """Batches from the epochs of a storage; see `data.DataStream` for the guarantees."""
 
     def __init__(
         self, config: DataConfig, storage: Storage, *, rank: int, world_size: int, seed: int
@@ -60,7 +60,7 @@ class Reader:
 
     @property
     def num_skipped(self) -> int:
-        """Bad samples that were left out so far."""
+        """Bad samples left out so far."""
         return self._epochs.bad.num
 
     @property
@@ -75,7 +75,7 @@ class Reader:
     def read(self, num: int) -> tuple[Batch, Cursor]:
         """The next `num` samples, and the cursor after them."""
         stored, labels = self._stored(num)
-        # Split by sample, every rank draws the noise of the global batch and keeps its own rows.
+        # If ranks split by sample, each draws the noise of the global batch and keeps its own rows.
         if self.mode == "sample":
             path, part = (), Part(self._rank, self._world_size)
         else:
@@ -90,7 +90,7 @@ class Reader:
         return Batch(x, label), Cursor(self._epoch, self._epochs.offset, self._num_batches)
 
     def _stored(self, num: int) -> Rows:
-        """x (num, *stored shape) and labels (num,) int64, over the ends of epochs if need be."""
+        """x (num, *stored shape) and labels (num,) int64, from several epochs if necessary."""
         parts: list[Rows] = []
         num_empty = 0
         while num > 0:
@@ -98,7 +98,7 @@ class Reader:
             if len(part[0]):
                 parts.append(part)
                 num -= len(part[0])
-            # The rest of one epoch may be empty, and what is left of the next may hold nothing.
+            # The rest of one epoch may be empty, and so may all usable samples of the next.
             num_empty = 0 if len(part[0]) else num_empty + 1
             if num_empty > 2 and self.num_skipped:
                 raise UserError(
@@ -113,11 +113,11 @@ class Reader:
         return np.concatenate(xs), np.concatenate(labels) if self._storage.layout.labelled else None
 
     def _turn(self) -> None:
-        """On to the next epoch."""
+        """Go to the next epoch."""
         num_seen, offset = self._epochs.num_seen, self._epochs.offset
         self._refuse_short_epoch(num_seen)
-        # Split by sample, the count goes on over the end of an epoch, so that the ranks'
-        # batches stay parts of one global batch also where world_size does not divide it.
+        # If ranks split by sample, the offset carries over to the next epoch, so that the ranks'
+        # batches remain parts of one global batch even if world_size does not divide the epoch.
         rest = max(0, offset - num_seen) if self.mode == "sample" else 0
         self._epoch += 1
         self._epochs.open(self._epoch, rest)

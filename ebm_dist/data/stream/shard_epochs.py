@@ -1,4 +1,4 @@
-"""The epochs of shards: read from front to end, mixed in a buffer, kept in memory if they fit."""
+"""The epochs of shards: read sequentially, shuffled in a buffer, kept in memory if they fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ebm_dist.data.stream.kept import Kept, Sample
 from ebm_dist.data.stream.order import SplitMode, shard_order, shuffled, split_mode
 
 _OVERHEAD = 400
-"""Bytes of Python objects about one kept sample (sys.getsizeof of dict, array, slots)."""
+"""Bytes of the Python objects of one kept sample (sys.getsizeof of dict, array, slots)."""
 
 
 class ShardEpochs:
@@ -60,10 +60,10 @@ class ShardEpochs:
         self._sample_bytes = int(np.prod(layout.spec.shape)) * layout.dtype.itemsize + _OVERHEAD
         self._samples: Iterator[Sample] = iter(())
         self._rows: np.ndarray | None = None
-        """The order of this epoch where all of it is in memory; `_samples` is empty then."""
+        """The rows of this epoch if all of it is in memory; `_samples` is then empty."""
 
     def open(self, epoch: int, offset: int) -> None:
-        """Go to `offset`. Samples before it that are not in memory are read, but not decoded."""
+        """Go to `offset`. Samples before it that are not in memory are read, not decoded."""
         self.close()
         self.offset = offset
         shards = shard_order(
@@ -82,7 +82,7 @@ class ShardEpochs:
         if rows is not None:
             self._rows, self.num_seen = np.fromiter(mixed(rows), np.int64, len(rows)), len(rows)
             return
-        # Here, not above: importing it costs a second.
+        # Imported here, because it takes a second.
         from webdataset.pipeline import DataPipeline
 
         self._samples = DataPipeline([shards], self._expand, mixed).iterator1()
@@ -130,7 +130,7 @@ class ShardEpochs:
         return None
 
     def _expand(self, shards: Iterable[int]) -> Iterator[Sample]:
-        """Shard numbers -> their samples, out of memory where they were kept."""
+        """The samples of `shards`, from memory if they were kept."""
         for number in shards:
             if number in self._kept:
                 yield from self._kept.samples(number)
@@ -158,7 +158,7 @@ class ShardEpochs:
                     yield sample
                 whole = True
             finally:
-                # Also when the pipeline is closed half-way: a part of a shard is not kept.
+                # Reached also if the pipeline is closed early: an incomplete shard is not kept.
                 if whole and keeping is not None:
                     self._kept.keep(number, tuple(keeping))
                 else:

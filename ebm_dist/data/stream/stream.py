@@ -1,4 +1,4 @@
-"""The learner's stream of data: split by rank, shuffled, augmented, endless, with a cursor."""
+"""The learner's endless data stream: split by rank, shuffled and augmented, with a cursor."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _STATE_VERSION = 1
 
 
 class DataStream:
-    """Batches of one learner rank, the same for the same (config, seed, rank, world_size, cursor).
+    """Batches of one learner rank, determined by (config, seed, rank, world_size, cursor).
 
     An epoch visits every training sample once over all ranks. Ranks split it by shard, or by
-    sample where there are fewer shards than ranks (`data.rank_split`). Prefetching and caching
-    do not change what comes.
+    sample if there are fewer shards than ranks (`data.rank_split`). Prefetching and caching do not
+    change the batches.
 
     Raises:
-        UserError: for a source, shards or settings that will not do, at once where that can be
-            known without reading every shard, else from `next_batch`.
+        UserError: the source, the shards or the settings cannot be used. `next_batch` raises it for
+            faults that are found only by reading the shards.
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class DataStream:
         if self._ahead is None or self._ahead.num != num:
             self._rewind()
             self._ahead = Ahead(self._reader, num, self._config.prefetch)
-            # Stops the thread before the interpreter takes its modules away. It must not hold
-            # the stream itself, or the stream would never be collected.
+            # Stops the thread before the interpreter unloads its modules. It must not refer to the
+            # stream itself, which would then never be collected.
             weakref.finalize(self, Ahead.stop, self._ahead)
         batch, self._cursor = self._ahead.take()
         return batch
 
     @property
     def num_skipped(self) -> int:
-        """Bad samples that this rank left out so far (`data.on_bad_sample`)."""
+        """Bad samples that this rank has left out so far (`data.on_bad_sample`)."""
         return self._reader.num_skipped
 
     def state(self) -> dict[str, Any]:
-        """The cursor after the last batch handed out, as JSON. Each rank has its own."""
+        """The cursor after the last returned batch, for JSON. Each rank has its own."""
         return {
             "version": _STATE_VERSION,
             "order": self._order,
@@ -92,14 +92,14 @@ class DataStream:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`.
 
-        Exact with the rank, world size, seed and data that it was taken with. Split by sample, any
-        rank's cursor serves every rank, and another world size goes on at the same place. Split by
-        shard, another rank or world size goes on in the same epoch at about the same place; other
-        data or another seed at that epoch's start.
+        Exact with the rank, world size, seed and data of `state`. If ranks split by sample, each
+        accepts the cursor of any rank, and another world size continues at the same place. If they
+        split by shard, another rank or world size continues in the same epoch at about the same
+        place. With other data or another seed, the epoch starts again.
         """
         epoch, offset, num_batches = _checked(state)
         mode, rank, world_size = state["mode"], state["rank"], state["world_size"]
-        # Samples of the epoch that all ranks together have taken.
+        # Samples of the epoch that all ranks have read together.
         taken = offset - rank if mode == "sample" else offset * world_size
         own = (mode, rank, world_size) == (self._reader.mode, self._rank, self._world_size)
         if state["order"] != self._order:
@@ -142,7 +142,7 @@ def _checked(state: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def refuse_few(config: DataConfig, storage: Storage) -> None:
-    """Raise UserError where the training split is smaller than a batch, as far as is known."""
+    """Raise UserError if the training split is known to be smaller than a batch."""
     count = storage.num_samples("train")
     if count is not None and count < config.batch_size:
         raise UserError(
@@ -152,6 +152,6 @@ def refuse_few(config: DataConfig, storage: Storage) -> None:
 
 
 def _fingerprint(config: DataConfig, storage: Storage, seed: int) -> str:
-    """Names the order of samples that a cursor counts in; paths may change, contents not."""
+    """Identifies the order of the samples by contents, not by paths, for a cursor."""
     text = json.dumps([seed, config.shuffle, config.holdout, storage.identity()])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

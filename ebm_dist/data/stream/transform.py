@@ -1,4 +1,4 @@
-"""Stored samples -> the events an energy sees: augmented, scaled, binarised, flattened."""
+"""Converts stored samples into events: augments, scales, binarises and flattens them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ebm_dist.data.format.decode import Layout
 
 
 def event_spec(config: DataConfig, layout: Layout) -> EventSpec:
-    """What `Transform` makes of `layout`; UserError for keys that do not go with the data."""
+    """The events of `Transform`; raises UserError if a key does not apply to the data."""
     spec = layout.spec
     image = spec.kind == "image"
     for key, value in (
@@ -64,8 +64,8 @@ def event_spec(config: DataConfig, layout: Layout) -> EventSpec:
 class Part:
     """Rows `index, index + of, …` of the global batch.
 
-    Random numbers are drawn for the whole global batch and each rank keeps its rows: so the ranks'
-    batches together are the batch that one rank alone would have made.
+    Each rank draws the random numbers of the whole global batch and keeps those of its rows. So the
+    ranks' batches together are the batch of a single rank.
     """
 
     index: int = 0
@@ -80,7 +80,7 @@ class Part:
 
 
 class Transform:
-    """Random augmentation in training, the same scaling without it elsewhere."""
+    """Scales samples, and augments them randomly in training."""
 
     def __init__(self, config: DataConfig, layout: Layout) -> None:
         self.spec = event_spec(config, layout)
@@ -93,7 +93,7 @@ class Transform:
             or (config.dequantize and config.binarize == "none")
             or config.noise_std > 0
         )
-        """Whether training batches take anything from their generator."""
+        """Whether training batches use random numbers."""
 
     def __call__(
         self,
@@ -103,13 +103,13 @@ class Transform:
         augment: bool = True,
         part: Part | None = None,
     ) -> Tensor:
-        """Stored x (B, *stored shape), uint8 or float32 -> (B, *spec.shape), float32.
+        """Events (B, *spec.shape), float32, from stored x (B, *stored shape), uint8 or float32.
 
-        Draws from `generator` for bernoulli binarisation also without `augment`.
+        Bernoulli binarisation uses `generator` even without `augment`.
         """
         part = part or Part()
         config, levels = self._config, self._layout.levels
-        # float() copies uint8 and not float32, which must not be written into.
+        # float() does not copy float32, and the stored array must not be changed.
         y = x.float() if levels is not None or self._layout.spec.discrete else x.clone()
         if augment and config.crop_padding:
             y = _crop(y, config.crop_padding, part, generator)
@@ -138,7 +138,7 @@ class Transform:
 
 
 def _crop(x: Tensor, padding: int, part: Part, generator: torch.Generator) -> Tensor:
-    """A random window of the old size out of each image padded by reflection; x (B, C, H, W)."""
+    """A random window (H, W) of each image x (B, C, H, W), padded by reflection."""
     num, _, height, width = x.shape
     corner = (part.uniform(x, 2, generator=generator) * (2 * padding + 1)).long()
     padded = F.pad(x, (padding,) * 4, mode="reflect")

@@ -21,7 +21,7 @@ import torch
 from data_shards import npy, numbered_config, numbered_shards, png, take, write_tar
 
 from ebm_dist.core.errors import RunFailed, UserError
-from ebm_dist.data import DataConfig, DataStream, check, describe, load_split, prepare
+from ebm_dist.data import DataConfig, DataStream, describe, load_split, prepare
 from ebm_dist.data.format import decode as decoding
 from ebm_dist.data.format import shards
 from ebm_dist.data.format.shards import ShardFile, read_shard
@@ -189,7 +189,6 @@ def test_bad_first_sample_is_one_line_with_its_shard(tmp_path: Path, case: str):
         DataStream(config).next_batch(1)
     one_line(error, names=str(path))
     assert message in str(error.value)
-    assert len(check(config)) == 1
 
 
 def prepared(tmp_path: Path) -> Path:
@@ -235,7 +234,6 @@ def test_damaged_prepared_shard_is_named(
         _epoch(config)
     one_line(error, names=str(path))
     assert message in str(error.value)
-    assert [problem for problem in check(config) if str(path) in problem]
     with pytest.raises(UserError, match=r"train-000002\.tar"):
         load_split(config, "train")
 
@@ -415,7 +413,6 @@ def test_fewer_samples_than_a_batch_names_the_count(tmp_path: Path, prefetch: in
     with pytest.raises(UserError, match="at most 40") as error:
         DataStream(config)
     one_line(error, names="data.batch_size")
-    assert len(check(config)) == 1
 
 
 @pytest.mark.parametrize(
@@ -439,7 +436,6 @@ def test_source_that_is_not_there_is_one_line(
         DataStream(config)
     one_line(error, names="data.source" if "toy" not in source else "toy")
     assert message in str(error.value)
-    assert len(check(config)) == 1
     assert not (tmp_path / "trap").exists()
 
 
@@ -497,7 +493,7 @@ def test_failed_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     # By module: the package's `prepare` is the function.
-    monkeypatch.setattr(sys.modules["ebm_dist.data.sources.prepare"], "sha256_of", full)
+    monkeypatch.setattr(sys.modules["ebm_dist.data.sources.prepare"], "sha256", full)
     with pytest.raises(RunFailed, match="No space left on device"):
         prepare("toy:ring", tmp_path / "ring", toy_samples=40)
     assert not list(tmp_path.iterdir())

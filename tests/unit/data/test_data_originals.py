@@ -20,7 +20,8 @@ from data_shards import npy, png
 from PIL import Image
 
 from ebm_dist.core.errors import UserError
-from ebm_dist.data import DataConfig, DataStream, check, describe, load_split, prepare
+from ebm_dist.data import DataConfig, DataStream, describe, load_split, prepare
+from ebm_dist.data.dataset import open_dataset
 from ebm_dist.data.format.manifest import read_manifest
 from ebm_dist.data.sources.mnist import DIRECTORY
 from ebm_dist.data.sources.prepare import materialise
@@ -527,7 +528,7 @@ def test_prepare_refuses_a_directory_in_use(tmp_path: Path):
         prepare("digits", tmp_path / "b" / "notes.txt")
     (tmp_path / "c").mkdir()
     prepare("toy:ring", tmp_path / "c", toy_samples=40)  # an empty one will do
-    assert check(DataConfig(source=str(tmp_path / "c"), batch_size=8)) == []
+    assert open_dataset(DataConfig(source=str(tmp_path / "c"))).survey() == []
 
 
 @pytest.mark.parametrize(
@@ -567,7 +568,7 @@ def test_many_processes_may_ask_for_a_built_in_source_at_once(tmp_path: Path):
         process.join(60)
     assert [process.exitcode for process in running] == [0] * 4
     assert [path.name for path in tmp_path.iterdir()] == ["digits-v1"]
-    assert check(DataConfig(cache_dir=str(tmp_path))) == []
+    assert open_dataset(DataConfig(cache_dir=str(tmp_path))).survey() == []
 
 
 def test_describing_a_built_in_source_writes_nothing(tmp_path: Path):

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ebm_dist.cli import main
 from ebm_dist.core.errors import UserError
-from ebm_dist.data import DataConfig, DataStream, check, describe, given, load_split, prepare
+from ebm_dist.data import DataConfig, DataStream, describe, given, load_split, prepare
 from ebm_dist.data.dataset import located, open_dataset
 
 MINE = '''
@@ -240,7 +240,8 @@ def test_a_sample_that_will_not_do_is_one_line_with_its_index(fault: str, messag
     with pytest.raises(UserError, match=line) as error:
         take(DataStream(config), 6, 2)
     assert "\n" not in str(error.value)
-    assert check(config) == [str(error.value)]
+    with pytest.raises(UserError, match=line):
+        open_dataset(config).survey()
     with pytest.raises(UserError, match=line):
         load_split(config, "train")
 
@@ -295,11 +296,13 @@ def test_what_getitem_raises_is_one_line_with_the_index():
     ],
 )
 def test_a_dataset_that_will_not_do_is_one_line(config: dict[str, Any], message: str):
-    problems = check(own(**config))
-    assert len(problems) == 1
-    assert "\n" not in problems[0]
-    with pytest.raises(UserError, match=message):
-        raise UserError(problems[0])
+    def start() -> None:
+        open_dataset(own(**config)).survey()
+        DataStream(own(**config))
+
+    with pytest.raises(UserError, match=message) as error:
+        start()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
