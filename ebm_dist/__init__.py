@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from ebm_dist._version import __version__
 
 if TYPE_CHECKING:
+    from ebm_dist.export.reader import load_energy
     from ebm_dist.export.sample import sample
-    from ebm_dist.export.writer import load_energy
     from ebm_dist.run.train import train
 _LAZY = {
-    "load_energy": "ebm_dist.export.writer",
+    "load_energy": "ebm_dist.export.reader",
     "sample": "ebm_dist.export.sample",
     "train": "ebm_dist.run.train",
 }

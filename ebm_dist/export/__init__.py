@@ -1,1 +1,1 @@
-"""Trained energies as directories that load anywhere."""
+"""Exports trained energies as directories that need no Ray or DeepSpeed to load."""

@@ -1,4 +1,4 @@
-"""The model card of an export: data, recipe, temperature, measured quality, lineage."""
+"""Writes the model card of an export: data, recipe, temperature, measured quality, lineage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ebm_dist.samplers.law import effective_temperature, unadjusted
 from ebm_dist.samplers.module import OwnKernel
 
 QUALITY = ("likelihood/", "fidelity/", "ood/", "robustness/", "audit/", "classifier/")
-"""Metrics that measure the model; the rest measure the run."""
+"""Prefixes of metrics that measure the model; the others measure the run."""
 CHAIN_HEALTH = (
     "energy/positive",
     "energy/negative",
@@ -36,10 +36,10 @@ PACKAGES = ("torch", "ray", "deepspeed", "numpy", "safetensors")
 
 
 def temperature_source(sampler: Mapping[str, Any]) -> str:
-    """Where the temperature T of a sampler's section comes from.
+    """The origin of a sampler's temperature T, in words.
 
-    Langevin with `noise_std` sigma has T = sigma^2 / (2 step_size): practice decouples the
-    two, and the model is exp(-E/T) at this T, which an unstated one leaves unknown.
+    Langevin with `noise_std` sigma has T = sigma^2 / (2 step_size). In practice the two are chosen
+    independently, and the model is exp(-E/T) at this implied T.
     """
     std, step = sampler.get("noise_std"), sampler.get("step_size")
     if std is not None and step is not None:
@@ -52,11 +52,11 @@ def temperature_source(sampler: Mapping[str, Any]) -> str:
 
 
 def sampler_law(sampler: KernelSection, curvature: float | None) -> list[str]:
-    """What sets the law of the sampler's chains apart from exp(-E/T), a sentence each.
+    """A sentence for each difference between the law of the sampler's chains and exp(-E/T).
 
     Args:
-        curvature: of E along the chains, as `samplers.law.curvature` measures it; None where it
-            was not measured.
+        curvature: mean curvature of E along the chains (`samplers.law.curvature`); None if it was
+            not measured.
     """
     kernel, found = sampler.build(), []
     if isinstance(kernel, OwnKernel):
@@ -102,7 +102,7 @@ def sampler_law(sampler: KernelSection, curvature: float | None) -> list[str]:
 
 
 def last_metrics(path: Path) -> dict[str, tuple[float, int]]:
-    """Name -> (last value, its step) in a metrics.jsonl; lines cut short are passed over."""
+    """The last value and its step of each metric in a metrics.jsonl. Skips truncated lines."""
     last: dict[str, tuple[float, int]] = {}
     for row in read_rows(path):
         if not isinstance(row.get("step"), int):
@@ -114,7 +114,7 @@ def last_metrics(path: Path) -> dict[str, tuple[float, int]]:
 
 
 def lineage(config_hash: str, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Where an export comes from: config, code and package versions, step."""
+    """The lineage of an export: hash of the config, versions of code and packages, and `meta`."""
     packages = {"ebm_dist": __version__}
     for name in PACKAGES:
         try:
@@ -131,7 +131,7 @@ def lineage(config_hash: str, meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def git_commit(directory: Path) -> str | None:
-    """The commit of the checkout at `directory`, `+dirty` if edited; None outside of one."""
+    """The commit of the checkout at `directory`, with `+dirty` if it was edited; None if none."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(directory), *args]
@@ -158,11 +158,12 @@ def render(
     law: list[str],
     far_modes: str,
 ) -> str:
-    """README.md of an export; `about` holds data, objective, temperature and lineage.
+    """README.md of an export.
 
     Args:
-        law: of `sampler_law`.
-        far_modes: whether the objective sees their weights.
+        about: the data, objective, temperature and lineage.
+        law: the result of `sampler_law`.
+        far_modes: whether the loss depends on the weights of far modes, in words.
     """
     lines = about["lineage"]
     grid = ["![The run's last chains](samples.png)", ""] if has_grid else []
@@ -283,7 +284,7 @@ def _metric_table(names: list[str], metrics: Mapping[str, tuple[float, int]]) ->
 
 
 def _cell(value: Any) -> str:
-    """Table text; long constants are cut and the table's own sign is escaped."""
+    """`value` as text of a Markdown table: long text is shortened, and `|` is escaped."""
     text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
     text = text.replace("|", "\\|").replace("\n", " ")
     return text if len(text) <= 120 else text[:117] + "..."

@@ -1,12 +1,11 @@
-"""Reading an export: weights without pickle, and the config that builds their energy.
+"""Reads an export: weights without pickle, and the config of their energy.
 
-Needs torch, safetensors and this package's energies and samplers: no Ray, no DeepSpeed, no W&B.
-Whatever is damaged, of another version or hostile is refused in one line.
+It needs torch, safetensors and this package's energies and samplers, but no Ray, DeepSpeed or W&B.
+A damaged or hostile export, or one of another version, is refused in one line.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,6 @@ from typing import Any, cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ebm_dist import energies, samplers
@@ -27,6 +25,8 @@ from ebm_dist.energies import EnergySection
 from ebm_dist.energies.context import CONTEXT
 from ebm_dist.energies.limits import limited
 from ebm_dist.export.pretrained import named, names
+from ebm_dist.files.safe_open import sha256
+from ebm_dist.files.tensor_file import tensors_or_refuse
 from ebm_dist.samplers import Kernel, KernelSection
 
 FORMAT = "ebm_dist"
@@ -39,7 +39,7 @@ WEIGHTS, CONFIG, CARD, GRID, CHAINS = (
     "chains.safetensors",
 )
 MAX_CONFIG_BYTES = 64 * 2**20
-"""Room for energies whose constants (stored patterns, a precision matrix) are config."""
+"""Largest config.json; the constants of some energies are in it, such as stored patterns."""
 
 MAX_DEPTH = 32
 MAX_SECTIONS = 1000
@@ -47,37 +47,37 @@ MAX_SECTIONS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """An export that has been read and checked."""
+    """A checked export."""
 
     path: Path
     energy: nn.Module
     """In eval mode on the CPU, float32, its parameters without gradients."""
     spec: EventSpec
     sampler: KernelSection
-    """The sampler of the run; at its recorded temperature the chains target the model."""
+    """The sampler of the run, at the temperature of the model."""
     start_std: float
-    """Standard deviation of the noise that chains over real events start from."""
+    """Standard deviation of the initial noise of chains over real events."""
     config: dict[str, Any]
-    """All of config.json."""
+    """The content of config.json."""
     plugins: tuple[str, ...] = ()
-    """Modules of the user whose code may be run."""
+    """The user's modules whose code may run."""
 
     def kernel(self) -> Kernel[Any]:
-        """The run's sampler; UserError where it is code of a module that is not in `plugins`."""
+        """The run's sampler; raises UserError if its module is not in `plugins`."""
         self.require_named("sampler")
         return self.sampler.build()
 
     def require_named(self, key: str) -> None:
-        """Refuse to use a section of config.json that is code of a module not in `plugins`."""
+        """Raise UserError if a section of config.json needs a module that is not in `plugins`."""
         require_named(self.config.get(key), self.plugins, f"{self.path / CONFIG}: {key}")
 
     def chains(self) -> Tensor | None:
-        """The run's last chains (N, *event), None where the export holds none."""
+        """The run's last chains (N, *event); None if the export has none."""
         stored = self.stored()
         return None if stored is None else stored.x
 
     def stored(self) -> StoredChains | None:
-        """The run's last chains with what each carried."""
+        """The run's last chains, with their contexts; None if the export has none."""
         return read_chains(self.path, self.spec)
 
 
@@ -92,14 +92,14 @@ def load_energy(
     Args:
         path: an export directory, a file in it, a run directory with `export/` inside, or the
             name of a model that comes with the package (`ebm-dist pretrained list`).
-        plugins: modules that are imported first, since the export is of a network or a section
-            that they define. No other module of a user is imported.
-        energy: for a network that lies in no module: one like it, or what makes one. It is
-            copied, and the copy gets the exported weights.
+        plugins: modules to import first, because they define the exported network or a section. No
+            other module of a user is imported.
+        energy: for a network that no module defines: a network like it, or a function that makes
+            one. It is copied, and the copy gets the exported weights.
 
     Raises:
-        UserError: not an export, of another format version, cut short, with weights that do
-            not fit its config, or of a module that is not in `plugins`. Nothing is ever unpickled.
+        UserError: `path` is not an export, or of another format version, or truncated; its weights
+            do not fit its config; or it needs a module that is not in `plugins`.
     """
     return open_export(path, plugins=plugins, energy=energy).energy
 
@@ -144,15 +144,15 @@ class StoredChains:
     """The last chains of the run of an export."""
 
     x: Tensor  # (N, *event) float32
-    context: dict[str, Tensor]  # (N, ...) each, what an energy is given by `CONTEXT`
+    context: dict[str, Tensor]  # (N, ...) each, by `CONTEXT`, the contexts that an energy takes
 
 
 def read_chains(directory: Path, spec: EventSpec) -> StoredChains | None:
-    """The last chains of the run in the export at `directory`, None without any."""
+    """The last chains of the run in the export at `directory`; None if it has none."""
     path = directory / CHAINS
     if not path.is_file():
         return None
-    tensors = _read_tensors(path)
+    tensors = tensors_or_refuse(path)
     x = tensors.get("x")
     if x is None or x.dtype != torch.float32 or tuple(x.shape[1:]) != spec.shape:
         raise UserError(f"{path}: expected float32 chains x of shape (N, *{spec.shape})")
@@ -167,7 +167,7 @@ def read_chains(directory: Path, spec: EventSpec) -> StoredChains | None:
 
 
 def find_export(path: Path) -> Path:
-    """The export directory that `path` means; raises UserError saying what `path` is instead."""
+    """The export directory of `path`; raises UserError, which says what `path` is, if none."""
     path = named(path)
     if not path.exists():
         raise UserError(
@@ -215,7 +215,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def read_spec(config: Mapping[str, Any], path: Path) -> EventSpec:
-    """The events that `config["event"]` describes; UserError naming `path` if it describes none."""
+    """The events of `config["event"]`; raises UserError, which names `path`, if it is invalid."""
     event = config.get("event")
     if not isinstance(event, dict):
         raise UserError(f"{path}: event: expected shape, kind and num_classes, got {event!r:.80}")
@@ -255,7 +255,7 @@ def _section(config: dict[str, Any], key: str, family: Any, path: Path) -> Any:
 
 
 def _refuse_nesting(config: Any, path: Path) -> None:
-    """Checking sections takes a step of recursion for each level, and time for each section."""
+    """Limit depth and number of sections, since their checks are recursive and take time."""
     level, num_sections = [config], 0
     for _ in range(MAX_DEPTH):
         level = [
@@ -273,9 +273,7 @@ def _refuse_nesting(config: Any, path: Path) -> None:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the checked weights, by name, of the export that `path` means.
-
-    Builds no energy: for whoever has one that the weights may fit.
+    """config.json, and the checked weights by name, of the export at `path`. Builds no energy.
 
     Raises:
         UserError: as `load_energy`.
@@ -292,8 +290,8 @@ def _read_energy(path: Path, section: EnergySection, config: dict[str, Any]) -> 
     numbers = sum(math.prod(shape) for shape in shapes.values())
     _refuse_giants(section.model_dump(), limit=max(2**16, numbers), path=path.parent / CONFIG)
     try:
-        # The config may ask for any size; the weights on disk bound it, and some energies compute
-        # constants from it besides, of which the largest is a Hopfield network's matrix.
+        # The config may name any size, so the weights on disk limit it. The margin is for constants
+        # that energies compute, of which a Hopfield network's matrix is the largest.
         with limited(max_parts=2**12 + 32 * len(shapes), max_numbers=2**27 + 4 * numbers):
             energy = section.build()
     except (ValueError, RuntimeError) as error:
@@ -315,7 +313,7 @@ def _check_whole(path: Path, config: dict[str, Any]) -> None:
             f"{path}: has {size} bytes, {CONFIG} recorded {recorded.get('bytes')!r:.40}; cut short "
             "or mixed up: copy the export again"
         )
-    if file_hash(path) != recorded.get("sha256"):
+    if sha256(path, follow=True) != recorded.get("sha256"):
         raise UserError(
             f"{path}: its checksum is not the one in {CONFIG}; damaged or mixed up: copy the "
             "export again"
@@ -323,7 +321,7 @@ def _check_whole(path: Path, config: dict[str, Any]) -> None:
 
 
 def _read_finite(path: Path) -> dict[str, Tensor]:
-    tensors = _read_tensors(path)
+    tensors = tensors_or_refuse(path)
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise UserError(f"{path}: {name} is {tensor.dtype}, an export holds float32")
@@ -337,13 +335,6 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not valid safetensors ({error}); copy it again") from None
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not valid safetensors ({error}); copy it again") from None
 
 
@@ -373,8 +364,3 @@ def _compare(
                 break
     if fault:
         raise UserError(f"{path}: {fault}; {CONFIG} and the weights are not of one export")
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

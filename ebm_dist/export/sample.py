@@ -1,4 +1,4 @@
-"""Samples from an exported model by its own recorded sampler."""
+"""Draws samples of an exported model with its recorded sampler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ebm_dist.files.durable import replacing
 Start = Literal["noise", "chains"]
 
 MAX_DRAWN = 2**28
-"""Numbers in all samples of one draw: a gibibyte, and a few times that while they are moved."""
+"""Most numbers in the samples of one draw: 1 GiB, and a few times that while chains move."""
 
 
 NUM_STEPS = 1000
@@ -35,15 +35,15 @@ def sample(
     num_steps: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Draw from an exported model by the sampler that it was trained with, starting at noise.
+    """Draw samples of an exported model with its training sampler, starting from noise.
 
     Args:
-        export: the path of an export or of a run that holds one, or what `open_export` or
-            `RunResult.open_export` returned.
-        label: the class to draw, or one for each sample (num,), of an energy that takes labels:
-            they are drawn from exp(-E(x, label)/T). When left out the law is that of all classes
-            together, or each class is drawn equally often where the energy knows no such law.
-        level: the noise level to draw at, of an energy over levels; 0, the cleanest, if left out.
+        export: the path of an export or of a run with one, or the result of `open_export` or of
+            `RunResult.open_export`.
+        label: for an energy that takes labels, the class to draw, or one per sample (num,); the law
+            is exp(-E(x, label)/T). When left out, the law is that of all classes together, or each
+            class is drawn equally often if the energy does not define that law.
+        level: for an energy over levels, the noise level; 0, the cleanest, when left out.
         num_steps: sampler steps of each chain; 1000 when left out.
 
     Returns:
@@ -73,17 +73,17 @@ def draw_samples(
 
     Args:
         label: as in `sample`, as is `level`.
-        start: `noise` draws from the reference law of the events; `chains` goes on from the
-            run's last chains, each taken at most once until all are in use.
-        batch_size: chains moved together; the result does not depend on the device only.
-        on_step: called after every step with the chain-steps done and the mean energy.
+        start: `noise` starts from the reference law of the events, `chains` from the run's last
+            chains, each of which is used once before any is used again.
+        batch_size: number of chains that move together; the noise depends on it.
+        on_step: called after every step with the number of chain steps so far and the mean energy.
 
     Returns:
         Positions (num, *event) and energies (num,), float32 on the CPU.
 
     Raises:
-        UserError: `chains` was asked for and the export holds none.
-        NonFinite: a chain left the finite numbers.
+        UserError: the export has no chains for `start="chains"`.
+        NonFinite: a chain is no longer finite.
     """
     room = MAX_DRAWN // math.prod(export.spec.shape)
     if num > room:
@@ -124,12 +124,14 @@ def asked_context(
     label: int | Sequence[int] | Tensor | None = None,
     level: int | None = None,
 ) -> dict[str, Tensor]:
-    """What `num` samples are given, (num,) int64 each: the label and the level asked for. An energy
-    that needs one and was asked for none gets each label equally often, and the cleanest level.
+    """The labels and levels of `num` samples, (num,) int64 each.
+
+    If the energy needs one that is left out, each label occurs equally often, and the level is the
+    cleanest.
 
     Raises:
-        UserError: the energy takes no such thing, or needs a condition, which nobody can ask for
-            here; or a number is none of its own, or there is not one for each sample.
+        UserError: the energy takes no labels or levels, or needs a condition, which cannot be given
+            here; or a number is out of range, or there is not one per sample.
     """
     takes, needs = trait(energy, "context"), trait(energy, "needs_context")
     if "condition" in needs:
@@ -162,7 +164,7 @@ def _asked(name: str, asked: Tensor, num: int, size: int, takes: frozenset[str])
 
 
 def starting_points(export: Export, num: int, start: Start, seed: int) -> Tensor:
-    """Where `num` chains begin, (num, *event)."""
+    """The initial positions of `num` chains, (num, *event)."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "draw", "start"))
     if start == "noise":
         return export.spec.noise(num, generator, std=export.start_std)
@@ -177,7 +179,7 @@ def starting_points(export: Export, num: int, start: Start, seed: int) -> Tensor
 
 
 def save_samples(out: Path, x: Tensor, energy: Tensor, export: Export) -> None:
-    """Write samples as a picture (.png) or arrays `x` and `energy` (.npz), all or nothing.
+    """Write samples as a picture (.png) or as arrays `x` and `energy` (.npz).
 
     Raises:
         UserError: another suffix, or `out` cannot be written.

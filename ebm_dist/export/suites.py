@@ -1,4 +1,4 @@
-"""The suites of `ebm-dist evaluate`: what is measured of an exported model, on which data."""
+"""The suites of `ebm-dist evaluate`: measurements of an exported model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NUM_DRAWN, DRAW_STEPS = 500, 500
 NUM_AIS_CHAINS = 128
 NUM_AUDITED, AUDIT_FACTOR = 128, 20
 EPSILONS = {"linf": (1 / 255, 2 / 255, 4 / 255, 8 / 255), "l2": (0.25, 0.5, 1.0)}
-"""Radii for pixels in [0, 1], as papers quote them; images here are twice as wide."""
+"""Radii for pixels in [0, 1], as in papers; here images are in [-1, 1], so radii are doubled."""
 
 
 def evaluate(
@@ -56,15 +56,15 @@ def evaluate(
     """Measure `export` on one suite.
 
     Args:
-        data: where the data of the model is now, if not where its run had it.
-        seed: of every draw; the same seed gives the same result on the same device.
-        say: told in one line what is under way.
+        data: the current path of the model's data, if it has moved.
+        seed: seed of all noise; the same seed gives the same result on the same device.
+        say: receives a line for each stage.
 
     Returns:
         `suite`, `temperature`, `seed`, `metrics` (name -> number) and `notes` (one line each).
 
     Raises:
-        UserError: the data of the model is not here, or the suite does not apply to the model.
+        UserError: the model's data is missing, or the suite does not apply to the model.
     """
     measure = {
         "density": _density,
@@ -91,7 +91,7 @@ def evaluate(
 
 
 def temperature_of(export: Export) -> float:
-    """T of the model exp(-E/T)/Z: the temperature that its sampler was run at."""
+    """T of the model exp(-E/T)/Z, the temperature of its sampler."""
     return export.sampler.law_temperature
 
 
@@ -126,7 +126,7 @@ def _density(
     temperature = temperature_of(export)
     metrics: dict[str, float] = {}
     notes = []
-    # The model is what its sampler draws: clamped chains have no density outside.
+    # The model is the law of its sampler: clamped chains have no density outside the box.
     box = law.box(export.kernel())
     if not export.spec.discrete:
         where = "all of space, as the sampler has no clamp"
@@ -199,7 +199,7 @@ def _ood(
 
 
 def _shuffled(x: Tensor, kind: EventKind, generator: torch.Generator) -> Tensor:
-    """Each site (its one-hot classes together) from another event: the product of marginals."""
+    """Each site, with all its one-hot classes, from another event: the product of the marginals."""
     flat = x.flatten(1, -2) if kind == "categorical" else x.flatten(1).unsqueeze(-1)
     order = torch.rand(flat.shape[:2], generator=generator).argsort(0)
     return flat.gather(0, order.unsqueeze(-1).expand_as(flat)).reshape(x.shape)
@@ -246,7 +246,7 @@ def _fidelity(
     if _is_conditional(export):
         label = torch.arange(num) % trait(export.energy, "num_labels")
     drawn, _ = draw_samples(export, num, DRAW_STEPS, label=label, seed=seed, device=device)
-    # As in a run: unclamped chains leave the data's range by their noise, a picture cannot.
+    # As in a run: unclamped chains leave the data's range by their noise.
     drawn = drawn.clamp(-1.0, 1.0)
     metrics |= {f"fidelity/{name}": v for name, v in fidelity.measure(drawn, label).items()}
     notes = [
@@ -263,7 +263,7 @@ def _fidelity(
 
 
 def _is_conditional(export: Export) -> bool:
-    """Whether the run's chains each had a label."""
+    """Whether each of the run's chains had a label."""
     try:
         return bool(export.config["recipe"]["buffer"]["context"]["label"])
     except (KeyError, TypeError):
@@ -271,7 +271,7 @@ def _is_conditional(export: Export) -> bool:
 
 
 def _persists(export: Export) -> bool:
-    """Whether the run's chains were carried from update to update."""
+    """Whether the run's chains persisted from update to update."""
     try:
         return float(export.config["recipe"]["buffer"]["reinit_prob"]) < SHORT_RUN_REINIT
     except (KeyError, TypeError, ValueError):
@@ -288,7 +288,7 @@ def _landscape(
     start = export.spec.noise(NUM_AUDITED, generator, std=export.start_std)
     stored = export.stored()
     if stored is not None:
-        # The run's own chains: those are what its training sees.
+        # The run's own chains, since training uses them.
         chosen = torch.randperm(len(stored.x), generator=generator)[:NUM_AUDITED]
         start = stored.x[chosen]
         if (label := stored.context.get("label")) is not None:

@@ -1,4 +1,4 @@
-"""Writing an export: what others need of a run to use its model, all of it or nothing."""
+"""Writes an export, which holds what others need to use the model of a run."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ebm_dist.buffer.chains import CONTEXT as OF
 from ebm_dist.buffer.codec import as_float32
+from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.config.run_config import RunConfig, dump, load
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.plugins import IN_SESSION, modules_of, require_named
 from ebm_dist.core.types import EventSpec
 from ebm_dist.core.weights import FlatLayout
+from ebm_dist.data import describe
 from ebm_dist.energies import EnergySection
 from ebm_dist.energies.context import CONTEXT, bind, trait
+from ebm_dist.export import model_card
 from ebm_dist.export.reader import (
     CARD,
     CHAINS,
@@ -28,29 +32,20 @@ from ebm_dist.export.reader import (
     FORMAT_VERSION,
     GRID,
     WEIGHTS,
-    Export,
     StoredChains,
-    file_hash,
-    find_export,
-    load_energy,
-    open_export,
     read_spec,
 )
 from ebm_dist.files.durable import new_directory
+from ebm_dist.files.safe_open import sha256
 from ebm_dist.files.tensor_file import save_tensors
 from ebm_dist.samplers import KernelSection
 from ebm_dist.samplers.law import curvature, unadjusted
 
-if TYPE_CHECKING:
-    from ebm_dist.config.run_config import RunConfig
-
-__all__ = ["Export", "export_run", "find_export", "load_energy", "open_export", "write_export"]
-
 MAX_CHAINS = 512
-"""Chains that an export keeps: enough for a warm start, small beside the weights."""
+"""Most chains of an export: enough for a warm start, and small compared with the weights."""
 
 NUM_SOME = 64
-"""Of them, for the grid and for the curvature of the energy that the card tells."""
+"""Number of these chains in the grid, and for the card's curvature of the energy."""
 
 
 def export_run(
@@ -62,32 +57,28 @@ def export_run(
 ) -> Path:
     """Export the newest valid checkpoint of the run at `run_dir` to `out_dir`.
 
-    The averaged (EMA) weights are exported, with the last chains of the run, the recipe, the
-    last measurements in metrics.jsonl, and the lineage.
+    The export has the averaged (EMA) weights, the last chains of the run, the recipe, the last
+    measurements of metrics.jsonl, and the lineage.
 
     Args:
-        plugins: modules of the user whose code may be run; None for any, as in a training.
-        energy: the run's energy where it was given from Python.
+        plugins: the user's modules whose code may run; None for all, as in a training.
+        energy: the run's energy, if it was given from Python.
 
     Raises:
-        UserError: `run_dir` is no run, has no whole checkpoint, or `out_dir` cannot be written.
+        UserError: `run_dir` is not a run or has no valid checkpoint, or `out_dir` cannot be
+            written.
     """
-    # Here, not above: reading an export must not need what writing one does.
-    from ebm_dist.checkpoint import files as checkpoint
-    from ebm_dist.config import run_config as config
-    from ebm_dist.export import model_card
-
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: not a run directory, it has no config.yaml")
-    # config.yaml may have been changed since; what the weights were made by is the checkpoint's.
+    # Uses the config of the checkpoint, since config.yaml may have changed after it.
     found = checkpoint.latest(run_dir)
     if found is None:
         raise UserError(
             f"{run_dir}: has no checkpoint yet; the run writes one every checkpoint.every updates "
             "and when it ends or is stopped"
         )
-    run = config.load(found.meta.get("config") or run_dir / "config.yaml")
+    run = load(found.meta.get("config") or run_dir / "config.yaml")
     with found.of_a_run():
         spec, weights = _recorded_spec(found, run), found.tensors("ema")["flat"]
     energy_section = energy or run.energy
@@ -106,7 +97,7 @@ def export_run(
         ) from None
     sampler = sections["sampler"]
     began = found.meta.get("init_from")
-    # An objective without negatives trains without chains, whatever these sections say.
+    # An objective without negatives has no chains, so these sections have no effect.
     moved = ("buffer", "workers", "flow") if run.objective.takes_negatives else ()
     about = {
         "plugins": plugins_of(run),
@@ -118,7 +109,7 @@ def export_run(
             for key in ("objective", *moved, "learner")
         },
         "lineage": model_card.lineage(
-            hashlib.sha256(config.dump(run).encode()).hexdigest(),
+            hashlib.sha256(dump(run).encode()).hexdigest(),
             {
                 "run": run.run.name,
                 "seed": run.run.seed,
@@ -160,7 +151,7 @@ def export_run(
 
 
 def plugins_of(run: RunConfig) -> list[str]:
-    """Modules of the user that the energy, the sampler or the data of a run come from."""
+    """The user's modules that define the energy, the sampler or the data of a run."""
     found = set(run.plugins)
     for section in (run.energy, run.sampler, run.data):
         found.update(modules_of(section.model_dump(mode="json")))
@@ -168,18 +159,16 @@ def plugins_of(run: RunConfig) -> list[str]:
     return sorted(name for name in found if name.partition(".")[0] not in (IN_SESSION, "ebm_dist"))
 
 
-def _recorded_spec(found: Any, run: Any) -> EventSpec:
-    """The events of the run: as recorded, since the data may have moved away since."""
+def _recorded_spec(found: checkpoint.CheckpointDir, run: RunConfig) -> EventSpec:
+    """The recorded events of the run, since its data may no longer be available."""
     event = found.meta.get("event")
     if event is not None:
         return read_spec(found.meta, found.path / "meta.json")
-    from ebm_dist.data import describe
-
     return describe(run.data)
 
 
-def _last_chains(found: Any, spec: EventSpec) -> StoredChains | None:
-    """Chains of the checkpoint that have been moved, spread over all shards."""
+def _last_chains(found: checkpoint.CheckpointDir, spec: EventSpec) -> StoredChains | None:
+    """Chains of the checkpoint that have moved, from all shards."""
     parts, contexts = [], []
     for name in found.names:
         if not name.startswith("shard"):
@@ -195,13 +184,14 @@ def _last_chains(found: Any, spec: EventSpec) -> StoredChains | None:
         return None
     x = torch.cat(parts)
     context = {key: torch.cat([part[key] for part in contexts]) for key in contexts[0]}
-    # Even steps over slots, not the first ones: neighbours were leased together.
+    # Evenly spaced slots, since neighbouring slots may have been leased together.
     index = torch.linspace(0, len(x) - 1, min(len(x), MAX_CHAINS)).round().long()
     return StoredChains(x[index].contiguous(), {key: v[index] for key, v in context.items()})
 
 
 def _curvature(energy: nn.Module, sampler: KernelSection, stored: StoredChains) -> float | None:
-    """Of the exported energy along the last chains; None of a sampler whose law it is not in."""
+    """The curvature of the energy along the chains; None if the sampler's law does not depend on
+    it."""
     kernel = unadjusted(sampler.build())
     if kernel is None:
         return None
@@ -227,7 +217,7 @@ def write_export(
     about: Mapping[str, Any] | None = None,
     card: str = "",
 ) -> Path:
-    """Write an export to `out_dir`, all of it or nothing.
+    """Write an export to `out_dir`; after a failure no files remain.
 
     Args:
         energy: the module whose state is exported, as float32.
@@ -263,7 +253,7 @@ def write_export(
                 "weights": {
                     "file": WEIGHTS,
                     "bytes": (part / WEIGHTS).stat().st_size,
-                    "sha256": file_hash(part / WEIGHTS),
+                    "sha256": sha256(part / WEIGHTS),
                     "num_parameters": sum(p.numel() for p in energy.parameters()),
                 },
                 **(about or {}),

@@ -19,9 +19,10 @@ from ebm_dist import energies, samplers
 from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventSpec
-from ebm_dist.export.reader import file_hash
+from ebm_dist.export.reader import open_export
 from ebm_dist.export.sample import draw_samples
-from ebm_dist.export.writer import open_export, write_export
+from ebm_dist.export.writer import write_export
+from ebm_dist.files.safe_open import sha256
 
 IMAGE = EventSpec((1, 8, 8), "image", 10)
 LANGEVIN = {"name": "langevin", "step_size": 1.0, "noise_std": 0.005, "clamp": (-1.0, 1.0)}
@@ -212,7 +213,7 @@ def rewrite_weights(export: Path, change) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
-    edit(export, weights__bytes=path.stat().st_size, weights__sha256=file_hash(path))
+    edit(export, weights__bytes=path.stat().st_size, weights__sha256=sha256(path))
 
 
 def cut(path: Path, size: int) -> None:
@@ -221,7 +222,7 @@ def cut(path: Path, size: int) -> None:
 
 def rehash(export: Path) -> None:
     path = export / "model.safetensors"
-    edit(export, weights__bytes=path.stat().st_size, weights__sha256=file_hash(path))
+    edit(export, weights__bytes=path.stat().st_size, weights__sha256=sha256(path))
 
 
 def flip(path: Path) -> None:

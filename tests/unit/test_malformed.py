@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from ebm_dist.cli import main
-from ebm_dist.export.reader import file_hash
+from ebm_dist.files.safe_open import sha256
 
 BASE = {
     "run": {"name": "small", "steps": 2},
@@ -241,7 +241,7 @@ def forge(checkpoint: Path, *, without: str | None = None, **meta) -> None:
     """Change a checkpoint as somebody would who also mends its checksums."""
     edit_json(checkpoint / "meta.json", **meta)
     sums = json.loads((checkpoint / "checksums.json").read_text())
-    sums["meta.json"] = file_hash(checkpoint / "meta.json")
+    sums["meta.json"] = sha256(checkpoint / "meta.json")
     if without:
         (checkpoint / without).unlink()
         del sums[without]
@@ -510,7 +510,7 @@ def test_an_export_of_two_runs_mixed_up_is_one_line(capsys, finished, tmp_path):
         meta["config"]["energy"]["widths"] = [9]
         (path / "meta.json").write_text(json.dumps(meta))
         sums = json.loads((path / "checksums.json").read_text())
-        sums["meta.json"] = file_hash(path / "meta.json")
+        sums["meta.json"] = sha256(path / "meta.json")
         (path / "checksums.json").write_text(json.dumps(sums))
     line = one_line(capsys, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
     assert "mixes two runs" in line
