@@ -53,11 +53,6 @@ class GrantBook:
         else:
             self._tokens[-1] = secrets.randbits(62)
 
-    @property
-    def num_quarantined(self) -> int:
-        """Rows that cannot be used until a suspended writer continues or dies."""
-        return sum(len(item.rows) for item in self._limbo)
-
     def issue(self, source: np.ndarray) -> RowGrant | None:
         """A grant to write as many rows as `source` has; None if too few rows are spare."""
         if self._limbo:

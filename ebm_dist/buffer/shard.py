@@ -1,15 +1,15 @@
 """A shard: persistent chains in slots, and the lease protocol that moves them.
 
-Every slot is free, leased or ready, and `free + leased + ready == capacity` always. A
-checkout takes slots from free to leased; a checkin commits their new chains and makes them
-ready; taking them as negatives makes them free again. Lease ids come from the caller, and
-every operation is idempotent: a checkout under a known id returns the same lease, and a second
-checkin of a lease changes nothing. The noise of a lease is seeded by its id alone.
+Every slot is free, leased or ready, and `free + leased + ready == capacity` always. A checkout
+takes slots from free to leased; a checkin commits their new chains and makes them ready; taking
+them as negatives makes them free again. Lease ids come from the caller, and every operation is
+idempotent: a checkout under a known id returns the same lease, and a second checkin of a lease
+changes nothing. The noise of a lease is seeded by its id alone.
 
-With a `directory` the chains are memory-mapped and outlive the process. A new shard process
-attaches to them: all slots are free, each chain is as last committed, and the epoch increases, so
-that the leases of the predecessor are void. A lease can then also go by rows (`rows.py`): the
-worker reads and writes the chains in the shard's memory, and the messages carry row numbers only.
+With a `directory` the chains are memory-mapped and outlive the process. A new shard process finds
+each chain as last committed and all slots free, and increases the epoch, so that the leases of its
+predecessor are void. A lease can then also go by rows (`rows.py`): the worker reads and writes the
+chains in the shard's memory, and the messages carry row numbers only.
 """
 
 from __future__ import annotations
@@ -198,83 +198,34 @@ class Shard(ShardChains):
         out = self._leases[lease_id]
         out.deadline = self._clock() + self._config.lease_timeout_s
         self._earliest = min(self._earliest, out.deadline)
-        rows = out.rows
-        log_weight, version = self._slots.log_weight[rows], self._slots.version[rows]
-        energy = self._slots.energy[rows]
         self._revoke(out)  # the rows of an earlier worker, which may come late
-        position = None
-        if by_rows and self._grants is not None:
-            # A copy if some entries change below: restarted chains are read from other rows.
-            out.grant = self._grants.issue(rows if out.starts is None else rows.copy())
-        if out.grant is None:
-            position = self._slots.positions(rows)
-        if out.starts is not None:
-            log_weight[out.fresh] = 0.0
-            version[out.fresh] = -1
-            if position is not None:
-                position[out.fresh] = out.starts
-            elif out.grant is not None:
-                # The worker reads restarted chains from the rows granted for writing.
-                target = out.grant.target[out.fresh]
-                self._slots.position[target] = out.starts
-                self._slots.chain_id[target] = out.chain_id[out.fresh]
-                out.grant.source[out.fresh] = target
-        return Lease(
+        return out.lease(
+            self._slots,
+            self._grants if by_rows else None,
             lease_id=lease_id,
             shard=self.index,
             shard_epoch=self.epoch,
-            slots=out.slots,
-            generations=out.generations,
-            chain_id=out.chain_id,
             seed=derive_seed(self._seed, "lease", lease_id),
-            deadline=out.deadline,
-            position=position,
-            log_weight=log_weight,
-            version=version,
-            energy=energy,
-            grant=out.grant,
-            context={} if not self._slots.context else self._leased_context(out),
         )
-
-    def _leased_context(self, out: Outstanding) -> Arrays:
-        """What a worker is told beside positions; a condition may lie in the granted rows."""
-        names = self._slots.context.keys() - {"pair"}
-        if out.grant is not None and "condition" in names:
-            names -= {"condition"}
-            if out.starts is not None:
-                target = out.grant.target[out.fresh]
-                self._slots.context["condition"][target] = out.context["condition"]
-        context = {name: self._slots.context[name][out.rows] for name in sorted(names)}
-        for name, values in context.items():
-            if out.starts is not None:
-                values[out.fresh] = out.context[name]
-        return context
 
     # --- checkin ------------------------------------------------------------------------------
 
     def checkin(self, moved: MovedChains | None, lease_id: int | None = None) -> CheckinReply:
         """Commit the chains of a lease, unless the lease is void.
 
-        A void lease (expired, of another epoch, or of chains moved since) changes nothing but a
-        count.
+        A void lease changes nothing but a count: it has expired, or is of an earlier epoch.
 
         Args:
             moved: the worker's result; None if the worker received no lease.
-            lease_id: the lease that was requested. If it was committed before and the reply was
-                lost, the reply is repeated.
+            lease_id: the lease that was requested; the reply to a committed one is repeated.
 
         Raises:
             ValueError: another number of chains, other chains or another event shape.
         """
         self.expire()
-        if moved is None:
-            known = self._done.get(-1 if lease_id is None else lease_id)
-        elif moved.shard_epoch == self.epoch:
-            known = self._done.get(moved.lease_id)
-        else:
-            known = None
-        if known is not None:
-            return known._replace(counts=self.counts())
+        known = lease_id if moved is None else moved.lease_id
+        if known in self._done and (moved is None or moved.shard_epoch == self.epoch):
+            return self._done[known]._replace(counts=self.counts())
         if moved is None:
             return CheckinReply(False, None, self.counts())
         out = self._leases.get(moved.lease_id)
@@ -291,8 +242,10 @@ class Shard(ShardChains):
             x = self._positions(rows[followed])
             self._trace.record(slots[followed], x, moved.energy[followed], out.fresh[followed])
         for name, values in self._slots.context.items():
-            values[rows] = self._moved_context(name, out, moved)
-        age, aged = self._ages(out, moved)
+            values[rows] = out.context_after(self._slots, name, moved)
+        age, aged = out.ages(self._slots, moved.ancestors)
+        if moved.ancestors is not None:
+            self._counters["resampled"] += 1
         self._slots.adopt(
             slots,
             out.rows,
@@ -329,25 +282,6 @@ class Shard(ShardChains):
             notes=(*self._notes, *moved.notes),
             by_rows=moved.position is None,
         )
-
-    def _moved_context(self, name: str, out: Outstanding, moved: MovedChains) -> np.ndarray:
-        if name == "level" and moved.level is not None:
-            return moved.level
-        values = self._slots.context[name][out.rows]
-        if out.starts is not None:
-            values[out.fresh] = out.context[name]
-        return values + moved.num_steps if name == "clock" else values
-
-    def _ages(self, out: Outstanding, moved: MovedChains) -> tuple[np.ndarray, int]:
-        """The ages (M,) of the moved chains, and the change of their sum."""
-        before = self._slots.age[out.rows]
-        if out.starts is None and moved.ancestors is None:
-            return before + 1, len(before)
-        age = np.where(out.fresh, 0, before)
-        if moved.ancestors is not None:
-            age = age[moved.ancestors]
-            self._counters["resampled"] += 1
-        return age + 1, int(age.sum() - before.sum()) + len(age)
 
     def _place(self, out: Outstanding, moved: MovedChains) -> np.ndarray | None:
         """The rows that hold the moved chains and their identities; None if the lease is void."""
@@ -462,8 +396,5 @@ class Shard(ShardChains):
     def _forget_leases(self) -> None:
         for out in self._leases.values():
             self._revoke(out)
-        self._leases.clear()
-        self._void.clear()
-        self._ready.clear()
-        self._shown.clear()
-        self._done.clear()
+        for records in (self._leases, self._void, self._ready, self._shown, self._done):
+            records.clear()

@@ -78,7 +78,7 @@ def test_a_round_that_another_node_redoes_goes_by_value_and_the_rows_of_the_firs
     assert world.scheduler.restarts > 10
     assert 0 < world.scheduler.num_by_rows <= world.scheduler.num_local
     for shard in world.shards:
-        assert shard.handle.part._grants.num_quarantined == 0
+        assert not shard.handle.part._grants._limbo
 
 
 def test_a_shard_that_dies_on_its_node_keeps_its_chains_while_leases_are_out_by_rows(
