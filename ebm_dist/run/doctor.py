@@ -78,6 +78,8 @@ def check_system() -> Finding:
 def check_torch() -> Finding:
     import torch
 
+    from ebm_dist.run.placement.plan import available_cores
+
     threads, cores = torch.get_num_threads(), available_cores()
     text = f"{torch.__version__}, {threads} threads, {cores} usable cores"
     if threads > 2 * cores:
@@ -273,12 +275,6 @@ def package_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def run_script(script: str, timeout: float) -> Any:

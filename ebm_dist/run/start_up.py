@@ -27,8 +27,6 @@ class Owner(Protocol):
 def await_parts(backend: Backend, owners: Sequence[Owner]) -> None:
     """Wait until every part has started; a part that dies meanwhile is started again.
 
-    Args:
-
     Raises:
         RunFailed: one part died too often.
     """

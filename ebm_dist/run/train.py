@@ -43,9 +43,9 @@ from ebm_dist.files.durable import refuse_link, replace_text
 from ebm_dist.files.safe_open import make_directory
 from ebm_dist.metrics.progress import TerminalView, final_screen
 from ebm_dist.report.grid import save_grid
-from ebm_dist.run import init_from
 from ebm_dist.run.assembly import assemble
 from ebm_dist.run.given import config_of, is_given
+from ebm_dist.run.init_from import beginning as init_from
 from ebm_dist.run.object_store import check_shared_memory, store_need
 from ebm_dist.run.preflight import preflight
 from ebm_dist.run.resume import changes, check_resumable
@@ -325,6 +325,9 @@ def _backend(
 ) -> Backend:
     if config.runtime.backend == "inline":
         return InlineBackend(told)
+    # Learner ranks, the evaluator, the auditor, and shards if they start chains from data.
+    num_readers = config.learner.num_ranks + 2
+    num_readers += config.buffer.num_shards if config.buffer.init == "data" else 0
     need = store_need(
         spec,
         config.buffer,
@@ -334,7 +337,7 @@ def _backend(
         num_weights=FlatLayout.of(config.energy.build(seed=0)).size,
         wire=config.learner.wire,
         needs_negatives=config.objective.takes_negatives,
-        data_bytes=config.data.num_given_bytes * _num_readers(config),
+        data_bytes=config.data.num_given_bytes * num_readers,
     )
     size = (config.runtime.object_store_mb or 0) << 20 or need.total
     if chosen_address(config.runtime.address)[0] == "local":  # a cluster has its own
@@ -348,13 +351,6 @@ def _backend(
         plugins=config.plugins,
         told=told,
     )
-
-
-def _num_readers(config: RunConfig) -> int:
-    """Parts that read data: learner ranks, the evaluator, the auditor, and shards if they start
-    chains from data."""
-    shards = config.buffer.num_shards if config.buffer.init == "data" else 0
-    return config.learner.num_ranks + 2 + shards
 
 
 class _Events(logging.Handler):
@@ -385,6 +381,3 @@ def _shown(view: TerminalView) -> Iterator[None]:
 
 def _short_hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-__all__ = ["RunFailed", "RunResult", "train"]
