@@ -1,8 +1,9 @@
-"""Who may reach the Ray that a run joins: this machine alone, or whoever has the token.
+"""The address of the Ray that a run joins, and the token that protects it.
 
-Whoever reaches a Ray without a token runs any code as its user. Ray itself joins such a cluster
-without a word; a run does not, unless the cluster listens on loopback only. And where a run and
-its cluster disagree on the token, Ray says it late and in other words: the run asks first.
+Any process that reaches a Ray without a token can run code as its user. Ray itself joins such a
+cluster without a warning; a run refuses it, unless the cluster listens on loopback only. If the
+run and its cluster have different tokens, Ray reports it late and unclearly, so the run checks the
+token before it starts.
 """
 
 from __future__ import annotations
@@ -22,22 +23,23 @@ from urllib.parse import urlsplit
 from ebm_dist.cluster.ray_temp import noted_cluster
 from ebm_dist.core.errors import UserError
 
-KNOCK_S = 20.0
-"""For a process that imports Ray and asks the cluster one thing: .3 s where nobody is busy."""
+PROBE_S = 20.0
+"""Timeout of a process that imports Ray and connects to the cluster; on an idle machine it takes
+.3 s."""
 
 
 def chosen_address(configured: str) -> tuple[str, str]:
-    """Where Ray is said to be, and which key says so: RAY_ADDRESS wins over runtime.address.
+    """The address of Ray, and the key that sets it: RAY_ADDRESS overrides runtime.address.
 
     Raises:
-        UserError: it is Ray Client's or a dashboard's, through which no run is driven.
+        UserError: it is the address of Ray Client or of a dashboard, which cannot drive a run.
     """
     outside = os.environ.get("RAY_ADDRESS")
     address, key = (outside, "RAY_ADDRESS") if outside else (configured, "runtime.address")
     if address.startswith("ray://"):
-        # Tried with Ray 2.60. The hub, beside the driver, is then on the head and writes the run's
-        # files there; the shards are on one node, since Ray's view of the nodes is out of reach;
-        # and the parts of a driver that died keep their names from the one that resumes.
+        # Tried with Ray 2.60. The hub then runs on the head node and writes the run's files there;
+        # all shards are on one node, because the list of nodes is not available; and the actors of
+        # a driver that died keep their names, so a resumed run cannot use them.
         raise UserError(
             f"{key}: {address} is Ray Client, through which a run would write its metrics on the "
             f"head's disk and could not be resumed after a crash; {_INSTEAD}"
@@ -48,7 +50,7 @@ def chosen_address(configured: str) -> tuple[str, str]:
 
 
 def refuse_second_ray() -> None:
-    """A process has one Ray at most, and one that is there is left as it is.
+    """Refuse to run in a process that is connected to a Ray already: a process has one at most.
 
     Raises:
         UserError: `ray.init` was called before, in a notebook for example.
@@ -63,15 +65,15 @@ def refuse_second_ray() -> None:
 
 
 def instead(key: str) -> str:
-    """What to do for a Ray of the run's own, where `key` says another one."""
-    # RAY_ADDRESS wins, so runtime.address would change nothing.
+    """Advice for a local Ray in place of the one that `key` names."""
+    # RAY_ADDRESS overrides runtime.address.
     return "set RAY_ADDRESS=local" if key == "RAY_ADDRESS" else "use runtime.address=local"
 
 
 def resolved(address: str) -> str:
-    """`address`, or for auto the cluster that this user started on this machine, if there is one.
+    """`address`; for `auto`, that of the cluster that this user started here, if there is one.
 
-    Ray itself would take any process of the machine for it.
+    Ray's own `auto` would accept a cluster of any user of the machine.
     """
     return (noted_cluster() or address) if address == "auto" else address
 
@@ -99,24 +101,23 @@ def split_address(address: str, key: str) -> tuple[str, int]:
 
 
 def require_token(configured: str) -> None:
-    """Have the token shown to the Ray that a run joins, and refuse to join without one.
+    """Make this process send the token to Ray, and refuse a cluster that has none.
 
-    Sets RAY_AUTH_MODE where it is not set: `ray start` asks for the token by itself, a driver shows
-    it only when told to. A token file of ours that others may read is made private; for a Ray of
-    our own that has none, one is made.
+    Sets RAY_AUTH_MODE if it is not set, because a driver sends the token only then. Makes the token
+    file private if others can read it. A local Ray without a token gets a new one.
 
     Raises:
-        UserError: the cluster is beyond loopback and there is no token, or RAY_AUTH_MODE turns the
-            token off, or others may read the token and that cannot be changed; or no run is driven
-            through such an address.
+        UserError: the cluster is beyond loopback, and there is no token or RAY_AUTH_MODE turns it
+            off; others can read the token, and its mode cannot be changed; or see
+            `chosen_address`.
     """
     address, key = chosen_address(configured)
     mode = os.environ.get("RAY_AUTH_MODE") or "token"
     if mode not in ("token", "disabled"):
-        return  # another way of Ray's to tell who asks
+        return  # another authentication of Ray's
     token = find_token()
     if address == "local":
-        with contextlib.suppress(UserError, OSError):  # on loopback, and Ray says what it lacks
+        with contextlib.suppress(UserError, OSError):  # Ray itself reports what it lacks
             if isinstance(token, Path):
                 make_private(token)
             elif token is None and mode == "token":
@@ -139,10 +140,10 @@ def require_token(configured: str) -> None:
 
 
 def check_agreement(configured: str) -> None:
-    """Ask the cluster whether it and this process mean the same token, or both none.
+    """Check that the cluster and this process have the same token, or that neither has one.
 
     Raises:
-        UserError: they do not.
+        UserError: they differ.
     """
     address, key = chosen_address(configured)
     gcs = noted_cluster() if address == "auto" else address
@@ -157,10 +158,10 @@ def check_agreement(configured: str) -> None:
             "RAY_AUTH_MODE: is token, but there is none; put the cluster's in ~/.ray/auth_token, "
             "or name its file in RAY_AUTH_TOKEN_PATH"
         )
-    ours, none = _knock(gcs), _knock(gcs, RAY_AUTH_MODE="disabled")
+    ours, none = _probe(gcs), _probe(gcs, RAY_AUTH_MODE="disabled")
     if _answer(ours) == _REFUSED:
         none.kill()
-        none.wait(KNOCK_S)
+        none.wait(PROBE_S)
         shown = f"shows the wrong one ({token})" if mode == "token" else "shows none"
         what = "put the cluster's token there" if mode == "token" else "set RAY_AUTH_MODE=token"
         raise UserError(
@@ -169,7 +170,7 @@ def check_agreement(configured: str) -> None:
             "~/.ray/auth_token"
         )
     if _answer(none) == 0 and mode == "token":
-        # It would let this process in, and then find this one's own door shut: "actor died".
+        # The cluster would accept this process, but could not connect back to it: "actor died".
         raise UserError(
             f"{key}: the Ray at {gcs} runs without a token, and this process shows one ({token}); "
             "start every node with RAY_AUTH_MODE=token and the same token, or, where nobody else "
@@ -178,7 +179,7 @@ def check_agreement(configured: str) -> None:
 
 
 _REFUSED = 3
-_KNOCK = f"""
+_PROBE = f"""
 import sys
 from ray import exceptions
 from ray._raylet import GcsClient
@@ -189,10 +190,10 @@ except getattr(exceptions, "AuthenticationError", ()):
 """
 
 
-def _knock(gcs: str, **environment: str) -> subprocess.Popen[bytes]:
-    """Ask `gcs` to be let in, by a process of its own: each shows one token, or none, for life."""
+def _probe(gcs: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Connect to `gcs` in a new process, because a process cannot change its token."""
     return subprocess.Popen(
-        [sys.executable, "-c", _KNOCK, gcs],
+        [sys.executable, "-c", _PROBE, gcs],
         env=os.environ | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -200,27 +201,27 @@ def _knock(gcs: str, **environment: str) -> subprocess.Popen[bytes]:
     )
 
 
-def _answer(knock: subprocess.Popen[bytes]) -> int | None:
-    """0 for in, `_REFUSED`, or something else where nothing can be said."""
+def _answer(probe: subprocess.Popen[bytes]) -> int | None:
+    """0 if the cluster accepted the token, `_REFUSED`, or another value if that is unknown."""
     try:
-        return knock.wait(KNOCK_S)
+        return probe.wait(PROBE_S)
     except subprocess.TimeoutExpired:
         return None
     finally:
-        knock.kill()
-        knock.wait(KNOCK_S)
+        probe.kill()
+        probe.wait(PROBE_S)
 
 
 def _listens(gcs: str, key: str) -> bool:
     try:
-        socket.create_connection(split_address(gcs, key), timeout=KNOCK_S).close()
+        socket.create_connection(split_address(gcs, key), timeout=PROBE_S).close()
     except OSError:
         return False
     return True
 
 
 def find_token() -> Path | str | None:
-    """The token file, the name of the variable that holds the token, or None; as Ray looks."""
+    """The token file, the variable that holds the token, or None; in Ray's order of search."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN"
     path = _token_path()
@@ -231,7 +232,7 @@ def find_token() -> Path | str | None:
 
 
 def make_private(token: Path) -> None:
-    """Take the token file from everybody else; Ray writes it readable to all."""
+    """Make the token file readable by its owner only; Ray creates it readable by all."""
     mode = stat.S_IMODE(token.stat().st_mode)
     if not mode & 0o077:
         return
@@ -245,14 +246,14 @@ def make_private(token: Path) -> None:
 
 
 def make_token() -> None:
-    """Write a new token where Ray looks for one; it would do so itself, readable to all."""
+    """Write a new token to Ray's path; Ray would create the file readable by all."""
     path = _token_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     try:
-        # Unlike a rename it leaves the token of another run, which has started meanwhile, in place.
+        # Unlike a rename, a link does not replace the token of a run that started meanwhile.
         with contextlib.suppress(FileExistsError):
             os.link(part, path)
     finally:
@@ -265,7 +266,7 @@ def _token_path() -> Path:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine alone; a name counts if it is localhost."""
+    """Whether `host` is a loopback address or localhost."""
     if host == "localhost":
         return True
     try:
@@ -275,7 +276,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _host_of(address: str, key: str) -> str | None:
-    """The host that `address` means; of auto, the cluster that Ray noted on this machine."""
+    """The host of `address`; for `auto`, that of the cluster in Ray's note on this machine."""
     if address != "auto":
         return split_address(address, key)[0]
     try:

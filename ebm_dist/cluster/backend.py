@@ -1,8 +1,8 @@
-"""What the controller knows of the parts: handles, references, and the backend that has them.
+"""The interface between the controller and the parts: handles, references and the backend.
 
 `inline.InlineBackend` runs each call at once and keeps its result; `ray_backend.RayBackend` sends
-it to an actor. A reference may be passed as an argument of a later call: the data then goes from
-actor to actor and never through the controller.
+it to an actor. A reference may be an argument of a later call: the data then goes from actor to
+actor, and not through the controller.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Ref(Generic[T_co]):
-    """A value of type T that may not be there yet: an `InlineResult`, or Ray's ObjectRef."""
+    """The future value, of type T, of a call: an `InlineResult`, or Ray's ObjectRef."""
 
     __slots__ = ()
 
@@ -29,79 +29,79 @@ class PartDied(RunFailed):
 
 
 class ObjectLost(PartDied):
-    """What a call was given, or its result, was held by a node that is gone.
+    """An argument or the result of a call was lost with the node that held it.
 
-    The part that was called may be well. Nothing brings the object back: a call is not repeated
-    by itself, and results do not outlive the object store of the node that computed them.
+    The part that was called may be alive. The object cannot be recovered: calls are not repeated
+    automatically, and a result is stored only on the node that computed it.
     """
 
 
 UNREACHABLE_S = 90.0
-"""Longer than Ray takes to give a node up: 63 s by its own settings, 37 s by those of launch."""
+"""Longer than Ray takes to declare a node dead: 63 s by default, 37 s with `launch/`."""
 
 
 class Unreachable(PartDied):
-    """A part cannot be reached, and whether it is gone is not known yet.
+    """A part cannot be reached, and it is not known yet whether it is dead.
 
-    It is `UNREACHABLE_S` later: its node has been given up, or its cable mended.
+    After `UNREACHABLE_S` it is known: Ray has declared its node dead, or the network works again.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine of the cluster, as Ray sees it at the moment."""
+    """A node of the cluster, from Ray's current list."""
 
     id: str
     draining: bool
-    """Its end has been announced: what runs there may finish, nothing new starts there."""
+    """Whether the node will be removed soon: running tasks may finish, none may start."""
     free: dict[str, float]
-    """Resources that nobody has claimed, by Ray's names."""
+    """Unclaimed resources, by Ray's names."""
     total: dict[str, float] = field(default_factory=dict)
-    """All that it has."""
+    """All resources, by Ray's names."""
 
 
 @dataclass(frozen=True, slots=True)
 class ActorOptions:
-    """How an actor is started; a run in one process reads `num_threads` alone."""
+    """How an actor is started; the inline backend reads only `num_threads`."""
 
     num_threads: int | None = None
-    """Threads of torch; those of the machine when left out."""
+    """Threads of torch; one for each core when left out."""
     num_cpus: float = 0.0
-    """CPUs that it claims on a cluster."""
+    """CPUs that it requests on a cluster."""
     num_gpus: float = 0.0
-    """GPUs that it claims."""
+    """GPUs that it requests."""
     beside_driver: bool = False
     """Start it on the driver's machine, whose disk holds the run directory."""
     any_order: bool = False
-    """Run a call as soon as its arguments are there. Otherwise calls run in the order in which
-    they were made, and a call that waits for another part delays all later ones."""
+    """Run each call as soon as its arguments are available. Otherwise calls run in the order in
+    which they were made, and a call that waits for another part delays all later ones."""
     aside: bool = False
     """Give it a second thread, which runs the calls of `Handle.aside`."""
     shared: bool = False
-    """Call `make(shared=...)` with the memory that the parts of the run share on its node, a
-    `shared_memory.NodeMemory`. In one process the argument is left out."""
+    """Call `make(shared=...)` with the shared memory of the run on its node, a
+    `shared_memory.NodeMemory`. The inline backend leaves the argument out."""
     node: str | None = None
-    """Id of the node to start it on, once there is room; Ray chooses when left out."""
+    """Id of the node to start it on, once that has room; Ray chooses when left out."""
 
 
 DEFAULTS = ActorOptions()
 
 
 class Handle(Protocol):
-    """One part of the graph, wherever it runs. `controller.clients` gives its methods types."""
+    """One part of the graph in any process. `controller.clients` gives its methods types."""
 
     name: str
     node: str | None
-    """Id of the node that it was put on, None where Ray chose."""
+    """Id of the node that it was placed on; None if Ray chose the node."""
     num_gpus: float
-    """Its claim."""
+    """GPUs that it requested."""
 
     def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         """Start `method(*args)`; returns one reference, or a list of `num_returns`."""
         ...
 
     def aside(self, method: str, *args: Any, num_returns: int = 1) -> Any:
-        """As `call`, in the second thread, in order with its like; see `ActorOptions.aside`."""
+        """As `call`, but in the part's second thread, which runs such calls in their order."""
         ...
 
 
@@ -109,12 +109,11 @@ class Backend(Protocol):
     """Creates parts and waits for them."""
 
     concurrent: bool
-    """Whether parts work at the same time, or each where it is called."""
+    """Whether parts run at the same time; otherwise each call runs in the caller."""
     scattered: bool
-    """Whether they are on several nodes: an object may then be lost with the one that holds it,
-    and the others live on."""
+    """Whether parts may be on several nodes, so that an object can be lost with one node."""
     halt: Halt
-    """Whether the run is to end; whoever waits long looks at it."""
+    """Whether the run is to end; every long wait checks it."""
 
     def spawn(
         self, make: Callable[..., object], name: str, options: ActorOptions = DEFAULTS
@@ -124,7 +123,7 @@ class Backend(Protocol):
 
     def put(self, value: T) -> Ref[T]: ...
     def wait(self, refs: Sequence[Ref[T]], timeout: float) -> list[Ref[T]]:
-        """Those of `refs` that are done, waiting up to `timeout` seconds for a first one."""
+        """The finished ones of `refs`; waits up to `timeout` seconds for the first."""
         ...
 
     def get(self, ref: Ref[T], timeout: float) -> T:
@@ -132,35 +131,36 @@ class Backend(Protocol):
         ...
 
     def lost(self, ref: Ref[object]) -> bool:
-        """Whether the value of a finished call is known to be gone with the node that held it."""
+        """Whether the value of a finished call is known to be lost with a node."""
         ...
 
     def rendezvous(self, handle: Handle, port: int | None = None) -> Ref[tuple[str, int]]:
-        """Reference of (host, port) of the machine that `handle` runs on.
+        """A host and a free port of the machine that `handle` runs on.
 
         Args:
-            port: to be free there, or a UserError names learner.port; any free one when left out.
+            port: the port to use; if it is taken, a UserError names learner.port. Any free port
+                when left out.
         """
         ...
 
     def await_started(self, handles: Sequence[Handle]) -> tuple[Handle, PartDied] | None:
-        """Wait until each constructor has run; raises what it raised.
+        """Wait until every constructor has run; raises the exception of a constructor.
 
         Returns:
-            The first that died meanwhile, and how; the others are not waited for any more.
+            The first part that died meanwhile, and its error; the wait then ends.
         """
         ...
 
     def nodes(self) -> list[Node]:
-        """The cluster's nodes; none where there is one machine or Ray does not tell."""
+        """The cluster's nodes; empty if there is only one machine or Ray gives no list."""
         ...
 
     def where(self, handle: Handle) -> str | None:
-        """Id of the node that the part runs on, None where it has not started or none is known."""
+        """Id of the node that the part runs on; None if it has not started or is unknown."""
         ...
 
     def alive(self, handle: Handle, timeout: float = 0.5) -> bool:
-        """False when the part is known to be gone; one that is busy for `timeout` s is not."""
+        """False if the part is known to be dead; a part that is busy for `timeout` s is alive."""
         ...
 
     def kill(self, handle: Handle) -> None: ...
@@ -173,11 +173,11 @@ def first_line(error: BaseException) -> str:
 
 
 def fault_of_the_machine(error: BaseException) -> str | None:
-    """In one line what a part raised, if its device or memory may be the cause: then another
-    process may succeed.
+    """The exception of a part, in one line, if its device or memory may be the cause, so that a
+    new process may succeed; else None.
 
-    Torch raises RuntimeError, or a subclass, for out of memory, for a fault of the GPU and for a
-    collective that lost somebody. Of ours, RunFailed means the run and not the machine.
+    Torch raises RuntimeError, or a subclass, for out of memory, a GPU fault and a collective that
+    lost a rank. Our own RunFailed is a fault of the run, not of the machine.
     """
     cause = getattr(error, "cause", None) or error  # Ray wraps it
     if isinstance(cause, RuntimeError | MemoryError) and not isinstance(cause, RunFailed):

@@ -1,7 +1,7 @@
-"""A run that is to end before its last update: told to by a signal, or because its Ray is dying.
+"""Ends a run before its last update, after a signal or when its Ray is dying.
 
-Between two updates it ends at once, with a checkpoint. What it waits for then gets a little time,
-so that the update comes to its end; after that the run leaves with what it has.
+Between two updates the run ends at once, with a checkpoint. Within an update it waits a little
+longer, so that the update can finish; after that it ends without that update.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import time
 from collections.abc import Callable
 
 GRACE_S = 30.0
-"""What is waited for may take this long from when the run was told to end. A pod as launched by
-`launch/` is given 150 s."""
+"""Seconds for which a wait may continue after the stop request. Kubernetes gives a pod of `launch/`
+150 s to end."""
 
 IDLE_GRACE_S = 2.0
-"""The same of waits that keep no update from being whole."""
+"""The same for waits on which no update depends."""
 
 
 class Halted(Exception):
-    """The run is to end, and what it waits for did not come in time."""
+    """The run is to end, and a wait did not finish in time."""
 
     def __init__(self, ailing: str | None) -> None:
         super().__init__(ailing or "the run was told to stop")
@@ -26,7 +26,7 @@ class Halted(Exception):
 
 
 class Halt:
-    """Knows why a run is to end, and since when. Each wait of the training loop looks at it."""
+    """Why a run is to end, and since when. Every wait of the training loop checks it."""
 
     def __init__(
         self,
@@ -37,8 +37,9 @@ class Halt:
     ) -> None:
         """
         Args:
-            told: whether somebody asked the run to stop.
-            ailing: what has died so that the run cannot go on, though its parts still answer.
+            told: whether the run was asked to stop.
+            ailing: the process of Ray that has died, if the run cannot continue without it although
+                its parts still answer; None while there is none.
         """
         self._told = told
         self.ailing = ailing
@@ -56,7 +57,7 @@ class Halt:
         """Raise `Halted` where the run is to end and has waited `grace_s` since then.
 
         Args:
-            began: when the wait began; waits that begin later have their own time.
+            began: the start of the wait; a wait that begins after the request has the whole time.
         """
         if not self.due:
             return

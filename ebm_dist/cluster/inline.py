@@ -1,4 +1,4 @@
-"""Every part in this process: a call runs at once, and its result is kept."""
+"""Runs every part in this process: a call runs at once, and its result is kept."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class InlineHandle:
             values = [value] if num_returns == 1 else list(value)
             for result, item in zip(results, values):
                 result.value = item
-        except Exception as error:  # it belongs to whoever asks for the result
+        except Exception as error:  # raised again by `get`
             for result in results:
                 result.error = error
         return results[0] if num_returns == 1 else results
@@ -55,7 +55,7 @@ def _resolve(arg: Any) -> Any:
 
 
 class InlineBackend:
-    """Every part in this process: for debugging, notebooks and as the reference in tests."""
+    """Runs every part in this process, for debugging, notebooks and as the reference in tests."""
 
     concurrent = False
     scattered = False
@@ -63,7 +63,7 @@ class InlineBackend:
     def __init__(self, told: Callable[[], bool] = lambda: False) -> None:
         """
         Args:
-            told: whether the run is told to stop.
+            told: whether the run was asked to stop.
         """
         self.halt = Halt(told)
         tune_process(None)
@@ -95,7 +95,7 @@ class InlineBackend:
         return InlineResult(meeting_point("127.0.0.1", port))
 
     def await_started(self, handles: Sequence[Handle]) -> None:
-        """They have: `spawn` runs the constructor."""
+        """Returns at once, because `spawn` runs the constructor."""
 
     def where(self, handle: Handle) -> str | None:
         return None

@@ -1,8 +1,8 @@
-"""The processes of a Ray that the run has started: whether they live, without asking Ray.
+"""Starts Ray, and checks whether its processes are alive, without calling Ray.
 
-Ray itself is no help then. Without its raylet, the next look into the object store ends the process
-that looks, and every part is reported as dead. Without its control store everything goes on that is
-under way, but who asks it something waits for 60 s, and then his process is ended too.
+Without the raylet, the next access to the object store ends the calling process, and Ray reports
+every part as dead. Without the control store, running calls continue, but a request to it waits for
+60 s and then ends the calling process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,24 @@ class RayDied(RunFailed):
     """The Ray that the run started is gone, and its parts with it."""
 
 
+def init_ray(ray: Any, options: dict[str, Any], *, attempts: int) -> None:
+    """Call `ray.init`, up to `attempts` times if the raylet does not start within Ray's 30 s."""
+    while True:
+        attempts -= 1
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            if not attempts or "timed out" not in str(error):
+                raise
+            ray.shutdown()
+        except BaseException:  # a signal: stop the processes that were started
+            ray.shutdown()
+            raise
+
+
 class OwnRay:
-    """Looks at the children of this process that are Ray's."""
+    """The child processes of this process that belong to Ray."""
 
     def __init__(self, ray: Any) -> None:
         known = ray._private.worker.global_worker.node.all_processes
@@ -28,18 +44,18 @@ class OwnRay:
         }
 
     def check(self) -> None:
-        """Raise `RayDied` where no part can be reached any more."""
+        """Raise `RayDied` if the raylet is dead, so that no part can be reached."""
         if (how := self._ended("raylet")) is not None:
             raise RayDied(f"Ray on this machine died: its raylet {how}, and every part with it")
 
     def ailing(self) -> str | None:
-        """What is gone of Ray, if the parts still answer; no other can be started."""
+        """A line about the control store if it is dead; parts still answer, but none can start."""
         how = self._ended("gcs_server")
         return None if how is None else f"Ray on this machine died: its control store {how}"
 
     @property
     def well(self) -> bool:
-        """Whether Ray can be asked anything."""
+        """Whether calls of Ray's API are safe."""
         return self._ended("raylet") is None and self._ended("gcs_server") is None
 
     def _ended(self, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The process that hosts a part: its threads and memory, and the port where ranks meet."""
+"""The process that hosts a part: its threads and memory, and the port of the ranks' rendezvous."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ebm_dist.core.errors import UserError
 
 
 def tune_process(num_threads: int | None) -> None:
-    """Settings of a process that hosts a part: threads, and memory kept instead of returned."""
-    # Not imported for it: torch takes two seconds, and a part without torch has no threads to set.
+    """Set the number of torch threads, and keep freed memory in this process."""
+    # Torch is not imported here: that takes two seconds, and some parts do not need torch.
     torch = sys.modules.get("torch")
     if torch is not None and num_threads is not None:
         torch.set_num_threads(num_threads)
-    # glibc gives every block past 128 KiB back to the kernel at once, and each sampler step
-    # then faults its activations in again: keeping them was 1.4 times faster in eager mode.
+    # glibc returns every freed block above 128 KiB to the kernel at once, so each sampler step
+    # takes page faults for its activations. Keeping the memory was 1.4 times as fast, eager.
     with contextlib.suppress(OSError, AttributeError):
         import ctypes
 
@@ -28,17 +28,17 @@ def tune_process(num_threads: int | None) -> None:
 
 
 def meeting_point(host: str, port: int | None, *, patience_s: float = 15.0) -> tuple[str, int]:
-    """(host, `port`), or with a port that nobody listens on at the moment.
+    """(host, `port`), or (host, a free port) if `port` is None.
 
     Raises:
-        UserError: `port` was taken for `patience_s` seconds. The process of a predecessor may
-            hold it a moment longer than Ray says.
+        UserError: `port` was taken for `patience_s` seconds. The process of a predecessor may hold
+            it a little longer than Ray reports.
     """
     deadline = time.monotonic() + patience_s
     while True:
         try:
             with socket.socket() as probe:
-                # As the rendezvous itself does: connections of a predecessor may linger.
+                # As the rendezvous does: connections of a predecessor may still be closing.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((host, port or 0))
                 return host, probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The Ray boundary: parts as actors, on a local Ray of our own or on a running cluster."""
+"""The Ray backend: runs parts as actors, on a new local Ray or on a running cluster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ebm_dist.cluster.backend import (
     first_line,
 )
 from ebm_dist.cluster.halt import Halt
-from ebm_dist.cluster.own_ray import OwnRay, RayDied
+from ebm_dist.cluster.own_ray import OwnRay, RayDied, init_ray
 from ebm_dist.cluster.ray_starts import (
     RayHandle,
     Starts,
@@ -41,11 +41,27 @@ from ebm_dist.core.errors import RunFailed, UserError
 log = logging.getLogger("ebm_dist")
 
 FAREWELL_S = 5.0
-"""How long the end of a run waits for one part on each node to remove what it has mapped there."""
+"""Seconds for which the end of a run waits until one part on each node has removed the files in
+shared memory."""
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray runs actors at niceness 15, so any other program would slow them down.
+    "RAY_worker_niceness": "0",
+    # Inherited by the actors; hides a hundred lines of warnings of DeepSpeed and Ray.
+    "PYTHONWARNINGS": "ignore",
+    # As in launch/common.sh. With Ray's 20 s, this process would close connections during a network
+    # outage, and parts that wait for an answer on them would wait for ever.
+    "RAY_grpc_keepalive_timeout_ms": "60000",
+    # Ray's 60 s would end a process that imports Ray from a slow disk, and start it again.
+    "RAY_worker_register_timeout_seconds": "300",
+}
+"""Settings of Ray, where the user has made no other."""
 
 
 class RayBackend:
-    """Parts as Ray actors, on a local Ray of our own or on a running cluster."""
+    """Runs parts as Ray actors, on a new local Ray or on a running cluster."""
 
     concurrent = True
 
@@ -64,28 +80,16 @@ class RayBackend:
         Args:
             working_dir: a directory that Ray ships to every node, where the actors then run.
             plugins: modules of the user that every actor imports before it makes its part.
-            told: whether the run is told to stop.
+            told: whether the run was asked to stop.
         """
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        # Ray runs actors at niceness 15: beside any other program they would get its leavings.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        # Workers of Ray inherit this; a hundred lines of DeepSpeed and Ray advice would
-        # bury the one line that matters.
-        os.environ.setdefault("PYTHONWARNINGS", "ignore")
-        # As launch/common.sh has it: by Ray's 20 s this process would drop, while a cable is out,
-        # the connections on which others wait for its answers, and they would wait for ever.
-        os.environ.setdefault("RAY_grpc_keepalive_timeout_ms", "60000")
-        # By Ray's 60 s a process that imports Ray itself from a slow disk would be ended, and begin
-        # anew with the same.
-        os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
+        os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in os.environ})
         require_token(address)
         address, key = chosen_address(address)
         self.local = address == "local"
         self.scattered = not self.local
         if self.local:
-            # Loopback only: a Ray that others can reach runs anybody's code. Asked for 127.0.0.1,
-            # Ray takes the machine's outer address all the same; as on a laptop it does not.
+            # Loopback only: other users could run code on a Ray that they can reach. Even with
+            # 127.0.0.1 Ray uses the machine's outer address, unless it is set up as on a laptop.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         import ray
         from ray import exceptions
@@ -117,7 +121,7 @@ class RayBackend:
         else:
             options["address"] = resolved(address)
         try:
-            self._init(options)
+            init_ray(ray, options, attempts=3 if self.local else 1)
         except Exception as error:
             if self.local:
                 raise RunFailed(
@@ -139,20 +143,6 @@ class RayBackend:
         self._starts = Starts(ray, exceptions)
         self._num_spawned: dict[str, int] = {}
 
-    def _init(self, options: dict[str, Any]) -> None:
-        """`ray.init`, again where a busy machine outlasted Ray's own 30 s for its raylet."""
-        for attempts_left in (2, 1, 0):
-            try:
-                self._ray.init(**options)
-                return
-            except Exception as error:
-                if not (self.local and attempts_left and "timed out" in str(error)):
-                    raise
-                self._ray.shutdown()
-            except BaseException:  # a signal: what has been started must not stay
-                self._ray.shutdown()
-                raise
-
     @property
     def num_gpus(self) -> int:
         return int(self._ray.cluster_resources().get("GPU", 0))
@@ -169,15 +159,15 @@ class RayBackend:
             raise RayDied(f"{gone}, and {name} cannot be started")
         env: dict[str, str] = {}
         if options.num_threads is not None:
-            # Before torch is imported, or its pools keep the size they were born with.
+            # Set before torch is imported, because its thread pools keep their first size.
             env["OMP_NUM_THREADS"] = str(options.num_threads)
             env["MKL_NUM_THREADS"] = env["OMP_NUM_THREADS"]
         if options.aside:
-            # Ray then runs all calls in threads other than the main one. Where each has a heap of
-            # its own, glibc returns what they free, whatever `tune_process` says: 2,000 page
-            # faults in an update. It must be known before the process starts.
+            # Ray then runs all calls outside the main thread. If threads have heaps of their own,
+            # glibc returns freed memory in spite of `tune_process`: 2,000 page faults per update.
+            # glibc reads this setting only when the process starts.
             env["MALLOC_ARENA_MAX"] = "1"
-        # Ray gives a dead actor's name free some time later; a successor has its own.
+        # Ray releases a dead actor's name late, so a successor has a name of its own.
         count = self._num_spawned[name] = self._num_spawned.get(name, 0) + 1
         where = "DEFAULT"
         if options.beside_driver:
@@ -187,8 +177,8 @@ class RayBackend:
         host = self._host_with_aside if options.aside else self._host
         host = host.options(
             name=name if count == 1 else f"{name}.{count}",
-            # On a Ray of our own the threads share the cores out; a claim could only
-            # keep an actor from starting.
+            # On a local Ray, a request could only keep an actor from starting: the numbers of
+            # threads divide the cores.
             num_cpus=0 if self.local else options.num_cpus,
             num_gpus=options.num_gpus,
             max_restarts=0,
@@ -200,7 +190,7 @@ class RayBackend:
             actor = host.remote(
                 make, options.num_threads, self._memory, options.shared, self._plugins
             )
-        except TypeError as error:  # with all of the arguments in its text
+        except TypeError as error:  # its text contains all arguments
             if (line := unsendable_argument(make, self._ray.cloudpickle.dumps)) is None:
                 raise
             raise UserError(line) from error
@@ -210,7 +200,7 @@ class RayBackend:
         return handle
 
     def _on(self, node: str) -> Any:
-        # A soft affinity has been seen to miss a node that had room.
+        # With a soft affinity Ray has missed a node that had room.
         return self._beside(node_id=node, soft=False)
 
     def nodes(self) -> list[Node]:
@@ -272,7 +262,7 @@ class RayBackend:
         errors = self._errors
         try:
             self._check()
-            # On one machine nothing is fetched that would have to be fetched anew.
+            # On one machine, a repeated call does not repeat a transfer.
             while self._own is not None and timeout > HALT_CHECK_S:
                 with contextlib.suppress(errors.GetTimeoutError):
                     return self._ray.get(ref, timeout=HALT_CHECK_S)
@@ -284,10 +274,10 @@ class RayBackend:
         except errors.RayTaskError as error:
             self._check()
             cause = error.cause
-            # An argument that failed wraps its own error in that of the call which was given it.
+            # The error of a failed argument is wrapped in that of the call that received it.
             while isinstance(cause, errors.RayTaskError) and cause.cause is not None:
                 cause = cause.cause
-            # Ray wraps what a part raised; the controller decides by its type.
+            # Ray wraps the exception of a part; the controller decides by its type.
             if isinstance(cause, (UserError, RunFailed, ValueError)):
                 raise cause from None
             if isinstance(cause, errors.RayError):
@@ -303,8 +293,8 @@ class RayBackend:
             raise self._gone(error) from None
 
     def _gone(self, error: Exception) -> PartDied:
-        # Of results the driver is the owner, so they are lost with the node that holds them:
-        # ObjectReconstructionFailedError. The others of the family are for what parts own.
+        # The driver owns the results, so the loss of their node is an
+        # ObjectReconstructionFailedError. Its siblings are for objects that parts own.
         if isinstance(error, self._errors.ObjectLostError):
             return ObjectLost(f"an object was lost with its node ({first_line(error)})")
         if isinstance(error, self._errors.ActorUnavailableError):
@@ -314,18 +304,15 @@ class RayBackend:
     def lost(self, ref: Ref[object]) -> bool:
         """See `Backend.lost`; does not wait.
 
-        A part on another node learns of the loss late: its raylet asks where an object is after
-        10 s, 20 s more, 40 s more, and so on. Here, where the object is owned, it is known as
-        soon as Ray has given the node up.
+        The owner knows of the loss as soon as Ray has declared the node dead. A part on another
+        node learns of it late: its raylet repeats its query after 10, 20, 40 s and so on.
         """
         try:
             self._ray.get(ref, timeout=0)
-        except self._errors.GetTimeoutError:  # on its way, or somewhere else
-            return False
         except self._errors.ObjectLostError:
             return True
-        except self._errors.RayError:
-            return False
+        except self._errors.RayError:  # GetTimeoutError: on another node, or in transit
+            pass
         return False
 
     def where(self, handle: Handle) -> str | None:
@@ -333,13 +320,13 @@ class RayBackend:
         return handle.runs_on
 
     def alive(self, handle: Handle, timeout: float = 0.5) -> bool:
-        """False when Ray knows that the actor is dead; a busy actor counts as alive.
+        """False if Ray knows that the actor is dead; a busy actor counts as alive.
 
-        Of an actor that cannot be reached Ray knows only when it has given up its node: until then
-        this waits, as a shard that was taken for dead would lose its latest chains for nothing.
+        If an actor cannot be reached, this waits until Ray has declared its node dead: a live shard
+        that is replaced loses its latest chains.
 
         Args:
-            timeout: seconds for the actor to answer; 0 asks Ray alone.
+            timeout: seconds for the actor to answer; with 0 only Ray is asked.
         """
         assert isinstance(handle, RayHandle)
         deadline = time.monotonic() + UNREACHABLE_S
@@ -361,18 +348,18 @@ class RayBackend:
         return False
 
     def _known_dead(self, handle: RayHandle) -> bool:
-        """What Ray's control store says, which does not wait for a busy actor."""
+        """Whether Ray's control store says that the actor is dead. Does not wait for the actor."""
         self._check()
         if not self._is_well:
             return False
         try:
             known = self._ray._private.state.actors(actor_id=handle.actor._actor_id.hex())
-        except Exception:  # what cannot be asked says nothing
+        except Exception:  # not a public interface of Ray
             return False
         return known.get("State") == "DEAD"
 
     def kill(self, handle: Handle) -> None:
-        """End the part's process, if it has not ended yet."""
+        """Kill the part's process."""
         assert isinstance(handle, RayHandle)
         handle.killed = True
         if self._is_well:
@@ -381,7 +368,7 @@ class RayBackend:
         self._handles = [known for known in self._handles if known is not handle]
 
     def close(self) -> None:
-        """Stop our actors, and the Ray that we started; a cluster that we joined goes on."""
+        """Stop the actors, and a local Ray; a cluster that the run joined continues."""
         if self._is_well:
             with contextlib.suppress(Exception):
                 self._remove_memory()
@@ -393,9 +380,9 @@ class RayBackend:
         self._own_memory.close()
 
     def _remove_memory(self) -> None:
-        """Have the nodes other than our own freed of what the parts have mapped there.
+        """Remove the files in the shared memory of the other nodes.
 
-        All parts of a node are asked, since one may be busy or stuck; one answer will do.
+        All parts of a node are called, since one may hang; the answer of one suffices.
         """
         self._starts.note()
         asked = {
@@ -408,6 +395,6 @@ class RayBackend:
         while left and asked and (remaining := deadline - time.monotonic()) > 0:
             for ref in self._ray.wait(list(asked), timeout=remaining)[0]:
                 node = asked.pop(ref)
-                with contextlib.suppress(self._errors.RayError):  # it is dead
+                with contextlib.suppress(self._errors.RayError):  # the part is dead
                     self._ray.get(ref, timeout=1.0)
                     left.discard(node)

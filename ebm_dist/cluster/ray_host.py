@@ -1,4 +1,4 @@
-"""What Ray runs: one part of the graph, in a process of its own."""
+"""The actor class that Ray runs: a process that hosts one part of the graph."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ebm_dist.cluster.shared_memory import RunMemory
 from ebm_dist.core.plugins import import_plugins
 
 ASIDE = "aside"
-"""Ray's name for the thread that a part with `aside` has."""
+"""Name of the concurrency group of the second thread."""
 
 
 class Host:
-    """What Ray runs: one part, and the settings of its process."""
+    """Makes one part in this process, and forwards calls to it."""
 
     def __init__(
         self,
@@ -32,18 +32,18 @@ class Host:
             import_plugins(plugins)
         self._tune_thread()
         node = ray.get_runtime_context().get_node_id()
-        # Held by each part, whether it looks into it or not.
+        # Every part holds the lock of the node's directory, even if it does not use the memory.
         self._memory = memory.hold(node, _object_store_bytes(node) if shared else 0)
         self._part = make(shared=self._memory) if shared else make()
 
     def _tune_thread(self) -> None:
-        """Settings of the main thread, before it makes the part."""
+        """Configure the main thread, before it makes the part."""
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._part, method)(*args)
 
     def ready(self) -> tuple[int, str, str]:
-        """Where the part lives: its process, and the address and the id of its node."""
+        """The id of the process, and the address and the id of its node."""
         node = ray.get_runtime_context().get_node_id()
         return os.getpid(), ray.util.get_node_ip_address(), node
 
@@ -55,11 +55,11 @@ class Host:
 
 
 class HostWithAside(Host):
-    """A host with a thread beside that of its calls.
+    """A host with a second thread.
 
-    With a concurrency group Ray runs the calls in one thread, in order as before, and what is in
-    the group in another; neither is the main one, which has made the part. With helpers for
-    the main thread's operations too, updates took 24 ms instead of 18.5: the calls alone have them.
+    With a concurrency group, Ray runs the calls in one thread, in their order, and the calls of the
+    group in another; neither is the main thread. Only the first has OpenMP helper threads: with
+    helpers for the main thread too, updates took 24 ms instead of 18.5.
     """
 
     _is_tuned = False
@@ -71,13 +71,13 @@ class HostWithAside(Host):
 
     @ray.method(concurrency_group=ASIDE)
     def aside(self, method: str, *args: Any) -> Any:
-        if not self._is_tuned:  # the thread is always the same
+        if not self._is_tuned:  # Ray always uses the same thread
             self._is_tuned = True
             self._tune_thread()
         return getattr(self._part, method)(*args)
 
 
 def _object_store_bytes(node: str) -> int:
-    """What Ray's objects may take of the shared memory of `node`."""
+    """The size of Ray's object store on `node`."""
     resources = [known["Resources"] for known in ray.nodes() if known["NodeID"] == node]
     return int(sum(known.get("object_store_memory", 0) for known in resources))

@@ -1,4 +1,4 @@
-"""Actors of Ray from when they are asked for until they have started: who they are, and where."""
+"""Waits for Ray's actors to start, records where they run, and explains why they cannot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RayHandle:
     """Id of the node, once it has started."""
     num_gpus: float = 0.0
     killed: bool = False
-    """By us: Ray knows it a moment later, and a process that is stopped dies seconds later."""
+    """Whether we killed it. Ray records the death a little later."""
 
     def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         return self.actor.call.options(num_returns=num_returns).remote(method, *args)
@@ -49,16 +49,16 @@ class Starts:
         self._latest = 0.0
 
     def begin(self, handle: RayHandle, ready: Ref[tuple[int, str, str]]) -> None:
-        """`handle` is asked for; `ready` is what its `Host.ready` will answer."""
+        """Record that `handle` is starting; `ready` is the reference of its `Host.ready`."""
         self._starting.append((handle, ready))
 
     def note(self) -> None:
-        """Keep, and log, the process of each part that has started since."""
+        """Record and log the process of each part that has started since the last call."""
         for handle, ref in list(self._starting):
             if not self._ray.wait([ref], timeout=0)[0]:
                 continue
             self._starting.remove((handle, ref))
-            with contextlib.suppress(self._errors.RayError):  # whoever calls it will see
+            with contextlib.suppress(self._errors.RayError):  # the next call raises it again
                 pid, address, handle.runs_on = self._ray.get(ref, timeout=30.0)
                 log.info("%s runs as process %d on %s", handle.name, pid, address)
                 self._latest = time.monotonic()
@@ -68,8 +68,8 @@ class Starts:
     ) -> tuple[Handle, PartDied] | None:
         """See `Backend.await_started`.
 
-        The time begins anew with each that has started: where they read their modules from one slow
-        disk, they come one after the other.
+        The timeout restarts whenever a part has started, because parts that read their modules from
+        one slow disk start one after another.
         """
         began = time.monotonic()
         pending: dict[Ref, RayHandle] = {}
@@ -96,7 +96,7 @@ class Starts:
 
 
 def constructor_error(error: Exception) -> BaseException | None:
-    """What the constructor of an actor raised, where Ray kept it."""
+    """The exception of an actor's constructor, if Ray kept it."""
     inner = getattr(error, "cause", None) or error.__cause__
     return getattr(inner, "cause", None) or inner
 
@@ -105,9 +105,8 @@ _UNREADABLE = re.compile(r"could not be computed:\s*\S*RaySystemError: System er
 
 
 def unreadable_argument(error: Exception) -> str | None:
-    """What to say where an actor could not read what it was given, for want of a user's module.
-
-    Ray keeps of such an error its text alone.
+    """The message if an actor could not unpickle an argument, because a user's module is missing;
+    else None. Ray keeps only the text of such an error.
     """
     text = str(error)
     if (found := _UNREADABLE.search(text)) is None:
@@ -121,8 +120,7 @@ def unreadable_argument(error: Exception) -> str | None:
 
 
 def unsendable_argument(make: Callable[..., object], dumps: Callable[[Any], bytes]) -> str | None:
-    """What to say where an argument that `make` is bound to cannot be pickled, as an object of the
-    user may not be; None where `dumps` takes each."""
+    """The message if a keyword argument bound to `make` cannot be pickled; None if all can."""
     for key, value in getattr(make, "keywords", {}).items():
         try:
             dumps(value)

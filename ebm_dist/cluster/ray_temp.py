@@ -1,8 +1,8 @@
-"""Where a Ray of this user's keeps its sessions: where nobody else can enter.
+"""The private directory in which a local Ray keeps its sessions.
 
-Ray makes its own directories, and the sockets in them, writable by everybody, and its token does
-not guard the sockets: another user could put one in the place of the raylet's. So they lie below a
-directory of mode 700. `launch/local.sh` does the same.
+Ray makes its directories and the sockets in them writable by all users, and its token does not
+protect the sockets: another user could replace that of the raylet. So they lie below a directory of
+mode 700. `launch/local.sh` does the same.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from ebm_dist.core.errors import UserError
 from ebm_dist.files.private import is_private, scratch
 
 MAX_SOCKET_PATH = 107 if sys.platform.startswith("linux") else 103
-"""Bytes of a Unix socket's path."""
+"""Maximum length of a Unix socket's path, in bytes."""
 SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-"""The longest path below the directory."""
+"""The longest path of a socket below the directory."""
 
 
 def temp_root() -> Path:
-    """Where Ray keeps its sessions if it is told nothing else."""
+    """Ray's default parent directory of its sessions."""
     on_linux = os.environ.get("TMPDIR") if sys.platform.startswith("linux") else None
     return Path(os.environ.get("RAY_TMPDIR") or on_linux or "/tmp")
 
 
 def private_temp_dir() -> Path:
-    """A directory for Ray's sessions that others cannot enter.
+    """A directory for Ray's sessions that only this user can enter.
 
     Raises:
-        UserError: there is none, or its path is too long for Ray's sockets.
+        UserError: it cannot be created, or its path is too long for Ray's sockets.
     """
     root = temp_root().absolute()
     private = root if is_private(root) else root / f"ebm_dist-{os.geteuid()}"
@@ -46,9 +46,10 @@ def private_temp_dir() -> Path:
 
 
 def noted_cluster() -> str:
-    """Address of the Ray that this user (or root) started last here; empty if none is noted.
+    """Address of the Ray that this user (or root) started last here; empty if there is none.
 
-    Everybody may leave such a note in Ray's usual directory, and would be shown the token.
+    Ray notes it in a file. Notes of other users are ignored: this process would send them the
+    token.
     """
     root = temp_root()
     for directory in (root / f"ebm_dist-{os.geteuid()}", root):

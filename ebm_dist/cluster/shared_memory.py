@@ -1,20 +1,20 @@
-"""What the parts of a run have in common on a node: a directory in memory that no process owns.
+"""The shared memory of a run on a node: a directory in /dev/shm that no single process owns.
 
-A shard maps its chains there. So they outlive its process, and workers of the node read and write
-them where they lie. Nobody but us ever removes such files:
+A shard maps its chains there. So they outlive its process, and the workers of the node read and
+write them in place. The system never removes such files, so the runs do:
 
-- Every part of the run on the node, whatever it does, holds a shared lock on the directory for as
-  long as it lives; the kernel drops the lock of a process that dies. So the others keep the files
-  of a shard that was killed until its successor is there.
-- Whoever starts on the node, of whatever run of this user, removes the directories that nobody
-  holds: those of drivers that were killed, and of nodes that Ray had given up.
-- At the end of a run one part on each node removes the directory for the driver, which does not
-  reach the memory of others.
+- Every part of the run on the node holds a shared lock on the directory while it lives; the kernel
+  releases the lock of a process that dies. So the files of a killed shard remain until its
+  successor starts, as long as any part of the node lives.
+- Every part that starts, of any run of this user, removes the directories that no process has
+  locked: they belong to killed drivers, or to nodes that Ray has declared dead.
+- At the end of a run, one part on each node removes the directory, because the driver cannot reach
+  the memory of other nodes.
 
-One case is left open: all parts of a run on a node die at once, and before the first successor is
-up, within seconds, another run of the user starts something there. The chains then go back to the
-last checkpoint, as they do with a lost node, and the log says how many. A process on each node that
-does nothing but hold the lock would not close it: it can be killed like the others.
+One case remains: all parts of a run on a node die at once, and another run of the user starts a
+part there before the first successor does, which takes seconds. The chains then return to the last
+checkpoint, as after the loss of a node, and the log says how many. A further process on each node
+to hold the lock would not help: it can be killed too.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from ebm_dist.files.private import open_private
 ROOT = Path("/dev/shm")
 
 OWNER_S = 10.0
-"""How long a shard waits for the process before it to let go of its files. What Ray calls dead has
-ended; the process on a node that could not be reached for a while may live on."""
+"""Seconds for which a shard waits for its predecessor to release the files. A process that Ray
+reports as dead has ended, unless its node could not be reached for a while."""
 
 
 class NotMapped(Exception):
-    """Why chains cannot lie in shared memory; they lie in the memory of the process then."""
+    """Chains cannot be in shared memory, so they are in the memory of the shard's process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ class RunMemory:
 
     run: str
     attempt: str
-    """Another one for each: what an earlier attempt left behind is not the state to go on from."""
+    """Unique to the attempt, so that files of an earlier attempt are never used."""
 
     def hold(self, node: str, reserve: int = 0) -> NodeMemory:
-        """Make the directory of `node`, this machine, and hold it as long as this process lives.
+        """Make the directory of `node`, and hold its lock as long as this process lives.
 
         Args:
-            node: is in the name, since the nodes of a test may have one memory between them.
-            reserve: bytes that must stay free beside what is mapped.
+            node: this node; part of the name, because the nodes of a test may share one /dev/shm.
+            reserve: bytes that must remain free.
         """
         if not ROOT.is_dir():
             return NodeMemory(trouble=f"there is no {ROOT}")
@@ -69,14 +69,14 @@ class RunMemory:
             except OSError as error:
                 return NodeMemory(trouble=f"{path}: {error.strerror}")
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            # Before it was locked it may have been taken for abandoned.
+            # Another process may have removed it before it was locked.
             if _is_at(descriptor, path):
                 return NodeMemory(path, descriptor, reserve=reserve)
             os.close(descriptor)
 
 
 class NodeMemory:
-    """The directory of a run on this node, held."""
+    """The locked directory of a run on this node."""
 
     def __init__(
         self,
@@ -88,8 +88,8 @@ class NodeMemory:
     ) -> None:
         """
         Args:
-            path: None where there is none, for the reason in `trouble`.
-            descriptor: has the lock.
+            path: None if there is no directory, for the reason in `trouble`.
+            descriptor: the open directory, which has the lock.
         """
         self.path = path
         self._descriptor = descriptor
@@ -98,24 +98,24 @@ class NodeMemory:
         self._owned: list[int] = []
 
     def claim(self, name: str, num_bytes: int) -> Path:
-        """The directory `name` in this one, for this process alone to keep `num_bytes` in.
+        """The subdirectory `name`, for `num_bytes` of this process alone.
 
-        The process that had it before leaves it behind as it was.
+        It has the files of the previous owner, if there was one.
 
         Raises:
-            NotMapped: there is no room, or that process still lives.
+            NotMapped: too little memory is free, or the previous owner is still alive.
         """
         if self.path is None:
             raise NotMapped(self._trouble)
         path = self.path / name
         self._own(self.path / f"{name}.owner")
         if not path.exists():
-            # Looked at first: a file of holes in a memory that is full kills whoever writes to it,
-            # and the other who does is Ray, whose object store fills up bit by bit.
+            # Checked before writing: in a full /dev/shm, a write to a sparse file kills the writer,
+            # which may be Ray, whose object store grows over time.
             found = os.statvfs(self.path)
             free = found.f_bavail * found.f_frsize
             if free < num_bytes + self._reserve:
-                # Without what is free: it changes, and shards of one size are to say one thing.
+                # Does not name the free bytes, so that equal shards log equal lines.
                 raise NotMapped(
                     f"{ROOT} has no room for {-(-num_bytes >> 20)} MiB beside the "
                     f"{self._reserve >> 20} MiB that Ray's objects may take"
@@ -136,13 +136,13 @@ class NodeMemory:
         self._owned.append(descriptor)
 
     def remove(self) -> None:
-        """Remove the directory, whoever else holds it; and those that nobody holds any more."""
+        """Remove this directory, even if others hold it, and all that no process holds."""
         if self.path is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             remove_abandoned()
 
     def close(self) -> None:
-        """Let go of it, as the end of the process would."""
+        """Release all locks."""
         for descriptor in self._owned:
             os.close(descriptor)
         self._owned.clear()
@@ -152,9 +152,9 @@ class NodeMemory:
 
 
 def remove_abandoned() -> None:
-    """Remove the directories of this user's runs on this node that no process holds."""
+    """Remove the directories of this user's runs on this node that no process has locked."""
     for path in ROOT.glob(_prefix() + "*"):
-        with contextlib.suppress(OSError):  # somebody else's, or gone by now
+        with contextlib.suppress(OSError):  # of another user, or removed meanwhile
             descriptor = open_private(path)
             if _locks(descriptor) and _is_at(descriptor, path):
                 shutil.rmtree(path, ignore_errors=True)
@@ -173,7 +173,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _locks(descriptor: int) -> bool:
-    """Take the lock for this process alone, unless another has it."""
+    """Take the exclusive lock; False if another process has a lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""No wait without an end: what is waited for is a queue, which somebody should fill."""
+"""Bounds every wait of a run: each waits for an entry of a queue, and reports if none comes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from ebm_dist.core.errors import RunFailed
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """Something that the run waits to find an entry in."""
+    """A queue for whose next entry the run waits."""
 
     name: str
     filled_by: str
+    """The part that adds entries."""
     remedy: str
+    """What to do if none comes."""
 
 
 WORKERS = Queue(
@@ -62,7 +64,7 @@ HALT_CHECK_S = 1.0
 
 
 class Stalled(RunFailed):
-    """A queue stayed as it was for flow.stall_timeout_s."""
+    """A queue received no entry for flow.stall_timeout_s."""
 
     def __init__(self, queue: Queue, timeout_s: float, detail: str) -> None:
         super().__init__(
@@ -73,7 +75,7 @@ class Stalled(RunFailed):
 
 
 class Watchdog:
-    """Raises once nothing has changed for the whole of its time."""
+    """Raises `Stalled` if a state does not change for `timeout_s` seconds."""
 
     def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._timeout_s = timeout_s
@@ -87,14 +89,15 @@ class Watchdog:
         blocked: Callable[[], tuple[Queue, str]],
         mend: Callable[[float], bool] = lambda seconds: False,
     ) -> None:
-        """Take note of `state`, anything that changes whenever there is progress.
+        """Compare `state`, which changes with any progress, with that of the last call.
 
         Args:
-            blocked: says which queue it is, and what was waited for.
-            mend: replaces what has hung for so many seconds, before the run is given up.
+            blocked: returns the queue and what the run waits for.
+            mend: replaces parts that have hung for so many seconds; returns whether it has
+                replaced any, and then the wait goes on.
 
         Raises:
-            Stalled: it has been the same for too long.
+            Stalled: the state has not changed for the timeout.
         """
         now = self._clock()
         if state != self._seen:
@@ -104,15 +107,15 @@ class Watchdog:
 
 
 def answer(backend: Backend, part: Handle, ref: Ref[T], timeout_s: float, detail: str) -> T:
-    """The value of `ref`, which `part` was asked for.
+    """The result `ref` of a call of `part`.
 
     Raises:
-        PartDied: it is gone; or it gave no answer in time, which ends it.
+        PartDied: the part is dead, or gave no answer in time and was killed.
         Halted: the run is to end.
     """
     began = time.monotonic()
-    # One call where the answer is there, as it mostly is. Where it is not, it is not asked for its
-    # value again: what had come of it by then, from another node, would have to come anew.
+    # Usually the value is available, and one call fetches it. Otherwise this waits without fetching
+    # it, because an interrupted transfer from another node would start again.
     with contextlib.suppress(TimeoutError):
         return backend.get(ref, min(HALT_CHECK_S, timeout_s))
     while (left := began + timeout_s - time.monotonic()) > 0:

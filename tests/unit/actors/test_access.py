@@ -207,8 +207,8 @@ def test_a_cluster_is_asked_whether_it_means_the_same_token(
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     answers = {None: ours, "disabled": none}
     monkeypatch.setattr(access, "_listens", lambda gcs, key: True)
-    monkeypatch.setattr(access, "_knock", lambda gcs, RAY_AUTH_MODE=None: Knock(RAY_AUTH_MODE))
-    monkeypatch.setattr(access, "_answer", lambda knock: answers[knock.mode])
+    monkeypatch.setattr(access, "_probe", lambda gcs, RAY_AUTH_MODE=None: Probe(RAY_AUTH_MODE))
+    monkeypatch.setattr(access, "_answer", lambda probe: answers[probe.mode])
     if said is None:
         check_agreement("10.0.0.1:6379")
         return
@@ -218,7 +218,7 @@ def test_a_cluster_is_asked_whether_it_means_the_same_token(
     assert "0" * 64 not in str(caught.value)
 
 
-class Knock:
+class Probe:
     def __init__(self, mode: str | None) -> None:
         self.mode = mode
 
@@ -237,7 +237,7 @@ def test_to_show_a_token_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nobody_is_asked_where_no_ray_listens(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access, "_knock", None)
+    monkeypatch.setattr(access, "_probe", None)
     check_agreement(address)
 
 
