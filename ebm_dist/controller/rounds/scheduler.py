@@ -36,6 +36,9 @@ from ebm_dist.core.errors import RunFailed
 
 log = logging.getLogger("ebm_dist.run")
 
+REDRAW_S = 0.05
+"""Time before a round that got no lease, or whose lease was void, is started again."""
+
 
 class RoundScheduler:
     """Gives rounds to workers, and collects the committed leases."""
@@ -272,7 +275,7 @@ class RoundScheduler:
             if round_.purpose == "spare":
                 return  # the source may start another, on any shard
         round_.version = -1
-        self._delayed.append((self._clock() + 0.05, round_))
+        self._delayed.append((self._clock() + REDRAW_S, round_))
 
     def _commit(self, round_: Round, reply: CheckinReply) -> None:
         self.steps[round_.purpose] += reply.num_steps * reply.num_chains
