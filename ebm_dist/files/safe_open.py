@@ -1,4 +1,4 @@
-"""Opens files of a run directory that a stranger may have written: regular files, never links.
+"""Opens files of a run directory that another person may have written: regular files, never links.
 
 Through a link, a run could overwrite, or a report could publish, files of the user that the
 author of the directory cannot access. A FIFO or a device could block the reader for ever. Files may

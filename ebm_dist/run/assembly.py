@@ -1,4 +1,4 @@
-"""RunConfig -> the parts of a run: what each is given, where it goes, how it is replaced."""
+"""Builds the parts of a run from its RunConfig: arguments, placement and replacement of each."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def assemble(
     found: checkpoint.CheckpointDir | None,
     stack: contextlib.ExitStack,
 ) -> Parts:
-    """Start every part on `backend`, and wire them.
+    """Start every part on `backend`, and connect them.
 
     Args:
-        found: the checkpoint that the run goes on from.
-        stack: is given what has to be left in order when the run ends.
+        found: the checkpoint from which the run resumes.
+        stack: receives the callbacks of an orderly end.
 
     Raises:
-        RunFailed: a part did not start in runtime.start_timeout_s.
+        RunFailed: a part did not start within runtime.start_timeout_s.
     """
     needs_negatives = config.objective.takes_negatives
     capacities = shard_capacities(config.buffer.capacity, config.buffer.num_shards)
@@ -70,7 +70,7 @@ def assemble(
     spawn = _Spawner(config, spec, run_dir, backend, found, shards, workers)
     hub = HubLink(backend, spawn.hub, resume_id=spawn.tracking_id)
     shards.start(spawn.shard)
-    # Before the workers, which are given what the ranks leave.
+    # Before the workers, which get the remaining resources.
     learners = LearnerGroup(
         backend,
         spawn.rank,
@@ -79,7 +79,7 @@ def assemble(
         start_timeout_s=config.runtime.start_timeout_s,
         call_timeout_s=config.flow.stall_timeout_s,
     )
-    # Of an elastic pool the run waits for the fewest alone; the others join when Ray has them.
+    # The run waits for the smallest number of an elastic pool; others join when Ray has room.
     low, high = config.workers.bounds
     workers.start(low if backend.concurrent else config.workers.num_workers, spawn.worker)
     nodes = {worker.node for worker in workers}
@@ -106,7 +106,7 @@ def assemble(
     meet(backend, learners)
 
     def close_ranks() -> None:
-        # DeepSpeed's process group outlives the actor call that made it; leave it in order.
+        # DeepSpeed's process group outlives the call that made it, so the ranks leave it here.
         for ref in [rank.close() for rank in learners.ranks]:
             with contextlib.suppress(Exception):
                 backend.get(ref, 10.0)
@@ -147,7 +147,7 @@ def assemble(
 
 
 class _Spawner:
-    """Starts a part of a run by its role and number, the first time and after its death."""
+    """Starts the parts of a run, at the beginning and after a death."""
 
     def __init__(
         self,
@@ -178,13 +178,13 @@ class _Spawner:
         self._fields = config.context_fields(spec)
         self._ranks: list[Place] = []
         self._worker_of: dict[int, WorkerClient] = {}
-        self._lives: list[tuple[ShardClient, int]] = []  # of each shard's process
+        self._lives: list[tuple[ShardClient, int]] = []  # each shard process, with its `life`
         lineage = found.meta.get("init_from") if found else None
         self._lineage = {"lineage": lineage} if lineage else {}
         tracking: dict[str, Any] = (found.meta.get("tracking") or {}) if found else {}
         self.tracking_id: str | None = tracking.get("id")
-        # Of the rounds that the flow keeps under way: two for each worker or lease of an update.
-        # One more for a round that is redone; a lease that finds no rows goes by value.
+        # The rounds in progress: two for each worker or lease of an update, and one for a repeated
+        # round. A lease for which no rows are left goes by value.
         leases = -(-config.num_negatives // config.workers.num_chains)
         rounds = 2 * max(config.workers.num_workers, leases)
         self._num_grants = -(-rounds // config.buffer.num_shards) + 1
@@ -201,7 +201,7 @@ class _Spawner:
         return self._worker(index, place) if place is not None else None
 
     def worker(self, index: int) -> WorkerClient:
-        """A worker, which waits for room if there is none; elsewhere than the one that died."""
+        """A new worker, which waits for room if there is none. Avoids the node of a dead one."""
         place = self.placer.for_worker(instead_of=self._worker_of.get(index))
         return self._worker(index, place or self.placer.anywhere())
 
@@ -226,7 +226,7 @@ class _Spawner:
                 num_threads=config.workers.num_threads or place.num_threads,
                 num_cpus=config.runtime.cpus_per_worker,
                 num_gpus=place.num_gpus,
-                # A round whose lease was lost with a node must not hold up those after it.
+                # A round whose lease was lost with a node must not delay later rounds.
                 any_order=True,
                 shared=True,
                 node=place.node,
@@ -237,14 +237,14 @@ class _Spawner:
 
     def hub(self, resume_id: str | None) -> HubClient:
         config, found = self._config, self._found
-        # Rows past the checkpoint are of updates that will be done again. A hub that replaces a
-        # dead one of this run has none such.
+        # The run repeats the updates after the checkpoint, so their rows are removed; but not by a
+        # hub that replaces a dead one of this run.
         resume_step = found.step if found and self._hubs == 0 else None
         self._hubs += 1
         handle = self._backend.spawn(
             partial(
                 MetricHub,
-                # As this process is told, which the user started; a cluster's may be told nothing.
+                # Filled in from the environment of this process, since a node's may have none.
                 config=with_environment(config.tracking),
                 run_dir=self._run_dir.absolute(),
                 run_config=config.model_dump(mode="json") | self._lineage,
@@ -258,12 +258,12 @@ class _Spawner:
         return HubClient(handle)
 
     def shard_elsewhere(self, index: int) -> ShardClient | None:
-        """A process for a shard that has to leave its node; None where no node stays."""
+        """A process for a shard whose node is drained; None if no other node is left."""
         node = self.placer.for_shard()
         return self.shard(index, node) if node is not None else None
 
     def shard(self, index: int, node: str | None = None) -> ShardClient:
-        """A process for the shard, on `node` or else where its chains are mapped, if they are."""
+        """A process for the shard: on `node`, else on the node where its chains are mapped."""
         config = self._config
         before = self._shards[index] if index < len(self._shards) else None
         node = node or self.placer.for_shard(before.node if before else None)
@@ -284,14 +284,14 @@ class _Spawner:
                 trace=self.trace if self.trace.num_chains > 0 else None,
                 num_grants=self._num_grants,
                 fields=self._fields,
-                # Other files that lie on the node may be too old: of when the shard was here once
-                # before, or of a successor that waited here and was not needed.
+                # Names the mapped files. Other files on the node may be outdated: of an earlier
+                # process of the shard, or of a successor that was not needed.
                 life=life,
             ),
             f"shard-{index}",
             ActorOptions(
                 num_threads=1,
-                # A checkin waits for its worker; the next checkout must not wait for the checkin.
+                # A checkin waits for its worker, and must not delay the next checkout.
                 any_order=True,
                 shared=True,
                 node=node,
@@ -306,7 +306,7 @@ class _Spawner:
         return [str(place.node) for place in places] if (places := self._place(held)) else None
 
     def _place(self, held: Sequence[str | None] | None = None) -> list[Place] | None:
-        """Places for the learner ranks, which workers leave if they must."""
+        """Places for the learner ranks. Kills workers if the ranks need their GPUs."""
         if (ranks := self.placer.for_ranks(held)) is None:
             return None
         for worker in ranks.yielding:
@@ -330,8 +330,8 @@ class _Spawner:
                 rank=rank,
                 seed=config.run.seed,
                 device=self._plan.device,
-                # The jump of a chain's Jarzynski weight from its version to the learner's is its
-                # staleness weight, nothing where there is no lag.
+                # The change of a chain's Jarzynski weight from its version to the learner's is its
+                # staleness weight, which is zero without lag.
                 reweight=config.flow.stale == "reweight"
                 or (config.buffer.jarzynski and config.flow.mode == "async"),
                 jarzynski=config.buffer.jarzynski,
@@ -340,9 +340,9 @@ class _Spawner:
             ActorOptions(
                 num_threads=config.learner.num_threads or place.num_threads,
                 num_gpus=place.num_gpus,
-                # Negatives that are lost on their way must not hold up the others in their place.
+                # Negatives that are lost in transit must not delay those that replace them.
                 any_order=self._backend.scattered,
-                aside=rank == 0,  # who publishes
+                aside=rank == 0,  # rank 0 publishes the weights
                 node=node or place.node,
             ),
         )

@@ -1,4 +1,4 @@
-"""The arguments of `train` -> one RunConfig: what objects replace, and what was left out."""
+"""Builds the RunConfig from the arguments of `train`: a config, and objects given from Python."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ebm_dist.run.recipe import with_recipe
 
 
 class _DataPart(Section):
-    """The data section alone: what is left out of the others may depend on it."""
+    """The data section, which is needed to fill in the others."""
 
     data: DataConfig = DataConfig()
 
@@ -34,10 +34,10 @@ def config_of(
     energy: nn.Module | Callable[..., Any] | None,
     data: Dataset | Tensor | np.ndarray | None,
 ) -> tuple[RunConfig, str | None]:
-    """The config of a run, and what to say of the sampler that was chosen for it.
+    """The config of a run, and a line about the sampler if one was chosen for it.
 
     Raises:
-        UserError: the config is wrong, or an object cannot be used.
+        UserError: the config is invalid, or an object cannot be used.
     """
     said, parts = None, {}
     if energy is not None:
@@ -74,5 +74,5 @@ def config_of(
 
 
 def is_given(config: RunConfig) -> bool:
-    """Whether the config holds objects that its dump does not."""
+    """Whether the config has objects given from Python, which a dump does not contain."""
     return any(getattr(part, "_given", None) is not None for part in (config.energy, config.data))

@@ -1,4 +1,4 @@
-"""A sampler, and the sizes and rates that go with it, for a config that leaves them to the data."""
+"""Chooses a sampler, with matching sizes and rates, for a config without a sampler."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ebm_dist.data.dataset import open_dataset
 from ebm_dist.samplers import adapt_step_size, make
 
 MAX_LOOKED_AT = 2**24
-"""Numbers of real data that its scale is taken from."""
+"""Largest amount of real data from which its scale is estimated, in numbers."""
 
 FEW_NUMBERS = 64
-"""Of an event: a second thread takes longer to wake than the operations of a small network take.
-On two busy cores a step of 128 chains in the plane cost 20 ms of processor time with two threads,
-and .9 ms with one."""
+"""Events of at most this size get one thread: waking a second thread takes longer than the
+operations of a small network. On two busy cores a step of 128 chains in the plane took 20 ms of CPU
+time with two threads, and .9 ms with one."""
 
 NUM_CENTRES = 256
 NUM_ADAPT_STEPS = 200
@@ -33,9 +33,9 @@ Recipe = dict[str, dict[str, Any]]
 def with_recipe(
     config: Mapping[str, Any], data: DataConfig
 ) -> tuple[dict[str, Any], DataConfig, str]:
-    """`config` with a sampler for the kind of the data, and its other sections filled in.
+    """`config` with a sampler for the kind of the data, and matching values in other sections.
 
-    What the config does say stays. The recipe is written to config.yaml as if it had been given.
+    Keys of the config are not changed. The run writes the whole recipe to config.yaml.
 
     Args:
         config: sections by name, without `sampler`.
@@ -62,7 +62,7 @@ def with_recipe(
         recipe["learner"]["num_threads"] = 1
         recipe["workers"] = recipe.get("workers", {}) | {"num_threads": 1}
     inline = _told(config, "runtime").get("backend") == "inline"
-    # In one process nothing is gained by chains that run ahead; past a lag of 1 energies run away.
+    # In one process a lag saves no time. On Ray, energies diverge with a lag above 1.
     recipe["flow"] = {"mode": "sync"} if inline else {"max_lag": 1}
     changes = recipe.pop("data", {})
     if _told(config, "evaluation").get("every", True) and not open_dataset(data).has("test"):
@@ -73,7 +73,7 @@ def with_recipe(
         recipe.pop("objective", None)
     filled = dict(config)
     for name, part in recipe.items():
-        if isinstance(filled.get(name), Mapping | None):  # what is no section is refused later
+        if isinstance(filled.get(name), Mapping | None):  # another type is refused later
             filled[name] = part | _told(config, name)
     sampler = recipe["sampler"]
     shown = ", ".join(f"{key} {value:g}" for key, value in sampler.items() if key in _SHOWN)
@@ -92,20 +92,19 @@ _SHOWN = ("step_size", "noise_std", "grad_clip", "num_steps")
 def _real(x: Tensor) -> Recipe:
     """Persistent chains under an exact sampler: maximum likelihood.
 
-    No chain is restarted: in a mixture of three Gaussians, chains restarted with probability .2
-    left the modes .65, .22 and .14 of the mass, those that never were .51, .29 and .20; the data
-    has .51, .30 and .19.
+    No chain is restarted. On a mixture of three Gaussians with masses .51, .30 and .19, the chains
+    had .65, .22 and .14 if they were restarted with probability .2, and .51, .29 and .20 if not.
     """
     return {
         "sampler": {"name": "mala", "step_size": _step_size(x), "num_steps": 20},
-        # The noise that chains start from covers the data wherever its mean is.
+        # The initial noise covers the data, whatever its mean.
         "buffer": {"init_std": _short(x.square().mean().sqrt()), "reinit_prob": 0.0},
         "learner": {"lr": 2e-3, "schedule": "cosine", "ema_decay": 0.98, "grad_clip": 1.0},
     }
 
 
 def _image() -> Recipe:
-    """Short clipped Langevin rounds, nearly without noise (Du & Mordatch 2019)."""
+    """Short clipped Langevin rounds with little noise (Du & Mordatch 2019)."""
     return {
         "sampler": {
             "name": "langevin",
@@ -130,10 +129,10 @@ def _image() -> Recipe:
 
 
 def _discrete() -> Recipe:
-    """Persistent chains that flip the coordinates which the gradient points to.
+    """Persistent chains that change the sites which the gradient suggests.
 
-    Of two noisy patterns of 8 bits a small network was .03 nats away after 400 updates at this
-    rate, and 1.0 at a fifth of it.
+    On two noisy patterns of 8 bits, a small network was .03 nats from the data's law after 400
+    updates at this learning rate, and 1.0 nats at a fifth of it.
     """
     return {
         "sampler": {"name": "gibbs_with_gradients", "num_steps": 40},
@@ -143,17 +142,17 @@ def _discrete() -> Recipe:
 
 
 def _step_size(x: Tensor) -> float:
-    """The step at which MALA is accepted as it should be on the data's own density (N, *event).
+    """The step size at which MALA has its target acceptance on the density of the data x.
 
-    Not `sampler.adapt_steps`: untrained weights are flat and accept any step. With the step fitted
-    to them, 50 updates later 4% of the moves were accepted.
+    Not adapted to the initial weights, as `sampler.adapt_steps` does: their energy is flat and
+    accepts any step. With such a step, 4% of the moves were accepted 50 updates later.
     """
     centres = x[:NUM_CENTRES].flatten(1)
     num, dim = centres.shape
     variance = float(centres.var(0, correction=0).mean())
     if variance == 0:
         raise UserError("data: all events looked at are the same; a density needs them to differ")
-    # A kernel density estimate, Scott's bandwidth.
+    # A kernel density estimate with Scott's bandwidth.
     width = variance * num ** (-2 / (dim + 4))
     norm = centres.square().sum(1)
 
@@ -167,5 +166,6 @@ def _step_size(x: Tensor) -> float:
 
 
 def _short(value: Any) -> float:
-    """Two figures: the rest would only differ between machines, and a resume would name it."""
+    """`value` to two digits, since further ones differ between machines and a resume compares
+    them."""
     return float(f"{float(value):.2g}")

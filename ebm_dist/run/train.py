@@ -54,17 +54,17 @@ from ebm_dist.run.warm_up import warmed_up
 
 log = logging.getLogger("ebm_dist")
 events = logging.getLogger("ebm_dist.run")
-"""What a person who watches the run sees, line by line."""
+"""Lines for the terminal; `run.log` has them too."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """Where a run stands when `train` returns."""
+    """The result of `train`."""
 
     run_dir: Path
     step: int
     finished: bool
-    """False if a signal or a callback stopped the run; the same call of `train` goes on."""
+    """False if a signal or a callback stopped the run; the same call of `train` resumes it."""
     export_dir: Path | None
     metrics: dict[str, float]
     """The last value of each metric."""
@@ -76,7 +76,7 @@ class RunResult:
     def open_export(self) -> Export:
         """The exported model, for `ebm_dist.sample`; its `energy` is in eval mode on the CPU.
 
-        Works also where the energy's class lies in no module, as one of a notebook does.
+        This also works if no module defines the energy's class, as in a notebook.
         """
         if self.export_dir is None or self.config is None:
             raise ValueError(f"{self.run_dir}: the run is not finished, so it has no export yet")
@@ -99,33 +99,32 @@ def train(
 ) -> RunResult:
     """Train an energy, and export it.
 
-    A mapping may leave out `sampler`: it then gets one that suits the data's kind, with the sizes
-    and rates that go with it (`run/recipe.py`), and the run says so. Where `energy` or `data` is
-    given, a mapping without `runtime` trains in this process.
+    If a mapping has no `sampler`, it gets one that suits the data, with matching sizes and rates
+    (`run/recipe.py`), and a line reports it. If `energy` or `data` is given, a mapping without
+    `runtime` trains in this process.
 
-    It can be called in a notebook, in a coroutine and in any thread. Signals ask the run to stop
-    in the main thread alone; elsewhere a callback can. The same call goes on with a run that was
-    stopped.
+    It can be called in a notebook, in a coroutine and in any thread. In the main thread, a signal
+    stops the run; in other threads, only a callback can. The same call then resumes the run.
 
     Args:
         config: a RunConfig, a mapping of its sections, or the path of a YAML file; all defaults
             when left out.
-        energy: a module or a function (B, *event) -> (B,), or what makes a module when called
-            without arguments, in place of the config's. A given module is copied, not trained.
-        data: events (N, *event), or a map-style dataset of events or (event, label), in place of
-            the config's.
+        energy: a module, a function (B, *event) -> (B,), or a function that makes a module without
+            arguments; replaces the config's. A module is copied, so it is not changed.
+        data: events (N, *event), or a map-style dataset of events or (event, label); replaces the
+            config's.
         callbacks: objects with some of `on_update(step, metrics)`, `on_evaluation(step, metrics)`,
             `on_checkpoint(path)` and `on_end(result)`, called in this process after those of
-            the config. One that returns True stops the run after a checkpoint. After a death
-            that costs updates they are made again, and `on_update` sees their numbers again.
-        run_dir: where the run is kept; run.dir/run.name when left out.
-        resume: go on from the newest valid checkpoint of `run_dir` if there is one (auto), only
-            if there is one (must), or refuse a directory that holds a run (never).
-        console: where progress is shown; standard output when left out.
+            the config. One that returns True stops the run after a checkpoint. If a fault costs
+            updates, the run repeats them, and calls `on_update` for them again.
+        run_dir: the run directory; run.dir/run.name when left out.
+        resume: resume from the newest valid checkpoint of `run_dir` if there is one (auto), require
+            one (must), or refuse a directory with a run (never).
+        console: the console for progress; standard output when left out.
 
     Raises:
         UserError: the config, the data or the run directory cannot be used; nothing was started.
-        RunFailed: the run could not go on; its checkpoints stay.
+        RunFailed: the run could not continue; its checkpoints remain.
     """
     config, chosen = config_of(config, energy, data)
     hooks = Callbacks(load_callbacks(config.callbacks, callbacks), num_updates=config.run.steps)
@@ -142,7 +141,7 @@ def train(
         except ValueError as error:
             raise UserError(f"--run-dir: {error}") from None
     with claimed(directory) as unguarded:
-        refuse_link(directory / "export")  # which is written after the training
+        refuse_link(directory / "export")  # checked now, as it is written after the training
         found = starting_point(directory, resume)
         beginning = None
         if found is None and config.run.init_from is not None:
@@ -164,7 +163,7 @@ def train(
             try:
                 with interrupting():
                     result = _train(config, spec, directory, found, console, notices, hooks)
-            except Halted as halted:  # while it started, or went back: there is nothing new to keep
+            except Halted as halted:  # at the start or in a rollback, so there is nothing to save
                 if halted.is_failure:
                     raise RunFailed(str(halted)) from None
                 result = _interrupted(directory, console)
@@ -179,7 +178,7 @@ def train(
 
 
 def bind(config: RunConfig, spec: EventSpec) -> RunConfig:
-    """`config` with what was left to the data filled in, and checked against the data."""
+    """`config`, completed from the data and checked against it."""
     check_event(config, spec)
     try:
         return config.model_copy(
@@ -214,7 +213,7 @@ def _train(
         try:
             told = lambda: stop.is_set() or callbacks.end_run  # noqa: E731
             backend = _backend(config, spec, run_dir, told)
-        except SystemExit:  # by Ray's handler of SIGTERM, which is now in place of ours
+        except SystemExit:  # from Ray's handler of SIGTERM, which has replaced ours
             raise KeyboardInterrupt from None
         stack.callback(backend.close)
         stack.enter_context(interrupting())
@@ -247,13 +246,13 @@ def _train(
         if found is not None:
             with found.of_a_run():
                 controller.restore(found)
-            if found.step > 0:  # else it begins, which its notices said
+            if found.step > 0:  # otherwise the run begins, as its notices have said
                 view.say(f"resumed from {found.path.name}")
         with asking(stop):
             finished = controller.run()
         every = config.evaluation.every
         if finished and every is not None and config.run.steps % every:
-            controller.evaluate()  # else the loop has just done so
+            controller.evaluate()  # otherwise the loop has just evaluated
         parts.hub.flush(120.0)
         hub = parts.hub.info(60.0)
         parts.hub.close(config.tracking.finish_timeout + 10.0)
@@ -296,10 +295,10 @@ def _train(
 
 
 def _meta(config: RunConfig, spec: EventSpec, lineage: Any) -> dict[str, Any]:
-    """What every checkpoint says of its run.
+    """The fields that every checkpoint of the run has.
 
     Args:
-        lineage: of `run.init_from`, None for a run that began with its seed.
+        lineage: the lineage of `run.init_from`; None for a run that began from its seed.
     """
     return {
         "name": config.run.name,
@@ -311,7 +310,7 @@ def _meta(config: RunConfig, spec: EventSpec, lineage: Any) -> dict[str, Any]:
 
 
 def _interrupted(run_dir: Path, console: Console) -> RunResult:
-    """The result where a signal came while the loop was not there to be asked to stop."""
+    """The result of a run that a signal stopped outside the training loop."""
     name = checkpoint.newest_name(run_dir)
     log.info("interrupted; the newest checkpoint is %s", name)
     if name is None:
@@ -340,7 +339,7 @@ def _backend(
         data_bytes=config.data.num_given_bytes * num_readers,
     )
     size = (config.runtime.object_store_mb or 0) << 20 or need.total
-    if chosen_address(config.runtime.address)[0] == "local":  # a cluster has its own
+    if chosen_address(config.runtime.address)[0] == "local":  # a cluster has its own store
         check_shared_memory(size, need)
     return RayBackend(
         config.runtime.address,
@@ -354,14 +353,14 @@ def _backend(
 
 
 class _Events(logging.Handler):
-    """Shows in the view what is logged of a run; `run.log` keeps it as well."""
+    """Shows log records of a run in the view; `run.log` has them too."""
 
     def __init__(self, view: TerminalView) -> None:
         super().__init__()
         self._view = view
 
     def filter(self, record: logging.LogRecord) -> bool:
-        # Names in it may come from files: this handler is the first to see it, the log the next.
+        # Made one line, since names may come from files. The handler of run.log runs after this.
         record.msg, record.args = one_line(record.getMessage()), ()
         return True
 

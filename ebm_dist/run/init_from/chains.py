@@ -42,7 +42,7 @@ def chains_of(found: CheckpointDir, codec: Codec, spec: EventSpec) -> Chains:
 
 
 def check_context(config: RunConfig, spec: EventSpec, chains: Chains, path: Path) -> None:
-    """Refuse chains without what those of this run carry: nobody knows it of them."""
+    """Raise UserError if `chains` lack a context of this run's chains, which cannot be computed."""
     for carried in config.context_fields(spec):
         found = chains.get(CONTEXT + carried.name)
         if found is None or found.shape[1:] != carried.shape:
@@ -88,7 +88,7 @@ def first_shards(config: RunConfig, spec: EventSpec, chains: Chains | None) -> l
             )
             snapshot = shard.snapshot()
         for name, array in (chains or {}).items():
-            if name in snapshot.arrays:  # else a context that chains of this run do not carry
+            if name in snapshot.arrays:  # otherwise a context that this run's chains do not have
                 snapshot.arrays[name][: len(share)] = array[share]
         shards.append(snapshot)
     return shards
