@@ -17,13 +17,14 @@ from ebm_dist.core.types import Batch, ChainSample, EnergyFn, EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.data import DataConfig, load_split
 from ebm_dist.energies import EnergySection
-from ebm_dist.energies.context import bind, trait
+from ebm_dist.energies.context import bind, chain_unit, trait
 from ebm_dist.evaluation.bases import base_law
 from ebm_dist.evaluation.config import EvaluationConfig
 from ebm_dist.evaluation.exact import exact_log_partition, is_exact
 from ebm_dist.evaluation.fidelity import Fidelity
 from ebm_dist.evaluation.likelihood import log_likelihood, log_partition
 from ebm_dist.jarzynski.weights import log_z_ratio, log_z_standard_error, weights_moved
+from ebm_dist.objectives import ObjectiveSection
 from ebm_dist.objectives.weighting import ess_ratio
 from ebm_dist.samplers import KernelSection
 from ebm_dist.samplers.law import box, curvature, effective_temperature, unadjusted
@@ -45,6 +46,7 @@ class Evaluator:
         spec: EventSpec,
         sampler: KernelSection | None = None,
         *,
+        objective: ObjectiveSection | None = None,
         seed: int,
         temperature: float = 1.0,
         start_std: float = 1.0,
@@ -53,6 +55,8 @@ class Evaluator:
         """
         Args:
             sampler: sampler of the chains, for the bias of its step size; None to leave it out.
+            objective: makes the energy function of the chains from the learned energy; None to use
+                the learned energy itself.
             temperature: T of the run's chains; the likelihood is that of exp(-E/T)/Z.
             start_std: standard deviation of the noise from which chains start, buffer.init_std.
             run_estimates_log_z: training logs its own estimate as `likelihood/log_z`; the exact
@@ -67,7 +71,10 @@ class Evaluator:
         self._moves = unadjusted(sampler.build()) if sampler is not None else None
         self._box = box(sampler.build()) if sampler is not None else None
         self._seed = seed
-        self._energy = energy.build().eval().requires_grad_(False)
+        self._energy = self._chain_energy = energy.build()
+        if objective is not None:
+            self._chain_energy = objective.chain_energy(self._energy)
+        self._chain_energy.eval().requires_grad_(False)
         self._layout = FlatLayout.of(self._energy)
         self._fidelity: Fidelity | None = None
         self._test: Batch | None = None
@@ -101,7 +108,9 @@ class Evaluator:
             }
         if self._moves is not None:
             x = torch.from_numpy(np.array(chains.x[:NUM_PROBED]))
-            a = curvature(self._moves, self._given(chains, NUM_PROBED), x, generator)
+            given = self._given(chains, NUM_PROBED)
+            unit = chain_unit(given, x)
+            a = curvature(self._moves, given, x if unit is None else x / unit, generator)
             values["sampler/curvature"] = a
             values["sampler/effective_temperature"] = effective_temperature(self._moves, a)
         # A buffer whose size changes may have fewer chains than before.
@@ -124,9 +133,9 @@ class Evaluator:
         """The energy function with the context of the first `num` chains."""
         context = {
             name: torch.from_numpy(chains.context[name][:num].copy())
-            for name in trait(self._energy, "context") & chains.context.keys()
+            for name in trait(self._chain_energy, "context") & chains.context.keys()
         }
-        return bind(self._energy, **context)
+        return bind(self._chain_energy, **context)
 
     def _mean_energy(self, x: torch.Tensor) -> float:
         """Mean energy of events (N, *event).

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebm_dist.buffer.codec import Codec, StorageName
 from ebm_dist.buffer.rows import open_rows
@@ -26,10 +28,11 @@ from ebm_dist.core.types import (
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.diagnostics import autocorrelation_time, effective_sample_size, split_rhat
 from ebm_dist.energies import EnergySection
-from ebm_dist.energies.context import CONTEXT, bind, trait
+from ebm_dist.energies.context import CONTEXT, bind, chain_unit, trait
 from ebm_dist.jarzynski.kernel import GAIN, carried, weighted
 from ebm_dist.jarzynski.weights import resampling
 from ebm_dist.metrics.names import describe
+from ebm_dist.objectives import ObjectiveSection
 from ebm_dist.samplers import Chain, Engine, KernelSection, run_chain
 
 
@@ -42,6 +45,7 @@ class Worker:
         sampler: KernelSection,
         spec: EventSpec,
         *,
+        objective: ObjectiveSection | None = None,
         device: str = "cpu",
         resample_threshold: float | None = None,
         storage: StorageName = "float32",
@@ -51,6 +55,8 @@ class Worker:
     ) -> None:
         """
         Args:
+            objective: makes the energy function of the chains from the learned energy; None to use
+                the learned energy itself.
             num_updates: the last update of the run; `sampler.engine: auto` compiles only if enough
                 updates remain.
             resample_threshold: chains with Jarzynski weights are resampled when their effective
@@ -61,7 +67,10 @@ class Worker:
         """
         self._device = torch.device(device)
         self._spec = spec
-        self._energy = energy.build().to(self._device).eval().requires_grad_(False)
+        self._energy = self._chain_energy = energy.build()
+        if objective is not None:
+            self._chain_energy = objective.chain_energy(self._energy)
+        self._chain_energy.to(self._device).eval().requires_grad_(False)
         self._layout = FlatLayout.of(self._energy)
         self._codec = Codec.of(storage, spec)
         self._staging: Tensor | None = None
@@ -93,7 +102,7 @@ class Worker:
         if start is None:
             return _void(lease, version, num_steps)
         context = lease.context if condition is None else lease.context | {"condition": condition}
-        energy_fn = self._given(context)
+        energy_fn = self._given(self._chain_energy, context)
         log_weight = np.asarray(lease.log_weight)
         negatives = ancestors = None
         if self._resample_threshold is not None:
@@ -164,18 +173,18 @@ class Worker:
             context["label"] = np.arange(num) % trait(self._energy, "num_labels")
         if "level" in needed:
             context["level"] = np.zeros(num, np.int64)
-        energy_fn = self._given(context)
+        energy_fn = self._given(self._energy, context)
         chain = self._run(start, energy_fn, derive_seed(seed, "moves"), num_steps)
         return ChainSample(chain.position.cpu().numpy(), context)
 
-    def _given(self, context: Arrays) -> EnergyFn:
+    def _given(self, energy: nn.Module, context: Arrays) -> EnergyFn:
         """The energy function of chains with this context."""
         tensors = {
             name: torch.from_numpy(np.array(context[name])).to(self._device)
             for name in CONTEXT
             if name in context
         }
-        return bind(self._energy, **tensors)
+        return bind(energy, **tensors)
 
     def _empty_condition(self, lease: Lease) -> np.ndarray | None:
         """An array for the conditions that a lease grants by rows; None if it grants none."""
@@ -216,10 +225,11 @@ class Worker:
         return seeded(seed, self._device)
 
     def _run(self, start: Tensor, energy_fn: EnergyFn, seed: int, num_steps: int) -> Chain:
-        generator = self._generator(seed)
-        return run_chain(
+        generator, start = self._generator(seed), start.to(self._device)
+        unit = chain_unit(energy_fn, start)
+        chain = run_chain(
             self._kernel,
-            start.to(self._device),
+            start if unit is None else start / unit,
             energy_fn,
             num_steps,
             generator,
@@ -227,6 +237,7 @@ class Worker:
             channels_last=self._sampler.channels_last,
             engine=self._engine,
         )
+        return chain if unit is None else replace(chain, position=unit * chain.position)
 
     def _new_notes(self) -> tuple[str, ...]:
         # A compiling thread may add a note meanwhile: remove only those that were taken.

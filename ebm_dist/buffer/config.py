@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ebm_dist.core.section import Section
-from ebm_dist.core.types import CONTEXTS, ContextField, EventSpec
+from ebm_dist.core.types import CONTEXTS, ContextField, EventSpec, LevelNoise
 
 
 class ContextConfig(Section):
@@ -19,17 +19,21 @@ class ContextConfig(Section):
     the chain starts at under `init: data`; uniform: each class equally often."""
 
     level: Literal["stratified"] | None = None
-    """A noise or temperature level, for an energy E(x, t) over energy.num_levels of them. Each
-    level has its equal share of the chains that start together."""
+    """A noise or temperature level: of energy.num_levels for an energy E(x, t), or of the objective
+    where that adds noise to data. Each level has its equal share of the chains that start
+    together."""
 
     clock: bool = False
     """The number of steps since the chain started."""
 
-    condition: Literal["data"] | None = None
-    """The given half of a datum, for a conditional energy E(y | x): y is sampled while x stays."""
+    condition: Literal["data", "noisy_pair"] | None = None
+    """data: the given half of a datum, for a conditional energy E(y | x): y is sampled while x
+    stays. noisy_pair: the chain's pair with the further noise that the objective adds at the
+    chain's level; needs level and pair."""
 
     pair: Literal["data"] | None = None
-    """The datum that the chain starts at; objectives contrast the chain with it."""
+    """The datum that the chain starts at, which objectives contrast the chain with. An objective
+    that adds noise to data pairs the chain with the datum at the noise of the chain's level."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,10 +59,11 @@ class BufferConfig(Section):
     """Negatives per update, a multiple of workers.num_chains; data.batch_size when left out. More
     negatives lower the variance of the negative term of the gradient."""
 
-    init: Literal["noise", "data"] = "noise"
+    init: Literal["noise", "data", "condition"] = "noise"
     """Where a chain starts: the reference noise of the event (uniform on [-1, 1] for images,
-    Gaussian for real vectors, fair coins for binary ones), or a data point. With
-    reinit_prob 1 `noise` is short-run sampling and `data` is contrastive divergence."""
+    Gaussian for real vectors, fair coins for binary ones), a data point, or its own
+    context.condition, a noisy_pair. With reinit_prob 1 `noise` is short-run sampling and `data` is
+    contrastive divergence."""
 
     reinit_prob: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
     """Probability that a chain restarts from `init` at a checkout; 0 never restarts (PCD)."""
@@ -104,9 +109,16 @@ class BufferConfig(Section):
 
 
 def context_fields(
-    config: ContextConfig, spec: EventSpec, num_levels: int | None = None
+    config: ContextConfig,
+    spec: EventSpec,
+    num_levels: int | None = None,
+    pair_noise: tuple[LevelNoise, LevelNoise] | None = None,
 ) -> tuple[ContextField, ...]:
     """The contexts of a run's chains.
+
+    Args:
+        pair_noise: makes the pair of a datum, and the noisy pair of the pair; None where there are
+            no noisy pairs.
 
     Raises:
         ValueError: data or energy cannot give one; the message names its key.
@@ -128,14 +140,17 @@ def context_fields(
         fields.append(ContextField("level", size=num_levels))
     if config.clock:
         fields.append(ContextField("clock"))
-    if config.condition is not None:
+    of_pair, of_noisy_pair = pair_noise or (None, None)
+    if config.condition == "noisy_pair":
+        fields.append(ContextField("condition", spec.shape, "float32", noise=of_noisy_pair))
+    elif config.condition is not None:
         if spec.condition_shape is None:
             raise ValueError(
                 "buffer.context.condition: the data has no conditions; leave the key out"
             )
         fields.append(ContextField("condition", spec.condition_shape, "float32"))
     if config.pair is not None:
-        fields.append(ContextField("pair", spec.shape, "float32"))
+        fields.append(ContextField("pair", spec.shape, "float32", noise=of_pair))
     return tuple(fields)
 
 

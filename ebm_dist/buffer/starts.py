@@ -1,4 +1,4 @@
-"""Initial chains of a shard: noise or data, with a seed derived from the occasion.
+"""Initial chains of a shard: noise, data or noisy data, with a seed derived from the occasion.
 
 With Jarzynski weights, a chain that has not moved yet is a draw from a known density q. Its slot
 holds energy 0 and log-weight -log q(x). The first round then applies the usual weight update
@@ -17,7 +17,7 @@ from torch import Tensor
 from ebm_dist.buffer.config import BufferConfig, ContextConfig
 from ebm_dist.core.generators import seeded
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.core.types import Arrays, Batch, ContextField, EventSpec
+from ebm_dist.core.types import Arrays, Batch, ContextField, EventSpec, LevelNoise
 
 
 class StartSource(Protocol):
@@ -59,6 +59,8 @@ class Starts:
             assert self._data is not None
             batch = self._data.next_batch(num)
         context = draw_context(self._config.context, self._fields, num, batch, seed)
+        if self._config.init == "condition":
+            return context["condition"], context
         return self._position(num, batch, seeded(seed)), context
 
     def _position(self, num: int, batch: Batch | None, generator: torch.Generator) -> np.ndarray:
@@ -93,19 +95,35 @@ def draw_context(
         seed: of this occasion.
     """
     drawn: Arrays = {}
-    for field in fields:
+    # The condition comes last: it may be made of the pair.
+    for field in sorted(fields, key=lambda field: field.name == "condition"):
         rng = np.random.default_rng(derive_seed(seed, field.name))
         if field.name == "clock":
             drawn["clock"] = np.zeros(num, np.int64)
         elif field.name == "level" or (field.name == "label" and config.label == "uniform"):
             drawn[field.name] = _stratified(num, field.size, rng)
+        elif field.name == "condition" and config.condition == "noisy_pair":
+            drawn["condition"] = drawn["pair"]
         else:
             assert batch is not None
             given = {"label": batch.label, "condition": batch.condition, "pair": batch.x}
             value = given[field.name]
             assert value is not None, f"data without a {field.name}"
             drawn[field.name] = value.numpy().astype(field.dtype)
+        if field.noise is not None:
+            drawn[field.name] = _noised(drawn[field.name], drawn["level"], field.noise, rng)
     return drawn
+
+
+def _noised(
+    x: np.ndarray, level: np.ndarray, noise: LevelNoise, rng: np.random.Generator
+) -> np.ndarray:
+    """x (num, *event) float32 with the noise of each one's level (num,)."""
+    scale, std = (
+        np.asarray(values, np.float32)[level].reshape(-1, *[1] * (x.ndim - 1))
+        for values in (noise.scale, noise.std)
+    )
+    return scale * x + std * rng.standard_normal(x.shape, np.float32)
 
 
 def _stratified(num: int, size: int | None, rng: np.random.Generator) -> np.ndarray:

@@ -296,9 +296,10 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
             config.sampler.bind(spec)
             objective = config.objective.bind(spec).build()
             module = energy.build()
+            chain_energy = config.objective.chain_energy(module)
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
-    check_energy_context(config, spec, module)
+    check_energy_context(config, spec, chain_energy)
     if objective.needs_labels and spec.num_classes is None:
         raise UserError(
             f"objective.name: {config.objective.name} reads labels, and {config.data.location} "  # type: ignore[attr-defined]

@@ -72,8 +72,10 @@ class RunConfig(Section):
         Raises:
             ValueError: data or energy cannot give it; the message names the key.
         """
-        levels = trait(self.energy.build(), "noise_stds") if self.buffer.context.level else None
-        return context_fields(self.buffer.context, spec, len(levels) if levels else None)
+        context, noise, levels = self.buffer.context, self.objective.pair_noise, None
+        if context.level:
+            levels = noise[0].std if noise else trait(self.energy.build(), "noise_stds")
+        return context_fields(context, spec, len(levels) if levels else None, noise)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:

@@ -67,7 +67,15 @@ class Batch:
 CONTEXTS = ("label", "level", "clock", "condition", "pair")
 """What a chain may carry beside its position, one entry a chain: `label`, a class; `level`, a noise
 or temperature level; `clock`, the steps since it started; `condition`, an array that is given while
-the position is sampled; `pair`, the datum that it started from."""
+the position is sampled; `pair`, the datum that it is contrasted with."""
+
+
+@dataclass(frozen=True, slots=True)
+class LevelNoise:
+    """x -> scale x + std xi, xi ~ N(0, I), with one scale and one std for each level."""
+
+    scale: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,8 @@ class ContextField:
     """`label`, `level` and `clock` are int64, `condition` and `pair` float32."""
     size: int | None = None
     """Number of classes or levels: entries are 0 .. size - 1."""
+    noise: LevelNoise | None = None
+    """Makes the `pair` of a datum, or the `condition` of the pair."""
 
 
 @dataclass(frozen=True, slots=True)

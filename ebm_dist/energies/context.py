@@ -92,6 +92,17 @@ class Given(nn.Module):
         return Given(self.energy, {name: choose(t) for name, t in self.tensors.items()})
 
 
+def chain_unit(energy: object, x: Tensor) -> Tensor | None:
+    """The length (B, 1, ...) in units of which each chain of x moves; None for data units.
+
+    An energy with a method `chain_unit`, of the context of B chains, is called with u = x / unit.
+    """
+    of = getattr(energy.energy, "chain_unit", None) if isinstance(energy, Given) else None
+    if of is None:
+        return None
+    return of(**energy.tensors).reshape(-1, *[1] * (x.ndim - 1))  # type: ignore[attr-defined]
+
+
 def bind(
     energy: Any,
     *,

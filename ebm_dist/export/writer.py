@@ -22,8 +22,12 @@ from ebm_dist.core.types import EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.data import describe
 from ebm_dist.energies import EnergySection
+<<<<<<< HEAD
 from ebm_dist.energies.context import CONTEXT, bind, trait
 from ebm_dist.export import model_card
+=======
+from ebm_dist.energies.context import CONTEXT, bind, chain_unit, trait
+>>>>>>> 616c59c (Recovery likelihood may have its chains in the pool: each is tied to its own noisy datum)
 from ebm_dist.export.reader import (
     CARD,
     CHAINS,
@@ -122,7 +126,9 @@ def export_run(
     with found.of_a_run():
         stored = _last_chains(found, spec)
     metrics = model_card.last_metrics(run_dir / "metrics.jsonl")
-    measured = None if stored is None else _curvature(module, run.sampler, stored)
+    objective = run.objective.at_temperature(run.sampler.law_temperature)
+    chain_energy = objective.chain_energy(module)
+    measured = None if stored is None else _curvature(chain_energy, run.sampler, stored)
     if measured is None and "sampler/curvature" in metrics:
         measured = metrics["sampler/curvature"][0]
     card = model_card.render(
@@ -190,15 +196,21 @@ def _last_chains(found: checkpoint.CheckpointDir, spec: EventSpec) -> StoredChai
 
 
 def _curvature(energy: nn.Module, sampler: KernelSection, stored: StoredChains) -> float | None:
+<<<<<<< HEAD
     """The curvature of the energy along the chains; None if the sampler's law does not depend on
     it."""
+=======
+    """Of the energy of the last chains; None of a sampler whose law it is not in."""
+>>>>>>> 616c59c (Recovery likelihood may have its chains in the pool: each is tied to its own noisy datum)
     kernel = unadjusted(sampler.build())
     if kernel is None:
         return None
     takes = trait(energy, "context")
-    given = {key: value[:NUM_SOME] for key, value in stored.context.items() if key in takes}
+    context = {key: value[:NUM_SOME] for key, value in stored.context.items() if key in takes}
+    given, x = bind(energy, **context), stored.x[:NUM_SOME]
+    unit = chain_unit(given, x)
     generator = torch.Generator().manual_seed(0)
-    return curvature(kernel, bind(energy, **given), stored.x[:NUM_SOME], generator)
+    return curvature(kernel, given, x if unit is None else x / unit, generator)
 
 
 def _set_keys(section: Mapping[str, Any]) -> dict[str, Any]:

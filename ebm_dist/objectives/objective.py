@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ebm_dist.core.energy_call import energy_at
 from ebm_dist.core.section import Family, Section
-from ebm_dist.core.types import Batch, EnergyFn, EventKind, EventSpec, Negatives
+from ebm_dist.core.types import Batch, EnergyFn, EventKind, EventSpec, LevelNoise, Negatives
 from ebm_dist.objectives.weighting import ess_ratio, normalised_weights, staleness_log_weight
 
 Metrics = dict[str, Tensor]
@@ -154,6 +154,20 @@ class ObjectiveSection(Section):
     def contexts(self) -> frozenset[str]:
         """What it gives the energy beside x, of the data's own or of `buffer.context`."""
         return frozenset()
+
+    @property
+    def pair_noise(self) -> tuple[LevelNoise, LevelNoise] | None:
+        """Noise by level: it makes the pair of a chain of a datum, and the noisy pair of the pair.
+        None where pairs are data."""
+        return None
+
+    def chain_energy(self, energy: nn.Module) -> nn.Module:
+        """The energy that chains move under, made of the learned one, which it shares.
+
+        Raises:
+            ValueError: the learned energy does not fit the objective.
+        """
+        return energy
 
     reweights: ClassVar[bool] = True
     """Whether negatives count by their weights, staleness and Jarzynski ones alike."""

@@ -352,6 +352,16 @@ def _backend(
     )
 
 
+<<<<<<< HEAD
+=======
+def _num_readers(config: RunConfig) -> int:
+    """Parts that read data: learner ranks, the evaluator, the auditor, and shards if they start
+    chains from data."""
+    shards = config.buffer.num_shards if config.buffer.starts_from_data else 0
+    return config.learner.num_ranks + 2 + shards
+
+
+>>>>>>> 616c59c (Recovery likelihood may have its chains in the pool: each is tied to its own noisy datum)
 class _Events(logging.Handler):
     """Shows log records of a run in the view; `run.log` has them too."""
 

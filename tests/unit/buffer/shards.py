@@ -10,7 +10,7 @@ import torch
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.rows import open_rows
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.core.types import Batch, ContextField, EventSpec, Lease, MovedChains
+from ebm_dist.core.types import Batch, ContextField, EventSpec, Lease, LevelNoise, MovedChains
 
 SPEC = EventSpec((3,), "real")
 
@@ -43,6 +43,7 @@ class Numbered:
         ContextField("condition", (2,), "float32"),
         ContextField("pair", (3,), "float32"),
     )
+    init = "data"
 
     def __init__(self) -> None:
         self.next = 0
@@ -67,6 +68,35 @@ class Numbered:
         assert np.array_equal(context["condition"], np.stack([n + 0.25, n + 0.5], 1))
         if "pair" in context:  # which no worker is told
             assert np.array_equal(context["pair"], np.repeat(n[:, None], 3, 1))
+
+
+class Paired(Numbered):
+    """Noise of size 0: pairs are 10 n or 20 n by level, and chains start at noisy pairs, two or
+    three times as large."""
+
+    context: ClassVar = {
+        "level": "stratified",
+        "clock": True,
+        "condition": "noisy_pair",
+        "pair": "data",
+    }
+    fields = (
+        ContextField("level", size=2),
+        ContextField("clock"),
+        ContextField("condition", (3,), "float32", noise=LevelNoise((2.0, 3.0), (0.0, 0.0))),
+        ContextField("pair", (3,), "float32", noise=LevelNoise((10.0, 20.0), (0.0, 0.0))),
+    )
+    init = "condition"
+
+    @staticmethod
+    def check(x: np.ndarray, context: dict[str, np.ndarray]) -> None:
+        start = x - context["clock"][:, None] // 3
+        assert np.array_equal(context["condition"], start)
+        level = context["level"][:, None]
+        assert np.isin(level, (0, 1)).all()
+        if "pair" in context:
+            assert np.array_equal(context["condition"], (2 + level) * context["pair"])
+            assert not (context["pair"] % (10 * (1 + level))).any()
 
 
 def conditions_of(lease: Lease) -> dict[str, np.ndarray]:

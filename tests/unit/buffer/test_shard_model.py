@@ -10,7 +10,17 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from shards import Clock, Numbered, chain_ids, chains_of, conditions_of, make_shard, move, total
+from shards import (
+    Clock,
+    Numbered,
+    Paired,
+    chain_ids,
+    chains_of,
+    conditions_of,
+    make_shard,
+    move,
+    total,
+)
 
 from ebm_dist.buffer.answers import Origin
 from ebm_dist.buffer.rows import open_rows
@@ -20,6 +30,8 @@ CAPACITY, SIZE = 12, 3
 
 class ShardMachine(RuleBasedStateMachine):
     """A shard, and beside it a model: which lease should hold what, and what each slot has."""
+
+    Data: type[Numbered] = Numbered
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,9 +53,9 @@ class ShardMachine(RuleBasedStateMachine):
             clock=self.clock,
             directory=str(self.directory),
             num_grants=2,
-            config={"reinit_prob": 0.3, "init": "data", "context": Numbered.context},
-            data=Numbered(),
-            fields=Numbered.fields,
+            config={"reinit_prob": 0.3, "init": self.Data.init, "context": self.Data.context},
+            data=self.Data(),
+            fields=self.Data.fields,
         )
 
     def snapshot(self):
@@ -67,7 +79,7 @@ class ShardMachine(RuleBasedStateMachine):
         if lease is not None:
             taken = {int(slot) for slots in busy for slot in slots}
             assert not taken & set(lease.slots.tolist())
-            Numbered.check(chains_of(lease), conditions_of(lease))
+            self.Data.check(chains_of(lease), conditions_of(lease))
             self.leases[self.next_id] = lease
             self.live[self.next_id] = self.clock.now + 10.0
         self.next_id += 1
@@ -83,7 +95,7 @@ class ShardMachine(RuleBasedStateMachine):
         again = self.shard.checkout(lease_id, SIZE, by_rows)
         assert np.array_equal(again.slots, self.leases[lease_id].slots)
         assert np.array_equal(chains_of(again), before)
-        Numbered.check(before, conditions_of(again))
+        self.Data.check(before, conditions_of(again))
         self.superseded.append(self.leases[lease_id])
         self.leases[lease_id] = again
         self.live[lease_id] = self.clock.now + 10.0
@@ -137,7 +149,7 @@ class ShardMachine(RuleBasedStateMachine):
             ready, negatives = self.shard.take(lease_id)
             assert ready
             assert np.array_equal(negatives.x, self.content[slots])
-            Numbered.check(negatives.x, negatives.context)
+            self.Data.check(negatives.x, negatives.context)
 
     @precondition(lambda self: self.ready)
     @rule(data=st.data(), by_rows=st.booleans())
@@ -190,8 +202,8 @@ class ShardMachine(RuleBasedStateMachine):
         now = self.snapshot()
         assert np.array_equal(now["position"], self.content)
         context = {key[8:]: value for key, value in now.items() if key.startswith("context/")}
-        assert context.keys() == {field.name for field in Numbered.fields}
-        Numbered.check(now["position"], context)
+        assert context.keys() == {field.name for field in self.Data.fields}
+        self.Data.check(now["position"], context)
         assert chain_ids(self.shard) == list(range(CAPACITY))
 
 
@@ -199,3 +211,13 @@ ShardMachine.TestCase.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, derandomize=True
 )
 TestShard = ShardMachine.TestCase
+
+
+class PairedMachine(ShardMachine):
+    """Chains that start at noisy pairs."""
+
+    Data = Paired
+
+
+PairedMachine.TestCase.settings = settings(ShardMachine.TestCase.settings, max_examples=20)
+TestPairedShard = PairedMachine.TestCase
