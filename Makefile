@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-slow test-cluster test-jobs test-install test-gpu gpu-check chaos lint format types pretrained gallery bench clean help
+.PHONY: train test test-slow test-cluster test-jobs test-install test-gpu gpu-check chaos lint format types pretrained gallery docs bench clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -79,6 +79,17 @@ types: $(STAMP) ## static types
 gallery: $(STAMP) ## the pictures of the documentation
 	$(BIN)/python -m ebm_dist.report.gallery docs/gallery
 
+# The site gets an environment of its own: no test needs it.
+DOCS := .venv-docs
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(DOCS)/.installed ## the documentation site, to be read offline: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+
 # The peers get an environment of their own: what they pin is not ours to carry.
 PEERS := .venv-peers
 $(PEERS)/.installed: benchmarks/peers.txt constraints.txt
@@ -91,4 +102,4 @@ bench: $(STAMP) $(PEERS)/.installed ## ours against the peers and the limits; wr
 		--peer-python $(PEERS)/bin/python
 
 clean: ## the environment and what tools left behind
-	rm -rf $(VENV) $(PEERS) $(JOBS) .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(JOBS) $(DOCS) site .pytest_cache .ruff_cache build dist *.egg-info

@@ -22,12 +22,8 @@ from ebm_dist.core.types import EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.data import describe
 from ebm_dist.energies import EnergySection
-<<<<<<< HEAD
-from ebm_dist.energies.context import CONTEXT, bind, trait
-from ebm_dist.export import model_card
-=======
 from ebm_dist.energies.context import CONTEXT, bind, chain_unit, trait
->>>>>>> 616c59c (Recovery likelihood may have its chains in the pool: each is tied to its own noisy datum)
+from ebm_dist.export import model_card
 from ebm_dist.export.reader import (
     CARD,
     CHAINS,
@@ -196,12 +192,8 @@ def _last_chains(found: checkpoint.CheckpointDir, spec: EventSpec) -> StoredChai
 
 
 def _curvature(energy: nn.Module, sampler: KernelSection, stored: StoredChains) -> float | None:
-<<<<<<< HEAD
     """The curvature of the energy along the chains; None if the sampler's law does not depend on
     it."""
-=======
-    """Of the energy of the last chains; None of a sampler whose law it is not in."""
->>>>>>> 616c59c (Recovery likelihood may have its chains in the pool: each is tied to its own noisy datum)
     kernel = unadjusted(sampler.build())
     if kernel is None:
         return None

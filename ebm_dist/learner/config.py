@@ -44,6 +44,7 @@ class LearnerConfig(Section):
     """Momentum of `sgd`; `adam` and `adamw` have betas instead."""
 
     weight_decay: NonNegativeFloat = 0.0
+    """Strength of the decay that `optimizer` describes; `sgd` adds it to the gradient."""
 
     schedule: Literal["constant", "cosine"] = "constant"
     """The learning rate after the warm-up."""

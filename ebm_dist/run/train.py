@@ -326,7 +326,7 @@ def _backend(
         return InlineBackend(told)
     # Learner ranks, the evaluator, the auditor, and shards if they start chains from data.
     num_readers = config.learner.num_ranks + 2
-    num_readers += config.buffer.num_shards if config.buffer.init == "data" else 0
+    num_readers += config.buffer.num_shards if config.buffer.starts_from_data else 0
     need = store_need(
         spec,
         config.buffer,
@@ -352,16 +352,6 @@ def _backend(
     )
 
 
-<<<<<<< HEAD
-=======
-def _num_readers(config: RunConfig) -> int:
-    """Parts that read data: learner ranks, the evaluator, the auditor, and shards if they start
-    chains from data."""
-    shards = config.buffer.num_shards if config.buffer.starts_from_data else 0
-    return config.learner.num_ranks + 2 + shards
-
-
->>>>>>> 616c59c (Recovery likelihood may have its chains in the pool: each is tied to its own noisy datum)
 class _Events(logging.Handler):
     """Shows log records of a run in the view; `run.log` has them too."""
 
