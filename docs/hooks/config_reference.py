@@ -55,7 +55,11 @@ def _section(name: str, section: Schema, defs: Schema) -> Iterator[str]:
 
 def _keys(model: Schema, defs: Schema) -> Iterator[str]:
     yield from (_prose(model.get("description", "")), "")
-    for key, value in model.get("properties", {}).items():
+    required = model.get("required", ())
+    # What must be given first: sections begin with the keys that they share with others.
+    for key, value in sorted(
+        model.get("properties", {}).items(), key=lambda i: i[0] not in required
+    ):
         if key == "name" and "const" in value:
             continue  # said by the heading
         if "$ref" in value and "properties" in (inner := _named(value["$ref"], defs)):
@@ -106,7 +110,11 @@ def _kind(value: Schema, defs: Schema) -> str:
         return f"a list of {_kind(value.get('items', {}), defs)}"
     if kind in ("integer", "number"):
         limits = {sign: value[key] for key, sign in LIMITS.items() if key in value}
-        shown = [f"{sign} {limit:g}" for sign, limit in limits.items() if limit < 2**62]
+        shown = [
+            f"{sign} {limit:,}".removesuffix(".0")
+            for sign, limit in limits.items()
+            if limit < 2**62
+        ]
         return " ".join([kind, " and ".join(shown)]).strip()
     return WORDS.get(str(kind), "a value")
 
