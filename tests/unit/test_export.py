@@ -19,7 +19,7 @@ from ebm_dist import energies, samplers
 from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventSpec
-from ebm_dist.export.reader import open_export
+from ebm_dist.export.reader import StoredChains, open_export
 from ebm_dist.export.sample import draw_samples
 from ebm_dist.export.writer import write_export
 from ebm_dist.files.safe_open import sha256
@@ -71,7 +71,7 @@ def write(out: Path, energy: dict, spec: EventSpec, *, chains=None, sampler=LANG
         section=section,
         spec=spec,
         sampler=samplers.FAMILY.section(**sampler),
-        chains=chains,
+        chains=None if chains is None else StoredChains(chains, {}),
         about={"lineage": {"run": "test"}},
         card="# test\n",
     )

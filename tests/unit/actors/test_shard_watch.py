@@ -78,13 +78,13 @@ def test_a_shard_that_dies_while_it_is_asked_takes_no_row_with_it(
 ) -> None:
     looks: list[int] = []
 
-    def look(self: ChainMonitor) -> dict[str, float]:
+    def check(self: ChainMonitor) -> dict[str, float]:
         looks.append(len(looks))
         if len(looks) == 3:
             raise PartDied("it was killed")
         return {"chain/alarms": 0.0}
 
-    monkeypatch.setattr(ChainMonitor, "look", look)
+    monkeypatch.setattr(ChainMonitor, "check", check)
     result, _ = run(tmp_path / "r", "run.steps=8", "tracking.log_every=1")
     assert result.finished
     assert list(curve(tmp_path / "r", "weights/version")) == list(range(1, 9))
