@@ -143,13 +143,13 @@ def _flow(
 ) -> tuple[RoundScheduler, Progress, Callable[[], None]]:
     """A pool, its progress, and what makes an update of a quarter as many leases as workers."""
     progress, num_workers = Progress(), len(workers)
-    shards, workers = Shards(backend, [SLOTS] * len(parts)), WorkerPool(backend, **options)
+    shards, pool = Shards(backend, [SLOTS] * len(parts)), WorkerPool(backend, **options)
     shards.start(lambda index: parts[index])
-    workers.start(num_workers, lambda index: workers[index])
+    pool.start(num_workers, lambda index: workers[index])
     scheduler = RoundScheduler(
         backend,
         shards,
-        workers,
+        pool,
         on_replaced=lambda shard: Redo(),
         on_rejected=lambda shard: Redo(),
         num_chains=CHAINS,

@@ -16,7 +16,6 @@ of a synchronous one, which are all: there the thread that reads ahead has no co
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -81,8 +80,11 @@ def measure(source: Path, number: int, repetitions: int, out: Path | None) -> No
     wrapped, module = engine._engine, engine._module
     x = (torch.rand(BATCH, 1, 28, 28) * 2 - 1).to(device)
     batch = Batch(x)
-    fields = zip(*(dataclasses.astuple(lease) for lease in negatives))
-    negative = Negatives(*(torch.from_numpy(np.concatenate(f)).to(device) for f in fields))
+    joined = {
+        name: torch.from_numpy(np.concatenate([getattr(n, name) for n in negatives])).to(device)
+        for name in ("x", "energy", "version", "log_weight")
+    }
+    negative = Negatives(**joined)
     trainable = [p for p in module.parameters() if p.requires_grad]
     plain = torch.optim.Adam(trainable, lr=LR, fused=True)
 
