@@ -1,4 +1,4 @@
-"""What a shard answers to those who call it from afar."""
+"""The results of a shard's remote methods."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 
 from ebm_dist.core.types import Cursor
 
-# The answer of every round is a named tuple: a frozen dataclass of so many fields takes 24
-# microseconds to pickle and to read, and this takes 12.
+# The result of every round is a named tuple, which takes 12 microseconds to pickle and unpickle; a
+# frozen dataclass with as many fields takes 24.
 
 
 class ShardCounts(NamedTuple):
-    """How the slots of a shard stand, and what has happened to them so far."""
+    """Numbers of slots in each state, and counts of events so far."""
 
     free: int
     leased: int
     ready: int
     capacity: int
     age_mean: float
-    """Of the chains, in rounds."""
+    """Mean age of the chains, in rounds."""
     late_checkins: int
     expired_leases: int
     reinitialised: int
@@ -30,47 +30,47 @@ class ShardCounts(NamedTuple):
 
 
 class CheckinReply(NamedTuple):
-    """Whether the chains of a lease were committed, and what the round was."""
+    """Whether the chains of a lease were committed, and a summary of the round."""
 
     accepted: bool
     lease_id: int | None
-    """None where the worker was given no lease."""
+    """None if the worker received no lease."""
     counts: ShardCounts
-    """Of the shard after it."""
+    """The shard's counts after the checkin."""
     version: int = -1
-    """Of the weights that moved the chains."""
+    """Version of the weights that moved the chains."""
     num_steps: int = 0
     num_chains: int = 0
     stats: Mapping[str, float] = {}
     """Sampler and chain diagnostics, by metric name."""
     notes: tuple[str, ...] = ()
-    """What worker and shard have to say, for the log of the run."""
+    """Messages of the worker and the shard, for the run's log."""
     by_rows: bool = False
-    """Whether the chains never left the memory of the shard's node."""
+    """Whether the chains stayed in the memory of the shard's node."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardStatus:
     attached: bool
-    """Whether the chains are those that a process before this one left."""
+    """Whether the chains are those of an earlier process."""
     epoch: int
     counts: ShardCounts
 
 
 @dataclass(frozen=True, slots=True)
 class ChainHealth:
-    """What the followed chains of a shard show."""
+    """Diagnostics of the traced chains of a shard."""
 
     values: dict[str, float]
     """By metric name."""
     alarm: str | None
-    """In one line, where they stand still."""
+    """One line if chains are stuck, else None."""
     num_reseeded: int
 
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Of the chains that have moved: their energy at the last move, and their age in rounds."""
+    """Energies at the last move, and ages in rounds, of the chains that have moved."""
 
     energy: np.ndarray  # (M,), float32
     age: np.ndarray  # (M,), int64
@@ -78,7 +78,7 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class WeightedChains:
-    """Every chain of a shard with what its Jarzynski weight is carried on from, by slot."""
+    """Every chain of a shard with its Jarzynski log-weight, by slot."""
 
     x: np.ndarray  # (N, *event), float32
     energy: np.ndarray  # (N,), float32, as recorded when the chain moved
@@ -87,14 +87,14 @@ class WeightedChains:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a shard that takes over chains is told beside the arrays."""
+    """The state, apart from the arrays, of a shard that takes over chains."""
 
     data: Cursor | None = None
-    """Of the stream that chains start from."""
+    """Cursor of the data stream from which chains start."""
     next_chain: int | None = None
-    """First identity of the chains beyond those taken over; the one after theirs when left out."""
+    """First identity of the chains in the remaining slots; by default, the next free one."""
     epoch: int = 0
-    """The predecessor's: its leases are void."""
+    """Epoch of the predecessor, whose leases are void."""
     counters: Mapping[str, int] = field(default_factory=dict)
-    """Those of the predecessor, which the successor counts on from."""
+    """Counters of the predecessor, which the successor continues."""
     restart: np.ndarray | None = None  # (capacity,), bool: slots whose next lease starts afresh

@@ -43,8 +43,8 @@ class RunConfig(Section):
     """The complete config of a run. `load` reads it from a file."""
 
     plugins: tuple[ModuleName, ...] = ()
-    """Modules that `train` imports before it reads the rest; what they register can be named like
-    what is built in. Training a stranger's config runs the code that it names."""
+    """Modules that `train` imports before it reads the rest; the sections that they register are
+    then available. Training a config of another person runs the code that it names."""
 
     run: RunSection = RunSection()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -67,10 +67,10 @@ class RunConfig(Section):
         return self.buffer.num_negatives or self.data.batch_size
 
     def context_fields(self, spec: EventSpec) -> tuple[ContextField, ...]:
-        """What each chain carries beside its position; `self` is bound to data of `spec`.
+        """The contexts of each chain; `self` is bound to data of `spec`.
 
         Raises:
-            ValueError: data or energy cannot give it; the message names the key.
+            ValueError: the data or the energy does not have one; the message names the key.
         """
         context, noise, levels = self.buffer.context, self.objective.pair_noise, None
         if context.level:
@@ -106,7 +106,7 @@ def load(
         prefix, data = "", dict(source)
     else:
         prefix, data = f"{source}: ", _read_file(Path(source))
-    # Places for anchors, which other sections merge.
+    # Keys with x- hold YAML anchors for other sections.
     data = {key: value for key, value in data.items() if not str(key).startswith("x-")}
     for override in overrides:
         data = apply_override(data, override, RunConfig)
@@ -121,7 +121,7 @@ def load(
 def _import_plugins_of(data: dict[str, Any]) -> None:
     names, runtime = data.get("plugins") or (), data.get("runtime")
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        return  # which the validation says
+        return  # the validation reports it
     directory = runtime.get("working_dir") if isinstance(runtime, Mapping) else None
     import_plugins(names, directory=directory if isinstance(directory, str) else None)
 

@@ -166,11 +166,11 @@ class FlowConfig(Section):
 
 
 class CallbackSection(Section):
-    """A user's object whose hooks are called in the driver while the run goes on."""
+    """A user's object whose hooks the driver calls during the run."""
 
     target: Target
-    """`my_pkg.hooks:Stop`, a class or function that makes it. The object has some of
+    """`my_pkg.hooks:Stop`, a class or function that makes the object, which has some of
     on_update(step, metrics), on_evaluation(step, metrics), on_checkpoint(path), on_end(result)."""
 
     params: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments that the target is called with."""
+    """Keyword arguments of the target."""

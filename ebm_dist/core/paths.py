@@ -7,8 +7,8 @@ import re
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
-"""In the name of a variable whose value belongs into no path: a run records its paths and sends
-them to W&B, and the config may be a stranger's."""
+"""Matches names of variables whose value must not be in a path: a run records its paths and sends
+them to W&B, and another person may have written the config."""
 
 
 def config_path(path: str) -> str:

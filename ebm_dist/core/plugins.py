@@ -1,9 +1,8 @@
-"""A user's own code, named in a config: which names are allowed, and how they are imported.
+"""Imports a user's own code that a config names, and checks the names.
 
 A config names an object as `my_pkg.nets:Net`, and modules to import as `plugins: [my_pkg.ebm]`.
-Checking a name imports nothing. Only `train`, and a command with `--plugin`, import: a module runs
-its code when it is imported, so whoever trains a stranger's config with plugins runs that
-stranger's code.
+Checking a name imports nothing. Only `train`, and a command with `--plugin`, import modules. An
+import runs the module's code, so training a config with plugins runs the code of its author.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from ebm_dist.core.errors import UserError, named
 from ebm_dist.core.section import nearest
 
 ENTRY_POINTS = "ebm_dist.plugins"
-"""The entry point group in which an installed package names modules that register sections."""
+"""The entry point group of installed packages whose modules register sections."""
 
 USER_METRICS = "user/"
-"""Begins the names of metrics that a user's own objective or sampler reports."""
+"""Prefix of the metrics of a user's own objective or sampler."""
 
 IN_SESSION = "__main__"
-"""Module of a target that no import can reach: its object was given from Python."""
+"""Module of a target that cannot be imported, because its object was given from Python."""
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _TARGET = re.compile(rf"({_MODULE.pattern}):([A-Za-z_]\w*|<lambda>)", re.ASCII)
@@ -74,16 +73,15 @@ Target = Annotated[str, Field(max_length=200), AfterValidator(_target)]
 
 
 def load_target(target: str, key: str, *, instances: bool = False) -> Any:
-    """The class or function that `target` names, its module imported.
+    """Import the module of `target`, and return the class or function that it names.
 
     Args:
-        key: where the target stands in the config, such as `energy.target`.
-        instances: an object that the module holds will do as well, unless it is of a class of the
-            standard library.
+        key: the key of the target in the config, such as `energy.target`.
+        instances: also allow an object that is an instance of a class outside the standard library.
 
     Raises:
-        UserError: in one line; the module cannot be imported on this node or raises while it is
-            imported, or does not itself define a class or function of that name.
+        UserError: in one line; the module cannot be imported on this node, raises while it is
+            imported, or does not define a class or function of that name itself.
     """
     try:
         _target(target)
@@ -107,7 +105,7 @@ def load_target(target: str, key: str, *, instances: bool = False) -> Any:
                 f"{key}: {target} is a plain {type(found).__name__}; wrap it in a class"
             )
         return found
-    # An instance has no name of its own, and that of its class would pass for its own module.
+    # An instance has no name, and `__module__` is that of its class.
     if not callable(found) or not hasattr(found, "__qualname__"):
         raise UserError(
             f"{key}: expected a class or a function, {target} is of type {type(found).__name__}"
@@ -121,10 +119,10 @@ def load_target(target: str, key: str, *, instances: bool = False) -> Any:
 
 
 def target_of(given: Any) -> str:
-    """The target to record for an object given from Python: it names its class or function.
+    """The target to record for an object given from Python: the name of its class or function.
 
-    Of what no import can reach (`__main__`, a lambda, a class inside a function) it begins with
-    `__main__:`, which `load_target` refuses in one line.
+    If that cannot be imported (`__main__`, a lambda, a class inside a function), the target begins
+    with `__main__:`, which `load_target` refuses in one line.
     """
     named = given if hasattr(given, "__qualname__") else type(given)
     name = named.__qualname__.rpartition(".")[2]
@@ -137,16 +135,16 @@ def target_of(given: Any) -> str:
 def import_plugins(
     names: Sequence[str], key: str = "plugins", *, directory: str | None = None
 ) -> None:
-    """Import the modules `names` and those of the entry points, whose sections then register.
+    """Import the modules `names` and those of the entry points, which register their sections.
 
-    The working directory is searched last, as if it stood at the end of PYTHONPATH: a file there
-    does not hide an installed package. Ray gives the same directory to its actors.
+    The working directory is searched last, so that a file in it does not hide an installed package.
+    Ray's actors search the same directory.
 
     Args:
-        directory: `runtime.working_dir`, which is searched as well.
+        directory: `runtime.working_dir`, which is searched too.
 
     Raises:
-        UserError: in one line, as of `load_target`.
+        UserError: in one line, as in `load_target`.
     """
     folders = [os.getcwd()] + ([os.path.expanduser(directory)] if directory else [])
     sys.path += [path for path in map(os.path.abspath, folders) if path not in sys.path]
@@ -166,10 +164,10 @@ def _entry_points() -> Iterable[importlib.metadata.EntryPoint]:
 
 
 def plugin_hint(names: object) -> str:
-    """What to add to a command whose config names a section that a plugin may register.
+    """Advice for a config with a section that a plugin may register: the flags to add.
 
     Args:
-        names: what stands at `plugins` in the config; anything.
+        names: the unchecked value of `plugins` in the config.
     """
     listed = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     missing = [
@@ -184,7 +182,7 @@ def plugin_hint(names: object) -> str:
 
 
 def modules_of(section: object) -> Iterator[str]:
-    """The modules whose code a section, given as plain values, would run when it is built."""
+    """The modules whose code would run if a section, given as plain values, was built."""
     if isinstance(section, Mapping):
         target = section.get("target")
         if "module" in (section.get("name"), section.get("source")) and isinstance(target, str):
@@ -196,7 +194,7 @@ def modules_of(section: object) -> Iterator[str]:
 
 
 def require_named(section: object, plugins: Sequence[str], where: str) -> None:
-    """Refuse a section, given as plain values, that would run code nobody has asked for.
+    """Raise UserError if a section, given as plain values, needs a module that is not in `plugins`.
 
     Args:
         plugins: the modules that may be imported.
@@ -239,7 +237,7 @@ def _raised(name: str, key: str, error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """The file and line of the user's own code where `error` arose."""
+    """The file and line of the user's own code that raised `error`."""
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)

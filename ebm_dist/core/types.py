@@ -32,7 +32,7 @@ class EventSpec:
     num_classes: int | None = None
     """Number of labels, None for unlabelled data."""
     condition_shape: tuple[int, ...] | None = None
-    """Of what is given with each event, None for data without."""
+    """Shape of the condition of each event, None for data without conditions."""
 
     @property
     def discrete(self) -> bool:
@@ -65,9 +65,9 @@ class Batch:
 
 
 CONTEXTS = ("label", "level", "clock", "condition", "pair")
-"""What a chain may carry beside its position, one entry a chain: `label`, a class; `level`, a noise
-or temperature level; `clock`, the steps since it started; `condition`, an array that is given while
-the position is sampled; `pair`, the datum that it is contrasted with."""
+"""The contexts of a chain, one entry per chain: `label`, a class; `level`, a noise or temperature
+level; `clock`, the number of steps since its start; `condition`, an array that is fixed while the
+position is sampled; `pair`, the datum with which an objective contrasts it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,9 @@ class ContextField:
     """One context of the chains of a run."""
 
     name: str
-    """Of `CONTEXTS`."""
+    """One of `CONTEXTS`."""
     shape: tuple[int, ...] = ()
-    """Of one chain's entry."""
+    """Shape of one chain's entry."""
     dtype: str = "int64"
     """`label`, `level` and `clock` are int64, `condition` and `pair` float32."""
     size: int | None = None
@@ -143,7 +143,7 @@ class RowGrant:
     source: np.ndarray  # (M,), int64, rows of the chains to move
     target: np.ndarray  # (M,), int64, rows for the moved chains
     condition_shape: tuple[int, ...] | None
-    """Of the conditions of the same rows; None where chains have none."""
+    """Shape of the conditions in the same rows; None if chains have no conditions."""
     index: int
     token: int
     """Unique to this grant; shared memory holds it as long as the grant is valid."""
@@ -176,8 +176,7 @@ class Lease:
     """(M,), float32, under those weights; the Jarzynski weight update needs it."""
     grant: RowGrant | None = None
     context: dict[str, np.ndarray] = field(default_factory=dict)
-    """(M, ...) each, by `CONTEXTS`, `pair` apart. A `condition` lies in the granted rows if there
-    are any."""
+    """(M, ...) each, by `CONTEXTS` without `pair`; with a grant, conditions are in its rows."""
 
 
 @dataclass(slots=True)
@@ -206,7 +205,7 @@ class MovedChains:
     token: int | None = None
     """The token of the grant, if the chains are in its rows."""
     level: np.ndarray | None = None
-    """(M,), int64, where the round has moved the chains between levels."""
+    """(M,), int64, if the round has moved the chains between levels."""
     notes: tuple[str, ...] = ()
     """Messages of the worker since its last round, for the run's log."""
 
@@ -228,19 +227,19 @@ Arrays = dict[str, np.ndarray]
 """Arrays by name, as one file of a checkpoint holds them."""
 
 Cursor = dict[str, int | str]
-"""Where a data stream stands, as JSON."""
+"""Position in a data stream, for JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardMeta:
-    """What a checkpoint says of a shard beside its arrays."""
+    """The fields of a shard in a checkpoint, apart from its arrays."""
 
     index: int
     capacity: int
     data: Cursor | None
-    """Of the stream that chains start from."""
+    """Cursor of the data stream from which chains start."""
     since: int | None = None
-    """The cut that the arrays are a difference to; None where they are whole."""
+    """The full cut to which incremental arrays refer; None if the arrays are full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,10 +252,10 @@ class ShardState:
 
 @dataclass(frozen=True, slots=True)
 class RankState:
-    """A learner rank's part of a checkpoint. Arrays, since Ray would pickle tensors."""
+    """A learner rank's part of a checkpoint, as arrays, since Ray would pickle tensors."""
 
     learner: Arrays | None
-    """Weights and optimiser, whole, of rank 0."""
+    """The full weights and optimiser state; None except on rank 0."""
     ema: Arrays | None
-    """The averaged weights, of rank 0."""
+    """The averaged weights; None except on rank 0."""
     data: Cursor | None
