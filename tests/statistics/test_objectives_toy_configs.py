@@ -32,6 +32,7 @@ EXPECTED: dict[str, dict[str, tuple[list[float], float]]] = {
     "denoising_score_matching": {"precision": ([0.8], 0.03)},
     "denoising_multi_sigma": {"precision": ([0.23529], 0.01)},
     "recovery_likelihood": {"precision": ([1.0], 0.05)},
+    "recovery_likelihood_pool": {"precision": ([1.0], 0.05)},
     "noise_contrastive": {"precision": ([1.0], 0.05)},
     "energy_discrepancy": {"precision": ([1.0], 0.05)},
     "energy_matching": {"precision": ([0.5, 0.75], 0.04), "mean": ([5.0, -1.8333], 0.3)},
