@@ -153,7 +153,12 @@ def train(
 def sample(
     checkpoint: ExportDir,
     num: Annotated[int, typer.Option(min=1, help="Chains to draw.")] = 64,
-    steps: Annotated[int, typer.Option(min=0, help="Sampler steps of each chain.")] = 1000,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Sampler steps of each chain; the median age of the run's if left out."
+        ),
+    ] = None,
     out: Annotated[Path, Option(help="A picture (.png) or arrays x and energy (.npz).")] = Path(
         "samples.png"
     ),
@@ -173,10 +178,11 @@ def sample(
 ) -> None:
     """Draw samples from an exported model with its training sampler."""
     from ebm_dist.export.reader import open_export
-    from ebm_dist.export.sample import check_suffix, draw_samples, save_samples
+    from ebm_dist.export.sample import check_suffix, draw_samples, save_samples, usual_steps
 
     check_suffix(out)
     export = open_export(checkpoint, plugins=import_named(plugin))
+    steps = usual_steps(export) if steps is None else steps
     with _progress("sampling", num * steps) as advance:
         x, energy = draw_samples(
             export,

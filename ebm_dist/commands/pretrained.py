@@ -21,7 +21,7 @@ def list_models() -> None:
     from ebm_dist.export.pretrained import FOLDER, names
     from ebm_dist.export.reader import open_export
 
-    table = Table("name", "energy", "events", "classes", "parameters", "KiB", "card", box=None)
+    table = Table("name", "energy", "events", "classes", "parameters", "KiB", box=None)
     for name in names():
         export, folder = open_export(FOLDER / name), FOLDER / name
         size = sum(path.stat().st_size for path in folder.iterdir()) >> 10
@@ -32,6 +32,6 @@ def list_models() -> None:
             str(export.config["energy"].get("num_classes") or "-"),
             f"{sum(p.numel() for p in export.energy.parameters()):,}",
             str(size),
-            str(folder / "README.md"),
         )
-    Console(soft_wrap=True).print(table)
+    Console().print(table)
+    print(f"cards: {FOLDER}/NAME/README.md")

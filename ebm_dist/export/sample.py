@@ -41,10 +41,10 @@ def sample(
         export: the path of an export or of a run with one, or the result of `open_export` or of
             `RunResult.open_export`.
         label: for an energy that takes labels, the class to draw, or one per sample (num,); the law
-            is exp(-E(x, label)/T). When left out, the law is that of all classes together, or each
-            class is drawn equally often if the energy does not define that law.
+            is exp(-E(x, label)/T). When left out, each class is drawn equally often if the run's
+            chains had labels, or if the energy needs one; else the law is that of E(x).
         level: for an energy over levels, the noise level; 0, the cleanest, when left out.
-        num_steps: sampler steps of each chain; 1000 when left out.
+        num_steps: sampler steps of each chain; when left out, `usual_steps`.
 
     Returns:
         Samples (num, *event) and their energies (num,), float32 on the CPU.
@@ -52,7 +52,7 @@ def sample(
     if num < 1:
         raise UserError(f"num: expected at least 1, got {num}")
     opened = export if isinstance(export, Export) else open_export(export)
-    steps = NUM_STEPS if num_steps is None else num_steps
+    steps = usual_steps(opened) if num_steps is None else num_steps
     return draw_samples(opened, num, steps, label=label, level=level, seed=seed)
 
 
@@ -94,7 +94,9 @@ def draw_samples(
     device = torch.device(device)
     energy = export.energy.to(device)
     kernel = export.kernel()
-    begin = starting_points(export, num, start, seed)
+    begin, labels = starting_points(export, num, start, seed)
+    if label is None and is_conditional(export):
+        label = torch.arange(num) % trait(energy, "num_labels") if labels is None else labels
     asked = asked_context(energy, num, label, level)
     positions, energies, done = [], [], 0
     for index, first in enumerate(range(0, num, batch_size)):
@@ -116,6 +118,30 @@ def draw_samples(
         positions.append(state.position.cpu())
         energies.append(state.energy.cpu())
     return torch.cat(positions), torch.cat(energies)
+
+
+def usual_steps(export: Export) -> int:
+    """Steps of a chain from noise: the median age of the run's chains, at most `NUM_STEPS`.
+
+    A recipe of low temperature trains the energy where its chains come in their lives; longer
+    chains leave that, and settle in a few minima. Chains that never restart have no such age.
+    """
+    try:
+        restart = float(export.config["recipe"]["buffer"]["reinit_prob"])
+    except (KeyError, TypeError, ValueError):
+        return NUM_STEPS
+    if not 0 < restart < 1:
+        return export.sampler.num_steps if restart == 1 else NUM_STEPS
+    rounds = math.ceil(math.log(2) / -math.log1p(-restart))
+    return min(NUM_STEPS, export.sampler.num_steps * rounds)
+
+
+def is_conditional(export: Export) -> bool:
+    """Whether the run's chains each had a label."""
+    try:
+        return bool(export.config["recipe"]["buffer"]["context"]["label"])
+    except (KeyError, TypeError):
+        return "label" in trait(export.energy, "needs_context")
 
 
 def asked_context(
@@ -163,19 +189,23 @@ def _asked(name: str, asked: Tensor, num: int, size: int, takes: frozenset[str])
     return asked.long().expand(num)
 
 
-def starting_points(export: Export, num: int, start: Start, seed: int) -> Tensor:
-    """The initial positions of `num` chains, (num, *event)."""
+def starting_points(
+    export: Export, num: int, start: Start, seed: int
+) -> tuple[Tensor, Tensor | None]:
+    """The initial positions of `num` chains, (num, *event), and the labels (num,) of the run's."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "draw", "start"))
     if start == "noise":
-        return export.spec.noise(num, generator, std=export.start_std)
-    stored = export.chains()
+        return export.spec.noise(num, generator, std=export.start_std), None
+    stored = export.stored()
     if stored is None:
         raise UserError(f"{export.path}: holds no chains; draw with --start noise")
     order = [
-        torch.randperm(len(stored), generator=generator)
-        for _ in range((num + len(stored) - 1) // len(stored))
+        torch.randperm(len(stored.x), generator=generator)
+        for _ in range((num + len(stored.x) - 1) // len(stored.x))
     ]
-    return stored[torch.cat(order)[:num]]
+    chosen = torch.cat(order)[:num]
+    label = stored.context.get("label")
+    return stored.x[chosen], None if label is None else label[chosen]
 
 
 def save_samples(out: Path, x: Tensor, energy: Tensor, export: Export) -> None:

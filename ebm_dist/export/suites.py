@@ -30,14 +30,14 @@ from ebm_dist.evaluation import (
 )
 from ebm_dist.evaluation.regime import SHORT_RUN_REINIT
 from ebm_dist.export.reader import Export
-from ebm_dist.export.sample import draw_samples
+from ebm_dist.export.sample import draw_samples, is_conditional, usual_steps
 from ebm_dist.samplers import law
 
 Suite = Literal["density", "ood", "robustness", "fidelity", "landscape"]
 Say = Callable[[str], None]
 
 NUM_TRAIN, NUM_TEST = 10_000, 2_000
-NUM_DRAWN, DRAW_STEPS = 500, 500
+NUM_DRAWN = 500
 NUM_AIS_CHAINS = 128
 NUM_AUDITED, AUDIT_FACTOR = 128, 20
 EPSILONS = {"linf": (1 / 255, 2 / 255, 4 / 255, 8 / 255), "l2": (0.25, 0.5, 1.0)}
@@ -241,16 +241,17 @@ def _fidelity(
     metrics = {f"fidelity/{name}": value for name, value in fidelity.reference().items()}
     metrics["fidelity/accuracy"] = fidelity.accuracy
     num = fidelity.num
-    say(f"drawing {num} samples from noise, {DRAW_STEPS} steps")
+    steps = usual_steps(export)
+    say(f"drawing {num} samples from noise, {steps} steps")
     label = None
-    if _is_conditional(export):
+    if is_conditional(export):
         label = torch.arange(num) % trait(export.energy, "num_labels")
-    drawn, _ = draw_samples(export, num, DRAW_STEPS, label=label, seed=seed, device=device)
+    drawn, _ = draw_samples(export, num, steps, label=label, seed=seed, device=device)
     # As in a run: unclamped chains leave the data's range by their noise.
     drawn = drawn.clamp(-1.0, 1.0)
     metrics |= {f"fidelity/{name}": v for name, v in fidelity.measure(drawn, label).items()}
     notes = [
-        f"distance: {num} chains from noise after {DRAW_STEPS} steps, and every reference of as "
+        f"distance: {num} chains from noise after {steps} steps, and every reference of as "
         "many images; features of a small classifier trained on the same data, so compare with "
         "these references only"
     ]
@@ -260,14 +261,6 @@ def _fidelity(
     elif stored is not None:
         notes.append(f"distance_of_chains: left out, the export holds {len(stored)} chains alone")
     return metrics, notes
-
-
-def _is_conditional(export: Export) -> bool:
-    """Whether each of the run's chains had a label."""
-    try:
-        return bool(export.config["recipe"]["buffer"]["context"]["label"])
-    except (KeyError, TypeError):
-        return "label" in trait(export.energy, "needs_context")
 
 
 def _persists(export: Export) -> bool:
@@ -293,7 +286,7 @@ def _landscape(
         start = stored.x[chosen]
         if (label := stored.context.get("label")) is not None:
             energy = bind(export.energy, label=label[chosen].to(device))
-    elif _is_conditional(export):
+    elif is_conditional(export):
         label = torch.arange(NUM_AUDITED) % trait(export.energy, "num_labels")
         energy = bind(export.energy, label=label.to(device))
     if energy is not export.energy:

@@ -108,7 +108,7 @@ def test_robustness_starts_at_the_clean_accuracy_and_only_falls(tmp_path, export
 
 
 def test_fidelity_puts_an_untrained_model_near_its_noise(tmp_path, export, monkeypatch):
-    monkeypatch.setattr("ebm_dist.export.suites.DRAW_STEPS", 20)
+    monkeypatch.setattr("ebm_dist.export.sample.NUM_STEPS", 20)
     path, _ = export({"name": "resnet", "width": 4, "stem_stride": 4}, {"source": "digits"})
     metrics = measured(tmp_path, path, "fidelity")["metrics"]
     assert metrics["fidelity/train"] < metrics["fidelity/gaussian"] < metrics["fidelity/noise"]

@@ -19,6 +19,7 @@ from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import ContextField
 from ebm_dist.data import DataConfig, describe, load_split
 from ebm_dist.export import suites
+from ebm_dist.export.sample import draw_samples, usual_steps
 
 CONFIG: dict[str, Any] = {
     "run": {"seed": 3, "steps": 4},
@@ -130,6 +131,17 @@ def test_an_export_keeps_the_labels_of_its_chains_and_is_audited_under_them(
     with torch.no_grad():
         energy = -export.energy.logits(data.x).gather(1, data.label[:, None]).mean()
     assert found["audit/energy_data"] == pytest.approx(float(energy), rel=1e-4)
+
+    # Left out, the labels are each as often, or those of the chains that go on.
+    energy_of = lambda x, y: -export.energy.logits(x).gather(1, y[:, None])[:, 0]  # noqa: E731
+    x, e = draw_samples(export, 20, 2)
+    torch.testing.assert_close(e, energy_of(x, torch.arange(20) % 10))
+    x, e = draw_samples(export, len(label), 0, start="chains")
+    label_of = {row.numpy().tobytes(): y for row, y in zip(stored.x, label)}
+    again = torch.stack([label_of[row.numpy().tobytes()] for row in x])
+    torch.testing.assert_close(e, energy_of(x, again))
+    # Half of the chains of a run are younger than ln 2 / 0.05 rounds of one step.
+    assert usual_steps(export) == 14
 
     begun = {**base["run"], "init_from": str(export.path), "init_chains": True, "steps": 1}
     ebm_dist.train({**base, "run": begun}, run_dir=tmp_path / "more")

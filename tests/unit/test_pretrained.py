@@ -1,0 +1,95 @@
+"""The models that come with the package: by name, whole, and as good as their cards say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import ebm_dist
+from ebm_dist.cli import main
+from ebm_dist.core.errors import UserError
+from ebm_dist.export.pretrained import FOLDER, named, names
+from ebm_dist.export.reader import open_export
+from ebm_dist.files.safe_open import sha256
+
+MAX_BYTES = 10 << 20
+
+
+def test_every_model_is_whole_small_and_without_a_path_of_the_machine_that_made_it() -> None:
+    assert set(names()) >= {"digits", "digits-joint", "digits-rbm"}
+    total = 0
+    for name in names():
+        folder = FOLDER / name
+        config = json.loads((folder / "config.json").read_text())
+        assert config["weights"]["sha256"] == sha256(folder / "model.safetensors")
+        assert config["lineage"]["run"] == name.replace("-", "_")
+        for path in folder.iterdir():
+            total += path.stat().st_size
+            if path.suffix in (".json", ".md"):
+                text = path.read_text()
+                assert not any(place in text for place in ("/tmp", "/work", "/home", "/root"))
+    assert total <= MAX_BYTES
+
+
+def test_a_name_stands_for_the_path_of_an_export_in_python_and_in_every_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    energy = ebm_dist.load_energy("digits")
+    x, e = ebm_dist.sample("digits", 4, label=3, num_steps=2)
+    assert x.shape == (4, 1, 8, 8)
+    torch.testing.assert_close(-energy.logits(x)[:, 3], e)
+    assert main(["sample", "digits-rbm", "--num", "4", "--steps", "2", "--out", "few.npz"]) == 0
+    assert (tmp_path / "few.npz").is_file()
+    assert main(["pretrained", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in names())
+
+    config = {
+        "run": {"steps": 1, "init_from": "digits"},
+        "runtime": {"backend": "inline"},
+        "data": {"source": "digits", "batch_size": 4},
+        "energy": {"name": "resnet", "width": 24, "num_classes": "data"},
+        "sampler": {"name": "langevin", "step_size": 1.0, "noise_std": 0.01, "num_steps": 1},
+        "objective": {"name": "contrastive"},
+        "buffer": {"capacity": 8, "num_shards": 1},
+        "workers": {"num_workers": 1, "num_chains": 4},
+        "tracking": {"wandb": "off"},
+        "evaluation": {"every": None},
+    }
+    begun = ebm_dist.train(config, run_dir=tmp_path / "r").open_export().config["lineage"]
+    assert begun["init_from"]["path"].endswith("pretrained/digits")
+
+
+def test_a_path_that_exists_is_no_name_and_an_unknown_name_lists_those_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert named("digits") == FOLDER / "digits"
+    assert named("./digits/export") == Path("digits/export")
+    (tmp_path / "digits").mkdir()
+    assert named("digits") == Path("digits")
+    with pytest.raises(UserError, match="not an export"):
+        open_export("digits")
+    with pytest.raises(UserError, match="pretrained model: digits, digits-joint, digits-rbm"):
+        open_export("digit")
+
+
+def test_the_joint_model_classifies_and_the_machine_has_the_likelihood_of_its_card() -> None:
+    """Held-out digits; the figures are those of the cards."""
+    data = ebm_dist.data.load_split(ebm_dist.data.DataConfig(source="digits"), "test")
+    assert data.label is not None
+    with torch.no_grad():
+        guess = ebm_dist.load_energy("digits-joint").logits(data.x).argmax(1)
+    assert (guess == data.label).float().mean() > 0.95
+    rbm = ebm_dist.load_energy("digits-rbm")
+    binary = ebm_dist.data.DataConfig(source="digits", binarize="threshold")
+    x = ebm_dist.data.load_split(binary, "test").x
+    with torch.no_grad():
+        log_prob = float(-rbm(x).double().mean()) - rbm.log_z()
+    card = (FOLDER / "digits-rbm" / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if "likelihood/log_prob_test" in line]
+    assert f"{log_prob:.1f}" in line
