@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import re
 import sys
 from collections.abc import Iterator
@@ -89,6 +90,13 @@ def test_the_config_reference_has_every_key_with_its_meaning() -> None:
     assert "- **`capacity`**\n" not in text
     without = re.findall(r"^ *- \*\*`(\w+)`\*\* \([^)]*\)$", text, re.MULTILINE)
     assert without == []  # each key says what it means
+
+
+def test_the_python_reference_names_what_can_be_imported() -> None:
+    named = re.findall(r"^::: (\S+)$", "\n".join(map(text_of, PAGES)), re.MULTILINE)
+    assert "ebm_dist.train" in named
+    for name in named:
+        assert pkgutil.resolve_name(name) is not None
 
 
 def test_the_command_reference_has_every_command() -> None:
