@@ -342,7 +342,7 @@ def suggested_commands(
         resume += f" run.steps={2 * max(steps, 1)}"  # train for the same time again
     if export:
         model = shlex.quote(shown(export).plain)
-        sample = f"{ebm_dist} sample {model} --num 64 --steps 500 --out more.png"
+        sample = f"{ebm_dist} sample {model} --num 64 --out more.png"
     else:
         sample = f"{ebm_dist} export {run} {shlex.quote(shown(run_dir / 'export').plain)}"
     sample += "".join(f" --plugin {name}" for name in plugins)

@@ -123,9 +123,10 @@ class KernelSection(Section):
 
     engine: Literal["auto", "eager", "compiled"] = "auto"
     """How steps run. eager: one by one. compiled: in compiled blocks of up to 20 steps; compilation
-    runs in the background (in flow.mode sync before the first round). auto: eager; after one minute
-    of sampling (two if a step takes over 3 ms) an asynchronous run also times compiled blocks and
-    keeps the faster. auto and compiled store images channels-last if the energy convolves them."""
+    runs in the background (in flow.mode sync before the first round). auto: eager; where one minute
+    of steps or more is left (four if a step takes over 3 ms) an asynchronous run compiles blocks,
+    times both and keeps the faster. auto and compiled store images channels-last if the energy
+    convolves them."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 evaluates the energy under autocast; positions stay float32."""

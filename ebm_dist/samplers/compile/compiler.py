@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -90,6 +89,9 @@ def one_at_a_time() -> Iterator[None]:
     what the first one made, and two compilers do not share the cores of the node with the steps.
     A process that hangs holds the others up for `TURN_S` at most.
     """
+    # Where fcntl is missing the import warns, also in commands that compile nothing.
+    from filelock import FileLock, Timeout
+
     cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     cache.mkdir(parents=True, exist_ok=True)
     turn = FileLock(cache / "ebm_dist.lock", timeout=TURN_S, poll_interval=0.2)

@@ -177,7 +177,7 @@ def test_the_last_screen_says_where_everything_is(
     written = console.export_text()
     # Each in one line of its own, however narrow the terminal, for somebody to copy.
     for command in (
-        ".venv/bin/ebm-dist sample 'runs/my digits/export' --num 64 --steps 500 --out more.png",
+        ".venv/bin/ebm-dist sample 'runs/my digits/export' --num 64 --out more.png",
         ".venv/bin/ebm-dist report 'runs/my digits'",
         ".venv/bin/ebm-dist train 'runs/my digits/config.yaml' --run-dir 'runs/my digits' "
         "--resume must run.steps=6000",
