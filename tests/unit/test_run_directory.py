@@ -281,3 +281,23 @@ def test_a_signal_during_an_export_leaves_no_part_of_it(finished, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         export_run(finished, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_where_the_file_system_has_no_locks_trains_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fcntl
+
+    real = fcntl.flock
+
+    def flock(file, how):
+        number = file if isinstance(file, int) else file.fileno()
+        if os.readlink(f"/proc/self/fd/{number}").startswith(str(tmp_path / "r")):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        return real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(SMALL))
+    assert main(["train", str(config), "--run-dir", str(tmp_path / "r")]) == 0
+    assert "the file system has no locks" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 from small_runs import curve, run
 
 from ebm_dist.cluster.backend import PartDied
-from ebm_dist.controller.observers.measurements import EvaluatorLink
+from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
 from ebm_dist.controller.observers.monitor import Monitor
 from ebm_dist.controller.retry import GoBack, RollBack
 
@@ -89,4 +89,17 @@ def test_measurements_that_do_not_end_are_given_up_at_the_end_of_the_run(
     assert result.finished
     assert "update 2 goes unmeasured" in screen
     assert "update 4 goes unmeasured" in screen
+    assert "flow.stall_timeout_s" in screen
+
+
+def test_an_audit_longer_than_the_stall_timeout_is_given_up_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AuditLink, "collect", lambda self, timeout, version: None)
+    audits = "evaluation={audit_every: 2, audit_steps: 40, audit_chains: 4, audit_feedback: true}"
+    options = ("run.steps=4", audits, "evaluation.every=null", "flow.stall_timeout_s=1")
+    result, screen = run(tmp_path / "r", *options)
+    assert result.finished
+    assert "update 2 goes without an audit" in screen
+    assert "update 4 goes without an audit" in screen
     assert "flow.stall_timeout_s" in screen

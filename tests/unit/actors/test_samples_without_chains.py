@@ -48,6 +48,7 @@ def test_samples_depend_on_the_seed_of_the_run_and_on_the_update(
     assert not np.isin(first.x, second.x).any()
     # Noise of buffer.init_std = 5 under E = x^2: the mean of 256 energies is 25.
     noise = curve(tmp_path / "a", "energy/noise")[1]
+    assert noise != curve(tmp_path / "b", "energy/noise")[1]
     assert abs(noise - 25) < 4 * 25 * (2 / 256) ** 0.5
 
 
