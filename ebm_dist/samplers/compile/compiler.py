@@ -94,9 +94,9 @@ def one_at_a_time() -> Iterator[None]:
 
     cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     cache.mkdir(parents=True, exist_ok=True)
-    turn = FileLock(cache / "ebm_dist.lock", timeout=TURN_S, poll_interval=0.2)
+    turn = FileLock(cache / "ebm_dist.lock")
     try:
-        turn.acquire()
+        turn.acquire(timeout=TURN_S, poll_interval=0.2)
     except (Timeout, OSError, NotImplementedError) as error:
         log.debug("compiles without a turn: %s", error)
     try:
