@@ -163,6 +163,12 @@ def read_chains(directory: Path, spec: EventSpec) -> StoredChains | None:
         dtype = torch.float32 if name == "condition" else torch.int64
         if value.dtype != dtype or value.shape[:1] != x.shape[:1]:
             raise UserError(f"{path}: expected one {name} of {dtype} for each of {len(x)} chains")
+        if name == "condition":
+            continue
+        size = spec.num_classes if name == "label" else None
+        if value.ndim != 1 or value.min() < 0 or (size is not None and value.max() >= size):
+            known = "" if size is None else f" below {size}"
+            raise UserError(f"{path}: expected a {name} of 0 or more{known} for each chain")
     return StoredChains(x, context)
 
 

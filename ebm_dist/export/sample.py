@@ -94,7 +94,9 @@ def draw_samples(
     device = torch.device(device)
     energy = export.energy.to(device)
     kernel = export.kernel()
-    begin, labels = starting_points(export, num, start, seed)
+    if label is not None:
+        asked_context(energy, num, label, level)  # refuses what cannot be asked for
+    begin, labels = starting_points(export, num, start, seed, label)
     if label is None and is_conditional(export):
         label = torch.arange(num) % trait(energy, "num_labels") if labels is None else labels
     asked = asked_context(energy, num, label, level)
@@ -190,22 +192,46 @@ def _asked(name: str, asked: Tensor, num: int, size: int, takes: frozenset[str])
 
 
 def starting_points(
-    export: Export, num: int, start: Start, seed: int
+    export: Export,
+    num: int,
+    start: Start,
+    seed: int,
+    label: int | Sequence[int] | Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The initial positions of `num` chains, (num, *event), and the labels (num,) of the run's."""
+    """The initial positions of `num` chains, (num, *event), and the labels (num,) of the run's.
+
+    If the run's chains had labels and `label` asks for some, the starts are chains of these.
+    """
     generator = torch.Generator().manual_seed(derive_seed(seed, "draw", "start"))
     if start == "noise":
         return export.spec.noise(num, generator, std=export.start_std), None
     stored = export.stored()
     if stored is None:
         raise UserError(f"{export.path}: holds no chains; draw with --start noise")
-    order = [
-        torch.randperm(len(stored.x), generator=generator)
-        for _ in range((num + len(stored.x) - 1) // len(stored.x))
-    ]
-    chosen = torch.cat(order)[:num]
-    label = stored.context.get("label")
-    return stored.x[chosen], None if label is None else label[chosen]
+    labels = stored.context.get("label")
+    if labels is None and is_conditional(export):
+        raise UserError(f"{export.path}: its chains lost their labels; draw with --start noise")
+
+    def chosen(among: Tensor, count: int) -> Tensor:
+        times = range(-(-count // len(among)))
+        order = [torch.randperm(len(among), generator=generator) for _ in times]
+        return among[torch.cat(order)[:count]]
+
+    every = torch.arange(len(stored.x))
+    if labels is None or label is None:
+        index = chosen(every, num)
+        return stored.x[index], None if labels is None else labels[index]
+    asked = torch.as_tensor(label).expand(num)
+    index = torch.empty(num, dtype=torch.int64)
+    for one in asked.unique():
+        among = every[labels == one]
+        if len(among) == 0:
+            raise UserError(
+                f"{export.path}: holds no chain of label {one}; draw with --start noise"
+            )
+        rows = (asked == one).nonzero()[:, 0]
+        index[rows] = chosen(among, len(rows))
+    return stored.x[index], labels[index]
 
 
 def save_samples(out: Path, x: Tensor, energy: Tensor, export: Export) -> None:

@@ -284,7 +284,10 @@ def _landscape(
         # The run's own chains, since training uses them.
         chosen = torch.randperm(len(stored.x), generator=generator)[:NUM_AUDITED]
         start = stored.x[chosen]
-        if (label := stored.context.get("label")) is not None:
+        label = stored.context.get("label")
+        if label is None and is_conditional(export):
+            raise UserError("--suite landscape: the chains of this export lost their labels")
+        if label is not None:
             energy = bind(export.energy, label=label[chosen].to(device))
     elif is_conditional(export):
         label = torch.arange(NUM_AUDITED) % trait(export.energy, "num_labels")

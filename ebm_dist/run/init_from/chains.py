@@ -51,7 +51,11 @@ def check_context(config: RunConfig, spec: EventSpec, chains: Chains, path: Path
                 f"buffer.context.{carried.name} asks; set run.init_chains: false, or leave "
                 f"buffer.context.{carried.name} out"
             )
-        if carried.size is not None and len(found) and found.max() >= carried.size:
+        if (
+            carried.size is not None
+            and len(found)
+            and (found.min() < 0 or found.max() >= carried.size)
+        ):
             raise UserError(
                 f"run.init_chains: true, but the chains of {path} carry a {carried.name} of "
                 f"{found.max()}, here they are 0 to {carried.size - 1}; set run.init_chains: false"

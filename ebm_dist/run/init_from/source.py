@@ -15,6 +15,7 @@ from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.config.run_config import RunConfig
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventSpec
+from ebm_dist.export.pretrained import names
 from ebm_dist.export.reader import (
     CHAINS,
     CONFIG,
@@ -147,7 +148,8 @@ def _find_checkpoint(path: Path) -> checkpoint.CheckpointDir:
     """`path` itself, or the newest valid checkpoint of the run at `path`."""
     if not path.exists():
         raise UserError(
-            f"{path}: no such directory; expected an export, a run directory or a checkpoint"
+            f"{path}: no such directory; expected an export, a run directory, a checkpoint, or a "
+            f"pretrained model: {', '.join(names())}"
         )
     if (path / "checksums.json").exists():
         try:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file as load_numpy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ebm_dist
 from ebm_dist.actors.auditor import Auditor
@@ -140,6 +140,22 @@ def test_an_export_keeps_the_labels_of_its_chains_and_is_audited_under_them(
     label_of = {row.numpy().tobytes(): y for row, y in zip(stored.x, label)}
     again = torch.stack([label_of[row.numpy().tobytes()] for row in x])
     torch.testing.assert_close(e, energy_of(x, again))
+    x, _ = draw_samples(export, 5, 0, start="chains", label=3)
+    assert all(label_of[row.numpy().tobytes()] == 3 for row in x)
+    damaged = {
+        "negative": label - 1,
+        "too large": label + 1,
+        "of two numbers": torch.stack([label, label], 1),
+        "lost": None,
+    }
+    for labels in damaged.values():
+        tensors = {"x": stored.x} if labels is None else {"x": stored.x, "label": labels}
+        save_file(tensors, export.path / "chains.safetensors")
+        with pytest.raises(UserError, match=r"chains\.safetensors: expected a label|lost their"):
+            draw_samples(export, 5, 0, start="chains")
+        with pytest.raises(UserError, match=r"chains\.safetensors: expected a label|lost their"):
+            suites.evaluate(export, "landscape")
+    save_file({"x": stored.x, "label": label}, export.path / "chains.safetensors")
     # Half of the chains of a run are younger than ln 2 / 0.05 rounds of one step.
     assert usual_steps(export) == 14
 
