@@ -57,7 +57,10 @@ class Starts:
         for handle, ref in list(self._starting):
             if not self._ray.wait([ref], timeout=0)[0]:
                 continue
-            self._starting.remove((handle, ref))
+            try:
+                self._starting.remove((handle, ref))
+            except ValueError:  # another thread, as the one that writes checkpoints, was first
+                continue
             with contextlib.suppress(self._errors.RayError):  # the next call raises it again
                 pid, address, handle.runs_on = self._ray.get(ref, timeout=30.0)
                 log.info("%s runs as process %d on %s", handle.name, pid, address)
