@@ -149,7 +149,7 @@ def train(
         raise typer.Exit(STOPPED)
 
 
-@app.command(epilog="Example: ebm-dist sample runs/digits/export --num 64 --steps 1000")
+@app.command(epilog="Example: ebm-dist sample digits --label 3 --num 64 --out threes.png")
 def sample(
     checkpoint: ExportDir,
     num: Annotated[int, typer.Option(min=1, help="Chains to draw.")] = 64,

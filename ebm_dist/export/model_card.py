@@ -243,7 +243,7 @@ def _how_to_load(plugins: list[str], energy: Mapping[str, Any]) -> tuple[str, li
         return '"PATH", energy=NETWORK', [text, ""]
     flags = "".join(f" --plugin {name}" for name in plugins)
     trusted = f", plugins={plugins!r}".replace("'", '"') if plugins else ""
-    command = f"ebm-dist sample PATH --num 64 --steps 1000 --out samples.png{flags}"
+    command = f"ebm-dist sample PATH --num 64 --out samples.png{flags}"
     return f'"PATH"{trusted}', ["```", command, "```", ""]
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.paths import user_path
@@ -76,8 +76,13 @@ def evaluate(
     export.energy.to(device)
     if data is not None:
         export = _with_data(export, data)
+    together = suite in ("density", "ood") and is_conditional(export)
+    if together:
+        export = of_all_classes(export)
     try:
         metrics, notes = measure(export, seed, torch.device(device), say)
+        if together:
+            notes = [*notes, "E(x) is that of all classes together: -T log sum_y exp(-E(x, y)/T)"]
     except ValueError as error:
         raise UserError(f"--suite {suite}: {' '.join(str(error).split())}") from None
     return {
@@ -88,6 +93,36 @@ def evaluate(
         "metrics": metrics,
         "notes": notes,
     }
+
+
+class _AllClasses(nn.Module):
+    """E(x) = -T log sum_y exp(-E(x, y)/T), x (B, *event) -> (B,): the model without its labels.
+
+    The energy itself, called without a label, has T = 1 in its place.
+    """
+
+    def __init__(self, energy: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.energy = energy
+        self.temperature = temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.energy.logits(x)  # type: ignore[operator]
+        return -self.temperature * (logits / self.temperature).logsumexp(1)
+
+
+def of_all_classes(export: Export) -> Export:
+    """The export of a class-conditional run, with the energy of all classes together.
+
+    Raises:
+        UserError: the energy has no logits, from which that is computed.
+    """
+    if not trait(export.energy, "num_labels") or "label" in trait(export.energy, "needs_context"):
+        raise UserError(
+            f"{export.path}: the energy takes a label and has no class logits, so it has no energy "
+            "of all classes together; use --suite fidelity or landscape"
+        )
+    return replace(export, energy=_AllClasses(export.energy, temperature_of(export)).eval())
 
 
 def temperature_of(export: Export) -> float:

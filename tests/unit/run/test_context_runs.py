@@ -132,6 +132,14 @@ def test_an_export_keeps_the_labels_of_its_chains_and_is_audited_under_them(
         energy = -export.energy.logits(data.x).gather(1, data.label[:, None]).mean()
     assert found["audit/energy_data"] == pytest.approx(float(energy), rel=1e-4)
 
+    together, temperature = suites.of_all_classes(export), suites.temperature_of(export)
+    with torch.no_grad():
+        by_class = -export.energy.logits(x).double()
+        expected = -temperature * (-by_class / temperature).logsumexp(1)
+        torch.testing.assert_close(together.energy(x).double(), expected, rtol=1e-4, atol=1e-6)
+        assert (export.energy(x) - expected).abs().min() > 1
+    assert "all classes together" in suites.evaluate(export, "ood")["notes"][-1]
+
     # Left out, the labels are each as often, or those of the chains that go on.
     energy_of = lambda x, y: -export.energy.logits(x).gather(1, y[:, None])[:, 0]  # noqa: E731
     x, e = draw_samples(export, 20, 2)
