@@ -62,8 +62,9 @@ pretrained: $(STAMP) ## train the models in ebm_dist/pretrained again
 	for name in $(PRETRAINED); do \
 	  config=$$(echo $$name | tr - _) && \
 	  $(BIN)/ebm-dist train configs/$$config.yaml --run-dir build/pretrained/$$name tracking.wandb=off && \
-	  $(BIN)/ebm-dist export build/pretrained/$$name ebm_dist/pretrained/$$name || exit 1; \
+	  $(BIN)/ebm-dist export build/pretrained/$$name build/exported/$$name || exit 1; \
 	done
+	cp -r build/exported/. ebm_dist/pretrained/
 
 lint: $(STAMP) ## style and format
 	$(BIN)/ruff check ebm_dist tests benchmarks
