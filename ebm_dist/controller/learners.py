@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -18,8 +19,12 @@ from ebm_dist.cluster.backend import (
     fault_of_the_machine,
 )
 from ebm_dist.controller.clients import LearnerClient
+from ebm_dist.controller.retry import RETRY_S
 from ebm_dist.core.errors import RunFailed
 from ebm_dist.core.types import Cursor, NegativeArrays, RankState
+
+KNOWN_DEAD_S = 3.0
+"""Time in which Ray learns that a process of a living node is gone."""
 
 
 class Wait(Protocol):
@@ -69,6 +74,7 @@ class LearnerGroup:
         self._num_ranks = num_ranks
         # A single rank needs no port, and must not fail because that port is taken.
         self._port = port if num_ranks > 1 else None
+        self._meeting = False
         self._renewed: list[str] | None = None
         self._asked: list[Ref[bool] | None] = [None] * num_ranks
         self.publishing: list[Ref[bool]] = []
@@ -90,21 +96,29 @@ class LearnerGroup:
     def meet(self, wait: Wait) -> None:
         """Form the process group and build the engines."""
         self.broken = True  # until they have met, also if this raises
-        where = self._backend.rendezvous(self.ranks[0].handle, self._port)
-        wait([where], self._start_timeout_s)
-        meeting = self._backend.get(where, self._start_timeout_s)
-        refs = [rank.start(meeting) for rank in self.ranks]
-        # Check each as it finishes: the remaining ranks wait for a dead one until
-        # learner.timeout_s.
-        wait(refs, self._start_timeout_s, each=self._check_meeting)
+        self._meeting = True
+        try:
+            where = self._backend.rendezvous(self.ranks[0].handle, self._port)
+            wait([where], self._start_timeout_s)
+            meeting = self._backend.get(where, self._start_timeout_s)
+            refs = [rank.start(meeting) for rank in self.ranks]
+            # Check each as it finishes: the remaining ranks wait for a dead one until
+            # learner.timeout_s.
+            wait(refs, self._start_timeout_s, each=self._check_meeting)
+        finally:
+            self._meeting = False
         self.broken = False
 
     def _check_meeting(self, ref: Ref[None]) -> None:
         try:
             self.result(ref)
         except RunFailed as error:
-            # The remaining ranks report a timeout; the cause is the rank that died.
-            if dead := self.dead():
+            # The remaining ranks report that they lost it, perhaps before Ray knows; the cause is
+            # the rank that died.
+            deadline = time.monotonic() + KNOWN_DEAD_S
+            while not (dead := self.dead()) and time.monotonic() < deadline:
+                time.sleep(RETRY_S)
+            if dead:
                 raise PartDied(f"{' and '.join(dead)} died while the ranks met") from error
             raise
 
@@ -112,9 +126,10 @@ class LearnerGroup:
         """If a rank is dead, start successors of all ranks, which the next `rebuild` uses.
 
         They then start while other parts of a lost node are replaced. Until `rebuild` every other
-        call raises PartDied.
+        call raises PartDied. While the ranks meet, this does nothing: the meeting itself fails, and
+        successors that were exchanged under it would be asked to meet twice.
         """
-        if self._renewed is None and (dead := self.dead()):
+        if self._renewed is None and not self._meeting and (dead := self.dead()):
             self._replace()
             self._renewed = dead
 

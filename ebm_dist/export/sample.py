@@ -134,16 +134,19 @@ def usual_steps(export: Export) -> int:
         return NUM_STEPS
     if not 0 < restart < 1:
         return export.sampler.num_steps if restart == 1 else NUM_STEPS
-    rounds = math.ceil(math.log(2) / -math.log1p(-restart))
-    return min(NUM_STEPS, export.sampler.num_steps * rounds)
+    rounds = math.log(2) / -math.log1p(-restart)
+    if rounds > NUM_STEPS:
+        return NUM_STEPS
+    return min(NUM_STEPS, export.sampler.num_steps * math.ceil(rounds))
 
 
 def is_conditional(export: Export) -> bool:
     """Whether the run's chains each had a label."""
     try:
-        return bool(export.config["recipe"]["buffer"]["context"]["label"])
+        labelled = bool(export.config["recipe"]["buffer"]["context"]["label"])
     except (KeyError, TypeError):
-        return "label" in trait(export.energy, "needs_context")
+        labelled = "label" in trait(export.energy, "needs_context")
+    return labelled and trait(export.energy, "num_labels") is not None
 
 
 def asked_context(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventSpec
 from ebm_dist.export.reader import StoredChains, open_export
-from ebm_dist.export.sample import draw_samples
+from ebm_dist.export.sample import draw_samples, is_conditional, usual_steps
 from ebm_dist.export.writer import write_export
 from ebm_dist.files.safe_open import sha256
 
@@ -373,3 +374,19 @@ def test_damaged_chains_are_refused_only_when_they_are_asked_for(image_export, f
     draw_samples(export, 2, 1, start="noise")
     with pytest.raises(UserError, match=r"chains\.safetensors"):
         draw_samples(export, 2, 1, start="chains")
+
+
+@pytest.mark.parametrize(
+    ("reinit_prob", "steps"),
+    [(0.05, 280), (1.0, 20), (0.0, 1000), (1e-320, 1000), (float("nan"), 1000), ("x", 1000)],
+)
+def test_samples_take_as_many_steps_as_half_of_the_runs_chains_lived_for(
+    tmp_path, reinit_prob, steps
+):
+    sampler = {**LANGEVIN, "num_steps": 20}
+    write(tmp_path / "e", {"name": "mlp", "widths": [4]}, EventSpec((2,), "real"), sampler=sampler)
+    export = open_export(tmp_path / "e")
+    recipe = {"buffer": {"reinit_prob": reinit_prob, "context": {"label": "uniform"}}}
+    export = dataclasses.replace(export, config={**export.config, "recipe": recipe})
+    assert usual_steps(export) == steps
+    assert not is_conditional(export)  # an edited file: the energy has no classes

@@ -10,6 +10,7 @@ import pytest
 from ebm_dist.cluster.backend import PartDied
 from ebm_dist.controller.clients import LearnerClient
 from ebm_dist.controller.learners import LearnerGroup
+from ebm_dist.core.errors import RunFailed
 
 
 class FakeRank:
@@ -140,3 +141,48 @@ def test_a_rank_that_dies_while_they_meet_is_not_waited_for_by_way_of_the_others
         group.meet(one_after_the_other)
     assert "learner-0 start" not in seen
     assert group.lost(), "those that are left have not met"
+
+
+def test_a_rank_that_dies_beside_a_shard_while_they_meet_is_asked_to_meet_once() -> None:
+    """A shard that is replaced within the wait looks for dead ranks too (seen in a soak)."""
+    group, _ = make(2)
+    group.ranks[1].handle.alive = False
+    waits: list[int] = []
+
+    def a_rank_and_a_shard_die(
+        refs: Sequence[Any], timeout: float, *, each: Callable[[Any], Any] | None = None
+    ) -> None:
+        waits.append(len(refs))
+        if len(waits) == 1:
+            group.ranks[0].handle.alive = False
+            group.renew_if_dead()
+        elif not group.ranks[0].handle.alive:
+            raise PartDied("its process is gone")
+
+    with pytest.raises(PartDied):
+        group.rebuild(a_rank_and_a_shard_die)
+    group.rebuild(wait)
+    assert [rank.handle.calls for rank in group.ranks] == [["start"]] * 2
+    assert not group.lost()
+    group.state()
+
+
+def test_a_rank_whose_death_the_others_know_before_ray_does_is_the_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group, backend = make(2)
+    asked: list[str] = []
+
+    def get(ref: Any, timeout: float) -> Any:
+        if ref == "start":
+            raise RunFailed("learner rank 0 of 2 could not join: connection reset by peer")
+        return ref
+
+    def alive(handle: FakeRank, timeout: float = 0.5) -> bool:
+        asked.append(handle.name)
+        return handle.name != "learner-1" or asked.count("learner-1") < 2
+
+    monkeypatch.setattr(backend, "get", get)
+    monkeypatch.setattr(backend, "alive", alive)
+    with pytest.raises(PartDied, match="learner-1 died while the ranks met"):
+        group.meet(wait)
