@@ -7,15 +7,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ebm_dist.config.run_config import load
+from ebm_dist.data.config import DataConfig
+from ebm_dist.data.stream.stream import DataStream
+from ebm_dist.learner import engine
 
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_check  # noqa: E402
+import gpu_probe  # noqa: E402
 
 
 def of(code: str, name: str = "part", limit_s: float = 60.0, needs: tuple[str, ...] = ()):
@@ -106,3 +111,37 @@ def test_it_runs_in_the_environment_that_is_there_and_builds_none(tmp_path: Path
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/python").touch()
     assert said() == [".venv/bin/python benchmarks/gpu_check.py"]
+
+
+def test_its_pictures_are_a_data_set_of_ten_classes_that_trains(tmp_path: Path) -> None:
+    gpu_probe.write_images(tmp_path / "shards", 8, num=40)
+    data = DataConfig(source=str(tmp_path / "shards"), batch_size=40)
+    batch = DataStream(data, rank=0, world_size=1, seed=0).next_batch(40)
+    assert batch.x.shape == (40, 1, 8, 8)
+    assert batch.label is not None
+    assert sorted(batch.label.tolist()) == sorted(list(range(10)) * 4)
+
+
+def test_its_comparison_of_zero_stages_forces_the_stage_and_sees_a_difference(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = []
+    real = engine.partition_of
+
+    def seen(optimizer: Any, *, zero_stage: int, rank: int) -> Any:
+        stages.append((zero_stage, type(optimizer).__name__))
+        return real(optimizer, zero_stage=zero_stage, rank=rank)
+
+    flat, asked = engine.LearnerEngine.flat_weights, []
+
+    def moved(self: Any) -> Any:
+        asked.append(self)
+        weights = flat(self)
+        return weights if len(asked) == 1 else weights + 0.03
+
+    monkeypatch.setattr(engine, "partition_of", seen)
+    monkeypatch.setattr(engine.LearnerEngine, "flat_weights", moved)
+    with pytest.raises(AssertionError, match="more than rounding"):
+        gpu_probe.zero("cpu")
+    assert stages == [(0, "Adam"), (2, "DeepSpeedZeroOptimizer")]
+    assert "after 20 updates: 0.03\n" in capsys.readouterr().out, "0 but for what was added"
