@@ -196,7 +196,10 @@ def find_export(path: Path) -> Path:
             f"{path}: is a run directory, not an export; make one with "
             f"`ebm-dist export {path} OUT_DIR`"
         )
-    raise UserError(f"{path}: not an export, it has no {CONFIG}; make one with `ebm-dist export`")
+    hides = ", and hides the pretrained model: rename it" if str(path) in names() else ""
+    raise UserError(
+        f"{path}: not an export, it has no {CONFIG}{hides}; make one with `ebm-dist export`"
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -188,9 +188,8 @@ def _asked(name: str, asked: Tensor, num: int, size: int, takes: frozenset[str])
     if len(asked) not in (1, num):
         raise UserError(f"{name}: expected one {name} or {num}, got {len(asked)}")
     if asked.is_floating_point() or bool(((asked < 0) | (asked >= size)).any()):
-        raise UserError(
-            f"{name}: expected whole numbers from 0 to {size - 1}, got {asked.tolist()}"
-        )
+        got = asked.item() if len(asked) == 1 else asked.tolist()
+        raise UserError(f"{name}: expected whole numbers from 0 to {size - 1}, got {got}")
     return asked.long().expand(num)
 
 
