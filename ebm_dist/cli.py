@@ -17,6 +17,7 @@ import typer
 from ebm_dist._version import __version__
 from ebm_dist.commands.data import data_app
 from ebm_dist.commands.failures import explain, say
+from ebm_dist.commands.hub import push
 from ebm_dist.commands.options import (
     Argument,
     ConfigFile,
@@ -50,6 +51,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(dashboard_app, name="dashboard")
 app.add_typer(config_app, name="config")
 app.add_typer(pretrained_app, name="pretrained")
+app.command(epilog="Example: ebm-dist push runs/digits/export USER/digits --license mit")(push)
 
 
 def _version(asked: bool) -> None:

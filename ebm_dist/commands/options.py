@@ -35,7 +35,9 @@ Argument = partial(typer.Argument, parser=path, show_default=False)
 Option = partial(typer.Option, parser=path, metavar="PATH")
 
 ConfigFile = Annotated[Path, Argument(help="The YAML config.")]
-ExportDir = Annotated[Path, Argument(help="An export, a run with one, or a pretrained name.")]
+ExportDir = Annotated[
+    Path, Argument(help="An export, a run with one, a pretrained name or hf://USER/NAME.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Keys that override the file, e.g. learner.lr=1e-4.")
 ]

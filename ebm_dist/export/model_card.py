@@ -13,6 +13,7 @@ from typing import Any
 import ebm_dist
 from ebm_dist._version import __version__
 from ebm_dist.core.plugins import IN_SESSION, modules_of
+from ebm_dist.export.front_matter import front_matter
 from ebm_dist.metrics.jsonl import read_rows
 from ebm_dist.samplers import KernelSection
 from ebm_dist.samplers.law import effective_temperature, unadjusted
@@ -170,7 +171,12 @@ def render(
     load, command = _how_to_load(about.get("plugins", []), energy)
     quality = [key for key in metrics if key.startswith(QUALITY)]
     health = [key for key in CHAIN_HEALTH if key in metrics]
-    return "\n".join(
+    head = front_matter(
+        name,
+        {"data": about["data"], "energy": energy, "event": event, "sampler": sampler},
+        {key: metrics[key][0] for key in quality},
+    )
+    return head + "\n".join(
         [
             f"# {name}",
             "",

@@ -1,8 +1,10 @@
-"""The models that come with the package, each an export with its card, by name."""
+"""Exports that have a name in place of a path: those of the package, and those of the hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from ebm_dist.export.hub import download, is_address
 
 FOLDER = Path(__file__).parents[1] / "pretrained"
 
@@ -13,7 +15,10 @@ def names() -> list[str]:
 
 
 def named(path: str | Path) -> Path:
-    """The pretrained model that `path` names; `path` itself if it exists or names none."""
+    """The pretrained model that `path` names, or the downloaded one of an `hf://` address; `path`
+    itself if it is neither, or exists."""
+    if is_address(path):
+        return download(path)
     path = Path(path)
     if len(path.parts) == 1 and not path.exists() and path.name in names():
         return FOLDER / path.name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ebm_dist import energies, samplers
+from ebm_dist._version import __version__
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.plugins import import_plugins, plugin_hint, require_named
 from ebm_dist.core.types import MAX_EVENT_NUMBERS, EventKind, EventSpec
 from ebm_dist.energies import EnergySection
 from ebm_dist.energies.context import CONTEXT
 from ebm_dist.energies.limits import limited
+from ebm_dist.export.layout import CHAINS, CONFIG, MAX_CONFIG_BYTES, WEIGHTS
 from ebm_dist.export.pretrained import named, names
 from ebm_dist.files.safe_open import sha256
 from ebm_dist.files.tensor_file import tensors_or_refuse
@@ -31,16 +34,6 @@ from ebm_dist.samplers import Kernel, KernelSection
 
 FORMAT = "ebm_dist"
 FORMAT_VERSION = 1
-WEIGHTS, CONFIG, CARD, GRID, CHAINS = (
-    "model.safetensors",
-    "config.json",
-    "README.md",
-    "samples.png",
-    "chains.safetensors",
-)
-MAX_CONFIG_BYTES = 64 * 2**20
-"""Largest config.json; the constants of some energies are in it, such as stored patterns."""
-
 MAX_DEPTH = 32
 MAX_SECTIONS = 1000
 
@@ -90,8 +83,9 @@ def load_energy(
     """The exported energy at `path`: (B, *event) -> (B,), eval mode, CPU, float32.
 
     Args:
-        path: an export directory, a file in it, a run directory with `export/` inside, or the
-            name of a model that comes with the package (`ebm-dist pretrained list`).
+        path: an export directory, a file in it, a run directory with `export/` inside, the name of
+            a model that comes with the package (`ebm-dist pretrained list`), or an address of the
+            Hugging Face Hub, `hf://USER/NAME[@REVISION]`, which is downloaded.
         plugins: modules to import first, because they define the exported network or a section. No
             other module of a user is imported.
         energy: for a network that no module defines: a network like it, or a function that makes
@@ -113,7 +107,7 @@ def open_export(
     """Read and check the export at `path`; arguments and errors as in `load_energy`."""
     if plugins:
         import_plugins(plugins)
-    path = find_export(Path(path))
+    path = find_export(path)
     config = _read_config(path / CONFIG)
     spec = read_spec(config, path / CONFIG)
     if energy is None:
@@ -172,13 +166,13 @@ def read_chains(directory: Path, spec: EventSpec) -> StoredChains | None:
     return StoredChains(x, context)
 
 
-def find_export(path: Path) -> Path:
+def find_export(path: str | Path) -> Path:
     """The export directory of `path`; raises UserError, which says what `path` is, if none."""
     path = named(path)
     if not path.exists():
         raise UserError(
-            f"{path}: no such file or directory; expected an export of `ebm-dist export`, or a "
-            f"pretrained model: {', '.join(names())}"
+            f"{path}: no such file or directory; expected an export of `ebm-dist export`, an "
+            f"address hf://USER/NAME, or a pretrained model: {', '.join(names())}"
         )
     if path.is_file():
         if path.name not in (WEIGHTS, CONFIG):
@@ -217,10 +211,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format_version is {version!r:.80}, this release reads {FORMAT_VERSION}; use "
-            "the release of ebm_dist that wrote it, or export the run again"
+            f"{path}: format_version is {version!r:.80}, and ebm_dist {__version__} reads "
+            f"{FORMAT_VERSION}; load it with {_writer(config) or 'the release that wrote it'}, or "
+            "export the run again with this one"
         )
     return config
+
+
+def _writer(config: Mapping[str, Any]) -> str | None:
+    """The release that wrote an export, as `ebm_dist VERSION`; None if it does not say so."""
+    try:
+        release = config["lineage"]["packages"]["ebm_dist"]
+    except (KeyError, TypeError):
+        return None
+    plain = isinstance(release, str) and re.fullmatch(r"[\w.+-]{1,40}", release, re.ASCII)
+    return f"ebm_dist {release}" if plain else None
 
 
 def read_spec(config: Mapping[str, Any], path: Path) -> EventSpec:
@@ -260,6 +265,8 @@ def _section(config: dict[str, Any], key: str, family: Any, path: Path) -> Any:
     except (TypeError, ValueError, OverflowError) as error:
         unknown = params["name"] not in family.members
         hint = plugin_hint(config.get("plugins")) if unknown else ""
+        if not hint and (writer := _writer(config)) not in (None, f"ebm_dist {__version__}"):
+            hint = f" (this is ebm_dist {__version__}; {writer} wrote the export, and can load it)"
         raise UserError(f"{path}: {' '.join(str(error).split())}{hint}") from None
 
 
@@ -281,7 +288,7 @@ def _refuse_nesting(config: Any, path: Path) -> None:
     raise UserError(f"{path}: deeper than {MAX_DEPTH} sections, so not of an export")
 
 
-def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json, and the checked weights by name, of the export at `path`. Builds no energy.
 
     Raises:

@@ -24,17 +24,8 @@ from ebm_dist.data import describe
 from ebm_dist.energies import EnergySection
 from ebm_dist.energies.context import CONTEXT, bind, chain_unit, trait
 from ebm_dist.export import model_card
-from ebm_dist.export.reader import (
-    CARD,
-    CHAINS,
-    CONFIG,
-    FORMAT,
-    FORMAT_VERSION,
-    GRID,
-    WEIGHTS,
-    StoredChains,
-    read_spec,
-)
+from ebm_dist.export.layout import CARD, CHAINS, CONFIG, GRID, WEIGHTS
+from ebm_dist.export.reader import FORMAT, FORMAT_VERSION, StoredChains, read_spec
 from ebm_dist.files.durable import new_directory
 from ebm_dist.files.safe_open import sha256
 from ebm_dist.files.tensor_file import save_tensors

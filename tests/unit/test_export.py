@@ -342,6 +342,22 @@ FAULTS = {
 }
 
 
+def test_an_export_of_another_release_loads_or_one_line_says_which_release_reads_it(image_export):
+    lineage = {"packages": {"ebm_dist": "0.7.1"}}
+    edit(image_export, lineage=lineage)
+    ebm_dist.load_energy(image_export)
+    edit(image_export, format_version=3)
+    with pytest.raises(UserError, match=r"reads 1; load it with ebm_dist 0\.7\.1, or export"):
+        ebm_dist.load_energy(image_export)
+    edit(image_export, format_version=1, energy__gone_by_now=3)
+    with pytest.raises(UserError, match=r"gone_by_now.*ebm_dist 0\.7\.1 wrote the export"):
+        ebm_dist.load_energy(image_export)
+    edit(image_export, lineage={"packages": {"ebm_dist": "0.7\n1"}})
+    with pytest.raises(UserError, match=r"gone_by_now") as caught:
+        ebm_dist.load_energy(image_export)
+    assert "wrote" not in str(caught.value)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_or_hostile_export_is_refused_in_one_line(image_export, fault):
     damage, expected = FAULTS[fault]

@@ -116,6 +116,20 @@ def test_a_card_says_what_the_checkpoint_was_trained_with(run_dir, tmp_path):
     assert "toy:ring" not in card
 
 
+def test_a_card_begins_with_front_matter_that_has_what_the_run_measured(run_dir, tmp_path):
+    with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 2, "likelihood/log_prob": -1.5}\n')
+    card = (export_run(run_dir, tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    _, head, text = card.split("---\n", 2)
+    assert text.startswith("# small\n")
+    found = yaml.safe_load(head)
+    assert "license" not in found  # nobody has said one
+    (model,) = found["model-index"]
+    (result,) = model["results"]
+    measured = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert measured == {"likelihood/log_prob": -1.5}
+
+
 # --- what a stranger put there ------------------------------------------------------------------
 
 

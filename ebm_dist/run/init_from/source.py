@@ -15,10 +15,9 @@ from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.config.run_config import RunConfig
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventSpec
+from ebm_dist.export.layout import CHAINS, CONFIG
 from ebm_dist.export.pretrained import names
 from ebm_dist.export.reader import (
-    CHAINS,
-    CONFIG,
     find_export,
     read_chains,
     read_spec,
