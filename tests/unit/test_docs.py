@@ -122,6 +122,10 @@ def test_the_page_on_metrics_has_each_of_them_and_no_other() -> None:
 def test_the_citation_is_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == __version__
+    for path in (ROOT / "docker", ROOT / "launch", DOCS):
+        for file in (p for p in path.rglob("*") if p.is_file() and p.suffix != ".png"):
+            tags = re.findall(r"ebm-dist:([\d.]+)-", file.read_text(encoding="utf-8"))
+            assert set(tags) <= {__version__}, file
     assert {"cff-version", "message", "title", "authors", "license"} <= citation.keys()
 
 

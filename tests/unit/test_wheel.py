@@ -8,6 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from ebm_dist._version import __version__
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,7 +26,7 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     command += ["--no-build-isolation", "--no-index", "--disable-pip-version-check"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = (tmp_path / "built").glob("ebm_dist-*.whl")
+    (wheel,) = (tmp_path / "built").glob(f"ebm_dist-{__version__}-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     package = [name for name in files if name.startswith("ebm_dist/")]
     assert {"ebm_dist/report/templates/base.html", "ebm_dist/samplers/compile/toom.h"} <= {*package}
