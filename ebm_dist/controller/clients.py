@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -212,6 +213,16 @@ class HubClient(Client):
 
     def histogram(self, name: str, step: int, values: np.ndarray) -> Ref[None]:
         return self.handle.call("histogram", name, step, values)
+
+    def artifact(
+        self,
+        step: int,
+        kind: Literal["dataset", "model"],
+        folder: str,
+        aliases: Sequence[str],
+        metadata: Mapping[str, object],
+    ) -> Ref[None]:
+        return self.handle.call("artifact", step, kind, folder, aliases, metadata)
 
     def info(self) -> Ref[HubInfo]:
         return self.handle.call("info")

@@ -45,8 +45,9 @@ def export_run(
     *,
     plugins: Sequence[str] | None = (),
     energy: EnergySection | None = None,
+    found: checkpoint.CheckpointDir | None = None,
 ) -> Path:
-    """Export the newest valid checkpoint of the run at `run_dir` to `out_dir`.
+    """Export a checkpoint of the run at `run_dir` to `out_dir`.
 
     The export has the averaged (EMA) weights, the last chains of the run, the recipe, the last
     measurements of metrics.jsonl, and the lineage.
@@ -54,6 +55,7 @@ def export_run(
     Args:
         plugins: the user's modules whose code may run; None for all, as in a training.
         energy: the run's energy, if it was given from Python.
+        found: the checkpoint; the newest valid one when left out.
 
     Raises:
         UserError: `run_dir` is not a run or has no valid checkpoint, or `out_dir` cannot be
@@ -63,7 +65,7 @@ def export_run(
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: not a run directory, it has no config.yaml")
     # Uses the config of the checkpoint, since config.yaml may have changed after it.
-    found = checkpoint.latest(run_dir)
+    found = found or checkpoint.latest(run_dir)
     if found is None:
         raise UserError(
             f"{run_dir}: has no checkpoint yet; the run writes one every checkpoint.every updates "

@@ -55,6 +55,14 @@ class TrackingConfig(Section):
     log_every: PositiveInt = 10
     """Learner updates between two rows of metrics."""
 
+    artifacts: Literal["best", "final", "off"] = "best"
+    """Models that W&B gets as artifacts. final: the export at the end of the run. best: before it
+    also every checkpoint whose evaluation is the best so far, if one is written at that update. The
+    data's description, not the data, is their input."""
+
+    artifacts_mib: PositiveInt = 512
+    """Most MiB of models that a run sends; the final one is sent if it fits by itself."""
+
     init_timeout: PositiveFloat = 20.0
     """Timeout of one attempt to connect to W&B, in seconds. Training does not wait for it."""
 

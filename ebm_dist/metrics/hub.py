@@ -7,7 +7,7 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -171,6 +171,25 @@ class MetricHub:
         except Exception as error:
             self._trouble("histogram", error)
 
+    def artifact(
+        self,
+        step: int,
+        kind: Literal["dataset", "model"],
+        folder: str,
+        aliases: Sequence[str],
+        metadata: Mapping[str, object],
+    ) -> None:
+        """Log `folder` as W&B artifact: the data that the run uses, or a model that it makes.
+
+        W&B may read the folder much later, so it must never change. A folder of the same name is
+        logged once for an update.
+        """
+        try:
+            item = {"step": int(step), "name": f"{kind} {Path(folder).name}", "path": str(folder)}
+            self._put(kind, {**item, "aliases": list(aliases), "metadata": dict(metadata)})
+        except Exception as error:
+            self._trouble("artifact", error)
+
     def info(self) -> HubInfo:
         """Where metrics go. Does not wait for W&B."""
         wandb = self._wandb
@@ -263,6 +282,8 @@ class MetricHub:
         elif kind == "histogram":
             self._pass_on({**item, "kind": "histogram"})
             self._histograms.append([item])
+        elif kind in ("dataset", "model"):
+            self._pass_on({**item, "kind": kind})
         elif kind == "flush":
             try:
                 self._jsonl.sync()

@@ -1,4 +1,4 @@
-"""Sends metrics to a W&B run. Only this module imports wandb."""
+"""Sends metrics to a W&B run. Only this module and `wandb_items.py` import wandb."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import scrub, scrub_config
 from ebm_dist.metrics.names import FRAME
 from ebm_dist.metrics.spool import Continuity, Spool
+from ebm_dist.metrics.wandb_items import send
 
 FIRST_RETRY = 1.0
 LAST_RETRY = 60.0
@@ -106,7 +107,7 @@ class WandbSink:
         return f"{wandb} sync {shlex.quote(str(self.dir))}/{kind}-*{self.run_id}"
 
     def put(self, item: Mapping[str, Any]) -> None:
-        """Queue one item: {"kind": "row" | "image" | "histogram", ...}.
+        """Queue one item: {"kind": "row" | "image" | "histogram" | "dataset" | "model", ...}.
 
         Raises:
             OSError: the spool cannot be written.
@@ -293,10 +294,11 @@ class WandbSink:
     def _send(self, item: Mapping[str, Any]) -> None:
         frame = {name: item[name] for name in FRAME if item.get(name) is not None}
         try:
-            values = _logged(item)
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            values = send(self._run, item)
+        except Exception as error:
             # A bad item must not block the others. It still becomes a line of the history, because
-            # the number of lines identifies the items that the server has.
+            # the number of lines identifies the items that the server has. If the connection was
+            # lost, `log` raises as well, and the item is sent again.
             self._tell("item", f"W&B: an item was left out ({_first_line(error)})")
             values = {}
         self._run.log({**frame, **values})
@@ -331,22 +333,6 @@ class WandbSink:
         if kind not in self._told:
             self._told.add(kind)
             self._notice(line)
-
-
-def _logged(item: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that `item` adds to a line of the history; raises if the item is invalid."""
-    import wandb
-
-    kind = item["kind"]
-    if kind == "row":
-        return {
-            name: float("nan") if value is None else value for name, value in item["values"].items()
-        }
-    if kind == "image":
-        return {item["name"]: wandb.Image(item["path"])}
-    if kind == "histogram":
-        return {item["name"]: wandb.Histogram(np_histogram=(item["counts"], item["edges"]))}
-    raise ValueError(f"unknown kind {kind!r}")
 
 
 def _is_deleted(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from ebm_dist.files.safe_open import make_directory, open_to_append
 
 Resume = Literal["auto", "never", "must"]
 
-_DIRECTORIES = ("checkpoints", "samples", "wandb")
+_DIRECTORIES = ("artifacts", "checkpoints", "samples", "wandb")
 """Subdirectories that a run writes."""
 
 log = logging.getLogger("ebm_dist")

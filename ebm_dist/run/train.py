@@ -43,6 +43,7 @@ from ebm_dist.files.durable import refuse_link, replace_text
 from ebm_dist.files.safe_open import make_directory
 from ebm_dist.metrics.progress import TerminalView, final_screen
 from ebm_dist.report.grid import save_grid
+from ebm_dist.run.artifacts import Artifacts
 from ebm_dist.run.assembly import assemble
 from ebm_dist.run.given import config_of, is_given
 from ebm_dist.run.init_from import beginning as init_from
@@ -243,26 +244,34 @@ def _train(
         )
         hub = parts.hub.info(60.0)
         view.say(hub["notice"] or f"W&B: {hub['mode']}")
+        artifacts = Artifacts(config, spec, run_dir, parts.hub)
+        callbacks.add("artifacts", artifacts)
         if found is not None:
             with found.of_a_run():
                 controller.restore(found)
             if found.step > 0:  # otherwise the run begins, as its notices have said
                 view.say(f"resumed from {found.path.name}")
+        artifacts.log_data(controller.progress.step)
         with asking(stop):
             finished = controller.run()
         every = config.evaluation.every
         if finished and every is not None and config.run.steps % every:
             controller.evaluate()  # otherwise the loop has just evaluated
         parts.hub.flush(120.0)
+        export_dir = failure = None
+        if finished and callbacks.failure is None:
+            try:
+                out = run_dir / "export"
+                export_dir = export_run(run_dir, out, plugins=None, energy=config.energy)
+            except UserError as error:
+                failure = error  # raised once the metrics are sent
+            else:
+                artifacts.finish(export_dir)
         hub = parts.hub.info(60.0)
         parts.hub.close(config.tracking.finish_timeout + 10.0)
     callbacks.check()
-    try:
-        export_dir = None
-        if finished:
-            export_dir = export_run(run_dir, run_dir / "export", plugins=None, energy=config.energy)
-    except UserError as error:
-        raise RunFailed(f"trained to the last update, but not exported: {error}") from error
+    if failure is not None:
+        raise RunFailed(f"trained to the last update, but not exported: {failure}") from failure
     stopped_by = None if finished or stop.is_set() else callbacks.stopped_by
     pictures = sorted((run_dir / "samples").glob("*.png"))
     final_screen(

@@ -51,7 +51,7 @@ DOORS = {
     "ray": {"cluster/ray_backend.py", "cluster/ray_host.py", "run/doctor.py"},
     "deepspeed": {"learner/group.py", "run/doctor.py"},
     "webdataset": {"data/"},
-    "wandb": {"metrics/sink.py", "run/doctor.py"},
+    "wandb": {"metrics/sink.py", "metrics/wandb_items.py", "run/doctor.py"},
     "wandb_workspaces": {"report/dashboard.py"},
 }
 

@@ -38,10 +38,15 @@ class Callbacks:
         self.failure: RunFailed | None = None
         self._num_updates = num_updates
         self._step = 0
-        self._hooks: dict[str, list[tuple[str, Callable[..., Any]]]] = {
-            hook: [(name, getattr(item, hook)) for name, item in callbacks if hasattr(item, hook)]
-            for hook in HOOKS
-        }
+        self._hooks: dict[str, list[tuple[str, Callable[..., Any]]]] = {hook: [] for hook in HOOKS}
+        for name, item in callbacks:
+            self.add(name, item)
+
+    def add(self, name: str, item: Any) -> None:
+        """Call the hooks of `item` too, after those of the others."""
+        for hook in HOOKS:
+            if hasattr(item, hook):
+                self._hooks[hook].append((name, getattr(item, hook)))
 
     @property
     def end_run(self) -> bool:

@@ -9,7 +9,8 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -64,6 +65,16 @@ class HubLink:
 
     def histogram(self, name: str, step: int, values: np.ndarray) -> None:
         self._send(lambda hub: hub.histogram(name, step, values))
+
+    def artifact(
+        self,
+        step: int,
+        kind: Literal["dataset", "model"],
+        folder: str,
+        aliases: Sequence[str],
+        metadata: Mapping[str, object],
+    ) -> None:
+        self._send(lambda hub: hub.artifact(step, kind, folder, aliases, metadata))
 
     @property
     def known(self) -> HubInfo:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +32,9 @@ from ebm_dist.metrics.jsonl import read_rows
 from ebm_dist.metrics.sink import TrackingConfig
 
 pytest.importorskip("wandb")
+pytestmark = pytest.mark.usefixtures("no_account")
 
 QUICK = {"init_timeout": 10.0, "finish_timeout": 10.0}
-
-
-@pytest.fixture(autouse=True)
-def _no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever the machine has configured, these tests start from nothing."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
-    yield
-    import wandb
-
-    wandb.teardown()  # the service process keeps the settings it was started with
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    server = WandbServer()
-    server.start()
-    monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    yield server
-    server.stop()
 
 
 def until(condition: Callable[[], Any], seconds: float = 240.0) -> None:

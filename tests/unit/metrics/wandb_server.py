@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from wandb_artifacts import ArtifactService
+
 KEY = "f" * 8 + "0123456789abcdef" * 2
 """A key of the right form. No output may hold it."""
 
@@ -34,7 +36,7 @@ class ServedRun:
     num_openings: int = 0
 
 
-class WandbServer:
+class WandbServer(ArtifactService):
     """Serves at `url` between `start` and `stop`; may be started again on the same port.
 
     `fail` makes that many of the next requests answer 503, `stall` refuses every row, and `deleted`
@@ -42,6 +44,7 @@ class WandbServer:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.runs: dict[str, ServedRun] = {}
         self.operations: Counter[str] = Counter()
         self.keys_seen: set[str] = set()
@@ -53,7 +56,7 @@ class WandbServer:
         self._http: ThreadingHTTPServer | None = None
 
     @property
-    def url(self) -> str:
+    def url(self) -> str:  # type: ignore[override]
         return f"http://127.0.0.1:{self.port}"
 
     def reserve(self) -> None:
@@ -244,8 +247,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self._refused():
             return
-        _, _, run, name = self.path.split("/", 3)
-        self.state.run(run).files[name] = body
+        _, what, run, name = self.path.split("/", 3)
+        if what == "artifact":
+            self.state.take_artifact_file(f"{run}/{name}", body)
+        else:
+            self.state.run(run).files[name] = body
         self._reply(200, {})
 
     def do_GET(self) -> None:
