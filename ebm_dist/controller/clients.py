@@ -224,14 +224,17 @@ class HubClient(Client):
     ) -> Ref[None]:
         return self.handle.call("artifact", step, kind, folder, aliases, metadata)
 
+    def alert(self, step: int, title: str, text: str, level: str) -> Ref[None]:
+        return self.handle.call("alert", step, title, text, level)
+
     def info(self) -> Ref[HubInfo]:
         return self.handle.call("info")
 
     def flush(self) -> Ref[bool]:
         return self.handle.call("flush")
 
-    def close(self) -> Ref[None]:
-        return self.handle.call("close")
+    def close(self, exit_code: int) -> Ref[None]:
+        return self.handle.call("close", exit_code)
 
 
 class EvaluatorClient(Client):

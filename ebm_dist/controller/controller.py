@@ -164,6 +164,7 @@ class Controller:
     def restore(self, found: checkpoint.CheckpointDir) -> None:
         """Continue from `found`, of any number of ranks and shards."""
         self._recovery.restore(found)
+        self._monitor.alerts.rollbacks = self.progress.rollbacks
 
     def run(self) -> bool:
         """Train to the last update; return False if stopped before it.

@@ -190,6 +190,14 @@ class MetricHub:
         except Exception as error:
             self._trouble("artifact", error)
 
+    def alert(self, step: int, title: str, text: str, level: str) -> None:
+        """Send a W&B alert. `level` is INFO, WARN or ERROR."""
+        try:
+            item = {"step": int(step), "name": f"alert {title}", "title": title}
+            self._put("alert", {**item, "text": scrub(text), "level": level})
+        except Exception as error:
+            self._trouble("alert", error)
+
     def info(self) -> HubInfo:
         """Where metrics go. Does not wait for W&B."""
         wandb = self._wandb
@@ -229,8 +237,12 @@ class MetricHub:
             return False
         return written.wait(timeout)
 
-    def close(self) -> None:
-        """Write all queued items, end the W&B run, close the files. Later calls do nothing."""
+    def close(self, exit_code: int = 0) -> None:
+        """Write all queued items, end the W&B run, close the files. Later calls do nothing.
+
+        Args:
+            exit_code: of the W&B run, which is shown as failed unless it is 0.
+        """
         if self._closed.is_set():
             return
         self.flush()
@@ -239,7 +251,7 @@ class MetricHub:
             self._waiting.put(("stop", None), timeout=5.0)
             self._thread.join(10.0)
             if self._wandb is not None:
-                self._wandb.close()
+                self._wandb.close(exit_code)
             self._jsonl.close()
             self._histograms.close()
         except Exception as error:
@@ -282,7 +294,7 @@ class MetricHub:
         elif kind == "histogram":
             self._pass_on({**item, "kind": "histogram"})
             self._histograms.append([item])
-        elif kind in ("dataset", "model"):
+        elif kind in ("dataset", "model", "alert"):
             self._pass_on({**item, "kind": kind})
         elif kind == "flush":
             try:

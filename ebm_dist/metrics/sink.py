@@ -86,6 +86,7 @@ class WandbSink:
         self._notice = notice
         self._told: set[str] = set()
         self._run: Any = None
+        self._exit_code = 0
         self._spool = Spool(self.dir / "spool.jsonl", resume_step=resume_step)
         self._kept = Continuity(self.dir / "continuity.json", run_id)
         self._wake = threading.Event()
@@ -107,7 +108,7 @@ class WandbSink:
         return f"{wandb} sync {shlex.quote(str(self.dir))}/{kind}-*{self.run_id}"
 
     def put(self, item: Mapping[str, Any]) -> None:
-        """Queue one item: {"kind": "row" | "image" | "histogram" | "dataset" | "model", ...}.
+        """Queue one item: {"kind": ...}, which `wandb_items.send` reads.
 
         Raises:
             OSError: the spool cannot be written.
@@ -115,8 +116,9 @@ class WandbSink:
         self._spool.put(item)
         self._wake.set()
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
         """Send the remaining items and end the run, within the timeouts of the config."""
+        self._exit_code = exit_code
         if self._closing.is_set():
             self._thread.join(1.0)
             return
@@ -318,7 +320,7 @@ class WandbSink:
             return
         run, self._run = self._run, None
         try:
-            run.finish()
+            run.finish(exit_code=self._exit_code)
         except Exception as error:
             self._tell(
                 "finish",

@@ -252,8 +252,12 @@ def _train(
             if found.step > 0:  # otherwise the run begins, as its notices have said
                 view.say(f"resumed from {found.path.name}")
         artifacts.log_data(controller.progress.step)
-        with asking(stop):
-            finished = controller.run()
+        try:
+            with asking(stop):
+                finished = controller.run()
+        except RunFailed as failure:
+            parts.hub.fail(controller.progress.step, failure)
+            raise
         every = config.evaluation.every
         if finished and every is not None and config.run.steps % every:
             controller.evaluate()  # otherwise the loop has just evaluated

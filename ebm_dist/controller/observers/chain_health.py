@@ -40,6 +40,8 @@ class ChainMonitor:
         self._timeout = timeout
         self._alarmed: set[int] = set()
         self._num_alarms = 0
+        self.alarm: str | None = None
+        """The last alarm, while chains of any shard are stuck."""
         self._num_reseeded = 0
 
     def check(self) -> dict[str, float]:
@@ -61,6 +63,7 @@ class ChainMonitor:
             self._num_reseeded += report.num_reseeded
             if report.alarm is None:
                 self._alarmed.discard(index)
+                self.alarm = self.alarm if self._alarmed else None
                 continue
             if self._generator:
                 if not self._generator_told:
@@ -68,6 +71,7 @@ class ChainMonitor:
                     log.info(GENERATOR)
                 continue
             self._num_alarms += 1
+            self.alarm = report.alarm
             if index not in self._alarmed:
                 self._alarmed.add(index)
                 log.info(report.alarm)

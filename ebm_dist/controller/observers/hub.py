@@ -16,7 +16,7 @@ import numpy as np
 
 from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref
 from ebm_dist.controller.clients import HubClient
-from ebm_dist.core.errors import UserError
+from ebm_dist.core.errors import NonFinite, RunFailed, UserError, one_line
 from ebm_dist.metrics.hub import HubInfo, unknown_hub
 
 log = logging.getLogger("ebm_dist.run")
@@ -26,6 +26,9 @@ MAX_UNCONFIRMED = 1000
 
 RESTART_S = 10.0
 """Time between two attempts to start a hub that fails to start, as on a full disk."""
+
+LAST_WORDS_S = 10.0
+"""Longest time that a failing run waits for the hub to write, and again to end the W&B run."""
 
 _Call = Callable[[HubClient], Ref[None]]
 _LOST = (PartDied, UserError, OSError)
@@ -76,6 +79,9 @@ class HubLink:
     ) -> None:
         self._send(lambda hub: hub.artifact(step, kind, folder, aliases, metadata))
 
+    def alert(self, step: int, title: str, text: str, level: str) -> None:
+        self._send(lambda hub: hub.alert(step, title, text, level))
+
     @property
     def known(self) -> HubInfo:
         """What the hub last reported of the W&B run, without a call."""
@@ -103,10 +109,21 @@ class HubLink:
             except _LOST as error:
                 self._lost(error)
 
-    def close(self, timeout: float) -> None:
+    def close(self, timeout: float, exit_code: int = 0) -> None:
         """Let the hub write its queue and end the W&B run; ignore a late answer."""
         with contextlib.suppress(Exception):
-            self._backend.get(self.client.close(), timeout)
+            self._backend.get(self.client.close(exit_code), timeout)
+
+    def fail(self, step: int, failure: RunFailed) -> None:
+        """Tell W&B that the run failed at update `step`, and why."""
+        diverged = isinstance(failure, NonFinite)
+        title = "Training diverged and ended" if diverged else "The run failed"
+        text = (
+            f"{one_line(failure)}. Its last checkpoint is from before: run.log says how to resume."
+        )
+        self.alert(step, title, text, "ERROR")
+        self.flush(LAST_WORDS_S)
+        self.close(LAST_WORDS_S, exit_code=1)
 
     def _send(self, call: _Call) -> None:
         try:

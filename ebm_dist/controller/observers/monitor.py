@@ -15,6 +15,7 @@ from ebm_dist.cluster.backend import PartDied, Ref, T, fault_of_the_machine
 from ebm_dist.cluster.stall import HALT_CHECK_S, answer
 from ebm_dist.config.run_config import RunConfig
 from ebm_dist.controller.clients import ShardClient, WorkerClient
+from ebm_dist.controller.observers.alerts import Alerts
 from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
 from ebm_dist.controller.observers.metric_window import MetricWindow
 from ebm_dist.controller.parts import Parts
@@ -72,6 +73,11 @@ class Monitor:
         self._owed_since = math.inf  # the last update at which an evaluation was due
         self._averaged = -1  # the update whose averaged weights were requested
         self._said_busy = False
+        self.alerts = Alerts(
+            parts.hub.alert,
+            max_lag=config.flow.max_lag if config.flow.mode == "async" else None,
+            nodes=parts.backend.nodes,
+        )
 
     def reads_average(self, step: int) -> bool:
         """Whether the averaged weights of update `step` are needed."""
@@ -184,6 +190,8 @@ class Monitor:
         finally:  # the row is logged even if a shard dies here
             self.metrics.update(values)
             self._parts.hub.log(self._progress.step, self._progress.epoch, values)
+            chains = self._parts.chain_monitor
+            self.alerts.look(self._progress.step, values, chains.alarm if chains else None)
 
     def evaluate(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
         """Write the sample grid and start an evaluation, whose metrics are logged later."""
