@@ -121,8 +121,9 @@ class HubLink:
         text = (
             f"{one_line(failure)}. Its last checkpoint is from before: run.log says how to resume."
         )
-        self.alert(step, title, text, "ERROR")
-        self.flush(LAST_WORDS_S)
+        with contextlib.suppress(Exception):  # `failure` is what the user is told
+            self.alert(step, title, text, "ERROR")
+            self.flush(LAST_WORDS_S)
         self.close(LAST_WORDS_S, exit_code=1)
 
     def _send(self, call: _Call) -> None:
