@@ -113,7 +113,7 @@ class Auditor:
         # From the end of the permutation: the audit measures distances to its beginning.
         data = _rows(self._train, pick[-num:])
         x = data.x
-        if self._buffer.init == "noise":
+        if self._buffer.init in ("noise", "gaussian"):
             x = start_noise(self._buffer, self._spec, num, generator)
         context = draw_context(self._buffer.context, self._fields, len(x), data, seed)
         return ChainSample(x.numpy(), context)

@@ -34,6 +34,7 @@ from ebm_dist.jarzynski.weights import resampling
 from ebm_dist.metrics.names import describe
 from ebm_dist.objectives import ObjectiveSection
 from ebm_dist.samplers import Chain, Engine, KernelSection, run_chain
+from ebm_dist.samplers.traits import trait as kernel_trait
 
 
 class Worker:
@@ -118,7 +119,7 @@ class Worker:
             if (found := resampling(log_weight, self._resample_threshold, seed)) is not None:
                 ancestors, log_weight = found
                 start = start[torch.from_numpy(ancestors).to(self._device)]
-        chain = self._run(start, energy_fn, lease.seed, num_steps)
+        chain = self._run(start, energy_fn, lease.seed, num_steps, lease.context.get("clock"))
         if (gain := chain.info.pop(GAIN, None)) is not None:
             log_weight = log_weight + num_steps * gain.double().cpu().numpy()
         stored = self._codec.encode(chain.position, self._generator(lease.seed, "rounding"))
@@ -224,8 +225,18 @@ class Worker:
         seed = derive_seed(seed, *purpose) if purpose else seed
         return seeded(seed, self._device)
 
-    def _run(self, start: Tensor, energy_fn: EnergyFn, seed: int, num_steps: int) -> Chain:
+    def _run(
+        self,
+        start: Tensor,
+        energy_fn: EnergyFn,
+        seed: int,
+        num_steps: int,
+        clock: np.ndarray | None = None,
+    ) -> Chain:
         generator, start = self._generator(seed), start.to(self._device)
+        ages = None
+        if clock is not None and kernel_trait(self._kernel, "reads_clock"):
+            ages = torch.from_numpy(np.array(clock)).to(self._device)
         unit = chain_unit(energy_fn, start)
         chain = run_chain(
             self._kernel,
@@ -236,6 +247,7 @@ class Worker:
             precision=self._sampler.precision,
             channels_last=self._sampler.channels_last,
             engine=self._engine,
+            clock=ages,
         )
         return chain if unit is None else replace(chain, position=unit * chain.position)
 

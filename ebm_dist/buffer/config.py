@@ -59,17 +59,17 @@ class BufferConfig(Section):
     """Negatives per update, a multiple of workers.num_chains; data.batch_size when left out. More
     negatives lower the variance of the negative term of the gradient."""
 
-    init: Literal["noise", "data", "condition"] = "noise"
+    init: Literal["noise", "gaussian", "data", "condition"] = "noise"
     """Where a chain starts: the reference noise of the event (uniform on [-1, 1] for images,
-    Gaussian for real vectors, fair coins for binary ones), a data point, or its own
-    context.condition, a noisy_pair. With reinit_prob 1 `noise` is short-run sampling and `data` is
-    contrastive divergence."""
+    Gaussian for real vectors, fair coins for binary ones), Gaussian noise for images too, a data
+    point, or its own context.condition, a noisy_pair. With reinit_prob 1 `noise` is short-run
+    sampling and `data` is contrastive divergence."""
 
     reinit_prob: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
     """Probability that a chain restarts from `init` at a checkout; 0 never restarts (PCD)."""
 
     init_std: PositiveFloat = 1.0
-    """Standard deviation of the starting noise of `real` events, in data units."""
+    """Standard deviation of Gaussian starting noise, in data units."""
 
     data_noise_std: NonNegativeFloat = 0.0
     """Gaussian noise added to a chain that starts from data, in data units."""

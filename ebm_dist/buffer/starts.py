@@ -64,7 +64,7 @@ class Starts:
         return self._position(num, batch, seeded(seed)), context
 
     def _position(self, num: int, batch: Batch | None, generator: torch.Generator) -> np.ndarray:
-        if self._config.init == "noise":
+        if self._config.init in ("noise", "gaussian"):
             return start_noise(self._config, self._spec, num, generator).numpy()
         assert batch is not None
         x = batch.x
@@ -135,12 +135,13 @@ def _stratified(num: int, size: int | None, rng: np.random.Generator) -> np.ndar
 def start_noise(
     config: BufferConfig, spec: EventSpec, num: int, generator: torch.Generator
 ) -> Tensor:
-    """`num` chains (num, *event) for `buffer.init: noise`.
+    """`num` chains (num, *event) for `buffer.init: noise` and `gaussian`.
 
     Images with Jarzynski weights start from N(0, init_std^2) and not from the cube [-1, 1]:
-    importance weights need a start density that is positive wherever the model's is.
+    importance weights need a start density that is positive wherever the model's is. The flow of
+    energy matching starts there too (`gaussian`).
     """
-    if config.jarzynski and spec.kind == "image":
+    if (config.jarzynski or config.init == "gaussian") and spec.kind == "image":
         spec = EventSpec(spec.shape, "real")
     return spec.noise(num, generator, std=config.init_std)
 

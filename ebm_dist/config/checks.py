@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ebm_dist.buffer.codec import Codec
+from ebm_dist.config.checks_of_clock import check_clock, check_flow
 from ebm_dist.config.checks_of_context import check_context, check_energy_context
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.plugins import modules_of
@@ -32,6 +33,7 @@ def check(config: RunConfig) -> Iterator[str]:
     yield from _check_weights(config)
     yield from _check_jarzynski(config)
     yield from check_context(config)
+    yield from check_clock(config)
     yield from _check_recompute(config)
     yield from _check_wire(config)
     yield from _check_warm_up(config)
@@ -288,6 +290,7 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
     """
     _check_storage(config, spec)
     _check_sizes(config, spec)
+    check_flow(config, spec)
     if config.buffer.jarzynski:
         jarzynski.check_sampler(config.sampler)
     try:

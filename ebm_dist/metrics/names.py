@@ -102,6 +102,7 @@ METRICS: dict[str, Metric] = {
         "probability that a step does not move the chain", healthy=(-math.inf, 0.8)
     ),
     "chain/age_mean": _promised("mean number of rounds since a chain was started", "rounds"),
+    "chain/arrived": Metric("share of the negatives that are objective.min_clock steps old"),
     "chain/stagnant": Metric(
         "fraction of chains that are stuck by the stagnation test", healthy=(-math.inf, 0.2)
     ),

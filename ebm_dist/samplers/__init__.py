@@ -11,6 +11,7 @@ from ebm_dist.samplers.chain import Chain, run_chain
 from ebm_dist.samplers.compile.engine import Engine
 from ebm_dist.samplers.continuous import (  # noqa: F401
     annealed_langevin,
+    flow_langevin,
     hmc,
     mala,
     nuts,

@@ -58,6 +58,7 @@ def run_chain(
     precision: Literal["fp32", "bf16"] = "fp32",
     channels_last: bool = False,
     engine: Engine | None = None,
+    clock: Tensor | None = None,
 ) -> Chain:
     """Move the chains `x` (B, *event) `num_steps` times.
 
@@ -76,6 +77,8 @@ def run_chain(
         engine: may run the steps in compiled blocks and store images channels-last. The same
             seeds then give the same chains to rounding, not bit for bit. Pass one engine to
             many calls: it caches what it compiled. Calls with a trace run step by step.
+        clock: (B,) int64, the moves that each chain has made, for a kernel that `reads_clock`; 0
+            where left out.
 
     Raises:
         ValueError: an argument does not fit the kernel; the message says which.
@@ -97,7 +100,7 @@ def run_chain(
     trace = position.new_empty((num_records, *position.shape)) if record_every else None
     totals: dict[str, Tensor] = {}
     with prepared_weights(energy, bf16=precision == "bf16", channels_last=channels_last):
-        stepper = make_stepper(kernel, position, energy)
+        stepper = make_stepper(kernel, position, energy, clock)
         energies: Tensor | None = None  # (lag + num_steps, B), once their dtype is known
         shape = (stepper.lag + num_steps, position.shape[0])
         block = None

@@ -139,6 +139,11 @@ class KernelSection(Section):
         raise NotImplementedError
 
     @property
+    def num_scheduled_steps(self) -> int:
+        """Steps from the start of a chain that are on the way to the law and no samples of it."""
+        return 0
+
+    @property
     def law_temperature(self) -> float:
         """T of the law exp(-E/T) that the kernel draws from; told without importing anything."""
         return self.build().temperature

@@ -56,11 +56,17 @@ class Stepper(Protocol):
         ...
 
 
-def make_stepper(kernel: Kernel[Any], position: Tensor, energy: EnergyFn) -> Stepper:
-    """The stepper for chains that start at `position` (B, *event), which it overwrites."""
+def make_stepper(
+    kernel: Kernel[Any], position: Tensor, energy: EnergyFn, clock: Tensor | None = None
+) -> Stepper:
+    """The stepper for chains that start at `position` (B, *event), which it overwrites.
+
+    Args:
+        clock: (B,), the ages of the chains, for a kernel that reads them.
+    """
     if isinstance(kernel, DepartingKernel):
         return _DepartingStepper(kernel, position, energy)
-    return _StateStepper(kernel, position, energy)
+    return _StateStepper(kernel, position, energy, {} if clock is None else {"clock": clock})
 
 
 class _StateStepper:
@@ -68,9 +74,11 @@ class _StateStepper:
 
     lag = 0
 
-    def __init__(self, kernel: Kernel[Any], position: Tensor, energy: EnergyFn) -> None:
+    def __init__(
+        self, kernel: Kernel[Any], position: Tensor, energy: EnergyFn, ages: dict[str, Tensor]
+    ) -> None:
         self.kernel = kernel
-        self.state = kernel.init(position, energy)
+        self.state = kernel.init(position, energy, **ages)
         self._energy = energy
         self._noise = noise_buffer(position) if isinstance(kernel, InPlaceKernel) else None
 

@@ -242,6 +242,23 @@ def annealed_langevin_follows_its_schedule(make: Make) -> None:
     same_grid_law(chain.position, *grid_law(lambda x: 1 - (-x).exp(), 1.0, moves))
 
 
+def flow_langevin_follows_its_schedule(make: Make) -> None:
+    """On a parabola: V' = (1 - h)^2 V + 2 T(t) h. No noise before the cutoff, T from time 1 on."""
+    h, cutoff, temperature = 0.1, 0.5, 0.7
+    kernel = make(step_size=h, temperature=temperature, time_cutoff=cutoff)
+    ramp = [min(max((k * h - cutoff) / (1 - cutoff), 0.0), 1.0) for k in range(40)]
+    for num_steps in (5, 8, 10, 40):
+        start = torch.ones(NUM_CHAINS, 2)
+        chain = run_chain(kernel, start, quadratic(1.0), num_steps, generator())
+        variance, mean = 0.0, (1 - h) ** num_steps
+        for share in ramp[:num_steps]:
+            variance = (1 - h) ** 2 * variance + 2 * temperature * share * h
+        if variance == 0.0:
+            torch.testing.assert_close(chain.position, mean * start)
+        else:
+            same_gaussian_variance(chain.position - mean, variance, f"after {num_steps} moves")
+
+
 def preconditioned_langevin_gives_each_coordinate_its_own_variance(make: Make) -> None:
     """2T / (a (2 - a p h)) on curvatures a of 1 to 10^4, which one step size cannot serve."""
     curvature, scales = torch.tensor([100.0, 1.0, 0.01]), (0.01, 1.4, 50.0)

@@ -39,6 +39,7 @@ class Mutation:
 KERNEL = {
     "langevin": "Langevin",
     "annealed_langevin": "AnnealedLangevin",
+    "flow_langevin": "FlowLangevin",
     "sghmc": "Sghmc",
     "mala": "Mala",
     "hmc": "Hmc",
@@ -74,7 +75,7 @@ def coloured(num_steps: int) -> Callable[[Make], None]:
 
 
 LANGEVIN = "(2 * self.temperature * self.step_size) ** 0.5"
-ANNEALED = "(2 * t * self.step_size) ** 0.5"
+ANNEALED = "(2 * t * self.step_size).sqrt()"
 SGHMC = "(2 * gamma * self.temperature * h) ** 0.5"
 PRECONDITIONED = "(2 * self.temperature * self.step_size * scales) ** 0.5"
 MALA = "alpha=(2 * t * h) ** 0.5"
@@ -139,9 +140,17 @@ MUTATIONS = [
         "annealed_langevin",
         claims.annealed_langevin_follows_its_schedule,
         ("noise x 1.05", ANNEALED, f"1.05 * {ANNEALED}"),
-        ("no sqrt 2", ANNEALED, "(t * self.step_size) ** 0.5"),
-        ("no T", ANNEALED, "(2 * self.step_size) ** 0.5"),
-        ("cools one move late", "at(state.num_moves)", "at(state.num_moves - 1)"),
+        ("no sqrt 2", ANNEALED, "(t * self.step_size).sqrt()"),
+        ("no T", ANNEALED, "(2 * self.step_size + 0 * t).sqrt()"),
+        ("cools one move late", "at(state.clock)", "at(state.clock - 1)"),
+    ),
+    *of(
+        "flow_langevin",
+        claims.flow_langevin_follows_its_schedule,
+        ("heats at once", "(time - self.time_cutoff) / (1 - self.time_cutoff)", "1 + 0 * time"),
+        ("heats from time 0", "(time - self.time_cutoff) / (1 - self.time_cutoff)", "time"),
+        ("heats one move late", "clock.double() *", "(clock.double() - 1) *"),
+        ("no T", "self.temperature * ramp", "ramp"),
     ),
     *of(
         "preconditioned_langevin",

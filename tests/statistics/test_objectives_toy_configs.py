@@ -37,6 +37,7 @@ EXPECTED: dict[str, dict[str, tuple[list[float], float]]] = {
     "energy_discrepancy": {"precision": ([1.0], 0.05)},
     "energy_matching": {"precision": ([0.5, 0.75], 0.04), "mean": ([5.0, -1.8333], 0.3)},
     "energy_matching_contrastive": {"precision": ([0.45294], 0.02)},
+    "energy_matching_pool": {"precision": ([0.45979], 0.02)},
     "reverse_kl": {"precision": ([1.02**-2], 0.1), "mean": ([2.98], 0.1)},
     "contrastive_covering": {"precision": ([0.1], 0.005), "mean": ([0.0], 0.2)},
     "pseudo_likelihood": {"coupling": ([0.4], 0.02), "field": ([0.0], 0.02)},

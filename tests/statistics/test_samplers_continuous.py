@@ -61,6 +61,10 @@ def test_langevin_diverges_at_twice_the_inverse_curvature():
         assert bool((end > 1).all()) is grows
 
 
+def test_flow_langevin_follows_its_schedule():
+    claims.flow_langevin_follows_its_schedule(partial(samplers.make, "flow_langevin"))
+
+
 def test_annealed_langevin_follows_its_schedule():
     claims.annealed_langevin_follows_its_schedule(partial(samplers.make, "annealed_langevin"))
 

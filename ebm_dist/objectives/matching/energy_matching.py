@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -63,6 +64,10 @@ class EnergyMatchingSection(ObjectiveSection):
     warmup_steps: NonNegativeInt = 0
     """Number of first updates that train the flow part alone."""
 
+    min_clock: NonNegativeInt = 0
+    """Steps of its own life after which a chain counts as a negative: those that it takes to flow
+    from noise to the data, 1 / step_size of `flow_langevin`. Needs buffer.context.clock."""
+
     truncation: Truncation = None
     """Largest weight of a stale negative in units of the mean one, `inf` for no limit; sqrt(M)
     when left out."""
@@ -80,6 +85,9 @@ class EnergyMatching(Objective):
     x_t = (1-t) x0 + t x1, x0 noise, x1 data, t uniform; gap is mean E(x+) - trimmed mean E(x-).
     |.|^2 is the mean over the event's numbers, as the authors' value of lambda assumes. Balcerak
     et al. (2025), arXiv:2504.10612, algorithms 1 and 2.
+
+    Their chains live for 150 to 200 steps inside the loss of one update. Here workers move them, a
+    few steps a round, and each carries its clock; those of min_clock steps or more are negatives.
 
     The flow part does not see the weights of far modes, the contrastive one does if chains cross.
     """
@@ -103,6 +111,11 @@ class EnergyMatching(Objective):
         loss = config.flow_weight * flow
         metrics: Metrics = {"loss/flow": flow.detach()}
         if negatives is not None and config.contrastive_weight > 0 and not self.warming_up:
+            some: Tensor | float = 1.0
+            if config.min_clock > 0:
+                negatives, share = self.arrived(negatives)
+                # Without negatives nothing would hold the energies of data up.
+                some, metrics["chain/arrived"] = (share > 0).float(), share
             values = energies_of(energy, torch.cat([data, negatives.x.to(data.dtype)]))
             energy_pos, energy_neg = values[: len(data)], values[len(data) :]
             weight, extra = self.negative_weight(
@@ -111,7 +124,8 @@ class EnergyMatching(Objective):
                 temperature=config.fitted_temperature,
                 truncation=config.truncation,
             )
-            gap = energy_pos.mean() - (trimmed(weight, energy_neg, config.trim_fraction)).sum()
+            mean_neg = trimmed(weight, energy_neg, config.trim_fraction).sum()
+            gap = some * (energy_pos.mean() - mean_neg)
             contrastive = config.contrastive_weight * gap
             if config.contrastive_clamp is not None:
                 contrastive = contrastive.clamp_min(-config.contrastive_clamp)
@@ -119,11 +133,27 @@ class EnergyMatching(Objective):
             metrics |= extra
             metrics |= {
                 "energy/positive": energy_pos.detach().mean(),
-                "energy/negative": energy_pos.detach().mean() - gap.detach(),
+                "energy/negative": mean_neg.detach(),
                 "energy/gap": gap.detach(),
             }
         metrics["loss/total"] = loss.detach()
         return loss, metrics
+
+    def arrived(self, negatives: Negatives) -> tuple[Negatives, Tensor]:
+        """The negatives of min_clock steps or more, and their share over all ranks, 0-d.
+
+        Waits for the device, which saves the energies of the others.
+        """
+        if (clock := negatives.context.get("clock")) is None:
+            raise ValueError(
+                "negatives.context: no clock, which objective.min_clock reads; set "
+                "buffer.context.clock: true, or objective.min_clock: 0"
+            )
+        old = clock >= self.config.min_clock
+        share = old.float().mean()
+        if self.gather_ranks is not None:
+            share = self.gather_ranks(share.reshape(1)).mean()
+        return chosen(negatives, old), share
 
     @property
     def warming_up(self) -> bool:
@@ -150,6 +180,13 @@ class EnergyMatching(Objective):
         with torch.enable_grad():
             error = (-grad - (data - start)).square().flatten(1).mean(1)
             return (flow_weight(time, self.config.time_cutoff) * error).mean()
+
+
+def chosen(negatives: Negatives, rows: Tensor) -> Negatives:
+    """The negatives with a True in `rows` (M,)."""
+    parts = {f.name: getattr(negatives, f.name) for f in fields(negatives) if f.name != "context"}
+    context = {name: value[rows] for name, value in negatives.context.items()}
+    return Negatives(**{name: value[rows] for name, value in parts.items()}, context=context)
 
 
 def flow_weight(time: Tensor, cutoff: float) -> Tensor:

@@ -1,4 +1,9 @@
-"""Annealed Langevin dynamics: Langevin steps at a temperature that falls to its final value."""
+"""Annealed Langevin dynamics: Langevin steps at a temperature that falls to its final value.
+
+The temperature depends on the age of each chain. `run_chain` starts every chain at age 0, or at the
+`clock` that it is given: a schedule of 200 steps is one round of 200, or twenty rounds of ten on
+chains that carry a clock.
+"""
 
 from __future__ import annotations
 
@@ -15,38 +20,84 @@ from ebm_dist.samplers.kernel import (
     KernelSection,
     noise_buffer,
     norm_event,
+    per_chain,
     start,
     value_and_grad,
 )
-from ebm_dist.samplers.traits import EulerMaruyama
+from ebm_dist.samplers.traits import EulerMaruyama, KernelTraits
 
 
 @dataclass(frozen=True, slots=True)
-class AnnealedLangevinState:
-    """Chains, with the gradient that their next move follows and the number of moves so far."""
+class ClockedState:
+    """Chains, with the gradient that their next move follows and their ages."""
 
     position: Tensor  # (B, *event), float32
     energy: Tensor  # (B,), E(position)
     grad: Tensor  # (B, *event), dE/dx at position
-    num_moves: int  # since `init`, which starts the cooling
+    clock: Tensor  # (B,), int64, moves since the chain started
 
 
 @dataclass(frozen=True, slots=True)
-class AnnealedLangevinInfo:
+class ClockedInfo:
     """Reported for each move."""
 
     grad_norm: Tensor  # (B,), of the gradient that the move followed
-    move_temperature: Tensor  # (B,), T_k of this move, the same for every chain
+    move_temperature: Tensor  # (B,), T(k) of this move
+
+
+class ClockedLangevin(EulerMaruyama, KernelTraits):
+    """x' = x - h dE/dx + sqrt(2 T(k) h) xi, where k is the number of moves that the chain has made.
+
+    The step size stays constant, since the stability of a step depends on h times the curvature
+    and not on T.
+    """
+
+    __slots__ = ()
+
+    reads_clock: ClassVar[bool] = True
+    tunable: ClassVar[str] = "step_size"
+
+    def temperature_at(self, clock: Tensor) -> Tensor:
+        """T(k), float64, of the move after the first `clock` (B,)."""
+        raise NotImplementedError
+
+    def init(self, x: Tensor, energy: EnergyFn, clock: Tensor | None = None) -> ClockedState:
+        """Start chains at `x`.
+
+        Args:
+            clock: (B,) int64, moves that each chain has made; none where left out.
+        """
+        position = start(x, energy)
+        if clock is None:
+            clock = torch.zeros(len(position), dtype=torch.int64, device=position.device)
+        return ClockedState(position, *value_and_grad(energy, position, first=True), clock)
+
+    def step(
+        self, state: ClockedState, energy: EnergyFn, generator: torch.Generator
+    ) -> tuple[ClockedState, ClockedInfo]:
+        own = replace(state, position=state.position.clone())
+        return self.step_(own, energy, generator, noise_buffer(state.position))
+
+    def step_(
+        self, state: ClockedState, energy: EnergyFn, generator: torch.Generator, noise: Tensor
+    ) -> tuple[ClockedState, ClockedInfo]:
+        t = self.temperature_at(state.clock)
+        info = ClockedInfo(norm_event(state.grad), t.to(state.energy.dtype))
+        position = state.position.add_(state.grad, alpha=-self.step_size)
+        noise.normal_(generator=generator)
+        scale = (2 * t * self.step_size).sqrt().to(position.dtype)
+        position.add_(noise.mul_(per_chain(scale, noise)))
+        return ClockedState(position, *value_and_grad(energy, position), state.clock + 1), info
 
 
 @dataclass(frozen=True, slots=True)
-class AnnealedLangevin(EulerMaruyama):
+class AnnealedLangevin(ClockedLangevin):
     """x' = x - h dE/dx + sqrt(2 T_k h) xi, with T_k falling geometrically.
 
     T_k = T_0 (T / T_0)^(k / (K - 1)) for k < K, and T from then on. This applies the idea of
     Song & Ermon (2019), arXiv:1907.05600, to one energy, with temperatures in place of noise
-    levels. The step size stays constant, since the stability of a step depends on h times the
-    curvature and not on T. Cooling starts at `init`, hence anew in every round.
+    levels. Chains with `buffer.context.clock` cool once, over many rounds; others anew in every
+    round.
     """
 
     step_size: float
@@ -58,43 +109,11 @@ class AnnealedLangevin(EulerMaruyama):
     num_annealing_steps: int = 50
     """K, the number of moves until `temperature` is reached."""
 
-    tunable: ClassVar[str] = "step_size"
-
-    def temperature_at(self, num_moves: int) -> float:
-        """T_k of the move after the first `num_moves`."""
-        if num_moves >= self.num_annealing_steps - 1:
-            return self.temperature
-        fraction = num_moves / (self.num_annealing_steps - 1)
+    def temperature_at(self, clock: Tensor) -> Tensor:
+        if self.num_annealing_steps == 1:
+            return torch.full_like(clock, self.temperature, dtype=torch.float64)
+        fraction = (clock.double() / (self.num_annealing_steps - 1)).clamp(max=1.0)
         return self.start_temperature * (self.temperature / self.start_temperature) ** fraction
-
-    def init(self, x: Tensor, energy: EnergyFn) -> AnnealedLangevinState:
-        position = start(x, energy)
-        return AnnealedLangevinState(position, *value_and_grad(energy, position, first=True), 0)
-
-    def step(
-        self, state: AnnealedLangevinState, energy: EnergyFn, generator: torch.Generator
-    ) -> tuple[AnnealedLangevinState, AnnealedLangevinInfo]:
-        own = replace(state, position=state.position.clone())
-        return self.step_(own, energy, generator, noise_buffer(state.position))
-
-    def step_(
-        self,
-        state: AnnealedLangevinState,
-        energy: EnergyFn,
-        generator: torch.Generator,
-        noise: Tensor,
-    ) -> tuple[AnnealedLangevinState, AnnealedLangevinInfo]:
-        t = self.temperature_at(state.num_moves)
-        info = AnnealedLangevinInfo(
-            grad_norm=norm_event(state.grad), move_temperature=torch.full_like(state.energy, t)
-        )
-        position = state.position.add_(state.grad, alpha=-self.step_size)
-        noise.normal_(generator=generator)
-        position.add_(noise, alpha=(2 * t * self.step_size) ** 0.5)
-        new = AnnealedLangevinState(
-            position, *value_and_grad(energy, position), state.num_moves + 1
-        )
-        return new, info
 
 
 @FAMILY.register
@@ -118,7 +137,8 @@ class AnnealedLangevinSection(KernelSection):
     """Temperature of the first move; not below `temperature`."""
 
     num_annealing_steps: PositiveInt = 50
-    """Number of moves until `temperature` is reached; keep it at or below num_steps."""
+    """Number of moves until `temperature` is reached; at most num_steps, unless chains carry
+    buffer.context.clock."""
 
     @model_validator(mode="after")
     def _falls(self) -> AnnealedLangevinSection:

@@ -209,7 +209,6 @@ class Drops(nn.Module):
         (Reads(), "langevin", "cannot trace it"),
         (Branches(), "langevin", "cannot trace it"),
         (Drops(), "langevin", "noise of its own"),
-        (mlp(), "annealed_langevin", "counts the moves"),
         (mlp(), "parallel_tempering", "counts the moves"),
     ],
 )

@@ -12,7 +12,9 @@ from ebm_dist.core.types import EventSpec
 from ebm_dist.export.model_card import sampler_law
 from ebm_dist.samplers.law import curvature, effective_temperature, unadjusted
 
-UNADJUSTED = {"langevin", "annealed_langevin", "preconditioned_langevin", "sghmc"}
+UNADJUSTED = {
+    "langevin", "annealed_langevin", "flow_langevin", "preconditioned_langevin", "sghmc",
+}  # fmt: skip
 
 
 def generator() -> torch.Generator:

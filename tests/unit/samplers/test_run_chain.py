@@ -14,7 +14,7 @@ from ebm_dist.core import errors
 from ebm_dist.energies import ising, rbm
 from ebm_dist.samplers import FAMILY, adapt_step_size, run_chain
 
-GRADIENT = ["langevin", "mala", "hmc", "sghmc", "annealed_langevin"]
+GRADIENT = ["langevin", "mala", "hmc", "sghmc", "annealed_langevin", "flow_langevin"]
 
 
 def make(name: str, **params: Any) -> Any:
@@ -291,13 +291,28 @@ def test_energies_keep_the_precision_that_the_energy_gives_them(name):
 
 
 def test_a_chain_goes_on_from_its_state_as_if_it_had_not_stopped():
-    for name in ("sghmc", "annealed_langevin", "parallel_tempering"):
+    for name in ("sghmc", "annealed_langevin", "flow_langevin", "parallel_tempering"):
         kernel, x, noise = make(name), torch.ones(5, 2), generator(4)
         half = run_chain(kernel, x, bowl, 6, noise).state
         for _ in range(6):
             half, _ = kernel.step(half, bowl, noise)
         whole = run_chain(kernel, x, bowl, 12, generator(4))
         assert torch.equal(half.position, whole.position)
+
+
+@pytest.mark.parametrize("name", ["annealed_langevin", "flow_langevin"])
+def test_a_schedule_goes_on_by_the_age_of_each_chain(name):
+    """Twenty steps are four rounds of five, also for chains of different ages in one batch."""
+    kernel, x = make(name), torch.ones(4, 2)
+    whole = run_chain(kernel, x, bowl, 20, generator(4))
+    noise, part = generator(4), x
+    for k in range(0, 20, 5):
+        part = run_chain(kernel, part, bowl, 5, noise, clock=torch.full((4,), k)).position
+    assert torch.equal(part, whole.position)
+    mixed = torch.tensor([0, 3, 8, 30])
+    info = run_chain(kernel, x, bowl, 1, generator(), clock=mixed).info["move_temperature"]
+    torch.testing.assert_close(info, kernel.temperature_at(mixed).float())
+    assert len(set(info.tolist())) > 1
 
 
 def test_tiles_of_chains_move_as_the_batch_does_without_noise():
