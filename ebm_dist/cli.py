@@ -208,7 +208,9 @@ def evaluate(
         Literal["density", "ood", "robustness", "fidelity", "landscape"],
         typer.Option(help="The measurements to run.", show_default=False),
     ],
-    out: Annotated[Path | None, Option(help="Write the result here as JSON.")] = None,
+    out: Annotated[
+        Path | None, Option(help="Write the result here as JSON, with log p of each event.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     data: Annotated[

@@ -42,6 +42,23 @@ class LogPartition:
     if the chains at its start have mixed."""
 
 
+def log_probs(energy: EnergyFn, x: Tensor, log_z: float, *, temperature: float = 1.0) -> Tensor:
+    """log p(x) (N,) of events (N, *event), in nats, float64 on the CPU."""
+    with torch.no_grad():
+        value = torch.cat([energy_at(energy, part).double().cpu() for part in x.split(500)])
+    return -value / temperature - log_z
+
+
+def bits_per_dim(log_prob: float, spec: EventSpec) -> float:
+    """-log2 p(x) of log p(x) in nats, over the number of coordinates or sites of an event.
+
+    Of images in [-1, 1] it is that of pixels in [0, 256), as in papers, which needs data with the
+    noise of `data.dequantize`. Otherwise it is in the data's own units.
+    """
+    num = math.prod(spec.shape[:-1] if spec.kind == "categorical" else spec.shape)
+    return -log_prob / (num * math.log(2)) + (7.0 if spec.kind == "image" else 0.0)
+
+
 def log_likelihood(
     energy: EnergyFn, x: Tensor, log_z: float, *, temperature: float = 1.0
 ) -> tuple[float, float]:
@@ -49,9 +66,7 @@ def log_likelihood(
 
     The error covers the finite N, not the error of log_z.
     """
-    with torch.no_grad():
-        value = torch.cat([energy_at(energy, part).double().cpu() for part in x.split(500)])
-    log_p = -value / temperature - log_z
+    log_p = log_probs(energy, x, log_z, temperature=temperature)
     return float(log_p.mean()), float(log_p.std() / math.sqrt(max(len(log_p), 1)))
 
 

@@ -1,4 +1,4 @@
-"""Out-of-distribution detection: AUROC of several scores."""
+"""Out-of-distribution detection: AUROC of several scores, and a calibrated threshold of each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from ebm_dist.core.energy_call import energy_at
@@ -106,10 +107,44 @@ def auroc(familiar: Tensor, foreign: Tensor) -> tuple[float, float]:
     return float(of_foreign.mean()), math.sqrt(float(variance))
 
 
+def threshold_for(familiar: Tensor, kept: float) -> float:
+    """The score at or below which a new in-distribution event lies with probability >= `kept`.
+
+    The ceil((N + 1) kept)-th smallest of N held-out scores (N,), as in split conformal prediction:
+    it holds for any law of the scores, averaged over the N events. Infinite if N is too small.
+    """
+    rank = math.ceil((len(familiar) + 1) * kept)
+    return float(familiar.sort().values[rank - 1]) if rank <= len(familiar) else math.inf
+
+
+def share(hits: Tensor) -> tuple[float, float, float]:
+    """The share of true entries of (N,) bool, and the 95% interval of Wilson around it."""
+    found = binomtest(int(hits.sum()), len(hits))
+    interval = found.proportion_ci(method="wilson")
+    return float(found.statistic), float(interval.low), float(interval.high)
+
+
 def ood_report(
-    energy: EnergyFn, x_in: Tensor, others: Mapping[str, Tensor], x_reference: Tensor | None = None
+    energy: EnergyFn,
+    x_in: Tensor,
+    others: Mapping[str, Tensor],
+    x_reference: Tensor | None = None,
+    *,
+    kept: float = 0.95,
 ) -> dict[str, float]:
-    """AUROC of every applicable score for each data set of `others`: `auroc/SCORE/SET`."""
+    """AUROC of every applicable score for each data set of `others`, and a threshold's shares.
+
+    The threshold is calibrated on every other event of `x_in`; the share that it keeps is measured
+    on the rest.
+
+    Args:
+        kept: in-distribution events that the threshold is to keep.
+
+    Returns:
+        `auroc/SCORE/SET` and `auroc_se/SCORE/SET`; `threshold/SCORE`; `kept/SCORE` and
+        `detected/SCORE/SET`, the shares below and above it, with 95% intervals in `kept_low`,
+        `kept_high`, `detected_low` and `detected_high`.
+    """
     scores: list[Score] = ["energy", "grad_norm"]
     if x_reference is not None:
         scores.append("typicality")
@@ -118,12 +153,21 @@ def ood_report(
     report = {}
     for score in scores:
         familiar = ood_score(energy, x_in, score=score, x_reference=x_reference)
+        limit = threshold_for(familiar[::2], kept)
+        report[f"threshold/{score}"] = limit
+        report |= _shares("kept", score, familiar[1::2] <= limit)
         for name, x_out in others.items():
             foreign = ood_score(energy, x_out, score=score, x_reference=x_reference)
+            report |= _shares("detected", f"{score}/{name}", foreign > limit)
             value, error = auroc(familiar, foreign)
             report[f"auroc/{score}/{name}"] = value
             report[f"auroc_se/{score}/{name}"] = error
     return report
+
+
+def _shares(name: str, of: str, hits: Tensor) -> dict[str, float]:
+    names = f"{name}/{of}", f"{name}_low/{of}", f"{name}_high/{of}"
+    return dict(zip(names, share(hits)))
 
 
 def _energies(energy: EnergyFn, x: Tensor, batch_size: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,14 +20,16 @@ from ebm_dist.energies.context import bind, trait
 from ebm_dist.evaluation import (
     Fidelity,
     base_law,
+    bits_per_dim,
     exact_log_partition,
     is_exact,
-    log_likelihood,
     log_partition,
+    log_probs,
     long_run_audit,
     ood_report,
     robust_accuracy,
 )
+from ebm_dist.evaluation.connectivity import CONNECTED, connectivity
 from ebm_dist.evaluation.regime import SHORT_RUN_REINIT
 from ebm_dist.export.reader import Export
 from ebm_dist.export.sample import draw_samples, is_conditional, usual_steps
@@ -42,6 +44,15 @@ NUM_AIS_CHAINS = 128
 NUM_AUDITED, AUDIT_FACTOR = 128, 20
 EPSILONS = {"linf": (1 / 255, 2 / 255, 4 / 255, 8 / 255), "l2": (0.25, 0.5, 1.0)}
 """Radii for pixels in [0, 1], as in papers; here images are in [-1, 1], so radii are doubled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The result of a suite."""
+
+    metrics: dict[str, float]
+    notes: list[str]
+    examples: dict[str, list[float]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -61,7 +72,8 @@ def evaluate(
         say: receives a line for each stage.
 
     Returns:
-        `suite`, `temperature`, `seed`, `metrics` (name -> number) and `notes` (one line each).
+        `suite`, `temperature`, `seed`, `metrics` (name -> number), `notes` (one line each) and
+        `examples` (name -> a number for each event, in the order of the split).
 
     Raises:
         UserError: the model's data is missing, or the suite does not apply to the model.
@@ -80,9 +92,9 @@ def evaluate(
     if together:
         export = of_all_classes(export)
     try:
-        metrics, notes = measure(export, seed, torch.device(device), say)
+        found = measure(export, seed, torch.device(device), say)
         if together:
-            notes = [*notes, "E(x) is that of all classes together: -T log sum_y exp(-E(x, y)/T)"]
+            found.notes.append("E(x) is that of all classes together: -T log sum_y exp(-E(x, y)/T)")
     except ValueError as error:
         raise UserError(f"--suite {suite}: {' '.join(str(error).split())}") from None
     return {
@@ -90,8 +102,9 @@ def evaluate(
         "model": str(export.path),
         "temperature": temperature_of(export),
         "seed": seed,
-        "metrics": metrics,
-        "notes": notes,
+        "metrics": found.metrics,
+        "notes": found.notes,
+        "examples": found.examples,
     }
 
 
@@ -154,9 +167,7 @@ def _generator(seed: int, device: torch.device, *path: str) -> torch.Generator:
     return torch.Generator(device).manual_seed(derive_seed(seed, "evaluate", *path))
 
 
-def _density(
-    export: Export, seed: int, device: torch.device, say: Say
-) -> tuple[dict[str, float], list[str]]:
+def _density(export: Export, seed: int, device: torch.device, say: Say) -> Found:
     train, test = _load(export, "train", NUM_TRAIN), _load(export, "test", NUM_TEST)
     temperature = temperature_of(export)
     metrics: dict[str, float] = {}
@@ -203,18 +214,20 @@ def _density(
             )
         if not found.exact_start:
             notes.append("log_z_reverse is a bound only as far as the reverse chains had mixed")
+    examples = {}
     for name, batch in (("train", train), ("test", test)):
-        mean, error = log_likelihood(
-            export.energy, batch.x.to(device), log_z, temperature=temperature
-        )
+        found = log_probs(export.energy, batch.x.to(device), log_z, temperature=temperature)
+        mean = float(found.mean())
         metrics[f"likelihood/log_prob_{name}"] = mean
-        metrics[f"likelihood/log_prob_{name}_se"] = error
-    return metrics, notes
+        metrics[f"likelihood/log_prob_{name}_se"] = float(found.std() / math.sqrt(len(found)))
+        metrics[f"likelihood/bits_per_dim_{name}"] = bits_per_dim(mean, export.spec)
+        examples[f"log_prob_{name}"] = found.tolist()
+    if export.spec.kind == "image" and not (export.config.get("data") or {}).get("dequantize"):
+        notes.append("bits_per_dim: the data have no data.dequantize, so not to be compared")
+    return Found(metrics, notes, examples)
 
 
-def _ood(
-    export: Export, seed: int, device: torch.device, say: Say
-) -> tuple[dict[str, float], list[str]]:
+def _ood(export: Export, seed: int, device: torch.device, say: Say) -> Found:
     train, test = _load(export, "train", NUM_TRAIN).x, _load(export, "test", NUM_TEST).x
     generator = _generator(seed, torch.device("cpu"), "ood")
     others = {
@@ -227,10 +240,14 @@ def _ood(
     say(f"scores against {', '.join(others)}")
     moved = {name: x.to(device) for name, x in others.items()}
     metrics = ood_report(export.energy, test.to(device), moved, x_reference=train.to(device))
-    return {f"ood/{name}": value for name, value in metrics.items()}, [
+    finite = {f"ood/{name}": value for name, value in metrics.items() if math.isfinite(value)}
+    notes = [
         "shuffled: every coordinate drawn from another event, so only its marginals are right",
         "AUROC above 1/2: foreign events score higher than held-out ones",
+        "threshold: calibrated on half of the held-out events to keep 95% of them; kept: its share "
+        "of the other half; detected: foreign events above it; low and high: 95% intervals",
     ]
+    return Found(finite, notes)
 
 
 def _shuffled(x: Tensor, kind: EventKind, generator: torch.Generator) -> Tensor:
@@ -240,9 +257,7 @@ def _shuffled(x: Tensor, kind: EventKind, generator: torch.Generator) -> Tensor:
     return flat.gather(0, order.unsqueeze(-1).expand_as(flat)).reshape(x.shape)
 
 
-def _robustness(
-    export: Export, seed: int, device: torch.device, say: Say
-) -> tuple[dict[str, float], list[str]]:
+def _robustness(export: Export, seed: int, device: torch.device, say: Say) -> Found:
     test = _load(export, "test", NUM_TEST)
     if test.label is None:
         raise ValueError("the model's data has no labels; robustness is that of a classifier")
@@ -264,12 +279,10 @@ def _robustness(
             name = "accuracy" if radius == 0 else f"{norm}_{radius:.4g}"
             metrics[f"robustness/{name}"] = accuracy
     unit = "of pixels in [0, 1]" if image else "in data units"
-    return metrics, [f"radii are {unit}; each accuracy is an upper bound of the true one"]
+    return Found(metrics, [f"radii are {unit}; each accuracy is an upper bound of the true one"])
 
 
-def _fidelity(
-    export: Export, seed: int, device: torch.device, say: Say
-) -> tuple[dict[str, float], list[str]]:
+def _fidelity(export: Export, seed: int, device: torch.device, say: Say) -> Found:
     train, test = _load(export, "train", NUM_TRAIN), _load(export, "test", NUM_TEST)
     say("training the feature classifier")
     fidelity = Fidelity.fit(train, test, export.spec, seed, num_reference=NUM_DRAWN)
@@ -295,7 +308,7 @@ def _fidelity(
         metrics["fidelity/distance_of_chains"] = fidelity.distance(stored[:num].clamp(-1.0, 1.0))
     elif stored is not None:
         notes.append(f"distance_of_chains: left out, the export holds {len(stored)} chains alone")
-    return metrics, notes
+    return Found(metrics, notes)
 
 
 def _persists(export: Export) -> bool:
@@ -306,15 +319,13 @@ def _persists(export: Export) -> bool:
         return False
 
 
-def _landscape(
-    export: Export, seed: int, device: torch.device, say: Say
-) -> tuple[dict[str, float], list[str]]:
+def _landscape(export: Export, seed: int, device: torch.device, say: Say) -> Found:
     batch = _load(export, "train", NUM_TEST)
     data, energy, energy_of_data = batch.x.to(device), export.energy, None
     short = export.sampler.num_steps
     generator = _generator(seed, torch.device("cpu"), "landscape")
     start = export.spec.noise(NUM_AUDITED, generator, std=export.start_std)
-    stored = export.stored()
+    stored, label = export.stored(), None
     if stored is not None:
         # The run's own chains, since training uses them.
         chosen = torch.randperm(len(stored.x), generator=generator)[:NUM_AUDITED]
@@ -323,7 +334,8 @@ def _landscape(
         if label is None and is_conditional(export):
             raise UserError("--suite landscape: the chains of this export lost their labels")
         if label is not None:
-            energy = bind(export.energy, label=label[chosen].to(device))
+            label = label[chosen]
+            energy = bind(export.energy, label=label.to(device))
     elif is_conditional(export):
         label = torch.arange(NUM_AUDITED) % trait(export.energy, "num_labels")
         energy = bind(export.energy, label=label.to(device))
@@ -345,9 +357,24 @@ def _landscape(
         energy_of_data=energy_of_data,
     )
     metrics = {**audit.metrics(), "audit/energy_data": audit.energy_data}
+    if not export.spec.discrete:
+        say("energy barriers between these chains")
+        metrics |= connectivity(
+            export.energy,
+            start.to(device),
+            label,
+            temperature=temperature_of(export),
+            box=law.box(export.kernel()),
+        )
     healthy = (
         "no alarm: no chain diverged, none found energies below the data's far from them, few lie "
         "far above the data's, and long and short chains agree"
     )
     notes = [audit.alarm or healthy]
-    return {k: v for k, v in metrics.items() if math.isfinite(v)}, notes
+    if not export.spec.discrete:
+        notes.append(
+            "barrier: median height of the relaxed path between two chains (of one class) above "
+            f"its ends, in units of T; connected: share of paths up to {CONNECTED:g} T, which a "
+            "chain climbs about once in 150 attempts; low and high: its 95% interval"
+        )
+    return Found({k: v for k, v in metrics.items() if math.isfinite(v)}, notes)

@@ -12,6 +12,7 @@ from ebm_dist import energies, samplers
 from ebm_dist.cli import main
 from ebm_dist.core.types import EventSpec
 from ebm_dist.data import DataConfig, describe, load_split
+from ebm_dist.evaluation import bits_per_dim
 from ebm_dist.export.reader import load_energy
 from ebm_dist.export.suites import _shuffled
 from ebm_dist.export.writer import write_export
@@ -56,8 +57,22 @@ def test_density_of_a_gaussian_model_is_its_closed_form(tmp_path, export):
     log_z = math.log(2 * math.pi / precision)
     assert result["metrics"]["likelihood/log_z"] == pytest.approx(log_z, abs=1e-5)
     x = load_split(config, "test", 2000).x.double()
-    log_prob = (-0.5 * precision * x.square().sum(1) - log_z).mean().item()
+    log_probs = -0.5 * precision * x.square().sum(1) - log_z
+    log_prob = log_probs.mean().item()
     assert result["metrics"]["likelihood/log_prob_test"] == pytest.approx(log_prob, abs=1e-5)
+    # Event by event, in the order of the split; and in bits for each of the two coordinates.
+    assert result["examples"]["log_prob_test"] == pytest.approx(log_probs.tolist(), abs=1e-5)
+    bits = -log_prob / (2 * math.log(2))
+    assert result["metrics"]["likelihood/bits_per_dim_test"] == pytest.approx(bits, abs=1e-5)
+
+
+def test_bits_per_dim_of_uniform_images_and_fair_coins_are_their_entropy():
+    # Uniform in [-1, 1]: 8 bits a pixel of [0, 256). A fair coin: 1 bit. Three classes: log2 3.
+    image, coins = EventSpec((3, 4, 4), "image"), EventSpec((5,), "binary")
+    classes = EventSpec((5, 3), "categorical")
+    assert bits_per_dim(-48 * math.log(2), image) == pytest.approx(8.0)
+    assert bits_per_dim(-5 * math.log(2), coins) == pytest.approx(1.0)
+    assert bits_per_dim(-5 * math.log(3), classes) == pytest.approx(math.log2(3))
 
 
 def test_density_of_a_clamped_model_is_over_the_range_of_its_chains(tmp_path, export):
@@ -121,6 +136,8 @@ def test_landscape_of_a_bowl_far_from_the_data_raises_the_alarm(tmp_path, export
     path, _ = export(steep, MOONS)
     result = measured(tmp_path, path, "landscape")
     assert "spurious" in " ".join(result["notes"])
+    assert result["metrics"]["connectivity/barrier_straight"] == 0.0, "a bowl has no barriers"
+    assert result["metrics"]["connectivity/connected"] == 1.0
 
 
 @pytest.mark.parametrize(("suite", "says"), [("robustness", "num_classes"), ("fidelity", "image")])

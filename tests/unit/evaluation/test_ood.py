@@ -5,7 +5,14 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from ebm_dist.evaluation.ood import auroc, ood_auroc, ood_report, ood_score
+from ebm_dist.evaluation.ood import (
+    auroc,
+    ood_auroc,
+    ood_report,
+    ood_score,
+    share,
+    threshold_for,
+)
 
 
 def normal(num, dim, std=1.0, seed=0):
@@ -86,6 +93,41 @@ def test_report_names_every_score():
     assert {key for key in report if key.startswith("auroc/")} == {
         f"auroc/{score}/far" for score in ("energy", "grad_norm", "typicality", "max_prob")
     }
+
+
+def test_a_threshold_keeps_at_least_what_it_was_calibrated_to_on_average():
+    """Of n scores the kept share of new ones is Beta(rank, n + 1 - rank), for any law."""
+    num, kept, trials = 30, 0.9, 2000
+    scores = normal(trials, num).square()
+    limits = torch.tensor([threshold_for(row, kept) for row in scores])
+    shares = 2 * torch.special.ndtr(limits.sqrt()) - 1
+    rank = 28  # ceil(31 * .9)
+    law = stats.beta(rank, num + 1 - rank)
+    assert law.mean() >= kept
+    assert abs(shares.mean().item() - law.mean()) < 4 * law.std() / trials**0.5
+    assert threshold_for(scores[0, :8], kept) == float("inf")
+
+
+def test_a_share_has_wilsons_interval():
+    value, low, high = share(torch.arange(20) < 19)
+    assert value == 0.95
+    p, n, z = 0.95, 20, stats.norm.ppf(0.975)
+    centre, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    assert (low, high) == pytest.approx(
+        ((centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n))
+    )
+
+
+def test_a_report_calibrates_on_one_half_and_measures_on_the_other():
+    x = normal(2000, 2)
+    report = ood_report(half_square, x, {"far": x + 9})
+    even, odd = half_square(x[::2]).double(), half_square(x[1::2]).double()
+    assert report["threshold/energy"] == threshold_for(even, 0.95)
+    below = (odd <= report["threshold/energy"]).double().mean().item()
+    assert report["kept/energy"] == pytest.approx(below)
+    assert report["kept_low/energy"] < below < report["kept_high/energy"]
+    assert report["detected/energy/far"] == 1.0
+    assert report["detected_low/energy/far"] < 1.0
 
 
 @pytest.mark.parametrize(
