@@ -180,16 +180,16 @@ def test_a_step_leaves_the_state_it_was_given_valid(case):
 def test_the_generator_alone_decides(case):
     kernel, x, energy = case
     torch.manual_seed(1)
-    first = run_chain(kernel, x, energy, 8, generator(5))
+    first = run_chain(kernel, x, energy, 12, generator(5))
     torch.manual_seed(2)
     untouched = torch.get_rng_state()
-    again = run_chain(kernel, x, energy, 8, generator(5))
+    again = run_chain(kernel, x, energy, 12, generator(5))
     assert torch.equal(torch.get_rng_state(), untouched)
     assert torch.equal(first.position, again.position)
     for name in first.info:
         assert torch.equal(first.info[name], again.info[name])
     if kernel.temperature > 0:
-        other = run_chain(kernel, x, energy, 8, generator(6))
+        other = run_chain(kernel, x, energy, 12, generator(6))
         assert not torch.equal(first.position, other.position)
 
 
