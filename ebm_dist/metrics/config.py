@@ -1,4 +1,4 @@
-"""The `tracking` section of the config: Weights & Biases, and how often metrics are logged."""
+"""The `tracking` section of the config: where metrics go, and how often they are logged."""
 
 from __future__ import annotations
 
@@ -34,11 +34,18 @@ Tag = Annotated[str, AfterValidator(lambda tag: _short(tag, 64))]
 
 
 class TrackingConfig(Section):
-    """Logging to Weights & Biases. `metrics.jsonl` is always written."""
+    """Logging to Weights & Biases and TensorBoard. `metrics.jsonl` is always written."""
+
+    sinks: tuple[Literal["wandb", "tensorboard"], ...] = ("wandb",)
+    """Where metrics, images and histograms go besides the files of the run directory. tensorboard:
+    event files in RUN/tensorboard; it needs the package tensorboard."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """auto: WANDB_MODE if it is set; else online if a key is configured (WANDB_API_KEY, netrc, an
     identity token), else offline. off: wandb is not imported."""
+
+    name: Name | None = None
+    """Name of the W&B run; when left out, WANDB_NAME, else run.name."""
 
     project: Addressable | None = None
     """W&B project; when left out, WANDB_PROJECT, else ebm_dist."""
@@ -51,6 +58,12 @@ class TrackingConfig(Section):
 
     tags: tuple[Tag, ...] = ()
     """W&B tags of at most 64 characters each; when left out, WANDB_TAGS."""
+
+    job_type: Name | None = None
+    """W&B job type; when left out, WANDB_JOB_TYPE."""
+
+    notes: str | None = None
+    """Notes on the W&B run; when left out, WANDB_NOTES."""
 
     log_every: PositiveInt = 10
     """Learner updates between two rows of metrics."""

@@ -36,10 +36,13 @@ _LIKE_A_KEY = re.compile(r"\blocal-\w{40,}\b|\bwandb_v1_\w+|\b[0-9a-f]{40}\b")
 
 DEFAULT_PROJECT = "ebm_dist"
 _VARIABLES = {
+    "name": "WANDB_NAME",
     "project": "WANDB_PROJECT",
     "entity": "WANDB_ENTITY",
     "group": "WANDB_RUN_GROUP",
     "tags": "WANDB_TAGS",
+    "job_type": "WANDB_JOB_TYPE",
+    "notes": "WANDB_NOTES",
 }
 
 
@@ -68,9 +71,9 @@ def first_fault(error: ValidationError) -> str:
     return error.errors()[0]["msg"].removeprefix("Value error, ")
 
 
-def run_name(name: str) -> str:
-    """The name of the run on W&B: WANDB_NAME, or else `name`."""
-    return os.environ.get("WANDB_NAME") or name
+def trial_id() -> str | None:
+    """The id of the W&B run that a sweep agent has made for this process; None without an agent."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
 
 def resolve_mode(config: TrackingConfig) -> tuple[Mode, str]:
@@ -81,6 +84,8 @@ def resolve_mode(config: TrackingConfig) -> tuple[Mode, str]:
     Raises:
         UserError: the mode is `online` and no key is configured.
     """
+    if "wandb" not in config.sinks:
+        return "off", "W&B: off (tracking.sinks)"
     asked, why = config.wandb, "tracking.wandb"
     if asked == "off":
         return "off", "W&B: off"

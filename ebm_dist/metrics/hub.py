@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import queue
+import shlex
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,10 +19,11 @@ from ebm_dist.files.durable import replacing
 from ebm_dist.files.safe_open import make_directory
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import resolve_mode, scrub, with_environment
-from ebm_dist.metrics.credentials import run_name as name_on_page
 from ebm_dist.metrics.jsonl import METRICS_FILE, JsonlSink, read_rows
 from ebm_dist.metrics.names import FRAME
+from ebm_dist.metrics.protocol import Sink
 from ebm_dist.metrics.sink import WandbSink, first_run_id
+from ebm_dist.metrics.tensorboard import TensorBoardSink
 from ebm_dist.metrics.tile import enlarge, tile
 
 MAX_WAITING = 10_000
@@ -68,7 +70,7 @@ def unknown_hub(run_id: str | None) -> HubInfo:
 
 
 class MetricHub:
-    """Writes `metrics.jsonl`, `histograms.jsonl`, `samples/*.png` and the W&B run.
+    """Writes `metrics.jsonl`, `histograms.jsonl`, `samples/*.png`, and to the sinks.
 
     It is a plain class, hosted by an actor or used directly. After the constructor no method
     raises, and only `flush` and `close` wait: items go through a bounded queue to a thread that
@@ -106,6 +108,7 @@ class MetricHub:
         self._notices: list[str] = []
         self._told: set[str] = set()
         self._num_dropped = 0
+        self._also = ""
         try:
             self._jsonl = JsonlSink(self._run_dir / METRICS_FILE)
             self._histograms = JsonlSink(self._run_dir / HISTOGRAMS_FILE)
@@ -119,11 +122,18 @@ class MetricHub:
                     mode,
                     run_dir=self._run_dir,
                     run_config=run_config,
-                    run_name=name_on_page(run_name),
+                    run_name=run_name,
                     run_id=first_run_id(resume_id),
                     resume_step=resume_step,
                     notice=self._notice,
                 )
+            self._sinks: list[tuple[str, Sink]] = [("spool", self._wandb)] if self._wandb else []
+            if "tensorboard" in config.sinks:
+                folder = self._run_dir / "tensorboard"
+                self._sinks.append(
+                    ("TensorBoard", TensorBoardSink(folder, resume_step=resume_step))
+                )
+                self._line += f"; TensorBoard: `tensorboard --logdir {shlex.quote(str(folder))}`"
         except OSError as error:
             raise UserError(
                 f"run.dir: cannot write metrics below {self._run_dir} ({error.strerror or error}); "
@@ -213,7 +223,7 @@ class MetricHub:
             mode=wandb.mode if wandb else "off",
             dir=str(wandb.dir) if wandb else None,
             url=wandb.url if wandb else None,
-            notice=line,
+            notice=line + self._also,
             sync=wandb.sync_command if wandb and wandb.mode == "offline" else None,
             metrics=str(self._run_dir / METRICS_FILE),
             notices=list(self._notices),
@@ -250,8 +260,8 @@ class MetricHub:
         try:
             self._waiting.put(("stop", None), timeout=5.0)
             self._thread.join(10.0)
-            if self._wandb is not None:
-                self._wandb.close(exit_code)
+            for _, sink in self._sinks:
+                sink.close(exit_code)
             self._jsonl.close()
             self._histograms.close()
         except Exception as error:
@@ -318,7 +328,7 @@ class MetricHub:
         self._jsonl.append([{"step": step, "epoch": epoch, **values}])
 
     def _pass_on(self, item: dict[str, Any]) -> None:
-        if self._wandb is None:
+        if not self._sinks:
             return
         if "values" in item:
             # JSON has no NaN; the sink turns the spool's null back into one.
@@ -326,10 +336,11 @@ class MetricHub:
                 name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in item["values"].items()
             }
-        try:
-            self._wandb.put(item)
-        except OSError as error:
-            self._trouble("spool", error)
+        for name, sink in self._sinks:
+            try:
+                sink.put(item)
+            except Exception as error:
+                self._trouble(name, error)
 
     def _picture(self, name: str, step: int, value: Any) -> Path:
         if isinstance(value, Path):

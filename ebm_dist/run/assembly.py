@@ -37,7 +37,7 @@ from ebm_dist.controller.workers.autoscaler import Elasticity
 from ebm_dist.controller.workers.membership import WorkerPool
 from ebm_dist.core.types import EventSpec
 from ebm_dist.evaluation.regime import SHORT_RUN_REINIT, is_short_run_generator
-from ebm_dist.metrics.credentials import run_name, with_environment
+from ebm_dist.metrics.credentials import with_environment
 from ebm_dist.metrics.hub import MetricHub
 from ebm_dist.run.placement.placer import Place
 from ebm_dist.run.placement.places import placed, shard_notice
@@ -249,7 +249,7 @@ class _Spawner:
                 config=with_environment(config.tracking),
                 run_dir=self._run_dir.absolute(),
                 run_config=config.model_dump(mode="json") | self._lineage,
-                run_name=run_name(config.run.name),
+                run_name=config.run.name,
                 resume_id=resume_id,
                 resume_step=resume_step,
             ),

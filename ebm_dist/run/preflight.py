@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import socket
 
@@ -18,11 +19,12 @@ from ebm_dist.cluster.access import (
 from ebm_dist.cluster.ray_temp import private_temp_dir
 from ebm_dist.config.run_config import RunConfig
 from ebm_dist.core.errors import UserError, one_line
-from ebm_dist.core.installed import require
+from ebm_dist.core.installed import how_to_install, require
 from ebm_dist.data import describe, load_split
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.dataset import open_dataset
 from ebm_dist.evaluation.fidelity import check_data
+from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import with_environment
 from ebm_dist.samplers.compile.compiler import missing
 
@@ -43,13 +45,23 @@ def preflight(config: RunConfig) -> None:
     check_samples(config.data)
     check_evaluation(config)
     check_compiler(config)
-    if config.tracking.wandb != "off":
-        with_environment(config.tracking)
+    check_tracking(config.tracking)
     if config.runtime.backend == "ray":
         refuse_second_ray()
         require_token(config.runtime.address)
         check_address(config.runtime.address)
         check_agreement(config.runtime.address)
+
+
+def check_tracking(config: TrackingConfig) -> None:
+    """Check the names for W&B and that TensorBoard's package is there."""
+    if config.wandb != "off" and "wandb" in config.sinks:
+        with_environment(config)
+    if "tensorboard" in config.sinks and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "tracking.sinks: tensorboard needs the package tensorboard, which is not installed; "
+            f"{how_to_install('tensorboard')}, or leave it out of tracking.sinks"
+        )
 
 
 def check_samples(config: DataConfig) -> None:

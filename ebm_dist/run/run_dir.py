@@ -9,16 +9,36 @@ from pathlib import Path
 from typing import Literal
 
 from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.config.sections import RunSection
 from ebm_dist.core.errors import UserError
+from ebm_dist.core.paths import user_path
 from ebm_dist.files.durable import lock
 from ebm_dist.files.safe_open import make_directory, open_to_append
+from ebm_dist.metrics.credentials import trial_id
 
 Resume = Literal["auto", "never", "must"]
 
-_DIRECTORIES = ("artifacts", "checkpoints", "samples", "wandb")
+_DIRECTORIES = ("artifacts", "checkpoints", "samples", "tensorboard", "wandb")
 """Subdirectories that a run writes."""
 
 log = logging.getLogger("ebm_dist")
+
+
+def run_directory(run: RunSection, given: str | Path | None) -> Path:
+    """The directory of a run: run.dir/run.name, or the given one. A trial of a W&B sweep has one of
+    its own beside it.
+
+    Raises:
+        UserError: `given` is not a path.
+    """
+    directory = Path(run.dir) / run.name
+    if given is not None:
+        try:
+            directory = Path(user_path(given))
+        except ValueError as error:
+            raise UserError(f"--run-dir: {error}") from None
+    trial = trial_id()
+    return directory if trial is None else directory.with_name(f"{directory.name}-{trial}")
 
 
 def starting_point(run_dir: Path, resume: Resume) -> checkpoint.CheckpointDir | None:

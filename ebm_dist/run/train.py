@@ -30,7 +30,6 @@ from ebm_dist.config.run_config import RunConfig, dump
 from ebm_dist.controller.controller import Controller
 from ebm_dist.controller.observers.callbacks import Callbacks, load_callbacks
 from ebm_dist.core.errors import RunFailed, UserError, one_line
-from ebm_dist.core.paths import user_path
 from ebm_dist.core.plugins import IN_SESSION, modules_of
 from ebm_dist.core.signals import asking, interrupting
 from ebm_dist.core.types import EventSpec
@@ -50,7 +49,7 @@ from ebm_dist.run.init_from import beginning as init_from
 from ebm_dist.run.object_store import check_shared_memory, store_need
 from ebm_dist.run.preflight import preflight
 from ebm_dist.run.resume import changes, check_resumable
-from ebm_dist.run.run_dir import Resume, claimed, run_log, starting_point, writable
+from ebm_dist.run.run_dir import Resume, claimed, run_directory, run_log, starting_point, writable
 from ebm_dist.run.warm_up import warmed_up
 
 log = logging.getLogger("ebm_dist")
@@ -135,12 +134,7 @@ def train(
     )
     spec = describe(config.data)
     config = bind(config, spec)
-    directory = Path(config.run.dir) / config.run.name
-    if run_dir is not None:
-        try:
-            directory = Path(user_path(run_dir))
-        except ValueError as error:
-            raise UserError(f"--run-dir: {error}") from None
+    directory = run_directory(config.run, run_dir)
     with claimed(directory) as unguarded:
         refuse_link(directory / "export")  # checked now, as it is written after the training
         found = starting_point(directory, resume)

@@ -23,6 +23,7 @@ OF_OTHER_PROGRAMS = {
     "--head",  # ray start
     "--porcelain",  # git
     "--shm-size",  # docker
+    "--logdir",  # tensorboard
     "--sort",  # tar
     "--dereference",
     "--hard-dereference",

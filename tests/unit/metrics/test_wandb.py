@@ -409,14 +409,25 @@ def test_wandbs_own_variables_name_the_run_where_the_config_does_not(
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     monkeypatch.setenv("WANDB_NAME", "shown")
     monkeypatch.setenv("WANDB_TAGS", "a,b")
+    monkeypatch.setenv("WANDB_JOB_TYPE", "train")
+    monkeypatch.setenv("WANDB_NOTES", "first try")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "theirs")
     config = with_environment(TrackingConfig(group="mine", **QUICK))
     assert (config.project, config.group, config.tags) == ("theirs", "mine", ("a", "b"))
-    assert with_environment(TrackingConfig(project="mine")).project == "mine"
+    assert (config.name, config.job_type, config.notes) == ("shown", "train", "first try")
+    mine = with_environment(TrackingConfig(project="mine", name="called", tags=("c",)))
+    assert (mine.project, mine.name, mine.tags) == ("mine", "called", ("c",))
     with MetricHub(TrackingConfig(**QUICK), tmp_path, {}, "digits") as hub:
         hub.log(1, 0, {"energy/gap": 0.0})
     info = hub.info()
     assert info["url"] == f"{server.url}/tester/theirs/runs/{info['id']}"
-    assert server.runs[info["id"]].display_name == "shown"
+    run = server.runs[info["id"]]
+    assert (run.display_name, run.about["groupName"], run.about["jobType"]) == (
+        "shown",
+        "theirs",
+        "train",
+    )
+    assert (run.about["tags"], run.about["notes"]) == (["a", "b"], "first try")
 
 
 def test_the_shipped_configs_leave_the_names_to_the_environment() -> None:

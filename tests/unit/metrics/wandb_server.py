@@ -34,6 +34,8 @@ class ServedRun:
     output: list[str] = field(default_factory=list)
     exit_code: int | None = None
     num_openings: int = 0
+    about: dict[str, Any] = field(default_factory=dict)
+    """Group, job type, tags and notes."""
 
 
 class WandbServer(ArtifactService):
@@ -155,6 +157,7 @@ class WandbServer(ArtifactService):
         inserted = name not in self.runs
         run = self.run(name)
         run.num_openings += 1
+        run.about |= {key: value for key, value in variables.items() if value is not None}
         run.display_name = variables.get("displayName") or run.display_name
         if variables.get("config"):
             run.config.update(json.loads(variables["config"]))
