@@ -127,8 +127,8 @@ def context_fields(
     if config.label is not None:
         if spec.num_classes is None:
             raise ValueError(
-                "buffer.context.label: the data has no labels; choose labelled data, set "
-                "data.num_classes where plain shards hold .cls labels, or leave the key out"
+                "buffer.context.label: the data names no classes; set data.num_classes if it has "
+                "labels, choose labelled data, or leave the key out"
             )
         fields.append(ContextField("label", size=spec.num_classes))
     if config.level is not None:

@@ -13,6 +13,7 @@ from ebm_dist.config.checks_of_context import check_context, check_energy_contex
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.plugins import modules_of
 from ebm_dist.core.types import MAX_EVENT_NUMBERS, EventSpec
+from ebm_dist.energies import EnergySection
 from ebm_dist.energies.limits import MAX_PARTS, limited, numbers_in_memory
 from ebm_dist.jarzynski import weights as jarzynski
 from ebm_dist.samplers.traits import names_with
@@ -306,19 +307,29 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
     if objective.needs_labels and spec.num_classes is None:
         raise UserError(
             f"objective.name: {config.objective.name} reads labels, and {config.data.location} "  # type: ignore[attr-defined]
-            "names no classes; set data.num_classes where plain shards hold .cls labels, else use "
-            "labelled data, or objective.name: contrastive"
+            "names no classes; set data.num_classes if it has labels, else use labelled data, or "
+            "objective.name: contrastive"
         )
     if objective.needs_labels and getattr(energy, "num_classes", None) is None:
         raise UserError(
             f"energy.num_classes: missing, but objective.name {config.objective.name} reads class "  # type: ignore[attr-defined]
             f"logits; set energy.num_classes: {spec.num_classes}"
         )
-    if not any(p.requires_grad for m in (module, objective) for p in m.parameters()):
-        raise UserError(
-            f"energy.name: {energy.name} has no parameters to train; choose a network such as "  # type: ignore[attr-defined]
-            "mlp, or set learnable: true where the energy has it"
+    trained = any(p.requires_grad for m in (module, objective) for p in m.parameters())
+    if not trained or next(module.parameters(), None) is None:
+        raise UserError(_nothing_to_train(energy))
+
+
+def _nothing_to_train(energy: EnergySection) -> str:
+    if (target := getattr(energy, "target", None)) is not None:
+        return (
+            f"energy.target: {target} has no parameters to train; make it an nn.Module with an "
+            "nn.Parameter that requires a gradient"
         )
+    return (
+        f"energy.name: {energy.name} has no parameters to train; choose a network such as mlp, or "  # type: ignore[attr-defined]
+        "set learnable: true where the energy has it"
+    )
 
 
 def _check_sizes(config: RunConfig, spec: EventSpec) -> None:

@@ -9,10 +9,27 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 WireName = Literal["float32", "bfloat16"]
 
 _CACHE_LINE = 64
+
+
+def check_trainable(module: nn.Module, who: str) -> None:
+    """Raise ValueError, which begins with `who`, if a weight of `module` cannot be trained."""
+    for name, weight in module.named_parameters():
+        if is_lazy(weight):
+            raise ValueError(f"{who} has lazy weights ({name}); give their sizes")
+        if weight.ndim == 0:  # DeepSpeed cannot broadcast it
+            raise ValueError(
+                f"{who} has a weight without a dimension ({name}); give it the shape (1,)"
+            )
+        if weight.dtype != torch.float32:
+            raise ValueError(
+                f"{who} has weights of {weight.dtype} ({name}), expected float32; "
+                "learner.precision: bf16 computes in bfloat16"
+            )
 
 
 @dataclass(frozen=True, slots=True)

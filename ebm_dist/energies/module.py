@@ -11,13 +11,12 @@ import torch
 from pydantic import Field, PositiveInt, PrivateAttr
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 
 from ebm_dist.core.energy_call import energy_at
 from ebm_dist.core.errors import one_line
 from ebm_dist.core.plugins import Target, load_target, target_of
 from ebm_dist.core.types import EnergyFn, EventSpec
-from ebm_dist.core.weights import flat_tensors
+from ebm_dist.core.weights import check_trainable, flat_tensors
 from ebm_dist.energies.context import ContextTraits, stand_in, trait
 from ebm_dist.energies.context import bind as bind_context
 from ebm_dist.energies.family import FAMILY, BoundSection, EnergySection
@@ -109,21 +108,7 @@ class ModuleEnergySection(BoundSection):
                     "by which the energy of a chain would depend on the other chains of its batch; "
                     "use GroupNorm or LayerNorm"
                 )
-        for name, weight in module.named_parameters():
-            if is_lazy(weight):
-                raise ValueError(
-                    f"energy.target: {self.target} has lazy weights ({name}); give their sizes"
-                )
-            if weight.ndim == 0:  # DeepSpeed cannot broadcast it
-                raise ValueError(
-                    f"energy.target: {self.target} has a weight without a dimension ({name}); give "
-                    "it the shape (1,)"
-                )
-            if weight.dtype != torch.float32:
-                raise ValueError(
-                    f"energy.target: {self.target} has weights of {weight.dtype} ({name}), "
-                    "expected float32; learner.precision: bf16 computes in bfloat16"
-                )
+        check_trainable(module, f"energy.target: {self.target}")
         flat_tensors(module)  # raises where a buffer cannot travel
         if self.num_classes is not None and not hasattr(module, "logits"):
             raise ValueError(

@@ -105,6 +105,7 @@ def open_export(
     energy: nn.Module | Callable[..., Any] | None = None,
 ) -> Export:
     """Read and check the export at `path`; arguments and errors as in `load_energy`."""
+    plugins = (plugins,) if isinstance(plugins, str) else tuple(plugins)
     if plugins:
         import_plugins(plugins)
     path = find_export(path)
@@ -130,7 +131,7 @@ def open_export(
             f"{path / CONFIG}: the energy takes events of shape {tuple(shape)}, event.shape is "
             f"{spec.shape}; the file was edited or mixed up: export the run again"
         )
-    return Export(path, module, spec, sampler, float(start_std), config, tuple(plugins))
+    return Export(path, module, spec, sampler, float(start_std), config, plugins)
 
 
 @dataclass(frozen=True, slots=True)

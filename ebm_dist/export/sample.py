@@ -34,6 +34,7 @@ def sample(
     level: int | None = None,
     num_steps: int | None = None,
     seed: int = 0,
+    plugins: Sequence[str] = (),
 ) -> tuple[Tensor, Tensor]:
     """Draw samples of an exported model with its training sampler, starting from noise.
 
@@ -45,13 +46,14 @@ def sample(
             chains had labels, or if the energy needs one; else the law is that of E(x).
         level: for an energy over levels, the noise level; 0, the cleanest, when left out.
         num_steps: sampler steps of each chain; when left out, `usual_steps`.
+        plugins: modules to import first, as `load_energy` takes them.
 
     Returns:
         Samples (num, *event) and their energies (num,), float32 on the CPU.
     """
     if num < 1:
         raise UserError(f"num: expected at least 1, got {num}")
-    opened = export if isinstance(export, Export) else open_export(export)
+    opened = export if isinstance(export, Export) else open_export(export, plugins=plugins)
     steps = usual_steps(opened) if num_steps is None else num_steps
     return draw_samples(opened, num, steps, label=label, level=level, seed=seed)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ebm_dist.core.plugins import USER_METRICS, Target, load_target
 from ebm_dist.core.types import CONTEXTS, Batch, EnergyFn, Negatives
+from ebm_dist.core.weights import check_trainable
 from ebm_dist.objectives.objective import FAMILY, Metrics, Objective, ObjectiveSection
 
 
@@ -57,6 +58,12 @@ class OwnObjective(Objective):
                 "pair (loss, metrics) of a scalar tensor and a dict"
             )
         loss, metrics = came
+        if not isinstance(loss, Tensor) or loss.ndim > 0:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"objective.target: {self.target} returned a loss of shape {shape}, expected a "
+                "scalar tensor: end it with .mean()"
+            )
         named = {
             key if "/" in key else f"{USER_METRICS}{key}": torch.as_tensor(value).detach()
             for key, value in metrics.items()
@@ -123,6 +130,8 @@ class ModuleObjectiveSection(ObjectiveSection):
                 f"objective.target: {self.target} made a {type(own).__name__}, expected a callable "
                 "(energy, batch, negatives, generator) -> (loss, metrics)"
             )
+        if isinstance(own, nn.Module):
+            check_trainable(own, f"objective.target: {self.target}")
         stated = getattr(says, "needs_negatives", self.needs_negatives)
         if stated != self.needs_negatives:
             raise ValueError(

@@ -86,7 +86,7 @@ class Callbacks:
             own = [dict(arg) if isinstance(arg, Mapping) else arg for arg in args]
             try:
                 asks = function(*own)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 log.exception("callback %s raised in %s", name, hook)
                 what = one_line(f"{type(error).__name__}: {error}")
                 self.failure = RunFailed(
@@ -119,6 +119,9 @@ def load_callbacks(
                 f"{key}.params: {section.target} cannot be made of them ({what}); correct them"
             ) from error
         found.append((section.target, _checked(callback, f"{key}.target: {section.target}")))
+    if not isinstance(given, Iterable):
+        name = type(given).__qualname__
+        raise UserError(f"callbacks: expected a list of objects, got a {name}; pass [{name}(...)]")
     for index, callback in enumerate(given):
         where = f"callbacks[{index}]"
         if isinstance(callback, type):

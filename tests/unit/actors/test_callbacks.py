@@ -117,6 +117,20 @@ def test_a_callback_that_raises_ends_the_run_in_one_line_with_a_checkpoint(tmp_p
     assert "Traceback" in (tmp_path / "run" / "run.log").read_text()
 
 
+class Exiting(Seen):
+    def on_update(self, step, metrics):
+        if step == 3:
+            sys.exit(3)
+
+
+def test_a_callback_that_exits_costs_no_update(tmp_path):
+    with pytest.raises(RunFailed, match="callback Exiting raised in on_update at update 3: System"):
+        small_runs.run(tmp_path / "run", callbacks=[Exiting()])
+    found = checkpoint.latest(tmp_path / "run")
+    assert found is not None
+    assert found.step == 3
+
+
 def test_updates_that_are_made_again_after_a_roll_back_are_seen_again(tmp_path, monkeypatch):
     real, failed = LearnerGroup.update, []
 
@@ -192,3 +206,5 @@ def test_a_callback_that_cannot_be_made_is_one_line_and_exit_code_2(
 def test_a_class_in_place_of_an_object_is_refused_with_what_to_pass(tmp_path):
     with pytest.raises(UserError, match=r"^callbacks\[0\]: .* pass Seen\(...\)$"):
         small_runs.run(tmp_path / "run", callbacks=[Seen])
+    with pytest.raises(UserError, match=r"^callbacks: expected a list .* pass \[Seen\(...\)\]$"):
+        small_runs.run(tmp_path / "run", callbacks=Seen())

@@ -143,6 +143,19 @@ class Slopes:
 
 def bare(energy, batch, negatives, generator):
     return energy(batch.x).mean()
+
+
+def each(energy, batch, negatives, generator):
+    return energy(batch.x), {}
+
+
+class Weighted(torch.nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(tuple(shape)))
+
+    def forward(self, energy, batch, negatives, generator):
+        return self.scale.sum() * (energy(batch.x).mean() - energy(negatives.x).mean()), {}
 '''
 
 PLUGIN = '''

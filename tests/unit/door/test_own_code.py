@@ -112,6 +112,10 @@ def test_an_export_holds_weights_under_the_users_own_names(here: Path):
     net.load_state_dict(load_file(export / "model.safetensors"))
     x = torch.randn(4, 2)
     assert torch.equal(net(x), ebm_dist.load_energy(export, plugins=["own_pkg.nets"])(x))
+    assert torch.equal(net(x), ebm_dist.load_energy(export, plugins="own_pkg.nets")(x))
+    forget()
+    drawn, _ = ebm_dist.sample(export, 3, plugins=["own_pkg.nets", "own_pkg.moves"])
+    assert drawn.shape == (3, 2)
 
 
 def test_reading_imports_nothing_and_says_which_module_to_name(
@@ -223,6 +227,24 @@ def test_a_plugin_registers_a_section_that_is_a_member_like_any_other(
         ({"sampler": {**SAMPLER, "params": {"s": 1}}}, "sampler.params: own_pkg.moves:Walk called"),
         ({"sampler": {**SAMPLER, "engine": "compiled"}}, "sampler.engine: expected 'eager'"),
         ({"sampler": {**SAMPLER, "adapt_steps": 5}}, "sampler.adapt_steps: expected 0"),
+        (
+            {"objective": {"target": "own_pkg.losses:Weighted", "params": {"shape": []}}},
+            "objective.target: own_pkg.losses:Weighted has a weight without a dimension (scale)",
+        ),
+        (
+            {
+                "energy": {"target": "own_pkg.nets:Bowl"},
+                "objective": {"target": "own_pkg.losses:Weighted", "params": {"shape": [1]}},
+            },
+            "energy.target: own_pkg.nets:Bowl has no parameters to train; make it an nn.Module",
+        ),
+        (
+            {
+                "energy": {"name": "mlp", "num_classes": 3},
+                "buffer": {"context": {"label": "uniform"}},
+            },
+            "buffer.context.label: the data names no classes; set data.num_classes if it has",
+        ),
         ({"objective": {"target": "own_pkg.losses:Slopes"}}, "objective.needs_negatives: true"),
         ({"flow": {"mode": "async", "stale": "reweight"}}, "flow.stale: reweight"),
         ({"plugins": ["own_pkg.emb"]}, "plugins: the module own_pkg.emb cannot be imported on"),
@@ -245,6 +267,10 @@ def test_what_cannot_be_used_is_one_line_before_anything_starts(
     [
         ({"sampler": {**SAMPLER, "target": "own_pkg.moves:Careless"}}, "with a gradient"),
         ({"objective": {"name": "module", "target": "own_pkg.losses:bare"}}, "returned a Tensor"),
+        (
+            {"objective": {"name": "module", "target": "own_pkg.losses:each"}},
+            "objective.target: own_pkg.losses:each returned a loss of shape (32,), expected a scal",
+        ),
     ],
 )
 def test_what_a_sampler_or_objective_returns_wrongly_is_said_in_one_line(
