@@ -240,6 +240,7 @@ def test_a_plugin_registers_a_section_that_is_a_member_like_any_other(
         ),
         (
             {
+                "data": {"source": "toy:unit_gaussian_1d", "batch_size": 32, "toy_samples": 256},
                 "energy": {"name": "mlp", "num_classes": 3},
                 "buffer": {"context": {"label": "uniform"}},
             },
