@@ -7,8 +7,7 @@ import io
 import os
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -179,13 +178,14 @@ def sample(
     plugin: Plugins = [],  # noqa: B006
 ) -> None:
     """Draw samples from an exported model with its training sampler."""
+    from ebm_dist.commands.progress import progress
     from ebm_dist.export.reader import open_export
     from ebm_dist.export.sample import check_suffix, draw_samples, save_samples, usual_steps
 
     check_suffix(out)
     export = open_export(checkpoint, plugins=import_named(plugin))
     steps = usual_steps(export) if steps is None else steps
-    with _progress("sampling", num * steps) as advance:
+    with progress("sampling") as stages:
         x, energy = draw_samples(
             export,
             num,
@@ -195,7 +195,7 @@ def sample(
             seed=seed,
             start=start,
             device=_device(device),
-            on_step=lambda done, mean: advance(done, f"mean energy {mean:.3f}"),
+            on_step=lambda done, mean: stages.step(done, num * steps, f"mean energy {mean:.3f}"),
         )
     save_samples(out, x, energy, export)
     print(f"{num} samples after {steps} steps from {start}: {out}")
@@ -221,15 +221,22 @@ def evaluate(
     """Evaluate an exported model on one suite."""
     import json
 
+    from ebm_dist.commands.progress import progress
     from ebm_dist.export.reader import open_export
     from ebm_dist.export.suites import evaluate as run_suite
     from ebm_dist.files.durable import write_output
 
-    def say(text: str) -> None:
-        print(f"{suite}: {text}", file=sys.stderr, flush=True)
-
     export = open_export(checkpoint, plugins=import_named(plugin))
-    result = run_suite(export, suite, seed=seed, device=_device(device), data=data, say=say)
+    with progress(suite) as stages:
+        result = run_suite(
+            export,
+            suite,
+            seed=seed,
+            device=_device(device),
+            data=data,
+            say=stages.begin,
+            on_step=stages.step,
+        )
     width = max(map(len, result["metrics"]), default=0)
     for name, value in result["metrics"].items():
         print(f"{one_line(name):<{width}}  {value:.6g}")
@@ -332,34 +339,6 @@ def config_schema(plugin: Plugins = []) -> None:  # noqa: B006
 
     import_named(plugin)
     print(json.dumps(schema(), indent=2))
-
-
-@contextlib.contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """`advance(done, text)`: a bar on a terminal, else a line every ten seconds; on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(), TextColumn("{task.fields[text]}"))
-    said = time.monotonic()
-    with Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(title, total=total, text="")
-
-        def advance(done: int, text: str) -> None:
-            nonlocal said
-            bar.update(task, completed=done, text=text)
-            if not console.is_terminal and time.monotonic() - said >= 10:
-                said = time.monotonic()
-                print(f"{title}: {done / total:.0%}, {text}", file=sys.stderr, flush=True)
-
-        yield advance
 
 
 def _device(name: str) -> str:

@@ -9,6 +9,7 @@ returns the chains so that training can use them as negatives.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,7 @@ def long_run_audit(
     chunk: int = 500,
     persistent: bool = False,
     energy_of_data: Tensor | None = None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Audit:
     """Run chains for `num_steps`; compare them with the data and with their `short_steps` state.
 
@@ -124,6 +126,7 @@ def long_run_audit(
         num_steps: steps in total, at least ten times as many.
         generator: for the noise of the chains and the directions of the projections.
         persistent: whether `x` are training's persistent chains; changes the alarm's text only.
+        on_step: called with the number of steps that are done and of all, after each `chunk`.
         energy_of_data: (N,) energies of `data`, where `energy` is that of chains with labels, and
             so cannot take other events.
 
@@ -153,6 +156,7 @@ def long_run_audit(
         long, fell = _run(kernel, long, energy, piece, generator)
         diverged = diverged | fell
         remaining -= piece
+        on_step(num_steps - remaining, num_steps)
 
     e_short, e_long = _energies(energy, short), _energies(energy, long)
     e_data = _energies(energy, data) if energy_of_data is None else energy_of_data.double().cpu()

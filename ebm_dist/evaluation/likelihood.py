@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,6 +84,7 @@ def log_partition(
     kernel: Kernel[Any] | None = None,
     samples: Tensor | None = None,
     box: tuple[float, float] | None = None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> LogPartition:
     """Annealed importance sampling of log Z = log sum exp(-E/T), forward and reverse.
 
@@ -111,6 +113,8 @@ def log_partition(
         box: integrate over low <= x <= high in every coordinate, for chains that are clamped;
             `base` and `samples` must then be confined too. Chains move in
             u = logit((x - low) / (high - low)), which is unbounded.
+        on_step: called with the number of temperatures that are done and of all, in both
+            directions.
 
     Raises:
         ValueError: an argument does not fit the events.
@@ -145,11 +149,22 @@ def log_partition(
     with samplers.frozen(energy):
         schedule = _pilot(path, kernel, num_temperatures, num_steps, generator)
         x = path.start(num_chains, generator)
-        log_w, x, acceptance = _anneal(path, schedule, x, num_steps, generator)
+        total = 2 * (len(schedule.b) - 1)
+        log_w, x, acceptance = _anneal(
+            path, schedule, x, num_steps, generator, on_step=lambda done: on_step(done, total)
+        )
         start, exact = _reverse_start(
             path, schedule, log_w, x, num_chains, num_steps, generator, samples
         )
-        log_v, _, _ = _anneal(path, schedule, start, num_steps, generator, reverse=True)
+        log_v, _, _ = _anneal(
+            path,
+            schedule,
+            start,
+            num_steps,
+            generator,
+            reverse=True,
+            on_step=lambda done: on_step(total // 2 + done, total),
+        )
     log_z0 = float(base.log_z())
     up, up_se, up_ess = _log_mean(log_w)
     down, down_se, down_ess = _log_mean(log_v)
@@ -229,13 +244,16 @@ def _anneal(
     num_steps: int,
     generator: torch.Generator,
     reverse: bool = False,
+    *,
+    on_step: Callable[[int], None],
 ) -> tuple[Tensor, Tensor, float]:
     """Anneal forward or in reverse; returns log-weights (B,), positions and mean acceptance."""
     last = len(schedule.b) - 1
     log_weight = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
     accepted: list[float] = []
     order = range(last, 0, -1) if reverse else range(1, last + 1)
-    for k in order:
+    for done, k in enumerate(order):
+        on_step(done)
         gain = (schedule.b[k] - schedule.b[k - 1]) * path.slope(x)
         log_weight = log_weight + gain if reverse else log_weight - gain
         # Forward, the chain then moves under the larger b; in reverse, under the smaller. So the

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -131,6 +132,7 @@ def ood_report(
     x_reference: Tensor | None = None,
     *,
     kept: float = 0.95,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """AUROC of every applicable score for each data set of `others`, and a threshold's shares.
 
@@ -139,6 +141,7 @@ def ood_report(
 
     Args:
         kept: in-distribution events that the threshold is to keep.
+        on_step: called with the number of sets that are scored and of all.
 
     Returns:
         `auroc/SCORE/SET` and `auroc_se/SCORE/SET`; `threshold/SCORE`; `kept/SCORE` and
@@ -151,8 +154,11 @@ def ood_report(
     if getattr(energy, "num_classes", None):
         scores.append("max_prob")
     report = {}
+    total = len(scores) * (1 + len(others))
+    done = itertools.count(1)
     for score in scores:
         familiar = ood_score(energy, x_in, score=score, x_reference=x_reference)
+        on_step(next(done), total)
         limit = threshold_for(familiar[::2], kept)
         report[f"threshold/{score}"] = limit
         report |= _shares("kept", score, familiar[1::2] <= limit)
@@ -162,6 +168,7 @@ def ood_report(
             value, error = auroc(familiar, foreign)
             report[f"auroc/{score}/{name}"] = value
             report[f"auroc_se/{score}/{name}"] = error
+            on_step(next(done), total)
     return report
 
 

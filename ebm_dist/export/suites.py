@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.paths import user_path
@@ -31,12 +31,14 @@ from ebm_dist.evaluation import (
 )
 from ebm_dist.evaluation.connectivity import CONNECTED, connectivity
 from ebm_dist.evaluation.regime import SHORT_RUN_REINIT
+from ebm_dist.export.all_classes import of_all_classes
 from ebm_dist.export.reader import Export
 from ebm_dist.export.sample import draw_samples, is_conditional, usual_steps
 from ebm_dist.samplers import law
 
 Suite = Literal["density", "ood", "robustness", "fidelity", "landscape"]
 Say = Callable[[str], None]
+OnStep = Callable[[int, int], None]
 
 NUM_TRAIN, NUM_TEST = 10_000, 2_000
 NUM_DRAWN = 500
@@ -63,6 +65,7 @@ def evaluate(
     device: str = "cpu",
     data: str | None = None,
     say: Say = lambda text: None,
+    on_step: OnStep = lambda done, total: None,
 ) -> dict[str, Any]:
     """Measure `export` on one suite.
 
@@ -70,6 +73,7 @@ def evaluate(
         data: the current path of the model's data, if it has moved.
         seed: seed of all noise; the same seed gives the same result on the same device.
         say: receives a line for each stage.
+        on_step: called with the number of steps of the stage that are done and of all.
 
     Returns:
         `suite`, `temperature`, `seed`, `metrics` (name -> number), `notes` (one line each) and
@@ -92,7 +96,7 @@ def evaluate(
     if together:
         export = of_all_classes(export)
     try:
-        found = measure(export, seed, torch.device(device), say)
+        found = measure(export, seed, torch.device(device), say, on_step)
         if together:
             found.notes.append("E(x) is that of all classes together: -T log sum_y exp(-E(x, y)/T)")
     except ValueError as error:
@@ -106,36 +110,6 @@ def evaluate(
         "notes": found.notes,
         "examples": found.examples,
     }
-
-
-class _AllClasses(nn.Module):
-    """E(x) = -T log sum_y exp(-E(x, y)/T), x (B, *event) -> (B,): the model without its labels.
-
-    The energy itself, called without a label, has T = 1 in its place.
-    """
-
-    def __init__(self, energy: nn.Module, temperature: float) -> None:
-        super().__init__()
-        self.energy = energy
-        self.temperature = temperature
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = self.energy.logits(x)  # type: ignore[operator]
-        return -self.temperature * (logits / self.temperature).logsumexp(1)
-
-
-def of_all_classes(export: Export) -> Export:
-    """The export of a class-conditional run, with the energy of all classes together.
-
-    Raises:
-        UserError: the energy has no logits, from which that is computed.
-    """
-    if not trait(export.energy, "num_labels") or "label" in trait(export.energy, "needs_context"):
-        raise UserError(
-            f"{export.path}: the energy takes a label and has no class logits, so it has no energy "
-            "of all classes together; use --suite fidelity or landscape"
-        )
-    return replace(export, energy=_AllClasses(export.energy, temperature_of(export)).eval())
 
 
 def temperature_of(export: Export) -> float:
@@ -167,7 +141,7 @@ def _generator(seed: int, device: torch.device, *path: str) -> torch.Generator:
     return torch.Generator(device).manual_seed(derive_seed(seed, "evaluate", *path))
 
 
-def _density(export: Export, seed: int, device: torch.device, say: Say) -> Found:
+def _density(export: Export, seed: int, device: torch.device, say: Say, on_step: OnStep) -> Found:
     train, test = _load(export, "train", NUM_TRAIN), _load(export, "test", NUM_TEST)
     temperature = temperature_of(export)
     metrics: dict[str, float] = {}
@@ -195,6 +169,7 @@ def _density(export: Export, seed: int, device: torch.device, say: Say) -> Found
             num_chains=NUM_AIS_CHAINS,
             base=base,
             box=box,
+            on_step=on_step,
         )
         log_z = found.combined
         metrics |= {
@@ -227,7 +202,7 @@ def _density(export: Export, seed: int, device: torch.device, say: Say) -> Found
     return Found(metrics, notes, examples)
 
 
-def _ood(export: Export, seed: int, device: torch.device, say: Say) -> Found:
+def _ood(export: Export, seed: int, device: torch.device, say: Say, on_step: OnStep) -> Found:
     train, test = _load(export, "train", NUM_TRAIN).x, _load(export, "test", NUM_TEST).x
     generator = _generator(seed, torch.device("cpu"), "ood")
     others = {
@@ -239,7 +214,9 @@ def _ood(export: Export, seed: int, device: torch.device, say: Say) -> Found:
         others["interpolated"] = 0.5 * (test + test[order])
     say(f"scores against {', '.join(others)}")
     moved = {name: x.to(device) for name, x in others.items()}
-    metrics = ood_report(export.energy, test.to(device), moved, x_reference=train.to(device))
+    metrics = ood_report(
+        export.energy, test.to(device), moved, x_reference=train.to(device), on_step=on_step
+    )
     finite = {f"ood/{name}": value for name, value in metrics.items() if math.isfinite(value)}
     notes = [
         "shuffled: every coordinate drawn from another event, so only its marginals are right",
@@ -257,16 +234,20 @@ def _shuffled(x: Tensor, kind: EventKind, generator: torch.Generator) -> Tensor:
     return flat.gather(0, order.unsqueeze(-1).expand_as(flat)).reshape(x.shape)
 
 
-def _robustness(export: Export, seed: int, device: torch.device, say: Say) -> Found:
+def _robustness(
+    export: Export, seed: int, device: torch.device, say: Say, on_step: OnStep
+) -> Found:
     test = _load(export, "test", NUM_TEST)
     if test.label is None:
         raise ValueError("the model's data has no labels; robustness is that of a classifier")
     image = export.spec.kind == "image"
     x, label = test.x.to(device), test.label.to(device)
-    metrics = {}
+    metrics: dict[str, float] = {}
+    say("attacks of rising radius")
+    total = 1 + sum(map(len, EPSILONS.values()))
     for norm, radii in EPSILONS.items():
         for radius in (0.0, *radii) if norm == "linf" else radii:
-            say(f"{norm} attacks of radius {radius:.4g}")
+            on_step(len(metrics), total)
             accuracy = robust_accuracy(
                 export.energy,
                 x,
@@ -282,7 +263,7 @@ def _robustness(export: Export, seed: int, device: torch.device, say: Say) -> Fo
     return Found(metrics, [f"radii are {unit}; each accuracy is an upper bound of the true one"])
 
 
-def _fidelity(export: Export, seed: int, device: torch.device, say: Say) -> Found:
+def _fidelity(export: Export, seed: int, device: torch.device, say: Say, on_step: OnStep) -> Found:
     train, test = _load(export, "train", NUM_TRAIN), _load(export, "test", NUM_TEST)
     say("training the feature classifier")
     fidelity = Fidelity.fit(train, test, export.spec, seed, num_reference=NUM_DRAWN)
@@ -294,7 +275,15 @@ def _fidelity(export: Export, seed: int, device: torch.device, say: Say) -> Foun
     label = None
     if is_conditional(export):
         label = torch.arange(num) % trait(export.energy, "num_labels")
-    drawn, _ = draw_samples(export, num, steps, label=label, seed=seed, device=device)
+    drawn, _ = draw_samples(
+        export,
+        num,
+        steps,
+        label=label,
+        seed=seed,
+        device=device,
+        on_step=lambda done, _: on_step(done, num * steps),
+    )
     # As in a run: unclamped chains leave the data's range by their noise.
     drawn = drawn.clamp(-1.0, 1.0)
     metrics |= {f"fidelity/{name}": v for name, v in fidelity.measure(drawn, label).items()}
@@ -319,7 +308,7 @@ def _persists(export: Export) -> bool:
         return False
 
 
-def _landscape(export: Export, seed: int, device: torch.device, say: Say) -> Found:
+def _landscape(export: Export, seed: int, device: torch.device, say: Say, on_step: OnStep) -> Found:
     batch = _load(export, "train", NUM_TEST)
     data, energy, energy_of_data = batch.x.to(device), export.energy, None
     short = export.sampler.num_steps
@@ -355,6 +344,8 @@ def _landscape(export: Export, seed: int, device: torch.device, say: Say) -> Fou
         generator=_generator(seed, device, "landscape", "chains"),
         persistent=stored is not None and _persists(export),
         energy_of_data=energy_of_data,
+        chunk=100,
+        on_step=on_step,
     )
     metrics = {**audit.metrics(), "audit/energy_data": audit.energy_data}
     if not export.spec.discrete:

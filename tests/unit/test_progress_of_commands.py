@@ -1,0 +1,77 @@
+"""Commands say how far they are and how long it will take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ebm_dist.commands import progress
+from ebm_dist.core.types import EventSpec
+from ebm_dist.evaluation import log_partition, long_run_audit, ood_report
+from ebm_dist.samplers import make
+
+
+def test_where_there_is_no_terminal_a_line_every_ten_seconds_has_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress.progress("density") as stages:
+        stages.begin("log Z")
+        for done in range(1, 5):
+            now += 5.0
+            stages.step(done, 40)
+        stages.begin("drawing")  # the time of the stage before does not count
+        now += 11.0
+        stages.step(2, 4, "mean energy 1.5")
+    assert capsys.readouterr().err.splitlines() == [
+        "density: log Z",
+        "density: 5%, log Z, about 3 min 10 s left",
+        "density: 10%, log Z, about 3 min 0 s left",
+        "density: drawing",
+        "density: 50%, mean energy 1.5, about 11 s left",
+    ]
+
+
+def half_square(x: torch.Tensor) -> torch.Tensor:
+    return x.square().sum(1) / 2
+
+
+@pytest.mark.parametrize("of", ["log_partition", "ood_report", "long_run_audit"])
+def test_measurements_that_take_long_count_their_steps_from_few_to_all(of: str) -> None:
+    steps: list[tuple[int, int]] = []
+    generator = torch.Generator().manual_seed(0)
+    x = torch.empty(20, 2).normal_(generator=generator)
+
+    def count(done: int, total: int) -> None:
+        steps.append((done, total))
+
+    if of == "log_partition":
+        log_partition(
+            half_square,
+            EventSpec((2,), "real"),
+            generator=generator,
+            num_chains=4,
+            num_temperatures=5,
+            on_step=count,
+        )
+    elif of == "ood_report":
+        ood_report(half_square, x, {"far": x + 9, "near": x + 1}, on_step=count)
+    else:
+        kernel = make("langevin", step_size=0.1, temperature=1.0)
+        long_run_audit(
+            half_square,
+            kernel,
+            x,
+            x,
+            short_steps=2,
+            num_steps=20,
+            generator=generator,
+            chunk=5,
+            on_step=count,
+        )
+    done, totals = zip(*steps)
+    assert len(steps) >= 4
+    assert list(done) == sorted({*done})
+    assert len({*totals}) == 1
+    assert totals[0] - 1 <= done[-1] <= totals[0]
