@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import metadata
 
 import numpy as np
 import pytest
@@ -44,6 +43,7 @@ COMMANDS = [
     ["data"],
     ["data", "prepare"],
     ["data", "check"],
+    ["push"],
     ["dashboard"],
     ["dashboard", "write"],
     ["dashboard", "publish"],
@@ -75,7 +75,7 @@ def test_every_command_has_help(command, capsys):
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]):
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"ebm_dist {metadata.version('ebm_dist')}\n"
+    assert capsys.readouterr().out == f"ebm_dist {ebm_dist.__version__}\n"
 
 
 def test_help_loads_none_of_the_heavy_packages():
