@@ -17,6 +17,7 @@ from ebm_dist._version import __version__
 from ebm_dist.commands.data import data_app
 from ebm_dist.commands.failures import explain, say
 from ebm_dist.commands.hub import push
+from ebm_dist.commands.import_weights import import_weights
 from ebm_dist.commands.options import (
     Argument,
     ConfigFile,
@@ -50,7 +51,6 @@ app.add_typer(data_app, name="data")
 app.add_typer(dashboard_app, name="dashboard")
 app.add_typer(config_app, name="config")
 app.add_typer(pretrained_app, name="pretrained")
-app.command(epilog="Example: ebm-dist push runs/digits/export USER/digits --license mit")(push)
 
 
 def _version(asked: bool) -> None:
@@ -256,6 +256,12 @@ def export(
     from ebm_dist.export.writer import export_run
 
     print(export_run(run_dir, out_dir, plugins=import_named(plugin)))
+
+
+app.command(epilog="Example: ebm-dist push runs/digits/export USER/digits --license mit")(push)
+app.command("import-weights", epilog="Example: ebm-dist import-weights jem CIFAR10_MODEL.pt jem")(
+    import_weights
+)
 
 
 @app.command(epilog="Example: ebm-dist report runs/digits --out digits.html")

@@ -44,6 +44,7 @@ COMMANDS = [
     ["data", "prepare"],
     ["data", "check"],
     ["push"],
+    ["import-weights"],
     ["dashboard"],
     ["dashboard", "write"],
     ["dashboard", "publish"],

@@ -177,7 +177,12 @@ def test_the_mathematics_needs_torch_einops_and_pydantic_alone(path: Path):
 def test_nothing_unpickles(path: Path):
     assert not UNPICKLERS & {name.split(".")[0] for name in imports(path)}
     tree = ast.parse(path.read_text())
-    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    calls = {
+        ast.unparse(node.func)
+        for node in ast.walk(tree)
+        # Of the tensors of a checkpoint alone; torch 2.6 closed the last hole of it.
+        if isinstance(node, ast.Call) and "weights_only=True" not in ast.unparse(node)
+    }
     assert not UNPICKLING_CALLS & calls
 
 
