@@ -136,6 +136,20 @@ class ShardChains:
         rows = rows[self._slots.version[rows] >= 0]
         return Distribution(energy=self._slots.energy[rows], age=self._slots.age[rows])
 
+    def extremes(self, num: int) -> dict[str, np.ndarray]:
+        """Copies of the `num` oldest, newest and lowest chains that have moved, or fewer, by the
+        name of their picture."""
+        rows = self._slots.row_of_slot
+        rows = rows[self._slots.version[rows] >= 0]
+        age = self._slots.age[rows]
+        by = {
+            "samples/oldest": -age,
+            "samples/newest": age,
+            "samples/lowest_energy": self._slots.energy[rows],
+        }
+        first = {key: np.argsort(value, kind="stable")[:num] for key, value in by.items()}
+        return {key: self._positions(rows[index]) for key, index in first.items()}
+
     def peek(self, num: int, key: int) -> ChainSample:
         """Copies of `num` chains of the older half, drawn at random under `key`; fewer if fewer
         exist."""

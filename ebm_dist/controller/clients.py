@@ -110,6 +110,9 @@ class ShardClient(Client):
     def distribution(self) -> Ref[Distribution]:
         return self.handle.call("distribution")
 
+    def extremes(self, num: int) -> Ref[dict[str, np.ndarray]]:
+        return self.handle.call("extremes", num)
+
     def peek(self, num: int, key: int) -> Ref[ChainSample]:
         return self.handle.call("peek", num, key)
 
@@ -223,6 +226,9 @@ class HubClient(Client):
         metadata: Mapping[str, object],
     ) -> Ref[None]:
         return self.handle.call("artifact", step, kind, folder, aliases, metadata)
+
+    def table(self, name: str, step: int, values: Mapping[str, float]) -> Ref[None]:
+        return self.handle.call("table", name, step, values)
 
     def alert(self, step: int, title: str, text: str, level: str) -> Ref[None]:
         return self.handle.call("alert", step, title, text, level)

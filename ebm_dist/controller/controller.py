@@ -58,7 +58,7 @@ class Controller:
         run_dir: Path,
         view: View,
         meta: dict[str, Any],
-        save_grid: Callable[[np.ndarray, int], Path | None],
+        save_grid: Callable[[np.ndarray, str, int], Path | None],
         callbacks: Callbacks,
     ) -> None:
         self.progress = Progress()
@@ -156,6 +156,7 @@ class Controller:
             self._window,
             timeout=flow.stall_timeout_s,
             save_grid=save_grid,
+            draws_extremes=meta["event"]["kind"] == "image",
             on_evaluation=callbacks.on_evaluation,
         )
 

@@ -20,7 +20,7 @@ from ebm_dist.files.safe_open import make_directory
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import resolve_mode, scrub, with_environment
 from ebm_dist.metrics.jsonl import METRICS_FILE, JsonlSink, read_rows
-from ebm_dist.metrics.names import FRAME
+from ebm_dist.metrics.names import FRAME, explained
 from ebm_dist.metrics.protocol import Sink
 from ebm_dist.metrics.sink import WandbSink, first_run_id
 from ebm_dist.metrics.tensorboard import TensorBoardSink
@@ -189,16 +189,21 @@ class MetricHub:
         aliases: Sequence[str],
         metadata: Mapping[str, object],
     ) -> None:
-        """Log `folder` as W&B artifact: the data that the run uses, or a model that it makes.
-
-        W&B may read the folder much later, so it must never change. A folder of the same name is
-        logged once for an update.
-        """
+        """Log `folder`, which must never change, as W&B artifact: the data that the run uses, or a
+        model that it makes. A folder of the same name is logged once for an update."""
         try:
             item = {"step": int(step), "name": f"{kind} {Path(folder).name}", "path": str(folder)}
             self._put(kind, {**item, "aliases": list(aliases), "metadata": dict(metadata)})
         except Exception as error:
             self._trouble("artifact", error)
+
+    def table(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        """Log metrics as a W&B table, with what each says."""
+        try:
+            item = {"step": int(step), "name": str(name), "rows": explained(values)}
+            self._put("table", item)
+        except Exception as error:
+            self._trouble("table", error)
 
     def alert(self, step: int, title: str, text: str, level: str) -> None:
         """Send a W&B alert. `level` is INFO, WARN or ERROR."""
@@ -304,7 +309,7 @@ class MetricHub:
         elif kind == "histogram":
             self._pass_on({**item, "kind": "histogram"})
             self._histograms.append([item])
-        elif kind in ("dataset", "model", "alert"):
+        elif kind in ("dataset", "model", "alert", "table"):
             self._pass_on({**item, "kind": kind})
         elif kind == "flush":
             try:

@@ -7,7 +7,7 @@ refuse names that are not listed here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ebm_dist.core.plugins import USER_METRICS
@@ -222,6 +222,9 @@ HISTOGRAMS: dict[str, Metric] = {
 
 IMAGES: dict[str, Metric] = {
     "samples/chains": Metric("current chains of the buffer"),
+    "samples/oldest": Metric("chains of the buffer that were started first"),
+    "samples/newest": Metric("chains of the buffer that were started last"),
+    "samples/lowest_energy": Metric("chains of the buffer with the lowest energies"),
 }
 """Names for `MetricHub.images`."""
 
@@ -236,6 +239,15 @@ def describe(name: str) -> Metric | None:
     if name.startswith(USER_METRICS):
         return _USERS
     return METRICS.get(name)
+
+
+def explained(values: Mapping[str, float]) -> list[list[str | float]]:
+    """Name, value, unit and meaning of each finite metric."""
+    return [
+        [name, float(value), metric.unit, metric.meaning]
+        for name, value in values.items()
+        if (metric := describe(name)) is not None and math.isfinite(value)
+    ]
 
 
 def unknown(names: Iterable[str]) -> list[str]:

@@ -10,6 +10,9 @@ ALERT_PAUSE_S = 60.0
 """W&B itself drops further alerts of one title for this long. The driver, which decides what is an
 alert, waits longer; this holds where two hubs send the same one."""
 
+COLUMNS = ("metric", "value", "unit", "meaning")
+"""Of a table of metrics."""
+
 
 def send(run: Any, item: Mapping[str, Any]) -> dict[str, Any]:
     """Send what `item` has besides numbers and media; returns its values for the history.
@@ -28,6 +31,8 @@ def send(run: Any, item: Mapping[str, Any]) -> dict[str, Any]:
         return {item["name"]: wandb.Image(item["path"])}
     if kind == "histogram":
         return {item["name"]: wandb.Histogram(np_histogram=(item["counts"], item["edges"]))}
+    if kind == "table":
+        return {item["name"]: wandb.Table(columns=list(COLUMNS), data=item["rows"])}
     if kind == "alert":
         run.alert(item["title"], item["text"], item["level"], wait_duration=ALERT_PAUSE_S)
         return {}

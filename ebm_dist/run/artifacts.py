@@ -20,8 +20,11 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ebm_dist._version import __version__
 from ebm_dist.checkpoint import files as checkpoint
+from ebm_dist.cluster.backend import Backend
 from ebm_dist.config.run_config import RunConfig
 from ebm_dist.controller.observers.hub import HubLink
 from ebm_dist.core.errors import one_line
@@ -29,9 +32,11 @@ from ebm_dist.core.types import EventSpec
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.dataset import open_dataset
 from ebm_dist.data.storage.shards import Shards
+from ebm_dist.export import model_card
 from ebm_dist.export.writer import export_run
 from ebm_dist.files.durable import new_directory, replace_text
 from ebm_dist.files.safe_open import make_directory
+from ebm_dist.metrics.config import TrackingConfig
 
 log = logging.getLogger("ebm_dist.run")
 
@@ -185,6 +190,26 @@ class Artifacts:
     def _folder_of(self, step: int) -> Path:
         path = self._checkpoint(step)
         return self._folder / f"{path.name}-{checkpoint.checksum(path, 'ema')[:8]}"
+
+
+def provenance(config: TrackingConfig, backend: Backend) -> dict[str, Any]:
+    """For W&B's config: the versions of the code, and CPUs, GPUs and memory of every node."""
+    if config.wandb == "off" or "wandb" not in config.sinks:
+        return {}
+    commit = model_card.git_commit(Path(__file__).parent)
+    code = {"ebm_dist": __version__, "git_commit": commit, "torch": torch.__version__}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    here = {"CPU": os.cpu_count(), "GPU": torch.cuda.device_count(), "memory": memory}
+    # Ray's other resources name addresses.
+    nodes = [
+        {
+            "id": node.id[:8],
+            **{key: value for key, value in node.total.items() if key in here},
+            "accelerators": [key.partition(":")[2] for key in node.total if "accelerator" in key],
+        }
+        for node in backend.nodes()
+    ]
+    return {"code": code, "nodes": nodes or [{"id": "local", **here}]}
 
 
 def describe_data(config: DataConfig, spec: EventSpec) -> dict[str, Any]:

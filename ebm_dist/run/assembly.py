@@ -39,6 +39,7 @@ from ebm_dist.core.types import EventSpec
 from ebm_dist.evaluation.regime import SHORT_RUN_REINIT, is_short_run_generator
 from ebm_dist.metrics.credentials import with_environment
 from ebm_dist.metrics.hub import MetricHub
+from ebm_dist.run.artifacts import provenance
 from ebm_dist.run.placement.placer import Place
 from ebm_dist.run.placement.places import placed, shard_notice
 from ebm_dist.run.start_up import await_parts, meet
@@ -181,6 +182,7 @@ class _Spawner:
         self._lives: list[tuple[ShardClient, int]] = []  # each shard process, with its `life`
         lineage = found.meta.get("init_from") if found else None
         self._lineage = {"lineage": lineage} if lineage else {}
+        self._provenance = provenance(config.tracking, backend)
         tracking: dict[str, Any] = (found.meta.get("tracking") or {}) if found else {}
         self.tracking_id: str | None = tracking.get("id")
         # The rounds in progress: two for each worker or lease of an update, and one for a repeated
@@ -248,7 +250,7 @@ class _Spawner:
                 # Filled in from the environment of this process, since a node's may have none.
                 config=with_environment(config.tracking),
                 run_dir=self._run_dir.absolute(),
-                run_config=config.model_dump(mode="json") | self._lineage,
+                run_config=config.model_dump(mode="json") | self._lineage | self._provenance,
                 run_name=config.run.name,
                 resume_id=resume_id,
                 resume_step=resume_step,

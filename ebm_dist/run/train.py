@@ -218,8 +218,10 @@ def _train(
         for line in found.skipped if found else ():
             view.say(f"passed over a damaged checkpoint: {line}")
 
-        def write_grid(chains: np.ndarray, step: int) -> Path | None:
+        def write_grid(chains: np.ndarray, name: str, step: int) -> Path | None:
             path = run_dir / "samples" / f"step_{step:08d}.png"
+            if name != "samples/chains":  # in a folder, since the report shows those of `samples`
+                path = path.parent / name.removeprefix("samples/") / path.name
             try:
                 make_directory(path.parent)
                 return save_grid(torch.from_numpy(np.array(chains)), path, spec)

@@ -79,6 +79,9 @@ class HubLink:
     ) -> None:
         self._send(lambda hub: hub.artifact(step, kind, folder, aliases, metadata))
 
+    def table(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        self._send(lambda hub: hub.table(name, step, values))
+
     def alert(self, step: int, title: str, text: str, level: str) -> None:
         self._send(lambda hub: hub.alert(step, title, text, level))
 
@@ -118,9 +121,7 @@ class HubLink:
         """Tell W&B that the run failed at update `step`, and why."""
         diverged = isinstance(failure, NonFinite)
         title = "Training diverged and ended" if diverged else "The run failed"
-        text = (
-            f"{one_line(failure)}. Its last checkpoint is from before: run.log says how to resume."
-        )
+        text = f"{one_line(failure)}. The same command goes on from the last checkpoint."
         with contextlib.suppress(Exception):  # `failure` is what the user is told
             self.alert(step, title, text, "ERROR")
             self.flush(LAST_WORDS_S)

@@ -47,7 +47,8 @@ class Monitor:
         window: MetricWindow,
         *,
         timeout: float,
-        save_grid: Callable[[np.ndarray, int], Path | None],
+        save_grid: Callable[[np.ndarray, str, int], Path | None],
+        draws_extremes: bool,
         on_evaluation: Callable[[int, dict[str, float]], None],
     ) -> None:
         """
@@ -55,7 +56,8 @@ class Monitor:
             progress: shared with the controller, and only read.
             window: filled by the controller, and closed here at each log row.
             timeout: seconds within which a part must answer.
-            save_grid: writes chains (num, *event) of an update as an image.
+            save_grid: writes chains (num, *event) as the image of a name and an update.
+            draws_extremes: also draw the oldest, the newest and the lowest chains.
             on_evaluation: called with the update and the metrics of each evaluation.
         """
         self.metrics: dict[str, float] = {}
@@ -68,6 +70,7 @@ class Monitor:
         self._window = window
         self._timeout = timeout
         self._save_grid = save_grid
+        self._draws_extremes = draws_extremes
         self._backend = parts.backend
         self._on_evaluation = on_evaluation
         self._owed_since = math.inf  # the last update at which an evaluation was due
@@ -201,15 +204,31 @@ class Monitor:
         shown = slice(config.num_grid)
         if (label := chains.context.get("label")) is not None:
             shown = np.argsort(label[shown], kind="stable")  # one class per row, if they fit
-        picture = self._save_grid(chains.x[shown], step)
-        if picture is not None:
-            self._parts.hub.images("samples/chains", step, str(picture))
+        self._draw(chains.x[shown], "samples/chains", step)
+        self._draw_extremes(step)
         self._log_distributions(step)
         if self._parts.evaluator is None:
             return
         weighs = self._config.buffer.jarzynski
         weighted = [shard.weighted() for shard in parts.shards] if weighs else []
         self._parts.evaluator.start(step, chains, ema, flat, *weighted)
+
+    def _draw(self, chains: np.ndarray, name: str, step: int) -> None:
+        picture = self._save_grid(chains, name, step)
+        if picture is not None:
+            self._parts.hub.images(name, step, str(picture))
+
+    def _draw_extremes(self, step: int) -> None:
+        shards = self._parts.shards
+        if len(shards) == 0 or not self._draws_extremes:
+            return
+        share = -(-self._config.evaluation.num_grid // len(shards))
+        asked = [(shard, shard.extremes(share)) for shard in shards]
+        answers = [self._answer(shard, ref, "its extreme chains") for shard, ref in asked]
+        for name in answers[0]:
+            chains = np.concatenate([part[name] for part in answers])
+            if len(chains):
+                self._draw(chains, name, step)
 
     def _log_distributions(self, step: int) -> None:
         asked = [(shard, shard.distribution()) for shard in self._parts.shards]
@@ -273,6 +292,7 @@ class Monitor:
             step, values = done
             self.metrics.update(values)
             self._parts.hub.log(step, self._progress.epoch, values)
+            self._parts.hub.table("evaluation", step, values)
             self._on_evaluation(step, values)
 
     def _collect(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from rich.console import Console
+from small_runs import SMALL, run
 
 from ebm_dist.run.train import train
 
@@ -32,3 +33,18 @@ def test_an_evaluation_logs_histograms_of_all_moved_chains(tmp_path):
     age = first["histogram/age"]
     assert 16 <= sum(age["counts"]) <= 64
     assert 1.0 <= age["edges"][-1] <= 4.0 + 0.5
+
+
+def test_an_evaluation_of_images_draws_the_oldest_the_newest_and_the_lowest_chains(tmp_path):
+    base = {
+        **SMALL,
+        "data": {"source": "digits", "batch_size": 128, "prefetch": 0},
+        "energy": {"name": "quadratic", "precision": [2.0] * 64, "learnable": True},
+        "sampler": {"name": "langevin", "step_size": 0.01, "temperature": 1.0, "num_steps": 2},
+    }
+    evaluated = ("evaluation.every=2", "evaluation.fidelity=false", "evaluation.likelihood=false")
+    _, screen = run(tmp_path / "r", "run.steps=2", *evaluated, base=base)
+    drawn = {f"{path.parent.name}/{path.name}" for path in (tmp_path / "r/samples").rglob("*.png")}
+    name = "step_00000002.png"
+    assert drawn == {f"{kind}/{name}" for kind in ("samples", "oldest", "newest", "lowest_energy")}
+    assert f"samples/{name}" in screen, "the last screen names the samples"

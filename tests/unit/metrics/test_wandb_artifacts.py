@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from wandb_server import WandbServer
 
+from ebm_dist._version import __version__
 from ebm_dist.config.run_config import RunConfig, load
 from ebm_dist.data import describe
 from ebm_dist.metrics.config import TrackingConfig
@@ -85,6 +86,16 @@ def test_an_offline_run_holds_data_and_models_and_best_is_what_its_evaluation_sa
     assert latest.metadata["update"] == 6
     export = {file.name: file.read_bytes() for file in (tmp_path / "run/export").iterdir()}
     assert latest.files == export
+
+    about = server.runs[run_id].config
+    assert about["code"]["value"]["ebm_dist"] == __version__
+    assert about["nodes"]["value"][0]["CPU"] >= 1
+    tables = [name for name in server.runs[run_id].files if "table/evaluation" in name]
+    assert len(tables) == 3
+    table = json.loads(server.runs[run_id].files[sorted(tables)[0]])
+    assert table["columns"] == ["metric", "value", "unit", "meaning"]
+    values = {name: value for name, value, *_ in table["data"]}
+    assert values[SCORE] in evaluated.values()
 
     (data,) = server.versions("data-toy-unit_gaussian_1d")
     assert data.used_by == [run_id]
