@@ -258,6 +258,11 @@ class WandbSink:
         for name in FRAME:
             run.define_metric(name, hidden=True)
         run.define_metric("*", step_metric="step")
+        if mode == "online":
+            # Artifacts and tables need the client's API object. It asks the server when it is made,
+            # which would fail if the server were away at the first of them.
+            with contextlib.suppress(Exception):
+                run._public_api()
         atexit.register(self.close)  # registered after wandb's own hook, so it runs before it
         self.url = None if mode != "online" else run.url
         self.dir = Path(run.settings.sync_dir).parent

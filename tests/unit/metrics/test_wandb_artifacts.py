@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_wandb import until
 from wandb_server import WandbServer
 
 from ebm_dist._version import __version__
@@ -65,6 +66,25 @@ def test_a_resumed_hub_logs_no_second_version_of_a_model(
     (data,) = server.versions("data-toy")
     assert (data.type, data.made_by, data.used_by) == ("dataset", None, [run_id])
     assert all(row["step"] is not None for row in server.runs[run_id].history)
+
+
+def test_after_the_start_no_artifact_asks_the_server_who_the_user_is(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    # It is not asked again when it may be away: the client would give the artifact up.
+    model = tmp_path / "step_00000005-12345678"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    with MetricHub(TrackingConfig(init_timeout=60), tmp_path, {}, "t") as hub:
+        until(lambda: hub.info()["url"])
+        asked = server.operations["Viewer"]
+        assert asked > 0
+        hub.artifact(5, "model", str(model), ["latest"], {})
+        hub.table("evaluation", 5, {"fidelity/distance": 1.5})
+    assert server.operations["Viewer"] == asked
+    run_id = hub.info()["id"]
+    assert [version.aliases for version in server.versions(f"model-{run_id}")] == [["latest"]]
+    assert any("evaluation" in row for row in server.runs[str(run_id)].history)
 
 
 def test_an_offline_run_holds_data_and_models_and_best_is_what_its_evaluation_says(
