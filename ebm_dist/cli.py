@@ -173,31 +173,41 @@ def sample(
     level: Annotated[
         int | None, typer.Option(min=0, help="The noise level, of an energy over levels.")
     ] = None,
+    condition: Annotated[
+        Path | None,
+        Option(
+            help="The given parts (.npy) that the samples of a conditional energy take in turn; "
+            "those of the run's last chains if left out."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the starts and the noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     plugin: Plugins = [],  # noqa: B006
 ) -> None:
     """Draw samples from an exported model with its training sampler."""
     from ebm_dist.commands.progress import progress
+    from ebm_dist.data.format.npy import open_npy
     from ebm_dist.export.reader import open_export
-    from ebm_dist.export.sample import check_suffix, draw_samples, save_samples, usual_steps
+    from ebm_dist.export.sample import check_suffix, draw, save_samples, usual_steps
 
     check_suffix(out)
     export = open_export(checkpoint, plugins=import_named(plugin))
     steps = usual_steps(export) if steps is None else steps
+    given = None if condition is None else open_npy(condition)
     with progress("sampling") as stages:
-        x, energy = draw_samples(
+        drawn = draw(
             export,
             num,
             steps,
             label=label,
             level=level,
+            condition=given,
             seed=seed,
             start=start,
             device=_device(device),
             on_step=lambda done, mean: stages.step(done, num * steps, f"mean energy {mean:.3f}"),
         )
-    save_samples(out, x, energy, export)
+    save_samples(out, drawn, export)
     print(f"{num} samples after {steps} steps from {start}: {out}")
 
 

@@ -146,7 +146,8 @@ def context_fields(
     elif config.condition is not None:
         if spec.condition_shape is None:
             raise ValueError(
-                "buffer.context.condition: the data has no conditions; leave the key out"
+                "buffer.context.condition: the data has no conditions; set data.condition_size, or "
+                "leave the key out"
             )
         fields.append(ContextField("condition", spec.condition_shape, "float32"))
     if config.pair is not None:

@@ -120,8 +120,19 @@ def check_energy_context(config: RunConfig, spec: EventSpec, energy: object) -> 
     except ValueError as error:
         raise UserError(str(error)) from None
     takes, needs = trait(energy, "context"), trait(energy, "needs_context")
+    size = config.data.condition_size
     of_energy = f"energy.name {config.energy.name}"  # type: ignore[attr-defined]
     of_objective = f"objective.name {config.objective.name}"  # type: ignore[attr-defined]
+    if size is not None and "condition" not in takes:
+        raise UserError(
+            f"data.condition_size: {size}, but {of_energy} takes no condition; set "
+            "energy.condition_shape: data where the energy has that key, or leave it out"
+        )
+    if config.sampler.adapt_steps and needs:
+        raise UserError(
+            f"sampler.adapt_steps: {config.sampler.adapt_steps}, but the warm-up has no "
+            f"{min(needs)}, which {of_energy} needs; set it to 0"
+        )
     for name in CONTEXT:
         if name in names - takes:
             raise UserError(

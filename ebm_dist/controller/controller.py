@@ -38,6 +38,7 @@ from ebm_dist.controller.retry import Attempts
 from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.controller.workers.autoscaler import Autoscaler
 from ebm_dist.core.errors import NonFinite, RunFailed
+from ebm_dist.core.types import ChainSample
 from ebm_dist.learner import learning_rate
 
 log = logging.getLogger("ebm_dist.run")
@@ -58,7 +59,7 @@ class Controller:
         run_dir: Path,
         view: View,
         meta: dict[str, Any],
-        save_grid: Callable[[np.ndarray, str, int], Path | None],
+        save_grid: Callable[[ChainSample, str, int], Path | None],
         callbacks: Callbacks,
     ) -> None:
         self.progress = Progress()

@@ -94,6 +94,11 @@ class DataConfig(Section):
     flatten: bool = False
     """Flatten events to vectors (prod(shape),). An image then counts as `real`."""
 
+    condition_size: PositiveInt | None = None
+    """Number of entries of the last axis that are given, for a conditional energy E(y | x): the
+    leftmost columns of an image, the first numbers of a vector. They are the event's condition,
+    and the rest of the axis is the event, after all of the above."""
+
     shuffle: NonNegativeInt = 5000
     """Samples in the shuffle buffer, which holds them encoded: 5000 photographs of 100 kB take
     0.5 GB. 0 keeps the order of the shards. A dataset of your own needs no buffer: an epoch is a

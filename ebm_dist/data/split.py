@@ -52,4 +52,5 @@ def load_split(config: DataConfig, split: SplitName, limit: int | None = None) -
         )
     generator = torch.Generator().manual_seed(derive_seed(0, "data", "binarize", split))
     x = transform(torch.from_numpy(stored), generator, augment=False)
-    return Batch(x, torch.from_numpy(labels) if labels is not None else None)
+    x, condition = transform.divided(x)
+    return Batch(x, torch.from_numpy(labels) if labels is not None else None, condition)

@@ -159,6 +159,9 @@ def read_chains(directory: Path, spec: EventSpec) -> StoredChains | None:
         if value.dtype != dtype or value.shape[:1] != x.shape[:1]:
             raise UserError(f"{path}: expected one {name} of {dtype} for each of {len(x)} chains")
         if name == "condition":
+            shape = spec.condition_shape or spec.shape  # of noisy pairs: that of the data
+            if tuple(value.shape[1:]) != shape or not value.isfinite().all():
+                raise UserError(f"{path}: expected finite conditions of shape (N, *{shape})")
             continue
         size = spec.num_classes if name == "label" else None
         if value.ndim != 1 or value.min() < 0 or (size is not None and value.max() >= size):
@@ -234,23 +237,29 @@ def read_spec(config: Mapping[str, Any], path: Path) -> EventSpec:
     event = config.get("event")
     if not isinstance(event, dict):
         raise UserError(f"{path}: event: expected shape, kind and num_classes, got {event!r:.80}")
-    shape, kind, classes = event.get("shape"), event.get("kind"), event.get("num_classes")
-    kinds = get_args(EventKind)
-    if (
-        not isinstance(shape, list)
-        or not shape
-        or not all(_is_size(size) for size in shape)
-        or math.prod(shape) > MAX_EVENT_NUMBERS
-    ):
-        raise UserError(
-            f"{path}: event.shape: expected positive sizes of at most {MAX_EVENT_NUMBERS} numbers "
-            f"in all, got {shape!r:.80}"
-        )
+    kind, classes = event.get("kind"), event.get("num_classes")
+    kinds, shape = get_args(EventKind), _shape(event.get("shape"), "shape", path)
     if kind not in kinds:
         raise UserError(f"{path}: event.kind: expected one of {', '.join(kinds)}, got {kind!r:.80}")
     if classes is not None and not _is_size(classes):
         raise UserError(f"{path}: event.num_classes: expected a count or null, got {classes!r:.80}")
-    return EventSpec(tuple(shape), cast(EventKind, kind), classes)
+    given = event.get("condition_shape")
+    given = None if given is None else _shape(given, "condition_shape", path)
+    return EventSpec(shape, cast(EventKind, kind), classes, given)
+
+
+def _shape(value: Any, key: str, path: Path) -> tuple[int, ...]:
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(_is_size(size) for size in value)
+        or math.prod(value) > MAX_EVENT_NUMBERS
+    ):
+        raise UserError(
+            f"{path}: event.{key}: expected positive sizes of at most {MAX_EVENT_NUMBERS} numbers "
+            f"in all, got {value!r:.80}"
+        )
+    return tuple(value)
 
 
 def _is_size(value: Any) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ def sample(
     *,
     label: int | Sequence[int] | Tensor | None = None,
     level: int | None = None,
+    condition: Tensor | np.ndarray | None = None,
     num_steps: int | None = None,
     seed: int = 0,
     plugins: Sequence[str] = (),
@@ -45,6 +47,8 @@ def sample(
             is exp(-E(x, label)/T). When left out, each class is drawn equally often if the run's
             chains had labels, or if the energy needs one; else the law is that of E(x).
         level: for an energy over levels, the noise level; 0, the cleanest, when left out.
+        condition: for a conditional energy E(y | x), the given parts (K, *condition_shape), which
+            the samples take in turn; those of the run's last chains when left out.
         num_steps: sampler steps of each chain; when left out, `usual_steps`.
         plugins: modules to import first, as `load_energy` takes them.
 
@@ -55,36 +59,51 @@ def sample(
         raise UserError(f"num: expected at least 1, got {num}")
     opened = export if isinstance(export, Export) else open_export(export, plugins=plugins)
     steps = usual_steps(opened) if num_steps is None else num_steps
-    return draw_samples(opened, num, steps, label=label, level=level, seed=seed)
+    return draw_samples(
+        opened, num, steps, label=label, level=level, condition=condition, seed=seed
+    )
 
 
-def draw_samples(
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Samples on the CPU."""
+
+    x: Tensor  # (N, *event), float32
+    energy: Tensor  # (N,), float32
+    context: dict[str, Tensor]  # (N, ...) each, by `CONTEXT`, what the energy was given
+
+
+def draw_samples(export: Export, num: int, steps: int, **how: Any) -> tuple[Tensor, Tensor]:
+    """The positions and energies of `draw`."""
+    drawn = draw(export, num, steps, **how)
+    return drawn.x, drawn.energy
+
+
+def draw(
     export: Export,
     num: int,
     steps: int,
     *,
     label: int | Sequence[int] | Tensor | None = None,
     level: int | None = None,
+    condition: Tensor | np.ndarray | None = None,
     seed: int = 0,
     start: Start = "noise",
     device: str | torch.device = "cpu",
     batch_size: int = 256,
     on_step: Callable[[int, float], None] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Samples:
     """Run `num` chains for `steps` steps of the export's sampler.
 
     Args:
-        label: as in `sample`, as is `level`.
+        label: as in `sample`, as are `level` and `condition`.
         start: `noise` starts from the reference law of the events, `chains` from the run's last
             chains, each of which is used once before any is used again.
         batch_size: number of chains that move together; the noise depends on it.
         on_step: called after every step with the number of chain steps so far and the mean energy.
 
-    Returns:
-        Positions (num, *event) and energies (num,), float32 on the CPU.
-
     Raises:
-        UserError: the export has no chains for `start="chains"`.
+        UserError: the export has no chains for `start="chains"`, or for conditions.
         NonFinite: a chain is no longer finite.
     """
     room = MAX_DRAWN // math.prod(export.spec.shape)
@@ -96,12 +115,19 @@ def draw_samples(
     device = torch.device(device)
     energy = export.energy.to(device)
     kernel = export.kernel()
-    if label is not None:
-        asked_context(energy, num, label, level)  # refuses what cannot be asked for
-    begin, labels = starting_points(export, num, start, seed, label)
+    if condition is not None and start == "chains":
+        raise UserError(
+            "condition: given, but each of the run's chains has its own; leave it out, or draw "
+            "with --start noise"
+        )
+    own = condition is None and "condition" in trait(energy, "needs_context")
+    if label is not None:  # refuses what cannot be asked for
+        index_of("label", label, num, trait(energy, "num_labels"), energy)
+    begin, of_chains = starting_points(export, num, start, seed, label, conditions=own)
     if label is None and is_conditional(export):
-        label = torch.arange(num) % trait(energy, "num_labels") if labels is None else labels
-    asked = asked_context(energy, num, label, level)
+        label = of_chains.get("label", torch.arange(num) % trait(energy, "num_labels"))
+    condition = of_chains.get("condition") if own else condition
+    asked = asked_context(energy, num, label, level, condition)
     positions, energies, done = [], [], 0
     for index, first in enumerate(range(0, num, batch_size)):
         x = begin[first : first + batch_size].to(device)
@@ -121,7 +147,7 @@ def draw_samples(
             )
         positions.append(state.position.cpu())
         energies.append(state.energy.cpu())
-    return torch.cat(positions), torch.cat(energies)
+    return Samples(torch.cat(positions), torch.cat(energies), asked)
 
 
 def usual_steps(export: Export) -> int:
@@ -156,43 +182,65 @@ def asked_context(
     num: int,
     label: int | Sequence[int] | Tensor | None = None,
     level: int | None = None,
+    condition: Tensor | np.ndarray | None = None,
 ) -> dict[str, Tensor]:
-    """The labels and levels of `num` samples, (num,) int64 each.
+    """The labels and levels of `num` samples, (num,) int64 each, and their conditions.
 
     If the energy needs one that is left out, each label occurs equally often, and the level is the
-    cleanest.
+    cleanest. The rows of `condition` are given in turn.
 
     Raises:
-        UserError: the energy takes no labels or levels, or needs a condition, which cannot be given
-            here; or a number is out of range, or there is not one per sample.
+        UserError: the energy takes no such context, or needs a condition; or a number is out of
+            range, or there is not one per sample.
     """
-    takes, needs = trait(energy, "context"), trait(energy, "needs_context")
-    if "condition" in needs:
-        raise UserError(
-            "energy: needs a condition for each sample; draw in Python with "
-            "energy.given(condition=...) and samplers.run_chain"
-        )
-    context: dict[str, Tensor] = {}
+    needs, context = trait(energy, "needs_context"), {}
     if label is not None or "label" in needs:
-        every = torch.arange(num) % (trait(energy, "num_labels") or 1)
-        asked = every if label is None else torch.as_tensor(label)
-        context["label"] = _asked("label", asked, num, trait(energy, "num_labels"), takes)
+        num_labels = trait(energy, "num_labels")
+        every = torch.arange(num) % (num_labels or 1)
+        context["label"] = index_of(
+            "label", every if label is None else label, num, num_labels, energy
+        )
     if level is not None or "level" in needs:
         stds = trait(energy, "noise_stds") or ()
-        context["level"] = _asked("level", torch.as_tensor(level or 0), num, len(stds), takes)
+        context["level"] = index_of("level", level or 0, num, len(stds), energy)
+    if condition is not None:
+        rows = _given_conditions(condition, energy)
+        context["condition"] = rows[torch.arange(num) % len(rows)]
+    elif "condition" in needs:
+        raise UserError("condition: the energy needs one for each sample; give it")
     return context
 
 
-def _asked(name: str, asked: Tensor, num: int, size: int, takes: frozenset[str]) -> Tensor:
-    if name not in takes:
+def index_of(name: str, asked: Any, num: int, size: int | None, energy: nn.Module) -> Tensor:
+    """The labels or levels `asked` for as (num,) int64; `size` is their number."""
+    if name not in trait(energy, "context"):
         raise UserError(f"{name}: the energy takes none; leave it out, or train one with {name}s")
-    asked = asked.reshape(-1)
+    asked = torch.as_tensor(asked).reshape(-1)
     if len(asked) not in (1, num):
         raise UserError(f"{name}: expected one {name} or {num}, got {len(asked)}")
+    size = size or 0
     if asked.is_floating_point() or bool(((asked < 0) | (asked >= size)).any()):
         got = asked.item() if len(asked) == 1 else asked.tolist()
         raise UserError(f"{name}: expected whole numbers from 0 to {size - 1}, got {got}")
     return asked.long().expand(num)
+
+
+def _given_conditions(condition: Tensor | np.ndarray, energy: nn.Module) -> Tensor:
+    """`condition` (K, *condition_shape) as float32."""
+    if "condition" not in trait(energy, "context"):
+        raise UserError(
+            "condition: the energy takes none; leave it out, or train one with "
+            "data.condition_size and buffer.context.condition: data"
+        )
+    if isinstance(condition, np.ndarray):
+        condition = torch.from_numpy(np.array(condition, np.float32))
+    rows, shape = condition.detach().float().cpu(), trait(energy, "condition_shape")
+    if len(rows) == 0 or (shape is not None and tuple(rows.shape[1:]) != tuple(shape)):
+        sizes = ", ".join(map(str, ("K", *(shape or ("...",)))))
+        raise UserError(f"condition: expected an array ({sizes}), got {tuple(rows.shape)}")
+    if not rows.isfinite().all():
+        raise UserError("condition: holds numbers that are not finite; leave those rows out")
+    return rows
 
 
 def starting_points(
@@ -201,20 +249,35 @@ def starting_points(
     start: Start,
     seed: int,
     label: int | Sequence[int] | Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The initial positions of `num` chains, (num, *event), and the labels (num,) of the run's.
+    *,
+    conditions: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The initial positions of `num` chains, (num, *event), and the contexts of the run's chains.
 
-    If the run's chains had labels and `label` asks for some, the starts are chains of these.
+    If the run's chains had labels and `label` asks for some, the chains are of these.
+
+    Args:
+        conditions: chains from noise take the conditions and labels of the run's chains.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "draw", "start"))
+    noise = None
     if start == "noise":
-        return export.spec.noise(num, generator, std=export.start_std), None
+        noise = export.spec.noise(num, generator, std=export.start_std)
+        if not conditions:
+            return noise, {}
     stored = export.stored()
+    if stored is None and noise is not None:
+        raise UserError(f"{export.path}: holds no chains with conditions; give some by --condition")
     if stored is None:
         raise UserError(f"{export.path}: holds no chains; draw with --start noise")
     labels = stored.context.get("label")
     if labels is None and is_conditional(export):
         raise UserError(f"{export.path}: its chains lost their labels; draw with --start noise")
+    if conditions and "condition" not in stored.context:
+        raise UserError(
+            f"{export.path}: its chains lost their conditions; draw with --start noise and give "
+            "some by --condition"
+        )
 
     def chosen(among: Tensor, count: int) -> Tensor:
         times = range(-(-count // len(among)))
@@ -224,22 +287,24 @@ def starting_points(
     every = torch.arange(len(stored.x))
     if labels is None or label is None:
         index = chosen(every, num)
-        return stored.x[index], None if labels is None else labels[index]
-    asked = torch.as_tensor(label).expand(num)
-    index = torch.empty(num, dtype=torch.int64)
-    for one in asked.unique():
-        among = every[labels == one]
-        if len(among) == 0:
-            raise UserError(
-                f"{export.path}: holds no chain of label {one}; draw with --start noise"
-            )
-        rows = (asked == one).nonzero()[:, 0]
-        index[rows] = chosen(among, len(rows))
-    return stored.x[index], labels[index]
+    else:
+        asked = torch.as_tensor(label).expand(num)
+        index = torch.empty(num, dtype=torch.int64)
+        for one in asked.unique():
+            among = every[labels == one]
+            if len(among) == 0:
+                raise UserError(
+                    f"{export.path}: holds no chain of label {one}; draw with --start noise"
+                )
+            rows = (asked == one).nonzero()[:, 0]
+            index[rows] = chosen(among, len(rows))
+    context = {name: value[index] for name, value in stored.context.items()}
+    return stored.x[index] if noise is None else noise, context
 
 
-def save_samples(out: Path, x: Tensor, energy: Tensor, export: Export) -> None:
-    """Write samples as a picture (.png) or as arrays `x` and `energy` (.npz).
+def save_samples(out: Path, drawn: Samples, export: Export) -> None:
+    """Write samples as a picture (.png), or as the arrays `x`, `energy` and those of their context
+    (.npz).
 
     Raises:
         UserError: another suffix, or `out` cannot be written.
@@ -249,11 +314,13 @@ def save_samples(out: Path, x: Tensor, energy: Tensor, export: Export) -> None:
         if out.suffix == ".png":
             from ebm_dist.report.grid import save_grid
 
-            save_grid(x, out, export.spec)
+            condition = drawn.context.get("condition")
+            save_grid(drawn.x, out, export.spec, condition=condition)
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as file:
-            np.savez_compressed(file, x=x.numpy(), energy=energy.numpy())
+            arrays: dict[str, Any] = {"x": drawn.x, "energy": drawn.energy, **drawn.context}
+            np.savez_compressed(file, **arrays)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
 

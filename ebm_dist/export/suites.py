@@ -90,6 +90,12 @@ def evaluate(
         "landscape": _landscape,
     }[suite]
     export.energy.to(device)
+    if suite != "fidelity" and "condition" in trait(export.energy, "needs_context"):
+        raise UserError(
+            f"--suite {suite}: {export.path} has a conditional energy, with one law for each "
+            "condition; use --suite fidelity, or measure it in Python with "
+            "energy.given(condition=...)"
+        )
     if data is not None:
         export = _with_data(export, data)
     together = suite in ("density", "ood") and is_conditional(export)

@@ -259,7 +259,10 @@ def write_export(
             (part / CONFIG).write_text(text, encoding="utf-8")
             if chains is not None:
                 save_tensors({"x": chains.x.float(), **chains.context}, part / CHAINS)
-                save_grid(chains.x[_shown(chains)], part / GRID, spec)
+                shown = _shown(chains)
+                given = chains.context.get("condition") if spec.condition_shape else None
+                condition = None if given is None else given[shown]
+                save_grid(chains.x[shown], part / GRID, spec, condition=condition)
             (part / CARD).write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out_dir}: cannot be written: {error.strerror or error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ def save_grid(
     title: str | None = None,
     num_columns: int | None = None,
     energy: EnergyFn | None = None,
+    condition: Tensor | None = None,
 ) -> Path:
     """Draw samples `x` (N, *event) into the PNG file `path` and return it.
 
@@ -42,6 +44,7 @@ def save_grid(
     Args:
         num_columns: images or maps in a row; a square grid when left out.
         energy: drawn for two-dimensional events only.
+        condition: of each sample (N, ...), drawn at its left if they differ in the last axis alone.
 
     Raises:
         ValueError: `x` does not fit `spec`, or holds no sample.
@@ -53,6 +56,9 @@ def save_grid(
         )
     path = Path(path)
     values = x.detach().float().cpu()
+    if condition is not None and condition.shape[:-1] == x.shape[:-1]:
+        values = torch.cat([condition.detach().float().cpu(), values], -1)
+        spec = replace(spec, shape=tuple(values.shape[1:]))
     if spec.kind == "image":
         pixels = enlarge(tile(values.numpy(), num_columns=num_columns))
         _write_pixels(pixels, path, title)

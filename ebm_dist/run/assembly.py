@@ -195,6 +195,7 @@ class _Spawner:
             config.evaluation.trace_records,
             config.evaluation.stagnation_fraction,
             config.evaluation.stagnation_rhat,
+            one_law=not set(config.buffer.context.names) - {"clock"},
         )
 
     def worker_if_room(self, index: int) -> WorkerClient | None:

@@ -17,6 +17,7 @@ from ebm_dist.core.weights import FlatLayout
 from ebm_dist.data.config import DataConfig
 from ebm_dist.data.dataset import located
 from ebm_dist.energies.module import ModuleEnergySection
+from ebm_dist.export.reader import read_spec
 from ebm_dist.learner.config import LearnerConfig, learning_rate
 from ebm_dist.run.given import is_given
 
@@ -54,7 +55,7 @@ def check_resumable(config: RunConfig, spec: EventSpec, found: CheckpointDir) ->
                 f"{there}; restore it, or start anew with another {elsewhere}"
             )
     event = found.meta.get("event")
-    if isinstance(event, dict) and EventSpec(**{**event, "shape": tuple(event["shape"])}) != spec:
+    if event is not None and read_spec(found.meta, found.path / "meta.json") != spec:
         raise UserError(
             f"data.source: the checkpoint at {found.path} is of events {event}, the data's are "
             f"{asdict(spec)}; restore the data, or start anew with another --run-dir"

@@ -32,7 +32,7 @@ from ebm_dist.controller.observers.callbacks import Callbacks, load_callbacks
 from ebm_dist.core.errors import RunFailed, UserError, one_line
 from ebm_dist.core.plugins import IN_SESSION, modules_of
 from ebm_dist.core.signals import asking, interrupting
-from ebm_dist.core.types import EventSpec
+from ebm_dist.core.types import ChainSample, EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.data import describe
 from ebm_dist.data.dataset import located
@@ -218,13 +218,16 @@ def _train(
         for line in found.skipped if found else ():
             view.say(f"passed over a damaged checkpoint: {line}")
 
-        def write_grid(chains: np.ndarray, name: str, step: int) -> Path | None:
+        def write_grid(chains: ChainSample, name: str, step: int) -> Path | None:
             path = run_dir / "samples" / f"step_{step:08d}.png"
             if name != "samples/chains":  # in a folder, since the report shows those of `samples`
                 path = path.parent / name.removeprefix("samples/") / path.name
+            x, condition = torch.from_numpy(np.array(chains.x)), None
+            if spec.condition_shape is not None and "condition" in chains.context:
+                condition = torch.from_numpy(np.array(chains.context["condition"]))
             try:
                 make_directory(path.parent)
-                return save_grid(torch.from_numpy(np.array(chains)), path, spec)
+                return save_grid(x, path, spec, condition=condition)
             except OSError as error:
                 events.info(f"{path.name} not written ({error.strerror or error})")
                 return None

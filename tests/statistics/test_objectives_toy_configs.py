@@ -26,6 +26,12 @@ EXPECTED: dict[str, dict[str, tuple[list[float], float]]] = {
     # alpha (2 - .1 alpha) = 2 v / ... is nearly proportional to 1/v.
     "contrastive_cd": {"precision": ([1.05573], 0.04)},
     "contrastive_short_run": {"precision": ([1.73491], 0.06)},
+    # The errors of a precision of 2.78 are 2.78 times larger; those of the line are .6 / sqrt(N).
+    "contrastive_conditional": {
+        "precision": ([1 / 0.36], 0.09),
+        "slope": ([0.8], 0.0135),
+        "mean": ([0.0], 0.0135),
+    },
     "contrastive_gradient_penalty": {"precision": ([0.85410], 0.03)},
     "score_matching": {"precision": ([1.0], 0.035)},
     "sliced_score_matching": {"precision": ([1.0], 0.035)},

@@ -47,7 +47,7 @@ class Monitor:
         window: MetricWindow,
         *,
         timeout: float,
-        save_grid: Callable[[np.ndarray, str, int], Path | None],
+        save_grid: Callable[[ChainSample, str, int], Path | None],
         draws_extremes: bool,
         on_evaluation: Callable[[int, dict[str, float]], None],
     ) -> None:
@@ -56,7 +56,7 @@ class Monitor:
             progress: shared with the controller, and only read.
             window: filled by the controller, and closed here at each log row.
             timeout: seconds within which a part must answer.
-            save_grid: writes chains (num, *event) as the image of a name and an update.
+            save_grid: writes chains as the image of a name and an update.
             draws_extremes: also draw the oldest, the newest and the lowest chains.
             on_evaluation: called with the update and the metrics of each evaluation.
         """
@@ -204,7 +204,8 @@ class Monitor:
         shown = slice(config.num_grid)
         if (label := chains.context.get("label")) is not None:
             shown = np.argsort(label[shown], kind="stable")  # one class per row, if they fit
-        self._draw(chains.x[shown], "samples/chains", step)
+        context = {name: value[shown] for name, value in chains.context.items()}
+        self._draw(ChainSample(chains.x[shown], context), "samples/chains", step)
         self._draw_extremes(step)
         self._log_distributions(step)
         if self._parts.evaluator is None:
@@ -213,7 +214,7 @@ class Monitor:
         weighted = [shard.weighted() for shard in parts.shards] if weighs else []
         self._parts.evaluator.start(step, chains, ema, flat, *weighted)
 
-    def _draw(self, chains: np.ndarray, name: str, step: int) -> None:
+    def _draw(self, chains: ChainSample, name: str, step: int) -> None:
         picture = self._save_grid(chains, name, step)
         if picture is not None:
             self._parts.hub.images(name, step, str(picture))
@@ -228,7 +229,7 @@ class Monitor:
         for name in answers[0]:
             chains = np.concatenate([part[name] for part in answers])
             if len(chains):
-                self._draw(chains, name, step)
+                self._draw(ChainSample(chains), name, step)
 
     def _log_distributions(self, step: int) -> None:
         asked = [(shard, shard.distribution()) for shard in self._parts.shards]

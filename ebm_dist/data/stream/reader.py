@@ -87,7 +87,10 @@ class Reader:
         x = self._transform(torch.from_numpy(stored), generator, part=part)
         label = torch.from_numpy(labels) if labels is not None else None
         self._num_batches += 1
-        return Batch(x, label), Cursor(self._epoch, self._epochs.offset, self._num_batches)
+        x, condition = self._transform.divided(x)
+        return Batch(x, label, condition), Cursor(
+            self._epoch, self._epochs.offset, self._num_batches
+        )
 
     def _stored(self, num: int) -> Rows:
         """x (num, *stored shape) and labels (num,) int64, from several epochs if necessary."""

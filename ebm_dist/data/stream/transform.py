@@ -57,7 +57,21 @@ def event_spec(config: DataConfig, layout: Layout) -> EventSpec:
         shape = (math.prod(shape),)
         # An `image` is (C, H, W) by contract; as a vector it is real numbers.
         kind = "real" if kind == "image" else kind
-    return EventSpec(shape, kind, spec.num_classes)
+    given, condition_shape = config.condition_size, None
+    if given is not None:
+        if kind == "categorical":
+            raise UserError(
+                "data.condition_size: categorical events are one-hot in their last axis, which "
+                "cannot be divided; leave it out"
+            )
+        if given >= shape[-1]:
+            raise UserError(
+                f"data.condition_size: {given}, but the last axis of {config.location}'s events of "
+                f"shape {shape} has {shape[-1]} entries, of which one at least remains to be "
+                f"sampled; set it to at most {shape[-1] - 1}, or leave it out"
+            )
+        shape, condition_shape = (*shape[:-1], shape[-1] - given), (*shape[:-1], given)
+    return EventSpec(shape, kind, spec.num_classes, condition_shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +117,8 @@ class Transform:
         augment: bool = True,
         part: Part | None = None,
     ) -> Tensor:
-        """Events (B, *spec.shape), float32, from stored x (B, *stored shape), uint8 or float32.
+        """Data (B, ...), float32, from stored x (B, *stored shape), uint8 or float32; `divided`
+        makes events of them.
 
         Bernoulli binarisation uses `generator` even without `augment`.
         """
@@ -135,6 +150,13 @@ class Transform:
         if config.flatten:
             y = y.reshape(len(y), -1)
         return y.contiguous()
+
+    def divided(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Events (B, *spec.shape) and their conditions, None for data without, of data x."""
+        given = self._config.condition_size
+        if given is None:
+            return x, None
+        return x[..., given:].contiguous(), x[..., :given].contiguous()
 
 
 def _crop(x: Tensor, padding: int, part: Part, generator: torch.Generator) -> Tensor:

@@ -19,13 +19,16 @@ Matrix = Sequence[Sequence[float]]
 class Quadratic(AnalyticEnergy):
     """E(x) = 1/2 (x - mean)^T P (x - mean) + offset, x of shape (B, *event) flattened to D.
 
+    With a `slope` W it is the conditional E(x | c) whose mean is linear in c: mean + W c.
+
     Args:
         precision: P: a number (times the identity), its diagonal (D,), or symmetric (D, D).
         mean: a number, or (D,).
+        slope: W, (D, C) for conditions c of shape (C,).
         offset: the energy of the minimum.
         event_shape: by default (D,) for a vector or matrix; with a number P takes any events.
         learnable: make `precision` a parameter.
-        learnable_mean: make `mean` a parameter.
+        learnable_mean: make `mean` a parameter, and `slope`.
 
     Raises:
         ValueError: P is not positive definite, or the shapes do not match.
@@ -36,6 +39,7 @@ class Quadratic(AnalyticEnergy):
         precision: float | Vector | Matrix | Tensor,
         *,
         mean: float | Vector | Tensor = 0.0,
+        slope: Matrix | Tensor | None = None,
         offset: float = 0.0,
         event_shape: tuple[int, ...] | None = None,
         learnable: bool = False,
@@ -53,8 +57,13 @@ class Quadratic(AnalyticEnergy):
         if event_shape is None and size is not None:
             event_shape = (size,)
         total = None if event_shape is None else math.prod(event_shape)
-        for key, value in (("precision", p), ("mean", centre)):
-            if value.ndim and value.shape[0] != total:
+        w = None if slope is None else torch.as_tensor(slope, dtype=torch.float32).detach().clone()
+        if w is not None and w.ndim != 2:
+            raise ValueError(
+                f"energy.slope: shape {tuple(w.shape)}; give a row for each number of x"
+            )
+        for key, value in (("precision", p), ("mean", centre), ("slope", w)):
+            if value is not None and value.ndim and value.shape[0] != total:
                 raise ValueError(
                     f"energy.{key}: {value.shape[0]} entries, but events of shape {event_shape} "
                     f"have {total} numbers"
@@ -67,9 +76,18 @@ class Quadratic(AnalyticEnergy):
         self.offset = offset
         self.precision = constant_or_parameter(self, "precision", p, learnable)
         self.mean = constant_or_parameter(self, "mean", centre, learnable_mean)
+        if w is None:
+            self.register_buffer("slope", None)
+        else:
+            self.slope = constant_or_parameter(self, "slope", w, learnable_mean)
+            self.context = self.needs_context = frozenset({"condition"})
+            self.condition_shape = (w.shape[1],)
 
-    def energy(self, x: Tensor) -> Tensor:
+    def energy(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         y = x.flatten(1) - self.mean.to(x.dtype)
+        if self.slope is not None:
+            assert condition is not None
+            y = y - condition.to(x.dtype) @ self.slope.to(x.dtype).T
         p = self.precision.to(x.dtype)
         # Symmetrised, so that a learnt matrix has one gradient for each pair of coordinates.
         half = (y * (y @ (0.5 * (p + p.T)))) if p.ndim == 2 else p * y.square()
@@ -90,6 +108,11 @@ class Quadratic(AnalyticEnergy):
         return gaussian - self.offset / temperature
 
     def sample(self, num: int, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+        if self.slope is not None:
+            raise ValueError(
+                "energy.slope: the law depends on a condition; draw with "
+                "energy.given(condition=...) and ebm_dist.samplers.run_chain"
+            )
         if self.event_shape is None:
             raise ValueError("energy.event_shape: give it, to draw events of that shape")
         size = math.prod(self.event_shape)
@@ -133,6 +156,9 @@ class QuadraticSection(BoundSection):
     mean: float | tuple[float, ...] = 0.0
     """A number, or one for each coordinate."""
 
+    slope: tuple[tuple[float, ...], ...] | None = None
+    """A row of factors for each coordinate, for E(x | c) with the mean mean + slope c."""
+
     offset: float = 0.0
     """Energy at the mean."""
 
@@ -140,12 +166,13 @@ class QuadraticSection(BoundSection):
     """Train the precision."""
 
     learnable_mean: bool = False
-    """Train the mean."""
+    """Train the mean, and the slope."""
 
     def module(self) -> Energy:
         return Quadratic(
             self.precision,
             mean=self.mean,
+            slope=self.slope,
             offset=self.offset,
             event_shape=self.event_shape,
             learnable=self.learnable,

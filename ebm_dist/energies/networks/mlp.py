@@ -43,7 +43,7 @@ class MlpSection(ConditionedSection):
     def module(self) -> Energy:
         by = self.conditioning()
         layers: list[nn.Module] = [nn.Flatten()]
-        fan_in = self.size + math.prod(self.condition_shape or (0,)) + (by.width or 0)
+        fan_in = self.size + math.prod(self.shape_of_condition or (0,)) + (by.width or 0)
         for width in self.widths:
             layers += [
                 normed(nn.Linear(fan_in, width), self.spectral_norm),

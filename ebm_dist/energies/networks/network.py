@@ -142,9 +142,9 @@ class ConditionedSection(NetworkSection):
     """Standard deviation of each level's noise in data units, rising from level 0; or the first and
     the last alone, with equal ratios between."""
 
-    condition_shape: tuple[PositiveInt, ...] | None = None
-    """Shape of a condition c, for E(x, c): an image with the sides of x, whose channels the network
-    reads beside those of x; for mlp any shape."""
+    condition_shape: tuple[PositiveInt, ...] | Literal["data"] | None = None
+    """Shape of a condition c, for E(x | c): an image with the sides of x, whose channels the
+    network reads beside those of x; for mlp any shape; 'data' takes it from the data."""
 
     embedding_width: PositiveInt = 128
     """Dimension of the vector by which labels and levels enter the blocks."""
@@ -185,21 +185,48 @@ class ConditionedSection(NetworkSection):
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of what the body reads: the event, with the condition as further channels."""
-        if self.condition_shape is None:
+        shape = self.shape_of_condition
+        if shape is None:
             return self.shape
-        if self.condition_shape[1:] != self.shape[1:]:
+        if shape[1:] != self.shape[1:]:
             raise ValueError(
-                f"energy.condition_shape: {self.condition_shape}, expected the sides of "
-                f"{self.shape}; only the first number, the channels, may differ"
+                f"energy.condition_shape: {shape}, expected the sides of {self.shape}; only the "
+                "first number, the channels, may differ (mlp takes any shape)"
             )
-        return (self.shape[0] + self.condition_shape[0], *self.shape[1:])
+        return (self.shape[0] + shape[0], *self.shape[1:])
+
+    @property
+    def shape_of_condition(self) -> tuple[int, ...] | None:
+        """`condition_shape`, once it is known."""
+        if self.condition_shape == "data":
+            raise ValueError(
+                "energy.condition_shape: 'data' is known only once the section is bound to the "
+                "data; give the shape"
+            )
+        return self.condition_shape
+
+    def bind(self, spec: EventSpec) -> Self:
+        bound, shape, of_data = super().bind(spec), self.condition_shape, spec.condition_shape
+        if shape == "data":
+            if of_data is None:
+                raise ValueError(
+                    "energy.condition_shape: 'data', but the data has no conditions; set "
+                    "data.condition_size, or leave this out"
+                )
+            return bound.model_copy(update={"condition_shape": of_data})
+        if None not in (shape, of_data) and shape != of_data:
+            raise ValueError(
+                f"energy.condition_shape: {shape}, but the data's conditions have shape "
+                f"{of_data}; set it to data"
+            )
+        return bound
 
     def conditioning(self) -> Conditioning:
         return replace(
             super().conditioning(),
             embeds_labels=self.classes == "embedding",
             noise_stds=self.levels,
-            condition_shape=self.condition_shape,
+            condition_shape=self.shape_of_condition,
             embedding_width=self.embedding_width,
             data_std=self.data_std,
             data_mean=self.data_mean,

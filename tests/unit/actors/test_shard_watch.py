@@ -161,3 +161,20 @@ def test_energies_are_judged_less_what_moving_weights_do_to_all(apart: float) ->
     assert (report.alarm is not None) == (apart > 0)
     if apart:
         assert "disagree about the energy" in report.alarm
+
+
+@pytest.mark.parametrize("one_law", [False, True])
+def test_chains_of_other_contexts_are_not_asked_to_agree(one_law: bool) -> None:
+    plan = TracePlan(num_chains=16, num_records=32, max_stuck=0.25, one_law=one_law)
+    slots, rng = np.arange(16), np.random.default_rng(0)
+    trace, drifting = (ChainTrace(plan, capacity=16, event_shape=(2,)) for _ in range(2))
+    for k in range(32):
+        x = rng.normal(size=(16, 2)).astype(np.float32) + 5 * slots[:, None]
+        energy = slots + rng.normal(size=16)
+        trace.record(slots, x, energy, np.zeros(16, bool))
+        drifting.record(slots, x + 0.2 * k, energy, np.zeros(16, bool))
+    report, other = trace.report("shard 0"), drifting.report("shard 0")
+    assert report is not None
+    assert other is not None
+    assert (report.alarm is not None) == one_law
+    assert other.alarm is not None

@@ -48,6 +48,14 @@ def test_the_same_samples_give_the_same_picture_and_others_another(
     assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["0.png", "1.png"]
 
 
+def test_a_condition_is_drawn_at_the_left_of_its_sample(tmp_path: Path) -> None:
+    whole = torch.rand(5, 1, 4, 6) * 2 - 1
+    spec = EventSpec((1, 4, 2), "image")
+    parts = save_grid(whole[..., 4:], tmp_path / "a.png", spec, condition=whole[..., :4])
+    joined = save_grid(whole, tmp_path / "b.png", EventSpec((1, 4, 6), "image"))
+    assert parts.read_bytes() == joined.read_bytes()
+
+
 def test_images_keep_their_grey_values_and_order(tmp_path: Path) -> None:
     x = torch.stack([torch.full((1, 4, 4), v) for v in (-1.0, 1.0, 0.0, -1.0, 1.0, 0.0)])
     path = save_grid(x, tmp_path / "g.png", EventSpec((1, 4, 4), "image"), num_columns=3)
