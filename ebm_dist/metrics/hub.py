@@ -133,7 +133,7 @@ class MetricHub:
                 self._sinks.append(
                     ("TensorBoard", TensorBoardSink(folder, resume_step=resume_step))
                 )
-                self._line += f"; TensorBoard: `tensorboard --logdir {shlex.quote(str(folder))}`"
+                self._also = f"; TensorBoard: `tensorboard --logdir {shlex.quote(str(folder))}`"
         except OSError as error:
             raise UserError(
                 f"run.dir: cannot write metrics below {self._run_dir} ({error.strerror or error}); "
