@@ -80,4 +80,5 @@ class TrackingConfig(Section):
     """Timeout of one attempt to connect to W&B, in seconds. Training does not wait for it."""
 
     finish_timeout: PositiveFloat = 60.0
-    """Seconds for which the end of a run waits for W&B; `wandb sync` can send the rest later."""
+    """Seconds for which the end of a run waits for W&B, which is sent the last model then;
+    `wandb sync` can send the rest later."""

@@ -19,17 +19,22 @@ def test_the_arguments_of_a_sweeps_agent_are_read_and_each_trial_has_its_own_dir
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sweep = yaml.safe_load((ROOT / "launch/sweep.yaml").read_text())
-    program, verb, config, args = sweep["command"]
-    assert (program, verb, args) == ("ebm-dist", "train", "${args}")
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
     directories = set()
     for trial, pick in (("trial1", 0), ("trial2", -1)):
-        # An agent writes --key=value, whatever the key.
         values = {
             key: choice.get("values", [choice.get("value", choice.get("min"))])[pick]
             for key, choice in sweep["parameters"].items()
         }
-        given = [f"--{key}={value}" for key, value in values.items()]
-        overrides = plain_overrides([verb, config, *given])[2:]
+        # As the agent does it, which writes --key=value whatever the key.
+        said = {"args": {key: {"value": value} for key, value in values.items()}}
+        parts = {"${args}": utils.create_sweep_command_args(said)["args"]}
+        parts["${program}"] = [sweep["program"]]
+        words = utils.create_sweep_command(sweep["command"])
+        program, *argv = [word for part in words for word in parts.get(part, [part])]
+        assert program == "ebm-dist"
+        verb, config, *overrides = plain_overrides(argv)
+        assert verb == "train"
         loaded = run_config.load(ROOT / config, overrides)
         assert loaded.learner.lr == values["learner.lr"]
         assert loaded.sampler.num_steps == values["sampler.num_steps"]
