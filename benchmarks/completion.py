@@ -1,6 +1,6 @@
 """Completes held-out digits: samples of E(y | x) against a regression network of the same size.
 
-    python benchmarks/completion.py [--seed 0] [--export RUN] [--picture completion.png] [--out result.json]
+    python benchmarks/completion.py [--seed 0] [--export RUN] [--picture x.png] [--out x.json]
 
 Trains `configs/digits_completion.yaml`, or takes its export, and a perceptron of the same widths
 from x to y by least squares. Both complete held-out left parts x. Those of them count as ambiguous

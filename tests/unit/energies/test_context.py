@@ -295,3 +295,16 @@ def test_a_bf16_round_takes_context():
     exact = run_chain(kernel, x, given, 3, generator())
     torch.testing.assert_close(rough.position, exact.position, rtol=0.05, atol=0.05)
     assert energy.body.stem.weight.dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_a_quadratic_with_a_slope_is_a_linear_regression_on_its_condition() -> None:
+    energy = energies.make("quadratic", precision=(4.0,), mean=(1.0,), slope=((2.0, -1.0),))
+    x, c = torch.randn(5, 1), torch.randn(5, 2)
+    expected = 2 * (x[:, 0] - 1 - 2 * c[:, 0] + c[:, 1]).square()
+    torch.testing.assert_close(energy.given(condition=c)(x), expected)
+    with pytest.raises(ValueError, match="needs the condition of each chain"):
+        energy(x)
+    with pytest.raises(ValueError, match=r"energy\.slope: the law depends on a condition"):
+        energy.sample(3, torch.Generator())
+    with pytest.raises(ValueError, match=r"energy\.slope: 2 entries, .* have 1 numbers"):
+        energies.make("quadratic", precision=(4.0,), slope=((2.0,), (1.0,)))
