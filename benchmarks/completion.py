@@ -31,6 +31,7 @@ from ebm_dist.export.reader import open_export
 from ebm_dist.report.grid import save_grid
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits_completion.yaml"
+QUIET = ("tracking.wandb=off", "tracking.log_every=100", "evaluation.trace_chains=0")
 NUM_SAMPLES = 8
 CONFIDENT = 0.9
 
@@ -90,7 +91,7 @@ def main() -> None:
     torch.manual_seed(0)
     start, run = (
         time.process_time(),
-        load(CONFIG, [f"run.seed={options.seed}", "tracking.wandb=off"]),
+        load(CONFIG, [f"run.seed={options.seed}", *QUIET]),
     )
     with tempfile.TemporaryDirectory() as folder:
         if options.export is None:
