@@ -98,6 +98,14 @@ FAMILIES = [
 ]
 
 
+BESIDE: dict[str, dict] = {
+    "flow_langevin": {"buffer": {"reinit_prob": 1.0}},
+    "simulated_tempering": {"objective": {"name": "score_matching"}},
+    "contrastive_levels": {"buffer": {"context": {"level": "stratified"}}},
+}
+"""What some members need in other sections."""
+
+
 @pytest.mark.parametrize(("key", "name"), FAMILIES, ids=lambda value: value)
 def test_every_member_of_every_family_survives_the_round_trip(tmp_path, key, name):
     family = {
@@ -110,6 +118,7 @@ def test_every_member_of_every_family_survives_the_round_trip(tmp_path, key, nam
         "energy": {"name": "mlp"},
         "sampler": {"name": "mala", "step_size": 0.1},
         key: {"name": name, **example},
+        **BESIDE.get(name, {}),
     }
     loaded = load(data)
     (tmp_path / "a.yaml").write_text(dump(loaded))

@@ -44,7 +44,7 @@ class FlowLangevinSection(KernelSection):
     """Langevin steps, first without noise and then at a temperature that rises to its end."""
 
     name: Literal["flow_langevin"] = "flow_langevin"
-    example: ClassVar[dict[str, Any]] = {"step_size": 0.1}
+    example: ClassVar[dict[str, Any]] = {"step_size": 0.1, "time_cutoff": 0.2}
 
     step_size: PositiveFloat
     """h, in squared data units, and the step of time: a chain has flowed after 1 / h steps. Energy
