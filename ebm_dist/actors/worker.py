@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,6 +147,7 @@ class Worker:
             ancestors=ancestors,
             stats=round_stats(chain, start),
             token=token,
+            level=self._level_after(chain, lease),
             notes=self._new_notes(),
         )
 
@@ -250,6 +252,13 @@ class Worker:
             clock=ages,
         )
         return chain if unit is None else replace(chain, position=unit * chain.position)
+
+    def _level_after(self, chain: Chain, lease: Lease) -> np.ndarray | None:
+        """The levels (M,) of the moved chains; None if the sampler leaves them as they are."""
+        if "level" not in lease.context or not kernel_trait(self._kernel, "moves_level"):
+            return None
+        state: Any = chain.state
+        return state.level.cpu().numpy()
 
     def _new_notes(self) -> tuple[str, ...]:
         # A compiling thread may add a note meanwhile: remove only those that were taken.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ebm_dist.buffer.codec import Codec
 from ebm_dist.config.checks_of_clock import check_clock, check_flow
 from ebm_dist.config.checks_of_context import check_context, check_energy_context
+from ebm_dist.config.checks_of_levels import check_levels
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.plugins import modules_of
 from ebm_dist.core.types import MAX_EVENT_NUMBERS, EventSpec
@@ -35,6 +36,7 @@ def check(config: RunConfig) -> Iterator[str]:
     yield from _check_jarzynski(config)
     yield from check_context(config)
     yield from check_clock(config)
+    yield from check_levels(config)
     yield from _check_recompute(config)
     yield from _check_wire(config)
     yield from _check_warm_up(config)

@@ -17,7 +17,7 @@ _VALUES = {"label": "data or uniform", "level": "stratified", "condition": "data
 _READER = {
     "label": "objective.name: contrastive",
     "condition": "objective.name: contrastive",
-    "level": "objective: {name: recovery_likelihood, chains: pool}",
+    "level": "objective.name: contrastive_levels",
     "pair": "objective: {name: recovery_likelihood, chains: pool}",
 }
 """Objectives of the package that read each."""

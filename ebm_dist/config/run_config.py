@@ -67,14 +67,14 @@ class RunConfig(Section):
         return self.buffer.num_negatives or self.data.batch_size
 
     def context_fields(self, spec: EventSpec) -> tuple[ContextField, ...]:
-        """The contexts of each chain; `self` is bound to data of `spec`.
+        """The contexts of each chain, for data of `spec`.
 
         Raises:
             ValueError: the data or the energy does not have one; the message names the key.
         """
         context, noise, levels = self.buffer.context, self.objective.pair_noise, None
         if context.level:
-            levels = noise[0].std if noise else trait(self.energy.build(), "noise_stds")
+            levels = noise[0].std if noise else trait(self.energy.bind(spec).build(), "noise_stds")
         return context_fields(context, spec, len(levels) if levels else None, noise)
 
     @model_validator(mode="after")

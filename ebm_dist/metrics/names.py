@@ -82,6 +82,7 @@ METRICS: dict[str, Metric] = {
     "sampler/diverged": Metric("fraction of NUTS trajectories on which the integrator diverged"),
     "sampler/swap_acceptance": Metric("mean acceptance of swaps between temperatures"),
     "sampler/swap_lowest": Metric("lowest acceptance of a swap between neighbouring temperatures"),
+    "sampler/level_acceptance": Metric("mean acceptance of moves between levels"),
     "sampler/changed": Metric("fraction of sites whose value a sweep changed"),
     "sampler/move_temperature": Metric("temperature of an annealed chain's last move", "energy"),
     "sampler/kinetic": Metric("mean squared velocity of the chains; T at small steps", "energy"),
@@ -103,6 +104,9 @@ METRICS: dict[str, Metric] = {
     ),
     "chain/age_mean": _promised("mean number of rounds since a chain was started", "rounds"),
     "chain/arrived": Metric("share of the negatives that are objective.min_clock steps old"),
+    "chain/level_occupancy": Metric(
+        "chains at the emptiest level, in units of an equal share of the negatives"
+    ),
     "chain/stagnant": Metric(
         "fraction of chains that are stuck by the stagnation test", healthy=(-math.inf, 0.2)
     ),

@@ -11,7 +11,12 @@ from ebm_dist.objectives.contrast import (  # noqa: F401
     neighbours,
     noise_contrastive,
 )
-from ebm_dist.objectives.likelihood import joint, recovery_likelihood, reverse_kl  # noqa: F401
+from ebm_dist.objectives.likelihood import (  # noqa: F401
+    contrastive_levels,
+    joint,
+    recovery_likelihood,
+    reverse_kl,
+)
 from ebm_dist.objectives.likelihood.contrastive import ContrastiveSection
 from ebm_dist.objectives.matching import (  # noqa: F401
     denoising,

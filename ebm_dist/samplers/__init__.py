@@ -23,7 +23,11 @@ from ebm_dist.samplers.continuous.preconditioned_langevin import adapt_scales
 from ebm_dist.samplers.discrete import discrete_langevin, gibbs, gibbs_with_gradients  # noqa: F401
 from ebm_dist.samplers.frozen import frozen
 from ebm_dist.samplers.kernel import FAMILY, Kernel, KernelSection, NonFiniteEnergy
-from ebm_dist.samplers.tempering import parallel_tempering, tempered_transitions  # noqa: F401
+from ebm_dist.samplers.tempering import (  # noqa: F401
+    parallel_tempering,
+    simulated_tempering,
+    tempered_transitions,
+)
 
 make = FAMILY.make
 

@@ -25,6 +25,9 @@ class KernelTraits:
     """A round, `init` and any number of steps, leaves exp(-E/T) exactly invariant, so its moves
     change no Jarzynski weight."""
 
+    moves_level: ClassVar[bool] = False
+    """The move changes the level of each chain too, which the state then has: `level` (B,)."""
+
     reads_clock: ClassVar[bool] = False
     """The move depends on the age of each chain: `init` takes `clock` (B,) int64, the number of
     moves that each chain has made."""

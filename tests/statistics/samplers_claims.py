@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from scipy import integrate, optimize, special
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebm_dist import energies
 from ebm_dist.core.types import EnergyFn
+from ebm_dist.energies.context import bind
 from ebm_dist.samplers import Kernel, run_chain
+from ebm_dist.samplers import make as make_kernel
 
 Make = Callable[..., Kernel[Any]]
 NUM_CHAINS = 20_000
@@ -285,6 +287,34 @@ def preconditioned_langevin_follows_its_exact_law_on_a_skewed_target(make: Make)
         for i, p in enumerate(scales):
             law = grid_law(lambda x: 1 - (-x).exp(), 1.0, [(h * p, temperature)] * 40)
             same_grid_law(chain.position[:, i], *law)
+
+
+class Levels(nn.Module):
+    """E(x, t) = |x|^2 / (2 v_t) + c_t, v_t = (1, 2.25, 6.25): N(0, I) with three noises."""
+
+    context = needs_context = frozenset({"level"})
+    noise_stds = (1e-6, 1.25**0.5, 5.25**0.5)
+    offsets = (0.0, -0.4, 0.5)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        variance = 1 + torch.tensor(self.noise_stds).square()[level]
+        return x.square().sum(1) / (2 * variance) + torch.tensor(self.offsets)[level]
+
+
+def chains_of_all_levels_have_their_joint_law(make: Make) -> None:
+    """p(t) in proportion to v_t exp(-c_t/T) in two dimensions, and variance T v_t at each level."""
+    energy, t, num = Levels(), 0.5, NUM_CHAINS // 2
+    kernel = make(kernel=make_kernel("mala", step_size=0.5, temperature=t), data_std=1.0)
+    start = bind(energy, level=torch.zeros(num, dtype=torch.int64))
+    state = run_chain(kernel, torch.zeros(num, 2), start, 60, generator(3)).state
+    assert state is not None
+    variance = 1 + torch.tensor(energy.noise_stds).square()
+    mass = variance * (-torch.tensor(energy.offsets) / t).exp()
+    for k, share in enumerate((mass / mass.sum()).tolist()):
+        at = state.level == k
+        error = (share * (1 - share) / num) ** 0.5
+        assert abs(float(at.float().mean()) - share) < 4 * error, f"occupancy of level {k}"
+    same_gaussian_variance(state.position / variance[state.level, None].sqrt(), t, "variance")
 
 
 # --- underdamped Langevin --------------------------------------------------------------

@@ -48,6 +48,7 @@ KERNEL = {
     "random_walk": "RandomWalk",
     "parallel_tempering": "ParallelTempering",
     "tempered_transitions": "TemperedTransitions",
+    "simulated_tempering": "SimulatedTempering",
     "gibbs": "Gibbs",
     "gibbs_with_gradients": "GibbsWithGradients",
     "discrete_langevin": "DiscreteLangevin",
@@ -262,6 +263,14 @@ MUTATIONS = [
         "parallel_tempering",
         claims.tempering_keeps_the_momentum_at_its_temperature,
         ("velocities not scaled", 'hasattr(kernel_a, "exchanged")', "False"),
+    ),
+    *of(
+        "simulated_tempering",
+        claims.chains_of_all_levels_have_their_joint_law,
+        ("accepts the wrong way", "inner.energy - there.energy", "there.energy - inner.energy"),
+        ("no T", ") / self.temperature", ")"),
+        ("a proposal in the old unit", "u = x / per_chain(unit, x)", "u = x"),
+        ("steps up too often", "< 0.5", "< 0.7"),
     ),
     *of(
         "gibbs",

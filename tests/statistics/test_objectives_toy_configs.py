@@ -62,7 +62,7 @@ def test_toy_config_is_complete_and_fits_its_data(name, tmp_path):
     bind(config, describe(config.data))
     text = (FOLDER / f"{name}.yaml").read_text()
     assert "Known answer" in text
-    assert name in EXPECTED or name == "joint"
+    assert name in EXPECTED or name in ("joint", "contrastive_levels")
 
 
 def train(name: str, folder: Path):
@@ -85,6 +85,15 @@ def test_training_ends_at_the_known_answer(name, tmp_path):
         assert metrics["likelihood/log_z"] == pytest.approx(log_z, abs=0.03)
     if name == "reverse_kl":
         assert metrics["loss/critic"] == pytest.approx(0.68879, abs=0.06)
+
+
+@pytest.mark.slow
+def test_chains_of_all_levels_learn_the_masses_of_far_modes(tmp_path):
+    energy, metrics = train("contrastive_levels", tmp_path / "levels")
+    masses = energy.state_dict()["logits"].softmax(0)
+    # 32,768 data: a share of 1/8 is known to .0018.
+    assert (masses - 1 / 8).abs().max() < 0.02, masses
+    assert metrics["chain/level_occupancy"] > 0.8
 
 
 @pytest.mark.slow

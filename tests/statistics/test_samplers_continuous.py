@@ -61,6 +61,10 @@ def test_langevin_diverges_at_twice_the_inverse_curvature():
         assert bool((end > 1).all()) is grows
 
 
+def test_simulated_tempering_has_the_joint_law_of_positions_and_levels():
+    claims.chains_of_all_levels_have_their_joint_law(partial(samplers.make, "simulated_tempering"))
+
+
 def test_flow_langevin_follows_its_schedule():
     claims.flow_langevin_follows_its_schedule(partial(samplers.make, "flow_langevin"))
 

@@ -197,6 +197,9 @@ def test_every_objective_fits_the_temperature_of_the_chains(name):
     if "real" not in section.kinds:
         data["sampler"] = {"name": "gibbs", "temperature": 0.05}
         spec = EventSpec((4,), "binary", num_classes=3)
+    if name == "contrastive_levels":
+        levels = {"num_levels": 2, "noise_stds": [0.1, 1.0]}
+        data |= {"energy": {"name": "mlp", **levels}, **BESIDE[name]}
     bound = bind(load(data), spec)
     assert bound.objective.fitted_temperature == pytest.approx(0.05)
     assert load(json.loads(json.dumps(bound.model_dump(mode="json")))) == bound

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -25,6 +26,8 @@ class GaussianMixture(AnalyticEnergy):
         stds: (K,), or one for all.
         weights: (K,), positive, normalised here; equal when left out.
         learnable: make means, log-stds and logits parameters.
+        noise_stds: (L,), rising: the energy is E(x, level), that of x with this noise, normalised
+            at each level. Its own moments and samples stay those without noise.
     """
 
     means: Tensor
@@ -38,6 +41,7 @@ class GaussianMixture(AnalyticEnergy):
         weights: Sequence[float] | Tensor | None = None,
         *,
         learnable: bool = False,
+        noise_stds: Sequence[float] | None = None,
     ) -> None:
         centre = torch.as_tensor(means, dtype=torch.float32).detach().clone()
         if centre.ndim != 2 or not len(centre):
@@ -60,9 +64,16 @@ class GaussianMixture(AnalyticEnergy):
             ("logits", weight.log()),
         ):
             constant_or_parameter(self, name, value.clone(), learnable)
+        if noise_stds is not None:
+            self.context = self.needs_context = frozenset({"level"})
+            self.noise_stds = tuple(noise_stds)
+            self.register_buffer("noise", torch.tensor(self.noise_stds), persistent=False)
 
-    def energy(self, x: Tensor) -> Tensor:
+    def energy(self, x: Tensor, level: Tensor | None = None) -> Tensor:
         log_std = self.log_stds.to(x.dtype)
+        if level is not None:
+            noise = self.get_buffer("noise").to(x.dtype)[level][:, None]
+            log_std = 0.5 * ((2 * log_std).exp() + noise.square()).log()
         distance = (x[:, None] - self.means.to(x.dtype)).square().sum(2)
         size = x.shape[1]
         log_prob = -0.5 * distance * (-2 * log_std).exp() - size * log_std
@@ -135,15 +146,28 @@ class GaussianMixtureSection(EnergySection):
     learnable: bool = False
     """Train means, stds and weights from these values."""
 
+    noise_stds: tuple[PositiveFloat, ...] | None = Field(default=None, min_length=2)
+    """Noise of each level in data units, rising; the energy is then E(x, level), that of the
+    mixture with this noise."""
+
     @model_validator(mode="after")
     def _means_are_a_matrix(self) -> Self:
         lengths = {len(mean) for mean in self.means}
         if len(lengths) > 1:
             raise ValueError(f"means: rows of lengths {sorted(lengths)}, expected one length")
+        stds = self.noise_stds or ()
+        if any(a >= b for a, b in pairwise(stds)):
+            raise ValueError(f"noise_stds: {list(stds)}, expected rising from the cleanest level 0")
         return self
 
     def module(self) -> Energy:
-        return GaussianMixture(self.means, self.stds, self.weights, learnable=self.learnable)
+        return GaussianMixture(
+            self.means,
+            self.stds,
+            self.weights,
+            learnable=self.learnable,
+            noise_stds=self.noise_stds,
+        )
 
 
 def gaussian_mixture(

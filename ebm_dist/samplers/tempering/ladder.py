@@ -1,4 +1,4 @@
-"""The config that tempered samplers share: an inner sampler and rising temperatures."""
+"""The config that tempered samplers share: an inner sampler, and rising temperatures."""
 
 from __future__ import annotations
 
@@ -24,16 +24,11 @@ Inner = Annotated[
 ]
 
 
-class LadderSection(KernelSection):
-    """An inner sampler that moves chains at each of several temperatures."""
+class InnerSection(KernelSection):
+    """A sampler that moves chains by another one."""
 
     kernel: Inner
-    """The sampler that moves each copy, as a section of its own, or a kernel from `make`.
-    Its temperature and num_steps are not used."""
-
-    temperatures: tuple[PositiveFloat, ...] = Field(min_length=2, max_length=256)
-    """In rising order; the first is the temperature of the chains. A geometric sequence is a good
-    start."""
+    """The inner sampler, as a section of its own, or a kernel from `make`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -58,7 +53,7 @@ class LadderSection(KernelSection):
             raise ValueError(
                 f"kernel: give a section such as {{name: {kernel}, ...}}, got the bare name"
             )
-        if hasattr(kernel, "temperatures"):
+        if hasattr(kernel, "temperatures") or isinstance(kernel, InnerSection):
             own = cls.model_fields["name"].default
             raise ValueError(f"kernel: {own} cannot hold another tempered sampler")
         if isinstance(kernel, ModuleKernelSection):
@@ -71,12 +66,6 @@ class LadderSection(KernelSection):
             raise ValueError(f"kernel: expected a sampler section, got {type(kernel).__name__}")
         return {**data, "kernel": kernel}
 
-    @model_validator(mode="after")
-    def _rising(self) -> Self:
-        if any(a >= b for a, b in zip(self.temperatures, self.temperatures[1:])):
-            raise ValueError(f"temperatures must rise, got {list(self.temperatures)}")
-        return self
-
     def bind(self, spec: EventSpec) -> Self:
         if not isinstance(self.kernel, KernelSection):
             return self
@@ -86,3 +75,21 @@ class LadderSection(KernelSection):
         """The inner sampler."""
         section = self.kernel
         return section.build() if isinstance(section, KernelSection) else section
+
+
+class LadderSection(InnerSection):
+    """An inner sampler that moves chains at each of several temperatures."""
+
+    kernel: Inner
+    """The sampler that moves each copy, as a section of its own, or a kernel from `make`.
+    Its temperature and num_steps are not used."""
+
+    temperatures: tuple[PositiveFloat, ...] = Field(min_length=2, max_length=256)
+    """In rising order; the first is the temperature of the chains. A geometric sequence is a good
+    start."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if any(a >= b for a, b in zip(self.temperatures, self.temperatures[1:])):
+            raise ValueError(f"temperatures must rise, got {list(self.temperatures)}")
+        return self

@@ -44,6 +44,8 @@ class Numbered:
         ContextField("pair", (3,), "float32"),
     )
     init = "data"
+    roams: ClassVar = False
+    """Whether a move changes the level of each chain."""
 
     def __init__(self) -> None:
         self.next = 0
@@ -99,6 +101,22 @@ class Paired(Numbered):
             assert not (context["pair"] % (10 * (1 + level))).any()
 
 
+class Roaming(Paired):
+    """As `Paired`, and each move takes a chain to the other level: a chain's level says how often
+    it has moved since it started, as its clock and its position do."""
+
+    roams = True
+
+    @staticmethod
+    def check(x: np.ndarray, context: dict[str, np.ndarray]) -> None:
+        moves = context["clock"] // 3
+        assert np.array_equal(context["condition"], x - moves[:, None])
+        if "pair" in context:
+            first = (context["level"] + moves)[:, None] % 2
+            assert np.array_equal(context["condition"], (2 + first) * context["pair"])
+            assert not (context["pair"] % (10 * (1 + first))).any()
+
+
 def conditions_of(lease: Lease) -> dict[str, np.ndarray]:
     """The context of a lease, its conditions read from the rows where they lie there."""
     assert "pair" not in lease.context
@@ -111,7 +129,7 @@ def conditions_of(lease: Lease) -> dict[str, np.ndarray]:
     return lease.context | {"condition": condition}
 
 
-def move(lease: Lease, version: int = 1, **changes: Any) -> MovedChains:
+def move(lease: Lease, version: int = 1, *, roams: bool = False, **changes: Any) -> MovedChains:
     """What a worker would return: every chain has moved by one. By rows, it is written there."""
     start = chains_of(lease)
     position = changes.get(
@@ -136,6 +154,7 @@ def move(lease: Lease, version: int = 1, **changes: Any) -> MovedChains:
         "version": version,
         "num_steps": 3,
         "token": token,
+        "level": 1 - lease.context["level"] if roams else None,
     }
     if lease.grant is not None:
         changes.pop("position", None)

@@ -14,6 +14,7 @@ from shards import (
     Clock,
     Numbered,
     Paired,
+    Roaming,
     chain_ids,
     chains_of,
     conditions_of,
@@ -122,7 +123,7 @@ class ShardMachine(RuleBasedStateMachine):
         lease_id = data.draw(st.sampled_from(sorted(self.leases)))
         lease = self.leases[lease_id]
         start = chains_of(lease)
-        moved = move(lease, version=lease_id)
+        moved = move(lease, version=lease_id, roams=self.Data.roams)
         committed = lease_id in self.committed and lease.shard_epoch == self.shard.epoch
         reply = self.shard.checkin(moved)
         assert reply.accepted == (lease_id in self.live or committed)
@@ -221,3 +222,13 @@ class PairedMachine(ShardMachine):
 
 PairedMachine.TestCase.settings = settings(ShardMachine.TestCase.settings, max_examples=20)
 TestPairedShard = PairedMachine.TestCase
+
+
+class RoamingMachine(ShardMachine):
+    """Chains whose level moves with their position."""
+
+    Data = Roaming
+
+
+RoamingMachine.TestCase.settings = settings(ShardMachine.TestCase.settings, max_examples=20)
+TestRoamingShard = RoamingMachine.TestCase

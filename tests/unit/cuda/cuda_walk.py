@@ -172,7 +172,7 @@ def rounds(sampler: str, storage: str = "float32", *, jarzynski: bool = False) -
     assert isinstance(worker.sample(8, 2, weights, 5, start_std=1.0).x, np.ndarray)
 
 
-UNTRACED = ("nuts", "parallel_tempering", "tempered_transitions")
+UNTRACED = ("nuts", "parallel_tempering", "simulated_tempering", "tempered_transitions")
 """Their steps ask the device how to go on, or count outside of tensors: they stay single steps."""
 
 

@@ -91,6 +91,8 @@ def test_loss_is_determined_by_the_generator(name):
     first, again = (evaluate(objective, energy, seed=5)[0] for _ in range(2))
     assert torch.equal(first, again)
     other = evaluate(objective, energy, seed=6)[0]
+    if name == "contrastive_levels":
+        return  # its noise is that of levels, which this energy does not have
     assert torch.equal(first, other) != objective.needs_generator
 
 

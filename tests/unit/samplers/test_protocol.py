@@ -19,6 +19,7 @@ from ebm_dist.samplers import (
 from ebm_dist.samplers.kernel import DepartingKernel, InPlaceKernel
 from ebm_dist.samplers.module import OwnKernel
 from ebm_dist.samplers.tempering.parallel_tempering import ParallelTempering
+from ebm_dist.samplers.tempering.simulated_tempering import SimulatedTempering
 from ebm_dist.samplers.tempering.tempered_transitions import TemperedTransitions
 
 NUM_CHAINS = 6
@@ -248,6 +249,8 @@ def test_temperature_is_a_field_that_can_be_replaced(case):
         pytest.skip("a sampler of the user is not told its temperature; none may temper it")
     if isinstance(kernel, ParallelTempering | TemperedTransitions):
         hot = replace(kernel, temperatures=(2.0, 4.0, 6.0))
+    elif isinstance(kernel, SimulatedTempering):  # the temperature is that of the inner kernel
+        hot = replace(kernel, kernel=replace(kernel.kernel, temperature=2.0))
     else:
         hot = replace(kernel, temperature=2.0)
     assert hot.temperature == 2.0

@@ -1,0 +1,114 @@
+"""Runs whose chains move between noise levels: the bits, the levels, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file as load_numpy
+from safetensors.torch import load_file
+
+import ebm_dist
+from ebm_dist.core.errors import UserError
+
+MALA = {"name": "mala", "step_size": 0.05, "temperature": 1.0}
+CONFIG: dict[str, Any] = {
+    "run": {"seed": 3, "steps": 4},
+    "runtime": {"backend": "inline"},
+    "data": {"source": "toy:swiss_roll", "toy_samples": 256, "batch_size": 16},
+    "energy": {"name": "mlp", "widths": [8], "num_levels": 3, "noise_stds": [0.1, 0.8]},
+    "sampler": {"name": "simulated_tempering", "kernel": MALA, "data_std": 0.3, "num_steps": 4},
+    "objective": {"name": "contrastive_levels"},
+    "buffer": {
+        "capacity": 32,
+        "num_shards": 2,
+        "reinit_prob": 0.1,
+        "context": {"level": "stratified"},
+    },
+    "workers": {"num_workers": 2, "num_chains": 8, "num_threads": 1},
+    "learner": {"num_threads": 1},
+    "flow": {"mode": "sync"},
+    "tracking": {"wandb": "off", "log_every": 1},
+    "evaluation": {"every": None},
+    "checkpoint": {"every": 2, "keep": 5},
+}
+
+
+def config(tmp_path: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """CONFIG with other keys; a section with a name is another one altogether."""
+    merged = dict(CONFIG)
+    for key, value in sections.items():
+        merged[key] = value if "name" in value else {**CONFIG[key], **value}
+    merged["run"] = {**merged["run"], "dir": str(tmp_path)}
+    return merged
+
+
+def chains(run_dir: Path, step: int) -> dict[str, np.ndarray]:
+    """The chains of a checkpoint, over all shards."""
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    parts = [load_numpy(path) for path in sorted(folder.glob("shard_*.safetensors"))]
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def test_sync_is_bitwise_with_moving_levels_whoever_moves_the_chains_and_after_a_resume(
+    tmp_path: Path,
+) -> None:
+    base = config(tmp_path)
+    ebm_dist.train(base, run_dir=tmp_path / "a")
+    four = {**base, "workers": {**base["workers"], "num_workers": 4}}
+    ebm_dist.train({**four, "run": {**base["run"], "steps": 2}}, run_dir=tmp_path / "b")
+    ebm_dist.train(four, run_dir=tmp_path / "b", resume="must")
+    one, other = (load_file(tmp_path / r / "export" / "model.safetensors") for r in "ab")
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    before, after = chains(tmp_path / "a", 2), chains(tmp_path / "a", 4)
+    resumed = chains(tmp_path / "b", 4)
+    assert all(np.array_equal(after[key], resumed[key]) for key in ("position", "context/level"))
+    kept = (after["age"] > before["age"]) & (before["age"] > 0)
+    assert (before["context/level"] != after["context/level"])[kept].any()
+    # A recorded energy is that of the position at the level committed with it.
+    latest = after["version"] == after["version"].max()
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").open()]
+    (occupied,) = (r["chain/level_occupancy"] for r in rows if r.get("step") == 4)
+    assert latest.any()
+    assert 0 <= occupied <= 1
+    assert 0 < rows[-1].get("sampler/level_acceptance", 0.5) <= 1
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    r"buffer\.context\.level: missing, but objective\.name contrastive_levels .* stratified$": {
+        "buffer": {"context": {}},
+    },
+    r"sampler\.name: simulated_tempering moves .* set objective\.name: contrastive_levels, or": {
+        "objective": {"name": "contrastive"},
+    },
+    r"energy\.num_levels: not set, but objective\.name contrastive_levels fits": {
+        "energy": {"name": "mlp", "widths": [8]},
+    },
+    r"buffer\.storage: bfloat16 .* set it to float32$": {"buffer": {"storage": "bfloat16"}},
+    r"sampler\.kernel\.clamp: set, but": {
+        "sampler": {
+            **CONFIG["sampler"],
+            "kernel": {**MALA, "name": "langevin", "clamp": [-1.0, 1.0]},
+        },
+    },
+    r"sampler.*: has a momentum, .* use mala, hmc or langevin": {
+        "sampler": {
+            **CONFIG["sampler"],
+            "kernel": {"name": "sghmc", "step_size": 0.1, "friction": 1.0},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_what_moving_levels_lack_is_one_line(line: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        ebm_dist.train(config(tmp_path, **REFUSED[line]), run_dir=tmp_path / "r")
+    (found,) = [arg for arg in caught.value.args if re.search(line, arg)]
+    assert "\n" not in found
+    assert not (tmp_path / "r").exists()
