@@ -266,7 +266,7 @@ REFUSED = {
     "buffer.context.label: set, but energy.name": {
         "energy": {"num_classes": None},
     },
-    "buffer.context.label: the data has no labels": {
+    "buffer.context.label: the data names no classes": {
         "data": {"source": "toy:swiss_roll", "batch_size": 16},
         "energy": {"name": "mlp", "num_classes": 10, "widths": [8]},
     },
