@@ -22,6 +22,10 @@ _log = logging.getLogger(__name__)
 
 _STATE_VERSION = 1
 
+MAX_CHANGES = 1
+"""Changes of the number of samples after which a stream no longer reads ahead. The first follows
+the chains that fill a buffer."""
+
 
 class DataStream:
     """Batches of one learner rank, determined by (config, seed, rank, world_size, cursor).
@@ -51,6 +55,7 @@ class DataStream:
         self._order = _fingerprint(config, storage, seed)
         self._cursor = self._reader.start
         self._ahead: Ahead | None = None
+        self._num_changes = 0
 
     def next_batch(self, num: int) -> Batch:
         """The next `num` samples of this rank: x (num, *spec.shape) float32, label (num,) int64.
@@ -59,11 +64,15 @@ class DataStream:
         """
         if num < 1:
             raise ValueError(f"num must be at least 1, got {num}")
-        if self._config.prefetch == 0:
+        if self._ahead is not None and self._ahead.num != num:
+            self._num_changes += 1
+            self._rewind()
+        # Chains that restart at random ask for another number each time, and what was read ahead
+        # for the last number would be read again from the beginning of its shard.
+        if self._config.prefetch == 0 or self._num_changes > MAX_CHANGES:
             batch, self._cursor = self._reader.read(num)
             return batch
-        if self._ahead is None or self._ahead.num != num:
-            self._rewind()
+        if self._ahead is None:
             self._ahead = Ahead(self._reader, num, self._config.prefetch)
             # Stops the thread before the interpreter unloads its modules. It must not refer to the
             # stream itself, which would then never be collected.

@@ -15,6 +15,7 @@ from data_shards import numbered_config, numbered_shards, take
 
 from ebm_dist.core.errors import UserError
 from ebm_dist.data import DataConfig, DataStream, describe, load_split
+from ebm_dist.data.stream.reader import Reader
 
 IMAGE_AUGMENTATION = {"flip": True, "crop_padding": 1, "dequantize": True, "noise_std": 0.05}
 
@@ -426,3 +427,21 @@ def test_pattern_of_prepared_shards_reads_just_these(tmp_path: Path):
     assert describe(config).num_classes == 10
     assert len(load_split(config, "train").x) == 1000
     assert len(load_split(config, "test").x) == manifest.num_samples("test")
+
+
+def test_a_stream_that_is_asked_for_other_numbers_reads_no_sample_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As chains do that restart from data at random: reading ahead began anew each time."""
+    source = numbered_shards(tmp_path, [40, 40])
+    asked = [16, 3, 5, 3, 3, 4, 1, 6]
+    plain = DataStream(numbered_config(source, prefetch=0))
+    expected = [plain.next_batch(num).x for num in asked]
+    opened: list[int] = []
+    real = Reader.seek
+    monkeypatch.setattr(Reader, "seek", lambda self, at: (opened.append(1), real(self, at))[1])
+    ahead = DataStream(numbered_config(source, prefetch=4))
+    for num, x in zip(asked, expected, strict=True):
+        assert torch.equal(ahead.next_batch(num).x, x)
+    assert len(opened) <= 3, "at its making and at the two changes after which it gives up"
+    ahead.close()
