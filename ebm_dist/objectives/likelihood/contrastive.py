@@ -24,11 +24,11 @@ from ebm_dist.core.types import Batch, EnergyFn, Negatives
 from ebm_dist.objectives.likelihood.kl_term import kl_term
 from ebm_dist.objectives.likelihood.penalties import (
     PenaltyPoints,
-    energy_l2,
     gradient_norm,
     penalty_points,
     spectral_norms,
 )
+from ebm_dist.objectives.likelihood.weighted_gap import weighted_gap
 from ebm_dist.objectives.objective import (
     FAMILY,
     Metrics,
@@ -199,19 +199,15 @@ class Contrastive(Objective):
             values = evaluate(energy, x, context)
             energy_pos, energy_neg = values[:num_pos], values[num_pos : num_pos + num_neg]
 
-            weight, metrics = self.negative_weight(
+            loss, weight, metrics = weighted_gap(
+                self,
                 negatives,
+                energy_pos,
                 energy_neg,
                 temperature=config.fitted_temperature,
                 truncation=config.truncation,
+                l2=config.energy_l2,
             )
-            mean_neg = (weight * energy_neg).sum()
-            gap = energy_pos.mean() - mean_neg
-            loss = gap
-            if config.energy_l2 > 0:
-                magnitude = energy_l2(energy_pos, energy_neg)
-                loss = loss + config.energy_l2 * magnitude
-                metrics["loss/energy_l2"] = config.energy_l2 * magnitude.detach()
             if config.gradient_penalty > 0:
                 grad = input_grad(values[penalised], x)[penalised]
                 slope = gradient_norm(grad, weight if weighted else None)
@@ -236,13 +232,4 @@ class Contrastive(Objective):
             spectral = config.spectral_penalty * spectral_norms(energy)
             loss = loss + spectral
             metrics["loss/spectral"] = spectral.detach()
-        metrics["loss/contrastive"] = gap.detach()
-        # The gap is not a likelihood: it is near zero for a good model, and also for chains that
-        # never left the data.
-        metrics |= {
-            "energy/positive": energy_pos.mean().detach(),
-            "energy/negative": mean_neg.detach(),
-            "energy/gap": gap.detach(),
-            "loss/total": loss.detach(),
-        }
-        return loss, metrics
+        return loss, metrics | {"loss/total": loss.detach()}

@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 
 from ebm_dist.core.types import Batch, EnergyFn, EventKind, Negatives
 from ebm_dist.energies.context import trait
-from ebm_dist.objectives.likelihood.penalties import energy_l2
+from ebm_dist.objectives.likelihood.weighted_gap import weighted_gap
 from ebm_dist.objectives.objective import (
     FAMILY,
     Metrics,
@@ -112,26 +112,16 @@ class ContrastiveLevels(Objective):
             occupied = one_hot(of_chains, len(stds)).float().mean(0)
             extra["chain/level_occupancy"] = occupied.amin() * len(stds)
         energy_pos, energy_neg = values[: len(data)], values[len(data) :]
-        weight, metrics = self.negative_weight(
+        loss, _, metrics = weighted_gap(
+            self,
             negatives,
+            energy_pos,
             energy_neg,
             temperature=config.fitted_temperature,
             truncation=config.truncation,
+            l2=config.energy_l2,
         )
-        mean_neg = (weight * energy_neg).sum()
-        gap = energy_pos.mean() - mean_neg
-        loss = gap
-        if config.energy_l2 > 0:
-            magnitude = energy_l2(energy_pos, energy_neg)
-            loss = loss + config.energy_l2 * magnitude
-            metrics["loss/energy_l2"] = config.energy_l2 * magnitude.detach()
-        return loss, metrics | extra | {
-            "loss/contrastive": gap.detach(),
-            "energy/positive": energy_pos.mean().detach(),
-            "energy/negative": mean_neg.detach(),
-            "energy/gap": gap.detach(),
-            "loss/total": loss.detach(),
-        }
+        return loss, metrics | extra | {"loss/total": loss.detach()}
 
 
 def with_noise(

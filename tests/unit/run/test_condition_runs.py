@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file as load_numpy
-from safetensors.torch import load_file, save_file
+from chains_with_context import QUIET, chains, changed, equal
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import ebm_dist
@@ -20,8 +21,8 @@ from ebm_dist.export import suites
 from ebm_dist.export.sample import draw
 
 CONFIG: dict[str, Any] = {
+    **QUIET,
     "run": {"seed": 3, "steps": 4},
-    "runtime": {"backend": "inline"},
     "data": {"source": "digits", "batch_size": 16, "condition_size": 3},
     "energy": {"name": "mlp", "widths": [8], "condition_shape": "data"},
     "sampler": {"name": "langevin", "step_size": 1.0, "noise_std": 0.01, "num_steps": 3},
@@ -32,33 +33,10 @@ CONFIG: dict[str, Any] = {
         "context": {"condition": "data"},
     },
     "workers": {"num_workers": 1, "num_chains": 8, "num_threads": 1},
-    "learner": {"num_threads": 1},
-    "flow": {"mode": "sync"},
-    "tracking": {"wandb": "off"},
-    "evaluation": {"every": None},
-    "checkpoint": {"every": 2, "keep": 5},
 }
 
 
-def config(tmp_path: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-    """CONFIG with other keys; a section with a name is another one altogether."""
-    merged = dict(CONFIG)
-    for key, value in sections.items():
-        merged[key] = value if "name" in value else {**CONFIG.get(key, {}), **value}
-    merged["run"] = {**merged["run"], "dir": str(tmp_path)}
-    return merged
-
-
-def equal(a: Path, b: Path) -> bool:
-    one, other = (load_file(run / "export" / "model.safetensors") for run in (a, b))
-    return all(torch.equal(one[k], other[k]) for k in one)
-
-
-def chains(run_dir: Path, step: int) -> dict[str, np.ndarray]:
-    """The chains of a checkpoint, over all shards."""
-    folder = run_dir / "checkpoints" / f"step_{step:08d}"
-    parts = [load_numpy(path) for path in sorted(folder.glob("shard_*.safetensors"))]
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+config = partial(changed, CONFIG)
 
 
 def test_sync_is_bitwise_with_conditions_whoever_moves_the_chains_and_after_a_resume(

@@ -1,0 +1,43 @@
+"""Small runs whose chains carry a context: what the tests of each context share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file as load_numpy
+from safetensors.torch import load_file
+
+QUIET: dict[str, Any] = {
+    "runtime": {"backend": "inline"},
+    "learner": {"num_threads": 1},
+    "flow": {"mode": "sync"},
+    "tracking": {"wandb": "off", "log_every": 1},
+    "evaluation": {"every": None},
+    "checkpoint": {"every": 2, "keep": 5},
+}
+"""Sections of a run in one process that logs every update, and is the same at every attempt."""
+
+
+def changed(config: dict[str, Any], run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """`config` with other keys; a section with a name is another one altogether."""
+    merged = dict(config)
+    for key, value in sections.items():
+        merged[key] = value if "name" in value else {**config.get(key, {}), **value}
+    merged["run"] = {**merged["run"], "dir": str(run_dir)}
+    return merged
+
+
+def equal(a: Path, b: Path) -> bool:
+    """Whether the exports of two runs have the same weights, bit for bit."""
+    one, other = (load_file(run / "export" / "model.safetensors") for run in (a, b))
+    return all(torch.equal(one[k], other[k]) for k in one)
+
+
+def chains(run_dir: Path, step: int) -> dict[str, np.ndarray]:
+    """The chains of a checkpoint, over all shards."""
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    parts = [load_numpy(path) for path in sorted(folder.glob("shard_*.safetensors"))]
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
