@@ -192,7 +192,7 @@ def sample(
 
     check_suffix(out)
     export = open_export(checkpoint, plugins=import_named(plugin))
-    steps = usual_steps(export) if steps is None else steps
+    steps = usual_steps(export, level) if steps is None else steps
     given = None if condition is None else open_npy(condition)
     with progress("sampling") as stages:
         drawn = draw(

@@ -35,6 +35,7 @@ from ebm_dist.jarzynski.weights import resampling
 from ebm_dist.metrics.names import describe
 from ebm_dist.objectives import ObjectiveSection
 from ebm_dist.samplers import Chain, Engine, KernelSection, run_chain
+from ebm_dist.samplers.tempering.levels import highest_level
 from ebm_dist.samplers.traits import trait as kernel_trait
 
 
@@ -147,7 +148,7 @@ class Worker:
             ancestors=ancestors,
             stats=round_stats(chain, start),
             token=token,
-            level=self._level_after(chain, lease),
+            level=self._level_after(chain, lease.context),
             notes=self._new_notes(),
         )
 
@@ -162,22 +163,27 @@ class Worker:
         """`num` chains that start from noise, after `num_steps` steps.
 
         An energy that needs a label gets all classes equally often; one that needs a level gets the
-        cleanest.
+        cleanest, or the highest where the sampler goes down from there.
 
         Args:
             seed: seed of this call, from which those of the starts and of the moves are derived.
             start_std: standard deviation of the starting noise, buffer.init_std.
         """
         self._use(weights, None)
-        start = self._spec.noise(num, seeded(derive_seed(seed, "starts")), std=start_std)
+        highest = highest_level(self._kernel, self._energy)
+        spec = self._spec if highest is None else EventSpec(self._spec.shape, "real")
+        std = start_std if highest is None else highest[1]
+        start = spec.noise(num, seeded(derive_seed(seed, "starts")), std=std)
         context: Arrays = {}
         needed = trait(self._energy, "needs_context")
         if "label" in needed:
             context["label"] = np.arange(num) % trait(self._energy, "num_labels")
         if "level" in needed:
-            context["level"] = np.zeros(num, np.int64)
+            context["level"] = np.full(num, 0 if highest is None else highest[0])
         energy_fn = self._given(self._energy, context)
         chain = self._run(start, energy_fn, derive_seed(seed, "moves"), num_steps)
+        if (moved := self._level_after(chain, context)) is not None:
+            context["level"] = moved
         return ChainSample(chain.position.cpu().numpy(), context)
 
     def _given(self, energy: nn.Module, context: Arrays) -> EnergyFn:
@@ -253,9 +259,9 @@ class Worker:
         )
         return chain if unit is None else replace(chain, position=unit * chain.position)
 
-    def _level_after(self, chain: Chain, lease: Lease) -> np.ndarray | None:
+    def _level_after(self, chain: Chain, context: Arrays) -> np.ndarray | None:
         """The levels (M,) of the moved chains; None if the sampler leaves them as they are."""
-        if "level" not in lease.context or not kernel_trait(self._kernel, "moves_level"):
+        if "level" not in context or not kernel_trait(self._kernel, "moves_level"):
             return None
         state: Any = chain.state
         return state.level.cpu().numpy()

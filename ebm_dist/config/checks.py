@@ -65,7 +65,7 @@ def _check_batch(config: RunConfig) -> Iterator[str]:
             f"learner.accumulation = {ranks} * {accumulation}, got {negatives}; "
             f"{_nearest_multiple(negatives, ranks * accumulation)}"
         )
-    if negatives % chains:
+    if config.objective.takes_negatives and negatives % chains:
         yield (
             f"{key}: expected a multiple of workers.num_chains = {chains}, since an "
             f"update takes whole rounds, got {negatives}; set workers.num_chains to "

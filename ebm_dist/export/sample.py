@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from ebm_dist.core.errors import NonFinite, UserError
 from ebm_dist.core.seeds import derive_seed
+from ebm_dist.core.types import EventSpec
 from ebm_dist.energies.context import bind, trait
 from ebm_dist.export.reader import Export, open_export
 from ebm_dist.files.durable import replacing
+from ebm_dist.samplers.tempering.levels import highest_level
+from ebm_dist.samplers.traits import trait as kernel_trait
 
 Start = Literal["noise", "chains"]
 
@@ -58,7 +61,7 @@ def sample(
     if num < 1:
         raise UserError(f"num: expected at least 1, got {num}")
     opened = export if isinstance(export, Export) else open_export(export, plugins=plugins)
-    steps = usual_steps(opened) if num_steps is None else num_steps
+    steps = usual_steps(opened, level) if num_steps is None else num_steps
     return draw_samples(
         opened, num, steps, label=label, level=level, condition=condition, seed=seed
     )
@@ -128,11 +131,14 @@ def draw(
         label = of_chains.get("label", torch.arange(num) % trait(energy, "num_labels"))
     condition = of_chains.get("condition") if own else condition
     asked = asked_context(energy, num, label, level, condition)
-    positions, energies, done = [], [], 0
+    from_there = dict(asked)
+    if start == "noise" and (highest := highest_level(kernel, energy)) is not None:
+        from_there["level"] = torch.full((num,), highest[0])
+    positions, energies, levels, done = [], [], [], 0
     for index, first in enumerate(range(0, num, batch_size)):
         x = begin[first : first + batch_size].to(device)
         rows = slice(first, first + batch_size)
-        given = bind(energy, **{name: value[rows].to(device) for name, value in asked.items()})
+        given = bind(energy, **{name: value[rows].to(device) for name, value in from_there.items()})
         generator = torch.Generator(device).manual_seed(derive_seed(seed, "draw", index))
         state = kernel.init(x, given)
         for _ in range(steps):
@@ -147,15 +153,22 @@ def draw(
             )
         positions.append(state.position.cpu())
         energies.append(state.energy.cpu())
+        if kernel_trait(kernel, "moves_level") and "level" in asked:
+            levels.append(state.level.cpu())
+    if levels:
+        asked["level"] = torch.cat(levels)
     return Samples(torch.cat(positions), torch.cat(energies), asked)
 
 
-def usual_steps(export: Export) -> int:
-    """Steps of a chain from noise: the median age of the run's chains, at most `NUM_STEPS`.
+def usual_steps(export: Export, level: int | None = None) -> int:
+    """Steps of a chain from noise: the median age of the run's chains, at most `NUM_STEPS`; or one
+    for each level, where the sampler goes down to `level`.
 
     A recipe of low temperature trains the energy where its chains come in their lives; longer
     chains leave that, and settle in a few minima. Chains that never restart have no such age.
     """
+    if (highest := highest_level(export.sampler.build(), export.energy)) is not None:
+        return highest[0] - (level or 0)
     try:
         restart = float(export.config["recipe"]["buffer"]["reinit_prob"])
     except (KeyError, TypeError, ValueError):
@@ -262,7 +275,10 @@ def starting_points(
     generator = torch.Generator().manual_seed(derive_seed(seed, "draw", "start"))
     noise = None
     if start == "noise":
-        noise = export.spec.noise(num, generator, std=export.start_std)
+        highest = highest_level(export.kernel(), export.energy)
+        spec = export.spec if highest is None else EventSpec(export.spec.shape, "real")
+        std = export.start_std if highest is None else highest[1]
+        noise = spec.noise(num, generator, std=std)
         if not conditions:
             return noise, {}
     stored = export.stored()

@@ -25,6 +25,7 @@ from ebm_dist.samplers.frozen import frozen
 from ebm_dist.samplers.kernel import FAMILY, Kernel, KernelSection, NonFiniteEnergy
 from ebm_dist.samplers.tempering import (  # noqa: F401
     parallel_tempering,
+    predictor_corrector,
     simulated_tempering,
     tempered_transitions,
 )

@@ -28,6 +28,10 @@ class KernelTraits:
     moves_level: ClassVar[bool] = False
     """The move changes the level of each chain too, which the state then has: `level` (B,)."""
 
+    descends: ClassVar[bool] = False
+    """Chains begin as noise at the highest level of the energy and go down to the lowest; one step
+    is one level."""
+
     reads_clock: ClassVar[bool] = False
     """The move depends on the age of each chain: `init` takes `clock` (B,) int64, the number of
     moves that each chain has made."""

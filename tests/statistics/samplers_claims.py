@@ -317,6 +317,50 @@ def chains_of_all_levels_have_their_joint_law(make: Make) -> None:
     same_gaussian_variance(state.position / variance[state.level, None].sqrt(), t, "variance")
 
 
+class Blurred(nn.Module):
+    """E(x, t) of N(0, d^2 + s_t^2) at a temperature T, in two dimensions; d = 1/2."""
+
+    context = needs_context = frozenset({"level"})
+    noise_stds = (0.1, 0.4, 1.0, 2.5)
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.variance = 0.25 + torch.tensor(self.noise_stds).square()
+        self.temperature = temperature
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        return self.temperature * x.square().sum(1) / (2 * self.variance[level])
+
+
+def descent_has_its_discretised_variance(make: Make) -> None:
+    """Every move is linear in x with noise of its own, so each level's variance follows."""
+    for t, c, n in ((1.0, 0.3, 1), (0.5, 0.6, 2)):
+        energy, kernel = Blurred(t), make(step_size=c, num_corrections=n, temperature=t)
+        stds, top = energy.noise_stds, len(energy.noise_stds) - 1
+        given = bind(energy, level=torch.full((NUM_CHAINS,), top))
+        g, v = generator(4), stds[-1] ** 2
+        state = kernel.init(stds[-1] * torch.randn(NUM_CHAINS, 2, generator=g), given)
+        for level in (3, 2, 1, 0, 0):
+            s2, a = stds[level] ** 2, 1 / (0.25 + stds[level] ** 2)
+            next2 = stds[max(level - 1, 0)] ** 2
+            v = (1 - (s2 - next2) * a) ** 2 * v + next2 * (1 - next2 / s2)
+            for _ in range(n):
+                v = (1 - c * next2 / (0.25 + next2)) ** 2 * v + c * (2 - c) * next2
+            state, _ = kernel.step(state, given, g)
+            assert (state.level == max(level - 1, 0)).all()
+            same_gaussian_variance(state.position, v, f"variance after level {level}")
+
+
+def corrections_keep_the_noise_of_a_level(make: Make) -> None:
+    """Data of one point, E(x, t) = T x^2 / (2 s_t^2): steps of any size leave its law as it is."""
+    energy, kernel = Blurred(1.0), make(step_size=0.7, num_corrections=3)
+    energy.variance = torch.tensor(energy.noise_stds).square()
+    given = bind(energy, level=torch.full((NUM_CHAINS,), 3))
+    start = energy.noise_stds[-1] * torch.randn(NUM_CHAINS, 2, generator=generator(5))
+    chain = run_chain(kernel, start, given, 6, generator(6))
+    same_gaussian_variance(chain.position, energy.noise_stds[0] ** 2, "variance at level 0")
+
+
 # --- underdamped Langevin --------------------------------------------------------------
 
 SGHMC_CASES = [(1.0, 1.0, 0.1, 1.0), (4.0, 2.0, 0.1, 0.5), (1.0, 1.5, 0.4, 2.0)]

@@ -49,6 +49,7 @@ KERNEL = {
     "parallel_tempering": "ParallelTempering",
     "tempered_transitions": "TemperedTransitions",
     "simulated_tempering": "SimulatedTempering",
+    "predictor_corrector": "PredictorCorrector",
     "gibbs": "Gibbs",
     "gibbs_with_gradients": "GibbsWithGradients",
     "discrete_langevin": "DiscreteLangevin",
@@ -271,6 +272,23 @@ MUTATIONS = [
         ("no T", ") / self.temperature", ")"),
         ("a proposal in the old unit", "u = x / per_chain(unit, x)", "u = x"),
         ("steps up too often", "< 0.5", "< 0.7"),
+    ),
+    *of(
+        "predictor_corrector",
+        claims.descent_has_its_discretised_variance,
+        ("no T in the correction", "c / t *", "c *"),
+        ("no T in the prediction", "removed / t *", "removed *"),
+        ("noise of plain Langevin steps", "(c * (2 - c)) ** 0.5", "(2 * c) ** 0.5"),
+        (
+            "noise of the old level",
+            "std * removed.sqrt() / before",
+            "before * removed.sqrt() / before",
+        ),
+        (
+            "corrections at the level above",
+            "at_level(energy, level)",
+            "at_level(energy, state.level)",
+        ),
     ),
     *of(
         "gibbs",

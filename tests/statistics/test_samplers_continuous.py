@@ -65,6 +65,14 @@ def test_simulated_tempering_has_the_joint_law_of_positions_and_levels():
     claims.chains_of_all_levels_have_their_joint_law(partial(samplers.make, "simulated_tempering"))
 
 
+def test_chains_that_go_down_the_levels_have_the_variance_of_each_move():
+    claims.descent_has_its_discretised_variance(partial(samplers.make, "predictor_corrector"))
+
+
+def test_corrections_keep_the_noise_of_a_level_whatever_their_size():
+    claims.corrections_keep_the_noise_of_a_level(partial(samplers.make, "predictor_corrector"))
+
+
 def test_flow_langevin_follows_its_schedule():
     claims.flow_langevin_follows_its_schedule(partial(samplers.make, "flow_langevin"))
 

@@ -101,6 +101,10 @@ FAMILIES = [
 BESIDE: dict[str, dict] = {
     "flow_langevin": {"buffer": {"reinit_prob": 1.0}},
     "simulated_tempering": {"objective": {"name": "score_matching"}},
+    "predictor_corrector": {
+        "energy": {"name": "mlp", "widths": [8], "num_levels": 4, "noise_stds": [0.1, 2.0]},
+        "objective": {"name": "denoising_score_matching", "conditioning": "level"},
+    },
     "contrastive_levels": {"buffer": {"context": {"level": "stratified"}}},
 }
 """What some members need in other sections."""
@@ -324,3 +328,15 @@ def test_numpy_and_torch_scalars_stand_where_numbers_are_expected() -> None:
     assert found.learner.lr == 0.25
     with pytest.raises(UserError, match=r"run.steps: expected a whole number, got \[7\]"):
         load({**written, "run": {"steps": torch.tensor([7])}})
+
+
+def test_an_objective_without_chains_takes_batches_of_any_size():
+    data = {
+        "energy": {"name": "mlp"},
+        "data": {"batch_size": 24},
+        "sampler": {"name": "mala", "step_size": 0.1},
+    }
+    assert load({**data, "objective": {"name": "score_matching"}}).data.batch_size == 24
+    for name in ("contrastive", "reverse_kl"):
+        with pytest.raises(UserError, match=r"data\.batch_size: expected a multiple of workers"):
+            load({**data, "objective": {"name": name}})

@@ -49,6 +49,10 @@ class ReverseKlSection(ObjectiveSection):
     """Largest weight of a stale negative in units of the mean one, `inf` for no limit; sqrt(M)
     when left out."""
 
+    @property
+    def takes_negatives(self) -> bool:
+        return True  # asked before the events are known, without which no critic can be built
+
     def bind(self, spec: EventSpec) -> Self:
         bound = super().bind(spec)
         if bound.event_shape is None:

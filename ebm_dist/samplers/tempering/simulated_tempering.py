@@ -6,7 +6,6 @@ noise the modes meet, so a chain crosses there and comes down in another mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,11 +14,10 @@ from pydantic import NonNegativeFloat, model_validator
 from torch import Tensor
 
 from ebm_dist.core.types import EnergyFn
-from ebm_dist.energies.context import Given, trait
-from ebm_dist.samplers.frozen import Autocast
 from ebm_dist.samplers.kernel import FAMILY, Kernel, per_chain, select, uniform
 from ebm_dist.samplers.metropolis import decide
 from ebm_dist.samplers.tempering.ladder import InnerSection
+from ebm_dist.samplers.tempering.levels import at_level, level_of, stds_of
 from ebm_dist.samplers.traits import KernelTraits
 
 
@@ -81,7 +79,7 @@ class SimulatedTempering(KernelTraits):
         return self.kernel
 
     def init(self, x: Tensor, energy: EnergyFn) -> SimulatedTemperingState:
-        level = _level_of(energy)
+        level = level_of(energy)
         if level is None:
             level = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return self._at(x, energy, level)
@@ -90,11 +88,11 @@ class SimulatedTempering(KernelTraits):
         self, state: SimulatedTemperingState, energy: EnergyFn, generator: torch.Generator
     ) -> tuple[SimulatedTemperingState, SimulatedTemperingInfo]:
         unit = state.unit
-        here = _scaled(energy, state.level, unit)
+        here = at_level(energy, state.level, unit)
         inner, told = self.kernel.step(state.inner, here, generator)
         moved = SimulatedTemperingState(inner, state.level, unit)
         acceptance = getattr(told, "acceptance", torch.ones_like(inner.energy))
-        if (num := len(_stds_of(energy))) == 1:
+        if (num := len(stds_of(energy))) == 1:
             return moved, SimulatedTemperingInfo(acceptance, torch.ones_like(inner.energy))
         up = uniform(inner.energy, generator) < 0.5
         wanted = state.level + torch.where(up, 1, -1)
@@ -112,45 +110,13 @@ class SimulatedTempering(KernelTraits):
 
     def _at(self, x: Tensor, energy: EnergyFn, level: Tensor) -> SimulatedTemperingState:
         """Chains that stand at x at those levels."""
-        stds = torch.tensor(_stds_of(energy), dtype=torch.float64)
+        stds = torch.tensor(stds_of(energy), dtype=torch.float64)
         width = (self.data_std**2 + stds.square()).sqrt()
         unit = (width / width[0]).float().to(x.device)[level]
         u = x / per_chain(unit, x)
         return SimulatedTemperingState(
-            self.kernel.init(u, _scaled(energy, level, unit)), level, unit
+            self.kernel.init(u, at_level(energy, level, unit)), level, unit
         )
-
-
-def _given(energy: EnergyFn) -> EnergyFn:
-    return _given(energy.energy) if isinstance(energy, Autocast) else energy
-
-
-def _level_of(energy: EnergyFn) -> Tensor | None:
-    """The level (B,) that `energy` has been given; None for an energy without levels."""
-    bound = _given(energy)
-    return bound.tensors.get("level") if isinstance(bound, Given) else None
-
-
-def _stds_of(energy: EnergyFn) -> tuple[float, ...]:
-    """The noise of each level; of one level for an energy without."""
-    bound = _given(energy)
-    if _level_of(energy) is None:
-        return (1.0,)
-    assert isinstance(bound, Given)
-    return trait(bound.energy, "noise_stds")
-
-
-def _scaled(energy: EnergyFn, level: Tensor, unit: Tensor) -> EnergyFn:
-    """u -> E(unit u, level), for chains at other levels than those that `energy` was given."""
-    if _level_of(energy) is None:
-        return energy
-    if isinstance(energy, Autocast):
-        return Autocast(_scaled(energy.energy, level, unit))
-    bound = _given(energy)
-    assert isinstance(bound, Given)
-    call: Callable[..., Tensor] = bound.energy
-    others = {**bound.tensors, "level": level}
-    return lambda u: call(per_chain(unit, u) * u, **others)
 
 
 @FAMILY.register

@@ -42,7 +42,7 @@ def sampler(name: str) -> dict[str, Any]:
 def cases() -> list[tuple[str, dict[str, Any]]]:
     out = []
     for name, section in samplers.FAMILY.members.items():
-        if name == "simulated_tempering":
+        if name in ("simulated_tempering", "predictor_corrector"):
             continue  # for energies with levels: tests/unit/run/test_level_runs.py
         discrete = section.discrete  # type: ignore[attr-defined]
         out += [(name, base) for base in ((BITS, CATEGORIES) if discrete else (REAL,))]

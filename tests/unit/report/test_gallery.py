@@ -90,7 +90,7 @@ TOYS = ("ring", "gaussian_mixture", "checkerboard", "double_well")
 def test_every_sampler_of_real_events_is_drawn_on_every_toy():
     members = samplers.FAMILY.members.items()
     # Those of energy matching and of energies with levels have no law on a toy alone.
-    own = {"module", "flow_langevin", "simulated_tempering"}
+    own = {"module", "flow_langevin", "simulated_tempering", "predictor_corrector"}
     known = {name for name, section in members if not section.discrete} - own
     assert set(gallery_landscapes.kernels(1.0)) == known
     assert {f"toy_{name}" for name in TOYS} <= {picture.name for picture in gallery.PICTURES}
