@@ -18,7 +18,7 @@ from ebm_dist.energies.family import FAMILY, AnalyticEnergy, BoundSection, Energ
 from ebm_dist.energies.module import given
 
 # Imported so that their sections register.
-from ebm_dist.energies.networks import mlp, resnet, unet, vit  # noqa: F401
+from ebm_dist.energies.networks import igebm, mlp, resnet, unet, vit  # noqa: F401
 from ebm_dist.energies.networks.image_energy import ImageEnergy
 from ebm_dist.energies.networks.network import NetworkEnergy
 from ebm_dist.energies.networks.transformer_lm import LanguageModel

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ebm_dist.cli import main
 from ebm_dist.core.errors import UserError
-from ebm_dist.export import foreign
+from ebm_dist.export.foreign import checkpoint, jem
 from ebm_dist.export.reader import open_export
 
 State = dict[str, Tensor]
@@ -136,7 +136,7 @@ def without(name: str) -> Any:
 def test_another_network_is_one_line(tmp_path: Path, change: Any, expected: str) -> None:
     torch.save({"model_state_dict": change(jem_state())}, tmp_path / "jem.pt")
     with pytest.raises(UserError, match=expected) as caught:
-        foreign.import_jem(tmp_path / "jem.pt", tmp_path / "out")
+        jem.import_jem(tmp_path / "jem.pt", tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -147,14 +147,14 @@ def test_code_in_a_checkpoint_is_not_run_and_its_size_is_bounded(
     path, made = tmp_path / "jem.pt", tmp_path / "made"
     torch.save({"model_state_dict": jem_state(), "extra": Evil(made)}, path)
     with pytest.raises(UserError, match="nothing else is read"):
-        foreign.import_jem(path, tmp_path / "out")
+        jem.import_jem(path, tmp_path / "out")
     assert not made.exists()
     path.write_bytes(b"\x80\x02not a checkpoint")
     with pytest.raises(UserError, match="nothing else is read"):
-        foreign.import_jem(path, tmp_path / "out")
-    monkeypatch.setattr(foreign, "MAX_BYTES", 2**20)
+        jem.import_jem(path, tmp_path / "out")
+    monkeypatch.setattr(checkpoint, "MAX_BYTES", 2**20)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("archive/data/0", bytes(2**21))
     assert path.stat().st_size < 2**14
     with pytest.raises(UserError, match="2097152 bytes, more than"):
-        foreign.import_jem(path, tmp_path / "out")
+        jem.import_jem(path, tmp_path / "out")

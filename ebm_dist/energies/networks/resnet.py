@@ -102,10 +102,10 @@ class ResNetBody(nn.Module):
 
 @FAMILY.register
 class ResNetSection(ConditionedSection):
-    """The residual network of image EBMs (Du & Mordatch 2019, arXiv:1903.08689).
+    """A residual network of image EBMs, close to that of Du & Mordatch (2019), arXiv:1903.08689.
 
-    Cost is set by `width`, `multipliers` and `num_blocks`; `stem_stride` 2 makes all of it
-    four times cheaper.
+    Unlike theirs (`igebm`), activations come before the convolutions. Cost is set by `width`,
+    `multipliers` and `num_blocks`; `stem_stride` 2 makes all of it four times cheaper.
     """
 
     name: Literal["resnet"] = "resnet"

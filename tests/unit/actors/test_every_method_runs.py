@@ -104,6 +104,7 @@ BUMPS = {"name": "gaussian_mixture", "learnable": True}
 ENERGIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "mlp": ({"widths": (16,)}, PLANE, STEPS),
     "resnet": ({"width": 8}, DIGITS, STEPS),
+    "igebm": ({"width": 8, "num_blocks": 1}, DIGITS, STEPS),
     "wide_resnet": ({"depth": 10, "widen": 1}, DIGITS, STEPS),
     "unet": ({"width": 8, "multipliers": (1, 2)}, DIGITS, STEPS),
     "vit": ({"patch_size": 4, "width": 16, "depth": 1}, DIGITS, STEPS),

@@ -27,7 +27,7 @@ def section(name: str, **params: Any) -> EnergySection:
 
 def test_every_promised_energy_is_registered():
     promised = (
-        "mlp resnet wide_resnet unet vit transformer_lm quadratic gaussian_mixture ring "
+        "mlp resnet igebm wide_resnet unet vit transformer_lm quadratic gaussian_mixture ring "
         "double_well checkerboard hopfield modern_hopfield rbm ising potts lattice_phi4 sum "
         "mixture tempered conditional"
     )
@@ -45,7 +45,7 @@ def test_promised_functions_build_energies():
     assert energies.hopfield([[0, 1], [1, 1]])(x.round()).shape == (3,)
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet", "wide_resnet", "unet", "vit"])
+@pytest.mark.parametrize("name", ["mlp", "resnet", "igebm", "wide_resnet", "unet", "vit"])
 def test_network_takes_its_event_shape_from_the_data(name: str):
     bound = section(name).bind(DIGITS)
     assert bound.build().event_shape == (1, 8, 8)
@@ -53,9 +53,9 @@ def test_network_takes_its_event_shape_from_the_data(name: str):
     assert getattr(bound, "num_classes") is None  # noqa: B009
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet", "wide_resnet", "unet", "vit"])
+@pytest.mark.parametrize("name", ["mlp", "resnet", "igebm", "wide_resnet", "unet", "vit"])
 def test_network_takes_its_classes_from_the_data_when_asked(name: str):
-    small = {"depth": 10, "widen": 1} if name == "wide_resnet" else {}
+    small = {"wide_resnet": {"depth": 10, "widen": 1}, "igebm": {"width": 8}}.get(name, {})
     energy = section(name, num_classes="data", **small).bind(DIGITS).build()
     assert isinstance(energy, energies.NetworkEnergy)
     x = DIGITS.noise(3, torch.Generator().manual_seed(0))

@@ -20,6 +20,7 @@ NETWORKS: list[tuple[str, dict[str, Any]]] = [
     ("mlp", {"event_shape": (2,), "widths": (16,), "condition_shape": (3,)}),
     ("mlp", {"event_shape": (1, 4, 4), "widths": (16,), "condition_shape": (3,)}),
     ("resnet", {"event_shape": (1, 7, 5), "width": 8, "condition_shape": (2, 7, 5)}),
+    ("igebm", {"event_shape": (1, 7, 5), "width": 8, "condition_shape": (2, 7, 5)}),
     ("wide_resnet", {"event_shape": (3, 8, 8), "depth": 10, "widen": 1, "norm": "group"}),
     ("unet", {"event_shape": (3, 7, 5), "width": 8, "num_heads": 2, "condition_shape": (1, 7, 5)}),
     ("unet", {"event_shape": (1, 8, 6), "width": 8, "parameterisation": "inner_product"}),

@@ -22,6 +22,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("resnet", {**IMAGE, "width": 4, "stem_stride": 2, "num_classes": 3, "pool": "mean"}),
     ("resnet", {**IMAGE, "width": 4, "spectral_norm": True, "num_blocks": 2}),
     ("resnet", {**IMAGE, "width": 4, "activation": "gelu", "stem_stride": 4}),
+    ("igebm", {**IMAGE, "width": 4, "multipliers": (1, 2, 1, 1), "spectral_norm": True}),
     ("wide_resnet", {**IMAGE, "depth": 10, "widen": 1, "norm": "group", "num_classes": 3}),
     ("wide_resnet", {**IMAGE, "depth": 10, "widen": 1, "norm": "instance"}),
     ("unet", {"event_shape": (3, 7, 5), "width": 8, "num_blocks": 2, "num_heads": 2}),

@@ -1,0 +1,1 @@
+"""Imports of published checkpoints of other programs."""
