@@ -2,10 +2,10 @@
 
     python benchmarks/end_to_end.py [--quick] [--out FILE.json]
 
-Fashion-MNIST shapes (1x28x28), the network of configs/fashion_mnist.yaml, K=40, batch 64, fp32, the
-same cores for all, or the same GPU where torch finds one. The plain loop is JEM's, written well:
-data and buffer in memory, one gradient in x a step, two forwards and Adam an update; it logs, saves
-and averages nothing.
+Fashion-MNIST shapes (1x28x28), the network of configs/fashion_mnist_pcd.yaml, K=40, batch 64, fp32,
+the same cores for all, or the same GPU where torch finds one. The plain loop is that of JEM, well
+written: data and buffer in memory, one gradient in x a step, two forwards and Adam an update; it
+logs, saves and averages nothing.
 
 Ours runs blocks of steps, `sampler.engine: compiled`, which `auto` comes to after two minutes;
 what is measured is the second half of each run, when they are compiled.

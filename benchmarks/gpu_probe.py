@@ -179,7 +179,7 @@ def fashion(out: Path, device: str, seconds: float) -> None:
             print("no Fashion-MNIST here: pictures of bars of its size in its place", flush=True)
             write_images(data, 28)
     run_dir = out / "run"
-    command = [sys.executable, "-m", "ebm_dist", "train", "configs/fashion_mnist.yaml"]
+    command = [sys.executable, "-m", "ebm_dist", "train", "configs/fashion_mnist_pcd.yaml"]
     command += ["--run-dir", str(run_dir), f"data.source={data}", f"runtime.device={device}"]
     process = subprocess.Popen([*command, "tracking.wandb=off"], cwd=ROOT)
     try:

@@ -2,7 +2,7 @@
 
     python benchmarks/learner.py [--quick] [--out FILE.json]
 
-One rank on the network and shapes of configs/fashion_mnist.yaml, in turn: `LearnerRank.update`
+One rank on the network and shapes of configs/fashion_mnist_pcd.yaml, in turn: `LearnerRank.update`
 as the run calls it (the next batch of data, the negatives of two leases, metrics, the finite check,
 clipping, a copy of the weights where the model is), DeepSpeed's forward, backward and step alone,
 and the same three in plain torch. Two rows say what parts of the difference cost by themselves; the

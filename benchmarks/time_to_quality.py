@@ -2,8 +2,8 @@
 
     python benchmarks/time_to_quality.py CONFIG --peer-python PYTHON [--minutes 15] [--out FILE]
 
-CONFIG is a run of ours, such as configs/fashion_mnist.yaml; the peer knows no labels. It trains the
-same network on the same data with the same recipe: batch, optimiser, clipping, buffer, sampler,
+CONFIG is a run of ours, such as configs/fashion_mnist_pcd.yaml; the peer knows no labels. It trains
+the same network on the same data with the same recipe: batch, optimiser, clipping, buffer, sampler,
 energy_l2 and data noise are read from CONFIG; its trainer has no learning-rate schedule, so it is
 given a cosine over its whole time, as ours has over its own. Each gets the machine for itself, one
 after the other. Quality is the Frechet distance of `num_samples` of the buffer's chains to held-out

@@ -52,6 +52,10 @@ class EnergyDiscrepancySection(ObjectiveSection):
     """w, the weight of the datum itself among these points. It bounds the loss from below at finite
     M."""
 
+    @property
+    def takes_negatives(self) -> bool:
+        return False  # asked before the events are known, without which it cannot be built
+
     def bind(self, spec: EventSpec) -> Self:
         bound = super().bind(spec)
         flips = spec.kind == "binary"

@@ -46,6 +46,10 @@ class PseudoLikelihoodSection(NeighbourSection):
     one_hot: bool | None = None
     """Whether events are one-hot in the last axis; taken from the data when left out."""
 
+    @property
+    def takes_negatives(self) -> bool:
+        return False  # asked before the events are known, without which it cannot be built
+
     def bind(self, spec: EventSpec) -> Self:
         bound = super().bind(spec)
         one_hot = spec.kind == "categorical"

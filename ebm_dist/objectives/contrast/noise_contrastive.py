@@ -65,6 +65,10 @@ class NoiseContrastiveSection(ObjectiveSection):
             raise ValueError(f"must lie above low, {info.data['low']}")
         return value
 
+    @property
+    def takes_negatives(self) -> bool:
+        return False  # asked before the events are known, without which it cannot be built
+
     def bind(self, spec: EventSpec) -> Self:
         natural: dict[str, NoiseLaw] = {
             "real": "gaussian",
