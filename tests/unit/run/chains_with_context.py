@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ def equal(a: Path, b: Path) -> bool:
     """Whether the exports of two runs have the same weights, bit for bit."""
     one, other = (load_file(run / "export" / "model.safetensors") for run in (a, b))
     return all(torch.equal(one[k], other[k]) for k in one)
+
+
+def killed(run_dir: Path, step: int) -> Path:
+    """A copy of a finished run as a kill after the checkpoint of `step` would have left it."""
+    copy = run_dir.with_name(f"{run_dir.name}-killed")
+    shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("export"))
+    for checkpoint in copy.glob("checkpoints/step_*"):
+        if checkpoint.name > f"step_{step:08d}":
+            shutil.rmtree(checkpoint)
+    return copy
 
 
 def chains(run_dir: Path, step: int) -> dict[str, np.ndarray]:

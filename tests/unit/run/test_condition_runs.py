@@ -65,12 +65,17 @@ def test_sync_is_bitwise_with_conditions_whoever_moves_the_chains_and_after_a_re
 
 
 @pytest.mark.ray
-def test_on_ray_conditions_train_bit_for_bit_as_in_one_process(tmp_path: Path) -> None:
-    """On one node workers read the conditions from rows of shared memory."""
-    base = config(tmp_path)
+def test_on_ray_conditions_and_labels_train_bit_for_bit_as_in_one_process(tmp_path: Path) -> None:
+    """On one node workers read the conditions and labels from rows of shared memory."""
+    base = config(
+        tmp_path,
+        energy={"num_classes": "data", "classes": "embedding"},
+        buffer={"context": {"condition": "data", "label": "data"}},
+    )
     ebm_dist.train(base, run_dir=tmp_path / "inline")
     ray = {**base, "runtime": {"backend": "ray", "address": "local"}}
-    ebm_dist.train(ray, run_dir=tmp_path / "ray")
+    four = {**base["workers"], "num_workers": 4}
+    ebm_dist.train({**ray, "workers": four}, run_dir=tmp_path / "ray")
     assert equal(tmp_path / "inline", tmp_path / "ray")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chains_with_context import killed
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 
@@ -75,10 +76,10 @@ def test_sync_is_bitwise_with_labels_whoever_moves_the_chains_and_after_a_resume
 
 
 @pytest.mark.ray
-def test_on_ray_two_ranks_and_two_workers_train_labels_bit_for_bit_as_other_numbers_of_workers(
+def test_on_ray_labels_train_bit_for_bit_when_killed_and_resumed_with_fewer_workers(
     tmp_path: Path,
 ) -> None:
-    """On one node chains and labels go by rows of shared memory."""
+    """On one node chains and labels go by rows of shared memory; here to two ranks."""
     base = config(
         tmp_path,
         runtime={"backend": "ray", "address": "local"},
@@ -89,8 +90,9 @@ def test_on_ray_two_ranks_and_two_workers_train_labels_bit_for_bit_as_other_numb
     )
     ebm_dist.train(base, run_dir=tmp_path / "a")
     one = {**base, "workers": {**base["workers"], "num_workers": 1}}
-    ebm_dist.train(one, run_dir=tmp_path / "b")
-    assert equal(tmp_path / "a", tmp_path / "b")
+    resumed = killed(tmp_path / "a", 2)
+    ebm_dist.train(one, run_dir=resumed, resume="must")
+    assert equal(tmp_path / "a", resumed)
 
 
 def test_samples_of_a_label_are_drawn_from_its_own_energy(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chains_with_context import QUIET, chains, changed, equal
+from chains_with_context import QUIET, chains, changed, equal, killed
 
 import ebm_dist
 from ebm_dist.core.errors import UserError
@@ -64,12 +64,15 @@ def test_sync_is_bitwise_with_clocks_whoever_moves_the_chains_and_after_a_resume
 
 
 @pytest.mark.ray
-def test_on_ray_clocks_train_bit_for_bit_as_in_one_process(tmp_path: Path) -> None:
+def test_clocks_killed_and_resumed_on_ray_train_bit_for_bit_as_in_one_process(
+    tmp_path: Path,
+) -> None:
     base = config(tmp_path)
     ebm_dist.train(base, run_dir=tmp_path / "inline")
     ray = {**base, "runtime": {"backend": "ray", "address": "local"}}
-    ebm_dist.train(ray, run_dir=tmp_path / "ray")
-    assert equal(tmp_path / "inline", tmp_path / "ray")
+    resumed = killed(tmp_path / "inline", 3)
+    ebm_dist.train(ray, run_dir=resumed, resume="must")
+    assert equal(tmp_path / "inline", resumed)
 
 
 REFUSED: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chains_with_context import QUIET, chains, changed, equal
+from chains_with_context import QUIET, chains, changed, equal, killed
 
 import ebm_dist
 from ebm_dist.core.errors import UserError
@@ -57,6 +57,22 @@ def test_sync_is_bitwise_with_moving_levels_whoever_moves_the_chains_and_after_a
     assert latest.any()
     assert 0 <= occupied <= 1
     assert 0 < rows[-1].get("sampler/level_acceptance", 0.5) <= 1
+
+
+@pytest.mark.ray
+def test_moving_levels_killed_and_resumed_on_ray_train_bit_for_bit_as_in_one_process(
+    tmp_path: Path,
+) -> None:
+    """On one node workers read the levels from rows of shared memory, and write them there."""
+    base = config(tmp_path)
+    ebm_dist.train(base, run_dir=tmp_path / "inline")
+    four = {**base["workers"], "num_workers": 4}
+    ray = {**base, "workers": four, "runtime": {"backend": "ray", "address": "local"}}
+    resumed = killed(tmp_path / "inline", 2)
+    ebm_dist.train(ray, run_dir=resumed, resume="must")
+    assert equal(tmp_path / "inline", resumed)
+    left, right = chains(tmp_path / "inline", 4), chains(resumed, 4)
+    assert all(np.array_equal(left[key], right[key]) for key in ("position", "context/level"))
 
 
 REFUSED: dict[str, dict[str, Any]] = {
