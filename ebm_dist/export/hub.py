@@ -59,6 +59,8 @@ def download(address: str | os.PathLike[str]) -> Path:
         folder = _folder(repo, info.sha)
         if missing := [name for name in (WEIGHTS, CONFIG) if name not in sizes]:
             raise UserError(f"{text}: not an export of ebm_dist, it has no {missing[0]}")
+        # A model may be private, and the umask usually lets everybody read.
+        _cache().mkdir(mode=0o700, parents=True, exist_ok=True)
         # config.json is the last, so that a directory which has it has all.
         for name, limit in MAX_DOWNLOADED.items():
             if name not in sizes or (folder / CONFIG).is_file():
@@ -72,9 +74,13 @@ def download(address: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _folder(repo: str, commit: str) -> Path:
+def _cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ebm_dist" / "hub" / repo / commit
+    return (Path(base) if base else Path.home() / ".cache") / "ebm_dist" / "hub"
+
+
+def _folder(repo: str, commit: str) -> Path:
+    return _cache() / repo / commit
 
 
 def client(address: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -112,6 +113,21 @@ def test_a_commit_that_was_downloaded_needs_no_network(server: HubServer) -> Non
     assert len(server.requests) == num_requests
     ebm_dist.load_energy("hf://me/machine")
     assert len(server.requests) == num_requests + 1, "asks for the newest commit alone"
+
+
+def test_what_is_downloaded_lies_where_no_other_user_may_enter(
+    server: HubServer, tmp_path: Path
+) -> None:
+    commit = upload(server)
+    before = os.umask(0o022)
+    try:
+        folder = open_export(f"hf://me/machine@{commit}").path
+    finally:
+        os.umask(before)
+    private = tmp_path / "cache/ebm_dist/hub"
+    assert private in folder.parents
+    assert private.stat().st_mode & 0o777 == 0o700
+    assert private.parent.stat().st_mode & 0o777 == 0o755, "the data beside it may be shared"
 
 
 def test_a_download_that_broke_off_is_taken_up_again(
