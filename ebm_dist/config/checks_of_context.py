@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventSpec
-from ebm_dist.energies.context import CONTEXT, KEYS, trait
+from ebm_dist.energies.context import CONTEXT, KEYS, how_to_take, trait
 
 if TYPE_CHECKING:
     from ebm_dist.config.run_config import RunConfig
@@ -122,11 +122,14 @@ def check_energy_context(config: RunConfig, spec: EventSpec, energy: object) -> 
     takes, needs = trait(energy, "context"), trait(energy, "needs_context")
     size = config.data.condition_size
     of_energy = f"energy.name {config.energy.name}"  # type: ignore[attr-defined]
+    own = config.energy.name == "module"  # type: ignore[attr-defined]
     of_objective = f"objective.name {config.objective.name}"  # type: ignore[attr-defined]
     if size is not None and "condition" not in takes:
+        how = "set energy.condition_shape: data where the energy has that key"
+        how = how_to_take("condition", own=True) if own else how
         raise UserError(
-            f"data.condition_size: {size}, but {of_energy} takes no condition; set "
-            "energy.condition_shape: data where the energy has that key, or leave it out"
+            f"data.condition_size: {size}, but {of_energy} takes no condition; {how}, or leave the "
+            "key out"
         )
     if config.sampler.adapt_steps and needs:
         raise UserError(
@@ -136,14 +139,16 @@ def check_energy_context(config: RunConfig, spec: EventSpec, energy: object) -> 
     for name in CONTEXT:
         if name in names - takes:
             raise UserError(
-                f"buffer.context.{name}: set, but {of_energy} takes no {name}; set {KEYS[name]} "
-                "where the energy has such keys, or leave it out"
+                f"buffer.context.{name}: set, but {of_energy} takes no {name}; "
+                f"{how_to_take(name, own=own)}, or leave the key out"
             )
         if name in needs - config.objective.contexts:
+            key = "energy.target" if own else KEYS[name]
+            out = f"leave {name} out of its needs_context" if own else "leave the key out"
             raise UserError(
-                f"{KEYS[name]}: the energy needs the {name} of each event, which {of_objective} "
-                "does not give it; leave the key out, or sample the energy in Python by its "
-                "method given"
+                f"{key}: the energy needs the {name} of each event, which {of_objective} "
+                f"does not give it; {out}, or sample the energy in Python by "
+                + ("energies.bind" if own else "its method given")
             )
         if name in needs - names and config.objective.takes_negatives:
             raise UserError(

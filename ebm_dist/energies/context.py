@@ -22,6 +22,9 @@ KEYS = {
 }
 """The keys of a config that make an energy take each."""
 
+_ATTRIBUTES = {"label": "num_labels", "level": "noise_stds", "condition": "condition_shape"}
+"""The attributes by which a network of the user's says how many, or of what shape."""
+
 
 class ContextTraits:
     """The defaults, of an energy that takes no context; a module from outside may leave them out.
@@ -46,6 +49,16 @@ class ContextTraits:
 
     condition_shape: tuple[int, ...] | None = None
     """Shape of one condition."""
+
+
+def how_to_take(name: str, *, own: bool) -> str:
+    """What makes an energy take `name`, as advice in a message; `own`: a network of the user's."""
+    if not own:
+        return f"set {KEYS.get(name, name)} where the energy has such keys"
+    return (
+        f"let the network's call take {name} and give it the attributes context = {{'{name}'}} "
+        f"and {_ATTRIBUTES.get(name, name)} (docs/energies.md)"
+    )
 
 
 def trait(energy: object, name: str) -> Any:
@@ -149,13 +162,14 @@ def bind(
 def check_names(energy: object, given: Mapping[str, object]) -> None:
     """Refuse context that `energy` does not take, and the lack of context that it needs."""
     takes, name = trait(energy, "context"), type(energy).__name__
+    own = not isinstance(energy, ContextTraits)
     unknown = [key for key in given if key not in takes]
     if unknown:
         what = " and ".join(key for key in CONTEXT if key in takes)
         raise ValueError(
             f"energy: {name} takes {f'{what} alone' if what else 'no context'}, got "
-            f"{' and '.join(unknown)}; leave {'it' if len(unknown) == 1 else 'them'} out, or set "
-            f"{' and '.join(KEYS.get(key, key) for key in unknown)} where the energy has such keys"
+            f"{' and '.join(unknown)}; leave {'it' if len(unknown) == 1 else 'them'} out, or "
+            + ", and ".join(how_to_take(key, own=own) for key in unknown)
         )
     missing = [key for key in CONTEXT if key in trait(energy, "needs_context") - given.keys()]
     if missing:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ebm_dist.core.errors import NonFinite, UserError
 from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import EventSpec
-from ebm_dist.energies.context import bind, trait
+from ebm_dist.energies.context import ContextTraits, bind, how_to_take, trait
 from ebm_dist.export.reader import Export, open_export
 from ebm_dist.files.durable import replacing
 from ebm_dist.samplers.tempering.levels import highest_level
@@ -227,7 +227,9 @@ def asked_context(
 def index_of(name: str, asked: Any, num: int, size: int | None, energy: nn.Module) -> Tensor:
     """The labels or levels `asked` for as (num,) int64; `size` is their number."""
     if name not in trait(energy, "context"):
-        raise UserError(f"{name}: the energy takes none; leave it out, or train one with {name}s")
+        own = not isinstance(energy, ContextTraits)
+        how = how_to_take(name, own=True) if own else f"train one with {name}s"
+        raise UserError(f"{name}: the energy takes none; leave it out, or {how}")
     asked = torch.as_tensor(asked).reshape(-1)
     if len(asked) not in (1, num):
         raise UserError(f"{name}: expected one {name} or {num}, got {len(asked)}")
@@ -241,10 +243,11 @@ def index_of(name: str, asked: Any, num: int, size: int | None, energy: nn.Modul
 def _given_conditions(condition: Tensor | np.ndarray, energy: nn.Module) -> Tensor:
     """`condition` (K, *condition_shape) as float32."""
     if "condition" not in trait(energy, "context"):
-        raise UserError(
-            "condition: the energy takes none; leave it out, or train one with "
-            "data.condition_size and buffer.context.condition: data"
-        )
+        keys = "data.condition_size and buffer.context.condition: data"
+        how = f"train one with {keys}"
+        if not isinstance(energy, ContextTraits):
+            how = f"{how_to_take('condition', own=True)}, and train it with {keys}"
+        raise UserError(f"condition: the energy takes none; leave it out, or {how}")
     if isinstance(condition, np.ndarray):
         condition = torch.from_numpy(np.array(condition, np.float32))
     rows, shape = condition.detach().float().cpu(), trait(energy, "condition_shape")

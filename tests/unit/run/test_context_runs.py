@@ -264,6 +264,46 @@ class Means(torch.nn.Module):
         return 0.5 * (x - self.means[label]).square().sum(1)
 
 
+class Plain(torch.nn.Module):
+    """E(x) = w |x|^2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x.square().flatten(1).sum(1)
+
+
+class WithLabels(Plain):
+    """As the line about `Plain` says that it should be."""
+
+    context = {"label"}  # noqa: RUF012 - as a user would write it
+    num_labels = 10
+
+    def forward(self, x: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x) * (1 if label is None else 1 + label / 10)
+
+
+def test_a_network_of_ones_own_is_told_the_attributes_by_which_it_takes_labels(
+    tmp_path: Path,
+) -> None:
+    says = r"let the network's call take label and give it .* context = \{'label'\} and num_labels"
+    base = config(tmp_path, run={"seed": 3, "steps": 1}, energy={"name": "mlp"})
+    with pytest.raises(UserError, match=rf"module takes no label; {says} .*, or leave the key out"):
+        ebm_dist.train(base, energy=Plain(), run_dir=tmp_path / "r")
+    unlabelled = {**base, "buffer": {**base["buffer"], "context": {}}}
+    export = ebm_dist.train(unlabelled, energy=Plain(), run_dir=tmp_path / "a").open_export()
+    with pytest.raises(UserError, match=f"label: the energy takes none; leave it out, or {says}"):
+        ebm_dist.sample(export, 2, label=3)
+    with pytest.raises(ValueError, match=f"Plain takes no context, got label; .* or {says}"):
+        ebm_dist.energies.bind(Plain(), label=torch.zeros(2, dtype=torch.int64))
+
+    export = ebm_dist.train(base, energy=WithLabels(), run_dir=tmp_path / "b").open_export()
+    x, energy = ebm_dist.sample(export, 2, label=3)
+    torch.testing.assert_close(energy, export.energy(x, label=torch.tensor([3, 3])))
+
+
 REFUSED = {
     "buffer.context.label: set, but energy.name": {
         "energy": {"num_classes": None},
