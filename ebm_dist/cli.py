@@ -219,7 +219,8 @@ def evaluate(
         typer.Option(help="The measurements to run.", show_default=False),
     ],
     out: Annotated[
-        Path | None, Option(help="Write the result here as JSON, with log p of each event.")
+        Path | None,
+        Option(help="Write the result here as JSON, with log p of each event; pictures beside it."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -244,6 +245,7 @@ def evaluate(
             seed=seed,
             device=_device(device),
             data=data,
+            out=out,
             say=stages.begin,
             on_step=stages.step,
         )

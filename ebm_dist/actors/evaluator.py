@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,6 +34,17 @@ log = logging.getLogger("ebm_dist")
 
 NUM_PROBED = 64
 """Number of chains at which the curvature of the energy is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The result of an evaluation."""
+
+    values: dict[str, float]
+    """Metrics by name."""
+    neighbours: np.ndarray | None
+    """Some chains, each followed by its nearest training images (N, C, H, W), as
+    `Fidelity.neighbours` makes them; None without fidelity."""
 
 
 class Evaluator:
@@ -87,8 +99,8 @@ class Evaluator:
         ema: np.ndarray,
         flat: np.ndarray | None = None,
         *weighted: WeightedChains,
-    ) -> dict[str, float]:
-        """Metrics of `chains` and of the averaged weights `ema`, by name.
+    ) -> Evaluation:
+        """Measure `chains` and the averaged weights `ema`.
 
         Args:
             flat: the current weights. With `weighted`, or if the run estimates log Z itself, the
@@ -113,6 +125,7 @@ class Evaluator:
             a = curvature(self._moves, given, x if unit is None else x / unit, generator)
             values["sampler/curvature"] = a
             values["sampler/effective_temperature"] = effective_temperature(self._moves, a)
+        neighbours = None
         # A buffer whose size changes may have fewer chains than before.
         if self._fidelity is not None and len(chains.x) >= self._fidelity.num:
             # The noise of unclamped chains leaves the range of the data; an image cannot.
@@ -122,12 +135,14 @@ class Evaluator:
             measured = self._fidelity.measure(x, asked) | self._fidelity.reference()
             values |= {f"fidelity/{name}": value for name, value in measured.items()}
             values["fidelity/accuracy"] = self._fidelity.accuracy
+            neighbours = self._fidelity.neighbours(x).numpy()
         if flat is not None and (weighted or self._run_estimates_log_z):
             self._layout.load_(self._energy, torch.from_numpy(np.array(flat)))
         if weighted:
             values |= self._running_likelihood(weighted)
         values |= self._likelihood(step, bool(weighted) or self._run_estimates_log_z)
-        return {name: value for name, value in values.items() if math.isfinite(value)}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        return Evaluation(finite, neighbours)
 
     def _given(self, chains: ChainSample, num: int) -> EnergyFn:
         """The energy function with the context of the first `num` chains."""

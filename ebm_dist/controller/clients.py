@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ebm_dist.actors.auditor import AuditFindings
+from ebm_dist.actors.evaluator import Evaluation
 from ebm_dist.buffer.answers import (
     ChainHealth,
     CheckinReply,
@@ -255,7 +256,7 @@ class EvaluatorClient(Client):
         ema: Ref[np.ndarray],
         flat: Ref[np.ndarray],
         *weighted: Ref[WeightedChains],
-    ) -> Ref[dict[str, float]]:
+    ) -> Ref[Evaluation]:
         return self.handle.call("evaluate", step, chains, ema, flat, *weighted)
 
 

@@ -17,7 +17,12 @@ from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import Batch, EventSpec
 
 NEIGHBOURS = 3
-"""k of the neighbourhoods of precision and recall, as published."""
+"""k of the neighbourhoods of precision and recall, as published; and number of training images that
+are shown beside a sample."""
+NUM_SHOWN = 16
+"""Number of samples that are shown beside their nearest training images."""
+PER_ROW = 2 * (1 + NEIGHBOURS)
+"""Images in a row of that picture: two samples, each with its neighbours at its right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,7 @@ class Fidelity:
         net: FeatureNet,
         held_out: Tensor,
         train: Tensor,
+        images: Tensor,
         reference: dict[str, float],
         accuracy: float,
         spec: EventSpec,
@@ -116,7 +122,9 @@ class Fidelity:
     ) -> None:
         self.net = net.eval().requires_grad_(False)
         self._held_out = held_out  # (N, D)
-        self._train = train  # (N, D), of the images that the classifier was trained on
+        # (N, D), of the training images: first the `num` that were kept from the classifier.
+        self._train = train
+        self._images = images.half()  # (N, C, H, W); exact to 1/30 of a grey level
         self._moments = Moments.of(held_out)
         self.accuracy = accuracy
         """Accuracy of the classifier on the held-out data, in [0, 1]."""
@@ -162,13 +170,15 @@ class Fidelity:
             name: frechet_distance(_features(net, x), moments)
             for name, x in _references(train.x, spec, seed, num).items()
         }
-        reference["train"] = frechet_distance(_features(net, unseen), moments)
+        of_unseen = _features(net, unseen)
+        reference["train"] = frechet_distance(of_unseen, moments)
         accuracy = float("nan")
         if test.label is not None:
             with torch.no_grad():
                 guess = torch.cat([net(x).argmax(dim=1) for x in test.x.split(500)])
             accuracy = float((guess == test.label).float().mean())
-        return Fidelity(net, held_out, _features(net, seen.x), reference, accuracy, spec, num)
+        of_train = torch.cat([of_unseen, _features(net, seen.x)])
+        return Fidelity(net, held_out, of_train, train.x, reference, accuracy, spec, num)
 
     def distance(self, x: Tensor) -> float:
         """Frechet distance of images (N, C, H, W) to the held-out ones; N should be `num`."""
@@ -197,15 +207,25 @@ class Fidelity:
         num = min(len(mine), len(self._held_out))
         fake, real = mine[:num], self._held_out[:num]
         between = torch.cdist(fake, real)
+        seen = self._train[self.num :]
         to_train, usual = (
-            torch.cdist(features, self._train).amin(1).median()
-            for features in (mine, self._held_out)
+            torch.cdist(features, seen).amin(1).median() for features in (mine, self._held_out)
         )
         return {
             "precision": float((between <= _radius(real)).any(1).float().mean()),
             "recall": float((between <= _radius(fake)[:, None]).any(0).float().mean()),
             "nearest_train": float(to_train / usual),
         }
+
+    def neighbours(self, x: Tensor) -> Tensor:
+        """The first `NUM_SHOWN` of images (N, C, H, W), each followed by the training images that
+        are nearest to it in features, `NEIGHBOURS` of them; drawn `PER_ROW` in a row."""
+        x = x[:NUM_SHOWN].float().cpu()
+        # By differences: a matrix product would round the distance 0 of a copy.
+        exact = "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(_features(self.net, x), self._train, compute_mode=exact)
+        nearest = self._images[distance.topk(NEIGHBOURS, largest=False).indices]
+        return torch.cat([x[:, None], nearest.float()], 1).flatten(0, 1)
 
     def classes(self, x: Tensor, label: Tensor | None = None) -> dict[str, float]:
         """What the classifier makes of images (N, C, H, W), as fractions of them, by name.

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ from ebm_dist.evaluation import (
     robust_accuracy,
 )
 from ebm_dist.evaluation.connectivity import CONNECTED, connectivity
+from ebm_dist.evaluation.fidelity import NEIGHBOURS, PER_ROW
 from ebm_dist.evaluation.regime import SHORT_RUN_REINIT
 from ebm_dist.export.all_classes import of_all_classes
 from ebm_dist.export.reader import Export
@@ -55,6 +57,8 @@ class Found:
     metrics: dict[str, float]
     notes: list[str]
     examples: dict[str, list[float]] = field(default_factory=dict)
+    neighbours: Tensor | None = None
+    """Samples and their nearest training images, as `Fidelity.neighbours` makes them."""
 
 
 def evaluate(
@@ -64,6 +68,7 @@ def evaluate(
     seed: int = 0,
     device: str = "cpu",
     data: str | None = None,
+    out: Path | None = None,
     say: Say = lambda text: None,
     on_step: OnStep = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -71,6 +76,7 @@ def evaluate(
 
     Args:
         data: the current path of the model's data, if it has moved.
+        out: the file of the result, beside which `fidelity` puts NAME-neighbours.png.
         seed: seed of all noise; the same seed gives the same result on the same device.
         say: receives a line for each stage.
         on_step: called with the number of steps of the stage that are done and of all.
@@ -107,6 +113,8 @@ def evaluate(
             found.notes.append("E(x) is that of all classes together: -T log sum_y exp(-E(x, y)/T)")
     except ValueError as error:
         raise UserError(f"--suite {suite}: {' '.join(str(error).split())}") from None
+    if out is not None and found.neighbours is not None:
+        found.notes.append(_show_neighbours(found.neighbours, out, export))
     return {
         "suite": suite,
         "model": str(export.path),
@@ -116,6 +124,21 @@ def evaluate(
         "notes": found.notes,
         "examples": found.examples,
     }
+
+
+def _show_neighbours(x: Tensor, out: Path, export: Export) -> str:
+    """Draw the picture beside `out`; the note about it."""
+    from ebm_dist.report.grid import save_grid
+
+    path = out.with_name(f"{out.stem}-neighbours.png")
+    try:
+        save_grid(x, path, export.spec, num_columns=PER_ROW)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {path} ({error.strerror or error})") from None
+    return (
+        f"{path}: {len(x) // (1 + NEIGHBOURS)} samples, each with the {NEIGHBOURS} training images "
+        f"at its right that are nearest to it in those features, of the first {NUM_TRAIN:,}"
+    )
 
 
 def temperature_of(export: Export) -> float:
@@ -303,7 +326,7 @@ def _fidelity(export: Export, seed: int, device: torch.device, say: Say, on_step
         metrics["fidelity/distance_of_chains"] = fidelity.distance(stored[:num].clamp(-1.0, 1.0))
     elif stored is not None:
         notes.append(f"distance_of_chains: left out, the export holds {len(stored)} chains alone")
-    return Found(metrics, notes)
+    return Found(metrics, notes, neighbours=fidelity.neighbours(drawn))
 
 
 def _persists(export: Export) -> bool:

@@ -229,6 +229,10 @@ IMAGES: dict[str, Metric] = {
     "samples/oldest": Metric("chains of the buffer that were started first"),
     "samples/newest": Metric("chains of the buffer that were started last"),
     "samples/lowest_energy": Metric("chains of the buffer with the lowest energies"),
+    "samples/neighbours": Metric(
+        "chains of the buffer, each with the 3 training images at its right that are nearest to it "
+        "in features; copies of them show that training data are memorised"
+    ),
 }
 """Names for `MetricHub.images`."""
 

@@ -91,10 +91,7 @@ class RunFiles:
     @cached_property
     def pictures(self) -> list[Picture]:
         """First, last and an even choice between: what changed is seen without every picture."""
-        directory = self.path / "samples"
-        if not directory.is_dir() or directory.is_symlink():
-            return []
-        files = sorted(directory.glob("*.png"), key=lambda file: (_step_of(file), file.name))
+        files = self._pictures_in("samples")
         last, count = len(files) - 1, min(len(files), MAX_PICTURES)
         chosen = sorted({round(i * last / max(count - 1, 1)) for i in range(count)})
         return [
@@ -102,6 +99,22 @@ class RunFiles:
             for i in chosen
             if (source := _embedded(files[i]))
         ]
+
+    @cached_property
+    def neighbours(self) -> Picture | None:
+        """The last picture of chains beside their nearest training images."""
+        for file in reversed(self._pictures_in("samples", "neighbours")):
+            if source := _embedded(file):
+                return Picture(file.stem, _step_of(file), source)
+        return None
+
+    def _pictures_in(self, *names: str) -> list[Path]:
+        directory = self.path
+        for name in names:
+            directory /= name
+            if not directory.is_dir() or directory.is_symlink():
+                return []
+        return sorted(directory.glob("*.png"), key=lambda file: (_step_of(file), file.name))
 
 
 def _step_of(path: Path) -> int:

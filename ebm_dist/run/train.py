@@ -36,6 +36,7 @@ from ebm_dist.core.types import ChainSample, EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.data import describe
 from ebm_dist.data.dataset import located
+from ebm_dist.evaluation.fidelity import PER_ROW
 from ebm_dist.export.reader import Export, open_export
 from ebm_dist.export.writer import export_run, plugins_of
 from ebm_dist.files.durable import refuse_link, replace_text
@@ -227,7 +228,8 @@ def _train(
                 condition = torch.from_numpy(np.array(chains.context["condition"]))
             try:
                 make_directory(path.parent)
-                return save_grid(x, path, spec, condition=condition)
+                columns = PER_ROW if name == "samples/neighbours" else None
+                return save_grid(x, path, spec, num_columns=columns, condition=condition)
             except OSError as error:
                 events.info(f"{path.name} not written ({error.strerror or error})")
                 return None

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from ebm_dist import energies, samplers
 from ebm_dist.cli import main
@@ -125,7 +126,12 @@ def test_robustness_starts_at_the_clean_accuracy_and_only_falls(tmp_path, export
 def test_fidelity_puts_an_untrained_model_near_its_noise(tmp_path, export, monkeypatch):
     monkeypatch.setattr("ebm_dist.export.sample.NUM_STEPS", 20)
     path, _ = export({"name": "resnet", "width": 4, "stem_stride": 4}, {"source": "digits"})
-    metrics = measured(tmp_path, path, "fidelity")["metrics"]
+    result = measured(tmp_path, path, "fidelity")
+    metrics = result["metrics"]
+    picture = tmp_path / "out" / "result-neighbours.png"
+    assert result["notes"][-1].startswith(f"{picture}: 16 samples, each with the 3 training images")
+    with Image.open(picture) as image:
+        assert image.size[0] == image.size[1] >= 480, "two samples and their neighbours in a row"
     assert metrics["fidelity/train"] < metrics["fidelity/gaussian"] < metrics["fidelity/noise"]
     assert metrics["fidelity/distance"] > 10 * metrics["fidelity/train"]
 

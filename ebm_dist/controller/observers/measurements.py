@@ -13,6 +13,7 @@ from typing import ClassVar, Generic, TypeVar
 import numpy as np
 
 from ebm_dist.actors.auditor import AuditFindings
+from ebm_dist.actors.evaluator import Evaluation
 from ebm_dist.buffer.answers import WeightedChains
 from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref, first_line
 from ebm_dist.controller.clients import AuditorClient, EvaluatorClient
@@ -85,7 +86,7 @@ class MeasurementLink(Generic[C, T]):
         self.client = self._spawn()
 
 
-class EvaluatorLink(MeasurementLink[EvaluatorClient, dict[str, float]]):
+class EvaluatorLink(MeasurementLink[EvaluatorClient, Evaluation]):
     """The link to the evaluator, which measures chains and weights."""
 
     part, failure, without = "the evaluator", "evaluation at", "goes unmeasured"
@@ -102,8 +103,8 @@ class EvaluatorLink(MeasurementLink[EvaluatorClient, dict[str, float]]):
         assert self._pending is None
         self._pending = step, self.client.evaluate(step, chains, ema, flat, *weighted)
 
-    def collect(self, timeout: float) -> tuple[int, dict[str, float]] | None:
-        """(update, metrics) of the measurement in progress, if done within `timeout` seconds."""
+    def collect(self, timeout: float) -> tuple[int, Evaluation] | None:
+        """(update, result) of the measurement in progress, if done within `timeout` seconds."""
         return self._result(timeout)
 
 

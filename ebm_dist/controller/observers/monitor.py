@@ -25,9 +25,6 @@ from ebm_dist.core.types import ChainSample
 
 log = logging.getLogger("ebm_dist.run")
 
-_Found = tuple[int, dict[str, float]] | None
-
-
 _COUNTED = ("free", "leased", "ready", "capacity", "late_checkins", "expired_leases")
 """Counts that a shard reports with each round, for the metrics `buffer/*`."""
 
@@ -290,18 +287,21 @@ class Monitor:
         if evaluator is None:
             return
         if (done := self._collect(evaluator, evaluator.collect, timeout)) is not None:
-            step, values = done
+            step, found = done
+            values = found.values
             self.metrics.update(values)
             self._parts.hub.log(step, self._progress.epoch, values)
             self._parts.hub.table("evaluation", step, values)
             self._on_evaluation(step, values)
+            if found.neighbours is not None:
+                self._draw(ChainSample(found.neighbours), "samples/neighbours", step)
 
     def _collect(
         self,
         link: EvaluatorLink | AuditLink,
-        collect: Callable[[float], _Found],
+        collect: Callable[[float], T | None],
         timeout: float,
-    ) -> _Found:
+    ) -> T | None:
         """The result of `collect` within `timeout` seconds; None if there is none, or at a halt."""
         deadline, found = time.monotonic() + timeout, None
         while link.busy and found is None:

@@ -22,7 +22,9 @@ def test_the_temperature_that_a_step_size_makes_of_t_is_measured() -> None:
     for name, measured in (("langevin", True), ("mala", False)):
         sampler = samplers.FAMILY.section(name, step_size=0.2, temperature=0.5)
         evaluator = Evaluator(config, data, energy, spec, sampler, seed=0, temperature=0.5)  # type: ignore[arg-type]
-        values = evaluator.evaluate(1, ChainSample(np.zeros((8, 1, 8, 8), np.float32)), flat)
+        found = evaluator.evaluate(1, ChainSample(np.zeros((8, 1, 8, 8), np.float32)), flat)
+        values = found.values
+        assert found.neighbours is None
         assert ("sampler/curvature" in values) == measured
         if measured:
             assert values["sampler/curvature"] == pytest.approx(3.0)
@@ -38,5 +40,9 @@ def test_training_images_as_samples_are_as_far_as_the_floor(num_chains: int) -> 
     config = EvaluationConfig(fidelity_epochs=1, likelihood=False)
     flat = FlatLayout.of(energy.build()).pack(energy.build()).numpy()
     images = load_split(data, "train", config.fidelity_train).x[:num_chains].numpy()
-    values = Evaluator(config, data, energy, spec, seed=0).evaluate(1, ChainSample(images), flat)
+    found = Evaluator(config, data, energy, spec, seed=0).evaluate(1, ChainSample(images), flat)
+    values = found.values
     assert values["fidelity/distance"] == pytest.approx(values["fidelity/train"])
+    assert found.neighbours is not None
+    shown = found.neighbours.reshape(16, 4, 1, 8, 8)
+    np.testing.assert_allclose(shown[:, 1], images[:16], atol=1e-3)

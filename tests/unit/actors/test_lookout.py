@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from small_runs import curve, run
 
+from ebm_dist.actors.evaluator import Evaluation
 from ebm_dist.cluster.backend import PartDied
 from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
 from ebm_dist.controller.observers.monitor import Monitor
@@ -64,7 +65,7 @@ def test_an_evaluation_that_outlasts_the_next_ones_holds_nothing_up(
 ) -> None:
     collect, asked = EvaluatorLink.collect, []
 
-    def slow(self: EvaluatorLink, timeout: float) -> tuple[int, dict[str, float]] | None:
+    def slow(self: EvaluatorLink, timeout: float) -> tuple[int, Evaluation] | None:
         if self.busy:
             asked.append(timeout)
         return None if len(asked) < 8 else collect(self, timeout)

@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 
 from ebm_dist.core.types import Batch, EventSpec
 from ebm_dist.evaluation.fidelity import Fidelity, Moments, frechet_distance
+from ebm_dist.metrics.tile import tile
 
 SPEC = EventSpec((1, 8, 8), "image", 10)
 
@@ -123,6 +124,20 @@ def test_every_reference_is_of_as_many_images(fidelity):
     assert fidelity.num == 325
     floor = fidelity.distance(train.x[: fidelity.num])
     assert floor == pytest.approx(fidelity.reference()["train"])
+
+
+def test_training_images_as_samples_are_their_own_nearest_neighbours(fidelity):
+    train, test = digits()
+    # The first half was kept from the classifier: the model has seen them all the same.
+    copies = train.x[[*range(8), *range(1000, 1008)]]
+    shown = fidelity.neighbours(torch.cat([copies, copies])).reshape(16, 4, 1, 8, 8)
+    torch.testing.assert_close(shown[:, 0], copies, rtol=0, atol=0)
+    torch.testing.assert_close(shown[:, 1], copies, rtol=0, atol=1e-3)
+    known = train.x.flatten(1)
+    for image in fidelity.neighbours(test.x[:3]).reshape(3, 4, 64)[:, 1:].flatten(0, 1):
+        assert (known - image).abs().amax(1).min() < 1e-3
+    column = tile(shown.flatten(0, 1).numpy(), num_columns=4)
+    assert (column[:, 1:9] == column[:, 10:18]).all(), "pixel for pixel, when drawn"
 
 
 def test_what_samples_cover_of_the_real_images_shows_in_precision_recall_and_copies(fidelity):

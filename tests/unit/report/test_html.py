@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -96,6 +98,19 @@ def test_the_page_holds_curves_samples_config_table_and_health(tmp_path: Path) -
     assert "workers.num_workers" in words
     assert METRICS["wait/learner"].meaning in words
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["page.html"]
+
+
+def test_the_page_shows_the_last_picture_of_nearest_training_images(tmp_path: Path) -> None:
+    run_dir = a_run(tmp_path / "digits")
+    pictures = [run_dir / "samples" / f"step_{step:08d}.png" for step in (100, 200)]
+    (run_dir / "samples" / "neighbours").mkdir()
+    for picture in pictures:
+        shutil.copy(picture, run_dir / "samples" / "neighbours")
+    (run_dir / "samples" / "neighbours" / "step_00009999.png").write_bytes(b"\x89PNG torn")
+    _, page = page_of(write_report(run_dir))
+    assert len(page.sources) == 12
+    assert page.sources[-1].endswith(base64.b64encode(pictures[1].read_bytes()).decode())
+    assert "Chains of update 200, two in a row" in " ".join(page.text)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\n\n", b'{"step"', b"[1]\nnull\n3\n", b"\xff\0"])

@@ -341,6 +341,7 @@ def test_pictures_show_the_classes_in_order_and_chains_are_what_was_asked(tmp_pa
     result = ebm_dist.train(run, run_dir=tmp_path / "r")
     text = (result.run_dir / "metrics.jsonl").read_text()
     assert "fidelity/label_accuracy" in text
+    assert (result.run_dir / "samples" / "neighbours" / "step_00000004.png").is_file()
     assert np.isfinite(result.metrics["fidelity/confident"])
 
 
