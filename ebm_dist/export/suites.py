@@ -135,10 +135,7 @@ def _show_neighbours(x: Tensor, out: Path, export: Export) -> str:
         save_grid(x, path, export.spec, num_columns=PER_ROW)
     except OSError as error:
         raise UserError(f"--out: cannot write {path} ({error.strerror or error})") from None
-    return (
-        f"{path}: {len(x) // (1 + NEIGHBOURS)} samples, each with the {NEIGHBOURS} training images "
-        f"at its right that are nearest to it in those features, of the first {NUM_TRAIN:,}"
-    )
+    return f"{path}: {len(x) // (1 + NEIGHBOURS)} samples, each before its nearest training images"
 
 
 def temperature_of(export: Export) -> float:

@@ -129,7 +129,7 @@ def test_fidelity_puts_an_untrained_model_near_its_noise(tmp_path, export, monke
     result = measured(tmp_path, path, "fidelity")
     metrics = result["metrics"]
     picture = tmp_path / "out" / "result-neighbours.png"
-    assert result["notes"][-1].startswith(f"{picture}: 16 samples, each with the 3 training images")
+    assert result["notes"][-1] == f"{picture}: 16 samples, each before its nearest training images"
     with Image.open(picture) as image:
         assert image.size[0] == image.size[1] >= 480, "two samples and their neighbours in a row"
     assert metrics["fidelity/train"] < metrics["fidelity/gaussian"] < metrics["fidelity/noise"]

@@ -66,7 +66,7 @@ def test_sync_is_bitwise_with_conditions_whoever_moves_the_chains_and_after_a_re
 
 @pytest.mark.ray
 def test_on_ray_conditions_and_labels_train_bit_for_bit_as_in_one_process(tmp_path: Path) -> None:
-    """On one node workers read the conditions and labels from rows of shared memory."""
+    """On one node workers read the conditions from rows of shared memory, labels with the lease."""
     base = config(
         tmp_path,
         energy={"num_classes": "data", "classes": "embedding"},

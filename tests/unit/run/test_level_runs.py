@@ -63,7 +63,7 @@ def test_sync_is_bitwise_with_moving_levels_whoever_moves_the_chains_and_after_a
 def test_moving_levels_killed_and_resumed_on_ray_train_bit_for_bit_as_in_one_process(
     tmp_path: Path,
 ) -> None:
-    """On one node workers read the levels from rows of shared memory, and write them there."""
+    """On one node positions move in rows of shared memory, and levels beside them."""
     base = config(tmp_path)
     ebm_dist.train(base, run_dir=tmp_path / "inline")
     four = {**base["workers"], "num_workers": 4}
