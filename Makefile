@@ -67,18 +67,18 @@ pretrained: $(STAMP) ## train the models in ebm_dist/pretrained again
 	cp -r build/exported/. ebm_dist/pretrained/
 
 lint: $(STAMP) ## style and format
-	$(BIN)/ruff check ebm_dist tests benchmarks
-	$(BIN)/ruff format --check ebm_dist tests benchmarks
+	$(BIN)/ruff check ebm_dist tests benchmarks docs
+	$(BIN)/ruff format --check ebm_dist tests benchmarks docs
 
 format: $(STAMP) ## rewrite to the format
-	$(BIN)/ruff check --fix ebm_dist tests benchmarks
-	$(BIN)/ruff format ebm_dist tests benchmarks
+	$(BIN)/ruff check --fix ebm_dist tests benchmarks docs
+	$(BIN)/ruff format ebm_dist tests benchmarks docs
 
 types: $(STAMP) ## static types
 	$(BIN)/basedpyright ebm_dist
 
 gallery: $(STAMP) ## the pictures of the documentation
-	$(BIN)/python -m ebm_dist.report.gallery docs/gallery
+	$(BIN)/python docs/gallery/draw/gallery.py docs/gallery
 
 # The site gets an environment of its own: no test needs it.
 DOCS := .venv-docs

@@ -27,7 +27,6 @@ OF_OTHER_PROGRAMS = {
     "--sort",  # tar
     "--dereference",
     "--hard-dereference",
-    "--only",  # the gallery
     "--help",  # click has it beside the options
 }
 

@@ -1,9 +1,15 @@
 """The gallery's numbers agree with theory, so that no picture shows a wrong curve."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from ebm_dist import samplers
-from ebm_dist.report import gallery, gallery_landscapes
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "docs/gallery/draw"))
+import gallery
+import landscapes
 
 QUICK = (
     "hopfield",
@@ -92,7 +98,7 @@ def test_every_sampler_of_real_events_is_drawn_on_every_toy():
     # Those of energy matching and of energies with levels have no law on a toy alone.
     own = {"module", "flow_langevin", "simulated_tempering", "predictor_corrector"}
     known = {name for name, section in members if not section.discrete} - own
-    assert set(gallery_landscapes.kernels(1.0)) == known
+    assert set(landscapes.kernels(1.0)) == known
     assert {f"toy_{name}" for name in TOYS} <= {picture.name for picture in gallery.PICTURES}
 
 

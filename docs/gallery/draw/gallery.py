@@ -1,4 +1,4 @@
-"""Pictures for the documentation, each the statement of one figure: `python -m ...gallery OUT_DIR`.
+"""Pictures for the documentation, each the statement of one figure: `python gallery.py OUT_DIR`.
 
 Every figure draws what this package's own samplers and energies do beside what theory says, and
 returns the numbers of both: a test holds them together, so that no picture shows a wrong curve.
@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import dynamics
+import landscapes
 import torch
 from PIL import Image
 
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.report import gallery_dynamics, gallery_landscapes
 from ebm_dist.report.grid import new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ PICTURES: tuple[Picture, ...] = (
             f"toy_{name}",
             (13.0, 5.3),
             f"{what} Every chain starts from one Gaussian and pays at most "
-            f"{gallery_landscapes.NUM_EVALUATIONS:,} evaluations of the energy. A title is red "
+            f"{landscapes.NUM_EVALUATIONS:,} evaluations of the energy. A title is red "
             "where the mean energy is more than 4 standard errors off the exact one.",
-            gallery_landscapes.toy(name),
+            landscapes.toy(name),
         )
         for name, what in TOYS.items()
     ),
@@ -65,56 +66,56 @@ PICTURES: tuple[Picture, ...] = (
         (12.0, 3.8),
         "Magnetisation of a 4x4 Ising model in a small field: block Gibbs, Gibbs with gradients "
         "and discrete Langevin all reach the enumerated law.",
-        gallery_landscapes.discrete_samplers,
+        landscapes.discrete_samplers,
     ),
     Picture(
         "hopfield",
         (11.0, 4.2),
         "A Hopfield network falls from a corrupted pattern into the stored one. One-bit errors "
         "follow erfc(1/sqrt(2a))/2 in the load a, and retrieval breaks down near a = .138.",
-        gallery_landscapes.hopfield,
+        landscapes.hopfield,
     ),
     Picture(
         "temperature",
         (11.0, 6.2),
         "Wells of one depth keep their masses at every temperature (rescale); wells of different "
         "depth exchange mass as exp(-dE/T) sqrt(k2/k1) (distort).",
-        gallery_landscapes.temperature,
+        landscapes.temperature,
     ),
     Picture(
         "mode_covering_and_seeking",
         (10.0, 3.6),
         "One Gaussian fitted to two modes: the forward KL of maximum likelihood covers both, the "
         "reverse KL settles on one.",
-        gallery_landscapes.covering_and_seeking,
+        landscapes.covering_and_seeking,
     ),
     Picture(
         "discretisation_bias",
         (6.0, 4.2),
         "Unadjusted Langevin heats the target to T_eff = 2T/(2 - ah), without bound as ah nears "
         "2; an accept step (MALA) removes the bias at any step size.",
-        gallery_dynamics.discretisation_bias,
+        dynamics.discretisation_bias,
     ),
     Picture(
         "momentum_in_a_flat_valley",
         (10.0, 4.2),
         "Along a valley of curvature .01 Langevin contracts by .999 a step and SGHMC by .990: "
         "momentum coasts where the gradient is small.",
-        gallery_dynamics.flat_valley,
+        dynamics.flat_valley,
     ),
     Picture(
         "regularisation_against_mixing",
         (10.0, 4.0),
         "A gradient penalty lowers the curvature that training settles at, and with it the rate "
         "at which Langevin mixes: smoother is slower.",
-        gallery_dynamics.regularisation_tradeoff,
+        dynamics.regularisation_tradeoff,
     ),
     Picture(
         "short_run_and_long_run",
         (10.0, 4.0),
         "A model trained by chains of 60 steps gives data-like samples after 60 steps. Its own "
         "law is another: run on, the variance falls from 1 to .58.",
-        gallery_dynamics.short_and_long_run,
+        dynamics.short_and_long_run,
     ),
 )
 
@@ -181,7 +182,7 @@ def _index(numbers: dict[str, dict[str, float]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ebm_dist.report.gallery", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--only", nargs="*", default=[], help="names of pictures; default all")
     parser.add_argument("--seed", type=int, default=0)
