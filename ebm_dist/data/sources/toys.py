@@ -1,4 +1,4 @@
-"""Toy distributions with known moments, to check what an energy has learnt."""
+"""Toy distributions with exact samples, to check what an energy has learnt."""
 
 from __future__ import annotations
 
@@ -20,16 +20,13 @@ Draw = Callable[[int, np.random.Generator], tuple[np.ndarray, np.ndarray | None]
 
 @dataclass(frozen=True, slots=True)
 class Toy:
-    """A distribution with exact samples and known first two moments."""
+    """A distribution with exact samples."""
 
     spec: EventSpec
     law: str
     """The density or the recipe, in one line."""
     draw: Draw
     """`draw(num, rng)`: x (num, *shape) float64 and labels (num,) or None."""
-    moments: Callable[[], tuple[Array, Array]]
-    """Mean (D,) and covariance (D, D) of the flattened event, in closed form, by quadrature or
-    by enumeration."""
 
 
 TOYS: dict[str, Toy] = {}
@@ -43,16 +40,6 @@ def toy(name: str) -> Toy:
             + ", ".join(sorted(TOYS))
         )
     return TOYS[name]
-
-
-def _add(
-    name: str,
-    law: str,
-    draw: Draw,
-    moments: Callable[[], tuple[Array, Array]],
-    spec: EventSpec,
-) -> None:
-    TOYS[name] = Toy(spec, law, draw, moments)
 
 
 # -- Gaussians and their mixtures
@@ -69,13 +56,8 @@ def _add_mixture(
         x = means[label] + rng.standard_normal((num, dim)) @ factor.T
         return x, label if labelled else None
 
-    def moments() -> tuple[Array, Array]:
-        mean = weights @ means
-        centred = means - mean
-        return mean, covariance + (centred * weights[:, None]).T @ centred
-
     spec = EventSpec((dim,), "real", num_components if labelled else None)
-    _add(name, law, draw, moments, spec)
+    TOYS[name] = Toy(spec, law, draw)
 
 
 def _add_gaussian(name: str, law: str, mean: list[float], covariance: list[list[float]]) -> None:
@@ -135,11 +117,6 @@ def _on_circle(radius: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-def _isotropic(mean_square: float) -> tuple[Array, Array]:
-    """Moments of a law that is invariant under a rotation by less than a half turn."""
-    return np.zeros(2), mean_square / 2 * np.eye(2)
-
-
 RING_RADIUS, RING_WIDTH = 2.0, 0.2
 
 
@@ -157,13 +134,10 @@ def _draw_ring(num: int, rng: np.random.Generator) -> tuple[np.ndarray, None]:
     return _on_circle(np.concatenate(kept), rng), None
 
 
-_add(
-    "ring",
+TOYS["ring"] = Toy(
+    EventSpec((2,), "real"),
     "density proportional to exp(-(|x| - 2)^2 / (2 * .2^2)), the `ring` energy at T = 1",
     _draw_ring,
-    # E rho^2 = E_N[rho^3] / E_N[rho]; the mass of N(2, .2^2) below 0 is 1e-23.
-    lambda: _isotropic(RING_RADIUS**2 + 3 * RING_WIDTH**2),
-    EventSpec((2,), "real"),
 )
 
 _RINGS, _RINGS_STD = np.array([0.5, 1.0, 1.5, 2.0]), 0.08
@@ -174,12 +148,10 @@ def _draw_rings(num: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
     return _on_circle(_RINGS[label] + _RINGS_STD * rng.standard_normal(num), rng), label
 
 
-_add(
-    "rings",
+TOYS["rings"] = Toy(
+    EventSpec((2,), "real", 4),
     "radius N(r_k, .08^2), r_k one of .5, 1, 1.5, 2 with equal chance, angle uniform",
     _draw_rings,
-    lambda: _isotropic(float(np.mean(_RINGS**2)) + _RINGS_STD**2),
-    EventSpec((2,), "real", 4),
 )
 
 _MOONS_STD = 0.1
@@ -193,19 +165,10 @@ def _draw_moons(num: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
     return x - np.array([0.5, 0.25]) + _MOONS_STD * rng.standard_normal((num, 2)), label
 
 
-def _moons_moments() -> tuple[Array, Array]:
-    apart = 4 / np.pi - 0.5  # between the mean heights of the two moons
-    xx = 0.5 + 0.25 + _MOONS_STD**2
-    yy = 0.5 - 4 / np.pi**2 + apart**2 / 4 + _MOONS_STD**2
-    return np.zeros(2), np.array([[xx, -apart / 4], [-apart / 4, yy]])
-
-
-_add(
-    "two_moons",
+TOYS["two_moons"] = Toy(
+    EventSpec((2,), "real", 2),
     "half circles (cos a, sin a) and (1 - cos a, 1/2 - sin a), a ~ U[0, pi], centred, + N(0, .1^2)",
     _draw_moons,
-    _moons_moments,
-    EventSpec((2,), "real", 2),
 )
 
 
@@ -215,12 +178,10 @@ def _draw_checkerboard(num: int, rng: np.random.Generator) -> tuple[np.ndarray, 
     return np.stack([column, row], axis=1) + rng.uniform(0.0, 1.0, (num, 2)), None
 
 
-_add(
-    "checkerboard",
+TOYS["checkerboard"] = Toy(
+    EventSpec((2,), "real"),
     "uniform on the squares of [-2, 2]^2 with floor(x) + floor(y) even",
     _draw_checkerboard,
-    lambda: (np.zeros(2), np.array([[4 / 3, 1 / 4], [1 / 4, 4 / 3]])),
-    EventSpec((2,), "real"),
 )
 
 
@@ -234,39 +195,23 @@ def _draw_pinwheel(num: int, rng: np.random.Generator) -> tuple[np.ndarray, np.n
     return 2.0 * x, label
 
 
-_add(
-    "pinwheel",
+TOYS["pinwheel"] = Toy(
+    EventSpec((2,), "real", 5),
     "2 R(2 pi k / 5 + e^r / 4) (r, t), r ~ N(1, .3^2), t ~ N(0, .1^2), k uniform (Johnson 2016)",
     _draw_pinwheel,
-    lambda: _isotropic(4 * (1.0 + 0.3**2 + 0.1**2)),
-    EventSpec((2,), "real", 5),
 )
-
-_ROLL_SCALE, _ROLL_STD = 1 / 7, 0.1
-
-
-def _roll(t: np.ndarray) -> np.ndarray:
-    return _ROLL_SCALE * t[:, None] * np.stack([np.cos(t), np.sin(t)], axis=1)
 
 
 def _draw_swiss_roll(num: int, rng: np.random.Generator) -> tuple[np.ndarray, None]:
-    x = _roll(1.5 * np.pi * (1 + 2 * rng.uniform(0.0, 1.0, num)))
-    return x + _ROLL_STD * rng.standard_normal((num, 2)), None
+    t = 1.5 * np.pi * (1 + 2 * rng.uniform(0.0, 1.0, num))
+    x = 1 / 7 * t[:, None] * np.stack([np.cos(t), np.sin(t)], axis=1)
+    return x + 0.1 * rng.standard_normal((num, 2)), None
 
 
-def _swiss_roll_moments() -> tuple[Array, Array]:
-    middle = (np.arange(200_000) + 0.5) / 200_000  # the midpoint rule, error below 1e-9
-    x = _roll(1.5 * np.pi * (1 + 2 * middle))
-    covariance = np.cov(x.T, bias=True) + _ROLL_STD**2 * np.eye(2)
-    return x.mean(axis=0), np.asarray(covariance, dtype=np.float64)
-
-
-_add(
-    "swiss_roll",
+TOYS["swiss_roll"] = Toy(
+    EventSpec((2,), "real"),
     "t (cos t, sin t) / 7 + N(0, .1^2), t ~ U[3 pi / 2, 9 pi / 2]",
     _draw_swiss_roll,
-    _swiss_roll_moments,
-    EventSpec((2,), "real"),
 )
 
 
@@ -285,18 +230,10 @@ def _draw_double_well(num: int, rng: np.random.Generator) -> tuple[np.ndarray, N
     return np.interp(rng.uniform(0.0, cumulative[-1], (num, 1)), cumulative, edges), None
 
 
-def _double_well_moments() -> tuple[Array, Array]:
-    edges, mass = _double_well_grid()
-    middle = (edges[1:] + edges[:-1]) / 2
-    return np.zeros(1), np.array([[float(mass @ middle**2)]])
-
-
-_add(
-    "double_well",
+TOYS["double_well"] = Toy(
+    EventSpec((1,), "real"),
     "density proportional to exp(-4 (x^2 - 1)^2), the `double_well` energy of depth 4 at T = 1",
     _draw_double_well,
-    _double_well_moments,
-    EventSpec((1,), "real"),
 )
 
 
@@ -312,18 +249,10 @@ def _draw_bars(num: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
     return np.where(label[:, None, None] == 0, rows, rows.transpose(0, 2, 1)), label
 
 
-def _bars_moments() -> tuple[Array, Array]:
-    row, column = np.divmod(np.arange(_SIDE**2), _SIDE)
-    same_row, same_column = row[:, None] == row, column[:, None] == column
-    return np.full(_SIDE**2, 0.5), (same_row * 1.0 + same_column) / 8
-
-
-_add(
-    "bars_and_stripes",
+TOYS["bars_and_stripes"] = Toy(
+    EventSpec((_SIDE, _SIDE), "binary", 2),
     "4x4 bits: rows (label 0) or columns (label 1), each line on with chance 1/2",
     _draw_bars,
-    _bars_moments,
-    EventSpec((_SIDE, _SIDE), "binary", 2),
 )
 
 ISING_COUPLING = 0.4
@@ -346,50 +275,28 @@ def _draw_ising(num: int, rng: np.random.Generator) -> tuple[np.ndarray, None]:
     return states[rng.choice(len(states), size=num, p=probability)], None
 
 
-def _ising_moments() -> tuple[Array, Array]:
-    states, probability = _ising_table()
-    x = states.reshape(len(states), -1).astype(np.float64)
-    mean = probability @ x
-    return mean, (x * probability[:, None]).T @ x - np.outer(mean, mean)
-
-
-_add(
-    "ising",
+TOYS["ising"] = Toy(
+    EventSpec((_SIDE, _SIDE), "binary"),
     "4x4 periodic Ising model, exp(.4 sum s_i s_j) over neighbours, s = 2x - 1, by enumeration",
     _draw_ising,
-    _ising_moments,
-    EventSpec((_SIDE, _SIDE), "binary"),
 )
 
-_SITES, _STATES, _POTTS_COUPLING = 8, 4, 1.0
-
-
-def _stay_probability() -> float:
-    return float(np.exp(_POTTS_COUPLING) / (np.exp(_POTTS_COUPLING) + _STATES - 1))
+_SITES, _STATES = 8, 4
 
 
 def _draw_potts(num: int, rng: np.random.Generator) -> tuple[np.ndarray, None]:
     # On an open chain exp(sum [s_i = s_{i+1}]) is a Markov chain that stays with this probability.
+    probability = np.e / (np.e + _STATES - 1)
     site = rng.integers(_STATES, size=(num, _SITES))
-    stay = rng.uniform(size=(num, _SITES)) < _stay_probability()
+    stay = rng.uniform(size=(num, _SITES)) < probability
     move = rng.integers(1, _STATES, size=(num, _SITES))
     for k in range(1, _SITES):
         site[:, k] = (site[:, k - 1] + np.where(stay[:, k], 0, move[:, k])) % _STATES
     return np.eye(_STATES)[site], None
 
 
-def _potts_moments() -> tuple[Array, Array]:
-    # The transition matrix is 1/q + rho^k (I - 1/q) after k sites.
-    rho = (_STATES * _stay_probability() - 1) / (_STATES - 1)
-    distance = np.abs(np.subtract.outer(np.arange(_SITES), np.arange(_SITES)))
-    within = (np.eye(_STATES) - 1 / _STATES) / _STATES
-    return np.full(_SITES * _STATES, 1 / _STATES), np.kron(rho**distance, within)
-
-
-_add(
-    "potts_chain",
+TOYS["potts_chain"] = Toy(
+    EventSpec((_SITES, _STATES), "categorical"),
     "open chain of 8 sites with 4 states, exp(sum [s_i = s_{i+1}]), one-hot",
     _draw_potts,
-    _potts_moments,
-    EventSpec((_SITES, _STATES), "categorical"),
 )
