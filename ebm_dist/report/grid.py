@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebm_dist.core.energy_call import energy_at
-from ebm_dist.core.types import EnergyFn, EventSpec
+from ebm_dist.core.types import EventSpec
 from ebm_dist.files.durable import replacing
 from ebm_dist.metrics.tile import enlarge, tile
 
@@ -30,20 +29,17 @@ def save_grid(
     path: str | os.PathLike[str],
     spec: EventSpec,
     *,
-    title: str | None = None,
     num_columns: int | None = None,
-    energy: EnergyFn | None = None,
     condition: Tensor | None = None,
 ) -> Path:
     """Draw samples `x` (N, *event) into the PNG file `path` and return it.
 
-    image: a grid; real (2,): a scatter, over the contours of `energy` if given; real (1,) or
-    (): a histogram; other real events, binary and categorical ones: heat maps, one-hot
-    classes by their index. The same input gives the same bytes.
+    image: a grid; real (2,): a scatter; real (1,) or (): a histogram; other real events, binary
+    and categorical ones: heat maps, one-hot classes by their index. The same input gives the same
+    bytes.
 
     Args:
         num_columns: images or maps in a row; a square grid when left out.
-        energy: drawn for two-dimensional events only.
         condition: of each sample (N, ...), drawn at its left if they differ in the last axis alone.
 
     Raises:
@@ -61,39 +57,27 @@ def save_grid(
         spec = replace(spec, shape=tuple(values.shape[1:]))
     if spec.kind == "image":
         pixels = enlarge(tile(values.numpy(), num_columns=num_columns))
-        _write_pixels(pixels, path, title)
+        _write_pixels(pixels, path)
     elif spec.kind == "real" and values[0].numel() <= 2:
         flat = values.reshape(len(values), -1)
         plot = _histogram if flat.shape[1] == 1 else _scatter
-        _write_figure(lambda axes: plot(axes, flat, energy, spec), path, title, size=(5.0, 5.0))
+        _write_figure(lambda axes: plot(axes, flat), path, size=(5.0, 5.0))
     else:
-        _save_maps(values, path, spec, title, num_columns)
+        _save_maps(values, path, spec, num_columns)
     return path
 
 
-def _write_pixels(pixels: np.ndarray, path: Path, title: str | None) -> None:
-    from PIL import Image, ImageDraw
+def _write_pixels(pixels: np.ndarray, path: Path) -> None:
+    from PIL import Image
 
-    picture = Image.fromarray(pixels)
-    if title:
-        strip = 18
-        framed = Image.new("RGB", (picture.width, picture.height + strip), "white")
-        framed.paste(picture, (0, strip))
-        ImageDraw.Draw(framed).text((4, 3), title, fill="black")
-        picture = framed
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:  # a reader (W&B, a browser) must never meet half a picture
-        picture.save(file, format="PNG")
+        Image.fromarray(pixels).save(file, format="PNG")
 
 
-def _write_figure(
-    plot: Callable[[Axes], Any], path: Path, title: str | None, *, size: tuple[float, float]
-) -> None:
+def _write_figure(plot: Callable[[Axes], Any], path: Path, *, size: tuple[float, float]) -> None:
     figure = new_figure(size)
-    axes = figure.add_subplot()
-    plot(axes)
-    if title:
-        axes.set_title(title, fontsize=10)
+    plot(figure.add_subplot())
     save_figure(figure, path)
 
 
@@ -114,54 +98,25 @@ def save_figure(figure: Figure, path: Path, *, dpi: int = 100) -> None:
         figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
 
 
-def _histogram(axes: Axes, flat: Tensor, energy: EnergyFn | None, spec: EventSpec) -> None:
+def _histogram(axes: Axes, flat: Tensor) -> None:
     values = flat[:, 0][flat[:, 0].isfinite()].numpy()
     if len(values):
         axes.hist(values, bins=64, density=True, color="tab:blue")
     axes.set_xlabel("x")
     axes.set_ylabel("density")
-    if energy is None or not len(values):
-        return
-    low, high = float(values.min()), float(values.max())
-    # Half a range more on each side: the basins that no sample has found are of interest.
-    margin = 0.5 * max(high - low, 1e-3)
-    line = torch.linspace(low - margin, high + margin, 512)
-    with torch.no_grad():
-        heights = energy_at(energy, line.reshape(-1, *spec.shape)).float().cpu()
-    other = axes.twinx()
-    other.plot(line.numpy(), heights.numpy(), color="tab:orange")
-    other.set_ylabel("energy", color="tab:orange")
 
 
-def _scatter(axes: Axes, flat: Tensor, energy: EnergyFn | None, spec: EventSpec) -> None:
+def _scatter(axes: Axes, flat: Tensor) -> None:
     points = flat[flat.isfinite().all(dim=1)][:MAX_POINTS]
-    if len(points) and energy is not None:
-        low, high = points.amin(dim=0), points.amax(dim=0)
-        margin = 0.15 * (high - low).clamp_min(1e-3)
-        low, high = low - margin, high + margin
-        lines = [torch.linspace(float(low[i]), float(high[i]), 120) for i in range(2)]
-        mesh = torch.cartesian_prod(*lines)
-        with torch.no_grad():
-            heights = energy_at(energy, mesh.reshape(-1, *spec.shape)).float().cpu()
-        heights = heights.reshape(120, 120).T.numpy()
-        # The far walls of an energy would take all the colours; the law lives below the median.
-        levels = np.linspace(np.nanmin(heights), np.nanquantile(heights, 0.7), 16)
-        if np.all(np.diff(levels) > 0):
-            axes.contourf(
-                lines[0].numpy(), lines[1].numpy(), heights, levels, cmap="viridis_r", extend="max"
-            )
     # Dots shrink as they multiply, so that 64 samples are seen and 20,000 show a density.
     size = float(np.clip(4000.0 / max(len(points), 1), 0.5, 16.0))
-    colour = "tab:red" if energy is not None else "tab:blue"
-    axes.scatter(points[:, 0], points[:, 1], s=size, alpha=0.6, color=colour, linewidths=0)
+    axes.scatter(points[:, 0], points[:, 1], s=size, alpha=0.6, color="tab:blue", linewidths=0)
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_xlabel("x0")
     axes.set_ylabel("x1")
 
 
-def _save_maps(
-    values: Tensor, path: Path, spec: EventSpec, title: str | None, num_columns: int | None
-) -> None:
+def _save_maps(values: Tensor, path: Path, spec: EventSpec, num_columns: int | None) -> None:
     """Heat maps: a two-dimensional event is a panel each, a vector is one row of one panel."""
     classes = None
     if spec.kind == "categorical":
@@ -180,7 +135,7 @@ def _save_maps(
             axes.set_xlabel("site")
             axes.set_ylabel("sample")
 
-        _write_figure(plot, path, title, size=(6.0, 5.0))
+        _write_figure(plot, path, size=(6.0, 5.0))
         return
     from matplotlib import colormaps
 
@@ -189,7 +144,7 @@ def _save_maps(
     scaled = ((panels - low) / max(high - low, 1e-12)).clamp(0, 1)
     rgb = colormaps[colours](scaled.numpy())[..., :3]  # (N, H, W, 3)
     images = np.moveaxis(rgb, -1, 1) * 2.0 - 1.0
-    _write_pixels(enlarge(tile(images, num_columns=num_columns)), path, title)
+    _write_pixels(enlarge(tile(images, num_columns=num_columns)), path)
 
 
 def _colours(values: Tensor, classes: int | None) -> tuple[str, float, float]:

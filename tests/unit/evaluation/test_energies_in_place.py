@@ -14,7 +14,6 @@ from ebm_dist.evaluation.ood import ood_score
 from ebm_dist.evaluation.robustness import robust_accuracy
 from ebm_dist.jarzynski.kernel import carried
 from ebm_dist.objectives.objective import energies_of
-from ebm_dist.report.grid import save_grid
 
 PLANE = EventSpec((2,), "real")
 ZEROS = torch.zeros(6, dtype=torch.double)
@@ -60,8 +59,3 @@ PATHS = {
 def test_an_energy_that_changes_its_argument_is_refused(path):
     with pytest.raises(ValueError, match="changes its argument x in place"):
         PATHS[path](torch.ones(6, 2))
-
-
-def test_a_picture_of_such_an_energy_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="changes its argument x in place"):
-        save_grid(torch.randn(6, 2), tmp_path / "x.png", PLANE, energy=energy)

@@ -36,8 +36,8 @@ def test_the_same_samples_give_the_same_picture_and_others_another(
     x, y = spec.noise(40, generator), spec.noise(40, generator)
     before = x.clone()
     state = torch.random.get_rng_state()
-    paths = [save_grid(x, tmp_path / f"sub/{i}.png", spec, title="update 10") for i in range(2)]
-    other = save_grid(y, tmp_path / "other.png", spec, title="update 10")
+    paths = [save_grid(x, tmp_path / f"sub/{i}.png", spec) for i in range(2)]
+    other = save_grid(y, tmp_path / "other.png", spec)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert paths[0].read_bytes() != other.read_bytes()
     assert torch.equal(x, before)
@@ -69,23 +69,6 @@ def test_images_keep_their_grey_values_and_order(tmp_path: Path) -> None:
     )
     grey = [[int(pixels[r, c, 0]) for c in centres[1]] for r in centres[0]]
     assert grey == [[0, 255, 128], [0, 255, 128]]
-
-
-def test_an_energy_is_drawn_behind_points_in_the_plane(tmp_path: Path) -> None:
-    spec = SPECS["plane"]
-    x = spec.noise(200, torch.Generator().manual_seed(0))
-    calls = []
-
-    def energy(points: torch.Tensor) -> torch.Tensor:
-        calls.append(points.shape)
-        return points.square().sum(dim=1)
-
-    plain = save_grid(x, tmp_path / "a.png", spec)
-    contour = save_grid(x, tmp_path / "b.png", spec, energy=energy)
-    assert calls
-    with Image.open(plain) as a, Image.open(contour) as b:
-        colours = [len(set(p.convert("RGB").resize((80, 80)).get_flattened_data())) for p in (a, b)]
-    assert colours[1] > colours[0]
 
 
 def test_chains_that_are_not_finite_are_drawn_and_not_an_error(tmp_path: Path) -> None:
