@@ -8,15 +8,14 @@ import os
 import queue
 import shlex
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Concatenate, Literal, ParamSpec, TypedDict
 
 import numpy as np
 
 from ebm_dist.core.errors import UserError
-from ebm_dist.files.durable import replacing
-from ebm_dist.files.safe_open import make_directory
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import resolve_mode, scrub, with_environment
 from ebm_dist.metrics.jsonl import METRICS_FILE, JsonlSink, read_rows
@@ -24,7 +23,6 @@ from ebm_dist.metrics.names import FRAME, explained
 from ebm_dist.metrics.protocol import Sink
 from ebm_dist.metrics.sink import WandbSink, first_run_id
 from ebm_dist.metrics.tensorboard import TensorBoardSink
-from ebm_dist.metrics.tile import enlarge, tile
 
 MAX_WAITING = 10_000
 """Capacity of the queue to the disk; when it is full, rows are dropped and counted."""
@@ -69,8 +67,26 @@ def unknown_hub(run_id: str | None) -> HubInfo:
     }
 
 
+_Given = ParamSpec("_Given")
+
+
+def _never_raises(
+    method: Callable[Concatenate[MetricHub, _Given], None],
+) -> Callable[Concatenate[MetricHub, _Given], None]:
+    """`method`, whose failures become a notice."""
+
+    @wraps(method)
+    def told(self: MetricHub, /, *args: _Given.args, **kwargs: _Given.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self._trouble(method.__name__, error)
+
+    return told
+
+
 class MetricHub:
-    """Writes `metrics.jsonl`, `histograms.jsonl`, `samples/*.png`, and to the sinks.
+    """Writes `metrics.jsonl` and `histograms.jsonl`, and to the sinks.
 
     It is a plain class, hosted by an actor or used directly. After the constructor no method
     raises, and only `flush` and `close` wait: items go through a bounded queue to a thread that
@@ -144,43 +160,34 @@ class MetricHub:
         self._thread = threading.Thread(target=self._work, name="metric-hub", daemon=True)
         self._thread.start()
 
+    @_never_raises
     def log(self, step: int, epoch: int, values: Mapping[str, object]) -> None:
         """Log scalars of learner update `step`; values that are not numbers are left out."""
-        try:
-            plain = {str(name): _scalar(value) for name, value in values.items()}
-            for name in [name for name, value in plain.items() if value is None]:
-                del plain[name]
-                self._tell(f"scalar {name}", f"metric {name} is not a number; it is left out")
-            if plain:
-                row = {"step": int(step), "epoch": int(epoch)}
-                self._put("row", {**row, "values": plain})
-        except Exception as error:
-            self._trouble("log", error)
+        plain = {str(name): _scalar(value) for name, value in values.items()}
+        for name in [name for name, value in plain.items() if value is None]:
+            del plain[name]
+            self._tell(f"scalar {name}", f"metric {name} is not a number; it is left out")
+        if plain:
+            self._put("row", {"step": int(step), "epoch": int(epoch), "values": plain})
 
-    def images(self, name: str, step: int, images: np.ndarray | str | os.PathLike[str]) -> None:
-        """Log pictures: (N, C, H, W) in [-1, 1], written as one grid, or a PNG file's path."""
-        try:
-            if isinstance(images, str | os.PathLike):
-                value: Any = Path(images)
-            else:
-                value = np.array(images, dtype=np.float32)  # a copy: the caller may change its own
-            self._put("image", {"step": int(step), "name": str(name), "value": value})
-        except Exception as error:
-            self._trouble("images", error)
+    @_never_raises
+    def images(self, name: str, step: int, path: str) -> None:
+        """Log the picture in the PNG file `path`."""
+        item = {"step": int(step), "name": str(name), "path": str(Path(path).absolute())}
+        self._put("image", item)
 
+    @_never_raises
     def histogram(self, name: str, step: int, values: np.ndarray) -> None:
         """Log the histogram of `values` (any shape); non-finite values are left out."""
-        try:
-            flat = np.asarray(values, dtype=np.float64).ravel()
-            flat = flat[np.isfinite(flat)]
-            if not flat.size:
-                return
-            counts, edges = np.histogram(flat, bins=NUM_BINS)
-            row = {"step": int(step), "name": str(name)}
-            self._put("histogram", {**row, "counts": counts.tolist(), "edges": edges.tolist()})
-        except Exception as error:
-            self._trouble("histogram", error)
+        flat = np.asarray(values, dtype=np.float64).ravel()
+        flat = flat[np.isfinite(flat)]
+        if not flat.size:
+            return
+        counts, edges = np.histogram(flat, bins=NUM_BINS)
+        row = {"step": int(step), "name": str(name)}
+        self._put("histogram", {**row, "counts": counts.tolist(), "edges": edges.tolist()})
 
+    @_never_raises
     def artifact(
         self,
         step: int,
@@ -191,27 +198,19 @@ class MetricHub:
     ) -> None:
         """Log `folder`, which must never change, as W&B artifact: the data that the run uses, or a
         model that it makes. A folder of the same name is logged once for an update."""
-        try:
-            item = {"step": int(step), "name": f"{kind} {Path(folder).name}", "path": str(folder)}
-            self._put(kind, {**item, "aliases": list(aliases), "metadata": dict(metadata)})
-        except Exception as error:
-            self._trouble("artifact", error)
+        item = {"step": int(step), "name": f"{kind} {Path(folder).name}", "path": str(folder)}
+        self._put(kind, {**item, "aliases": list(aliases), "metadata": dict(metadata)})
 
+    @_never_raises
     def table(self, name: str, step: int, values: Mapping[str, float]) -> None:
         """Log metrics as a W&B table, with what each says."""
-        try:
-            item = {"step": int(step), "name": str(name), "rows": explained(values)}
-            self._put("table", item)
-        except Exception as error:
-            self._trouble("table", error)
+        self._put("table", {"step": int(step), "name": str(name), "rows": explained(values)})
 
+    @_never_raises
     def alert(self, step: int, title: str, text: str, level: str) -> None:
         """Send a W&B alert. `level` is INFO, WARN or ERROR."""
-        try:
-            item = {"step": int(step), "name": f"alert {title}", "title": title}
-            self._put("alert", {**item, "text": scrub(text), "level": level})
-        except Exception as error:
-            self._trouble("alert", error)
+        item = {"step": int(step), "name": f"alert {title}", "title": title}
+        self._put("alert", {**item, "text": scrub(text), "level": level})
 
     def info(self) -> HubInfo:
         """Where metrics go. Does not wait for W&B."""
@@ -252,6 +251,7 @@ class MetricHub:
             return False
         return written.wait(timeout)
 
+    @_never_raises
     def close(self, exit_code: int = 0) -> None:
         """Write all queued items, end the W&B run, close the files. Later calls do nothing.
 
@@ -262,15 +262,12 @@ class MetricHub:
             return
         self.flush()
         self._closed.set()
-        try:
-            self._waiting.put(("stop", None), timeout=5.0)
-            self._thread.join(10.0)
-            for _, sink in self._sinks:
-                sink.close(exit_code)
-            self._jsonl.close()
-            self._histograms.close()
-        except Exception as error:
-            self._trouble("close", error)
+        self._waiting.put(("stop", None), timeout=5.0)
+        self._thread.join(10.0)
+        for _, sink in self._sinks:
+            sink.close(exit_code)
+        self._jsonl.close()
+        self._histograms.close()
 
     def __enter__(self) -> MetricHub:
         return self
@@ -304,10 +301,11 @@ class MetricHub:
         if kind == "row":
             self._write_row(item)
         elif kind == "image":
-            path = self._picture(item["name"], item["step"], item["value"])
-            self._pass_on({**item, "kind": "image", "value": None, "path": str(path)})
+            if not Path(item["path"]).is_file():
+                raise FileNotFoundError(f"picture {item['path']} does not exist")
+            self._pass_on({**item, "kind": kind})
         elif kind == "histogram":
-            self._pass_on({**item, "kind": "histogram"})
+            self._pass_on({**item, "kind": kind})
             self._histograms.append([item])
         elif kind in ("dataset", "model", "alert", "table"):
             self._pass_on({**item, "kind": kind})
@@ -346,20 +344,6 @@ class MetricHub:
                 sink.put(item)
             except Exception as error:
                 self._trouble(name, error)
-
-    def _picture(self, name: str, step: int, value: Any) -> Path:
-        if isinstance(value, Path):
-            path = value if value.is_absolute() else Path.cwd() / value
-            if not path.is_file():
-                raise FileNotFoundError(f"picture {path} does not exist")
-            return path
-        from PIL import Image
-
-        path = self._run_dir / "samples" / f"{name.replace('/', '-')}-{step:08d}.png"
-        make_directory(path.parent)
-        with replacing(path) as file:
-            Image.fromarray(enlarge(tile(value))).save(file, format="PNG")
-        return path
 
     def _trouble(self, kind: str, error: Exception) -> None:
         text = scrub(f"{error or type(error).__name__}").splitlines()[0][:200]

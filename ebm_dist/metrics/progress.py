@@ -254,14 +254,12 @@ def final_screen(
     steps: int,
     wall_time: float,
     samples: str | Path | None = None,
-    metrics: str | Path | None = None,
     wandb: HubInfo | None = None,
     export: str | Path | None = None,
     quality: Mapping[str, float] | None = None,
     interrupted: bool = False,
     stopped_by: str | None = None,
     from_python: bool = False,
-    next_commands: Sequence[str] | None = None,
     plugins: Sequence[str] = (),
     console: Console | None = None,
 ) -> None:
@@ -271,14 +269,12 @@ def final_screen(
         steps: the last learner update.
         wall_time: seconds of this attempt.
         samples: the newest sample grid.
-        metrics: `run_dir/metrics.jsonl` when left out.
         wandb: the result of `MetricHub.info()`.
         export: the export's directory.
         quality: a few final metrics to show.
         interrupted: whether the run stopped early; the resume command then comes first.
         stopped_by: the callback that stopped it.
         from_python: whether objects were given in Python, which no command can find again.
-        next_commands: replaces the suggested commands.
         plugins: modules of the user that the export needs.
     """
     console = console if console is not None else Console()
@@ -288,22 +284,11 @@ def final_screen(
     rows.add_column(overflow="fold")
     rows.add_row("run", shown(run_dir))
     rows.add_row("samples", shown(samples) if samples else "none drawn")
-    rows.add_row("metrics", shown(metrics or run_dir / "metrics.jsonl"))
+    rows.add_row("metrics", shown(run_dir / "metrics.jsonl"))
     rows.add_row("W&B", Text(_wandb_line(wandb)))
     rows.add_row("export", shown(export) if export else "none yet")
     if quality:
         rows.add_row("", Text("   ".join(f"{k} {number(v)}" for k, v in quality.items())))
-    if next_commands is None:
-        next_commands = suggested_commands(
-            run_dir,
-            export,
-            steps=steps,
-            interrupted=interrupted,
-            from_python=from_python,
-            plugins=plugins,
-        )
-        if wandb and wandb["sync"]:
-            next_commands.append(_near(wandb["sync"]))
     state = "interrupted" if interrupted else "done"
     if stopped_by:
         state = f"stopped by callback {stopped_by}"
@@ -318,7 +303,17 @@ def final_screen(
     # Printed outside the panel and unwrapped, so that they can be copied; only the terminal itself
     # may wrap them.
     console.print("next", style="dim")
-    for command in next_commands:
+    commands = suggested_commands(
+        run_dir,
+        export,
+        steps=steps,
+        interrupted=interrupted,
+        from_python=from_python,
+        plugins=plugins,
+    )
+    if wandb and wandb["sync"]:
+        commands.append(_near(wandb["sync"]))
+    for command in commands:
         console.print(Text(command, style="green"), soft_wrap=True)
 
 

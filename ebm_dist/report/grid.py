@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ebm_dist.core.types import EventSpec
 from ebm_dist.files.durable import replacing
-from ebm_dist.metrics.tile import enlarge, tile
+from ebm_dist.report.tile import enlarge, tile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,6 +26,7 @@ from ebm_dist._version import __version__
 from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.cluster.backend import Backend
 from ebm_dist.config.run_config import RunConfig
+from ebm_dist.controller.clients import HubClient
 from ebm_dist.controller.observers.hub import HubLink
 from ebm_dist.core.errors import one_line
 from ebm_dist.core.types import EventSpec
@@ -96,7 +97,7 @@ class Artifacts:
                 text = json.dumps(about, indent=1, allow_nan=False) + "\n"
                 (part / "description.json").write_text(text, encoding="utf-8")
         shown = {key: value for key, value in about.items() if key != "shards"}
-        self._hub.artifact(step, "dataset", str(folder), ["latest"], shown)
+        self._hub.send(HubClient.artifact, step, "dataset", str(folder), ["latest"], shown)
 
     @_harmless
     def on_checkpoint(self, path: Path) -> None:
@@ -166,7 +167,7 @@ class Artifacts:
             "ebm_dist": __version__,
             **({score["metric"]: score["value"]} if score else {}),
         }
-        self._hub.artifact(step, "model", str(folder), aliases, about)
+        self._hub.send(HubClient.artifact, step, "model", str(folder), aliases, about)
 
     def _is_best(self, step: int, folder: Path) -> bool:
         """Whether no model so far is better than that of `step`, which goes to `folder`."""

@@ -263,7 +263,7 @@ def test_a_hub_that_cannot_start_on_a_full_disk_does_not_end_the_run(caplog, mon
     spawn = lambda resume_id: HubClient(backend.spawn(resume_id))  # type: ignore[arg-type]  # noqa: E731
     hub = HubLink(backend, spawn, resume_id=None)  # type: ignore[arg-type]
     for step in range(3):
-        hub.log(step, 0, {"energy/gap": 0.0})
+        hub.send(HubClient.log, step, 0, {"energy/gap": 0.0})
     assert backend.num == 3
     assert [args[1] for args in backend.logged] == [0, 1, 2]
     assert len(caplog.messages) == 2

@@ -9,10 +9,8 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
-
-import numpy as np
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec
 
 from ebm_dist.cluster.backend import Backend, Handle, PartDied, Ref
 from ebm_dist.controller.clients import HubClient
@@ -30,6 +28,7 @@ RESTART_S = 10.0
 LAST_WORDS_S = 10.0
 """Longest time that a failing run waits for the hub to write, and again to end the W&B run."""
 
+_Given = ParamSpec("_Given")
 _Call = Callable[[HubClient], Ref[None]]
 _LOST = (PartDied, UserError, OSError)
 
@@ -60,30 +59,18 @@ class HubLink:
     def handles(self) -> list[Handle]:
         return [self.client.handle]
 
-    def log(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        self._send(lambda hub: hub.log(step, epoch, values))
-
-    def images(self, name: str, step: int, path: str) -> None:
-        self._send(lambda hub: hub.images(name, step, path))
-
-    def histogram(self, name: str, step: int, values: np.ndarray) -> None:
-        self._send(lambda hub: hub.histogram(name, step, values))
-
-    def artifact(
+    def send(
         self,
-        step: int,
-        kind: Literal["dataset", "model"],
-        folder: str,
-        aliases: Sequence[str],
-        metadata: Mapping[str, object],
+        method: Callable[Concatenate[HubClient, _Given], Ref[None]],
+        *args: _Given.args,
+        **kwargs: _Given.kwargs,
     ) -> None:
-        self._send(lambda hub: hub.artifact(step, kind, folder, aliases, metadata))
-
-    def table(self, name: str, step: int, values: Mapping[str, float]) -> None:
-        self._send(lambda hub: hub.table(name, step, values))
-
-    def alert(self, step: int, title: str, text: str, level: str) -> None:
-        self._send(lambda hub: hub.alert(step, title, text, level))
+        """Call `method` on the hub, e.g. `send(HubClient.log, step, epoch, values)`."""
+        try:
+            self._confirm()
+        except _LOST as error:
+            self._lost(error)
+        self._call(lambda hub: method(hub, *args, **kwargs))
 
     @property
     def known(self) -> HubInfo:
@@ -123,15 +110,11 @@ class HubLink:
         title = "Training diverged and ended" if diverged else "The run failed"
         text = f"{one_line(failure)}. The same command goes on from the last checkpoint."
         with contextlib.suppress(Exception):  # `failure` is what the user is told
-            self.alert(step, title, text, "ERROR")
+            self.send(HubClient.alert, step, title, text, "ERROR")
             self.flush(LAST_WORDS_S)
         self.close(LAST_WORDS_S, exit_code=1)
 
-    def _send(self, call: _Call) -> None:
-        try:
-            self._confirm()
-        except _LOST as error:
-            self._lost(error)
+    def _call(self, call: _Call) -> None:
         self._unconfirmed.append((call(self.client), call))
 
     def _confirm(self) -> None:
@@ -158,7 +141,7 @@ class HubLink:
         again = list(self._unconfirmed)
         self._unconfirmed.clear()
         for _, call in again:
-            self._unconfirmed.append((call(self.client), call))
+            self._call(call)
 
     def start_again(self, dead: Handle) -> None:
         """Replace a hub that died before the run began."""

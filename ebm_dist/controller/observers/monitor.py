@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.backend import PartDied, Ref, T, fault_of_the_machine
 from ebm_dist.cluster.stall import HALT_CHECK_S, answer
 from ebm_dist.config.run_config import RunConfig
-from ebm_dist.controller.clients import ShardClient, WorkerClient
+from ebm_dist.controller.clients import HubClient, ShardClient, WorkerClient
 from ebm_dist.controller.observers.alerts import Alerts
 from ebm_dist.controller.observers.measurements import AuditLink, EvaluatorLink
 from ebm_dist.controller.observers.metric_window import MetricWindow
@@ -74,7 +75,7 @@ class Monitor:
         self._averaged = -1  # the update whose averaged weights were requested
         self._said_busy = False
         self.alerts = Alerts(
-            parts.hub.alert,
+            partial(parts.hub.send, HubClient.alert),
             max_lag=config.flow.max_lag if config.flow.mode == "async" else None,
             nodes=parts.backend.nodes,
         )
@@ -145,7 +146,7 @@ class Monitor:
         )
         if done is not None:
             self.metrics.update(done[1])
-            self._parts.hub.log(done[0], self._progress.epoch, done[1])
+            self._parts.hub.send(HubClient.log, done[0], self._progress.epoch, done[1])
 
     @property
     def restarts(self) -> int:
@@ -189,7 +190,7 @@ class Monitor:
                 values |= self._parts.chain_monitor.check()
         finally:  # the row is logged even if a shard dies here
             self.metrics.update(values)
-            self._parts.hub.log(self._progress.step, self._progress.epoch, values)
+            self._parts.hub.send(HubClient.log, self._progress.step, self._progress.epoch, values)
             chains = self._parts.chain_monitor
             self.alerts.look(self._progress.step, values, chains.alarm if chains else None)
 
@@ -214,7 +215,7 @@ class Monitor:
     def _draw(self, chains: ChainSample, name: str, step: int) -> None:
         picture = self._save_grid(chains, name, step)
         if picture is not None:
-            self._parts.hub.images(name, step, str(picture))
+            self._parts.hub.send(HubClient.images, name, step, str(picture))
 
     def _draw_extremes(self, step: int) -> None:
         shards = self._parts.shards
@@ -234,8 +235,9 @@ class Monitor:
         if answers:
             hub = self._parts.hub
             energy = np.concatenate([part.energy for part in answers])
-            hub.histogram("histogram/energy_negative", step, energy)
-            hub.histogram("histogram/age", step, np.concatenate([part.age for part in answers]))
+            age = np.concatenate([part.age for part in answers])
+            hub.send(HubClient.histogram, "histogram/energy_negative", step, energy)
+            hub.send(HubClient.histogram, "histogram/age", step, age)
 
     def chains(self, num: int, ema: Ref[np.ndarray]) -> ChainSample:
         """`num` chains: the present ones of the shards, or, if the objective trains without chains,
@@ -290,8 +292,8 @@ class Monitor:
             step, found = done
             values = found.values
             self.metrics.update(values)
-            self._parts.hub.log(step, self._progress.epoch, values)
-            self._parts.hub.table("evaluation", step, values)
+            self._parts.hub.send(HubClient.log, step, self._progress.epoch, values)
+            self._parts.hub.send(HubClient.table, "evaluation", step, values)
             self._on_evaluation(step, values)
             if found.neighbours is not None:
                 self._draw(ChainSample(found.neighbours), "samples/neighbours", step)

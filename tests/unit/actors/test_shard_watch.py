@@ -12,7 +12,7 @@ from small_runs import SMALL, curve, run
 from ebm_dist.buffer.trace import ChainTrace, TracePlan
 from ebm_dist.cluster.backend import PartDied
 from ebm_dist.controller.observers.chain_health import ChainMonitor
-from ebm_dist.controller.observers.hub import HubLink
+from ebm_dist.metrics.hub import MetricHub
 
 # A barrier of a = 60 at T = 1 between wells of width 1/20: nobody crosses. The chains start on
 # both sides, and data on one pulls no chain over.
@@ -37,7 +37,7 @@ def test_chains_confined_to_a_well_raise_an_alarm_that_names_the_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alerts: list[tuple[int, str, str, str]] = []
-    monkeypatch.setattr(HubLink, "alert", lambda self, *alert: alerts.append(alert))
+    monkeypatch.setattr(MetricHub, "alert", lambda self, *alert: alerts.append(alert))
     _, screen = run(tmp_path / "r", base=TWO_WELLS)
     assert curve(tmp_path / "r", "chain/stagnant")[60] > 0.9
     assert curve(tmp_path / "r", "chain/trace_rhat")[60] > 2

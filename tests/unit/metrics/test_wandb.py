@@ -53,14 +53,14 @@ def inspect(run_dir: Path, *flags: str) -> str:
 
 
 def test_an_offline_run_holds_rows_config_histograms_and_pictures(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, picture: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
     config = {"run": {"name": "digits"}, "data": {"token": "hush", "commit": "a" * 40}}
     hub = MetricHub(TrackingConfig(), run_dir, config, "digits")
     for step in (0, 10, 20):
         hub.log(step, 0, {"energy/gap": step / 8})
-    hub.images("samples", 20, np.zeros((4, 1, 8, 8)))
+    hub.images("samples", 20, picture)
     hub.histogram("histogram/age", 20, np.arange(64))
     hub.close()
 
@@ -91,13 +91,13 @@ def test_an_offline_run_holds_rows_config_histograms_and_pictures(
 
 
 def test_an_online_run_arrives_whole_and_no_output_holds_the_key(
-    server: WandbServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    server: WandbServer, tmp_path: Path, picture: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = {"objective": {"name": "contrastive"}, "api_key": KEY, "note": f"key {KEY}"}
     with MetricHub(TrackingConfig(**QUICK), tmp_path / "run", config, "digits") as hub:
         for step in range(20):
             hub.log(step, 0, {"energy/gap": step / 8})
-        hub.images("samples", 19, np.zeros((4, 1, 8, 8)))
+        hub.images("samples", 19, picture)
         hub.log(20, 0, {"loss/total": float("nan")})
         until(lambda: hub.info()["url"])
     info = hub.info()

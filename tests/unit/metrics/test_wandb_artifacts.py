@@ -16,6 +16,7 @@ from wandb_server import WandbServer
 
 from ebm_dist._version import __version__
 from ebm_dist.config.run_config import RunConfig, load
+from ebm_dist.controller.clients import HubClient
 from ebm_dist.data import describe
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.hub import MetricHub
@@ -138,7 +139,10 @@ class Hub:
         self.known = {"mode": "online"}
         self.sent: list[tuple[int, str, list[str]]] = []
 
-    def artifact(self, step: int, kind: str, folder: str, aliases: list[str], _: object) -> None:
+    def send(
+        self, method: Any, step: int, kind: str, folder: str, aliases: list[str], _: object
+    ) -> None:
+        assert method is HubClient.artifact
         assert Path(folder).is_dir()
         self.sent.append((step, kind, aliases))
 

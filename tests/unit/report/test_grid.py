@@ -11,6 +11,7 @@ from PIL import Image
 
 from ebm_dist.core.types import EventSpec
 from ebm_dist.report.grid import save_grid
+from ebm_dist.report.tile import tile
 
 SPECS = {
     "grey": EventSpec((1, 8, 8), "image"),
@@ -84,3 +85,15 @@ def test_samples_that_do_not_fit_the_spec_are_refused(tmp_path: Path) -> None:
         save_grid(torch.zeros(3, 2), tmp_path / "x.png", SPECS["grey"])
     with pytest.raises(ValueError, match="N >= 1"):
         save_grid(torch.zeros(0, 2), tmp_path / "x.png", SPECS["plane"])
+
+
+def test_tiles_keep_range_order_and_show_what_is_broken() -> None:
+    images = np.stack([np.full((1, 2, 2), value) for value in (-1.0, 0.0, 1.0, np.nan)])
+    picture = tile(images, num_columns=2)
+    assert picture.shape == (7, 7, 3)
+    assert picture[1, 1].tolist() == [0, 0, 0]
+    assert picture[1, 4].tolist() == [128, 128, 128]
+    assert picture[4, 1].tolist() == [255, 255, 255]
+    assert picture[4, 4].tolist() == [255, 0, 255]
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\)"):
+        tile(np.zeros((2, 2)))

@@ -1,4 +1,4 @@
-"""Tiles images into one picture, with numpy only, so that the hub needs no plotting library."""
+"""Tiles images into one picture, with numpy only."""
 
 from __future__ import annotations
 
