@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ebm_dist.buffer.answers import WeightedChains
-from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.events import energy_at
 from ebm_dist.core.generators import seeded
 from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import Batch, ChainSample, EnergyFn, EventSpec

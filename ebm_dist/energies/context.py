@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ebm_dist.core.events import per_chain
+
 CONTEXT = ("label", "level", "condition")
 """The names of the tensors that an energy may be given, in the order of messages."""
 
@@ -113,7 +115,7 @@ def chain_unit(energy: object, x: Tensor) -> Tensor | None:
     of = getattr(energy.energy, "chain_unit", None) if isinstance(energy, Given) else None
     if of is None:
         return None
-    return of(**energy.tensors).reshape(-1, *[1] * (x.ndim - 1))  # type: ignore[attr-defined]
+    return per_chain(of(**energy.tensors), x)  # type: ignore[attr-defined]
 
 
 def bind(

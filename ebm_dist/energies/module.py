@@ -12,8 +12,8 @@ from pydantic import Field, PositiveInt, PrivateAttr
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ebm_dist.core.energy_call import energy_at
 from ebm_dist.core.errors import one_line
+from ebm_dist.core.events import energy_at
 from ebm_dist.core.plugins import Target, load_target, target_of
 from ebm_dist.core.types import EnergyFn, EventSpec
 from ebm_dist.core.weights import check_trainable, flat_tensors

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebm_dist.core.energy_call import energy_at
 from ebm_dist.core.errors import NonFinite
+from ebm_dist.core.events import energy_at, per_chain
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.samplers.chain import run_chain
 from ebm_dist.samplers.frozen import for_rows
-from ebm_dist.samplers.kernel import Kernel, per_chain
+from ebm_dist.samplers.kernel import Kernel
 
 MAX_HIGH = 0.05
 """Fraction of long chains far above the data's energies that raises the alarm."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.events import energy_at
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.energies.context import bind
 from ebm_dist.evaluation.ood import share

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.events import energy_at
 from ebm_dist.core.types import EnergyFn, EventSpec
 from ebm_dist.energies.closed_form.finite import num_states, states
 from ebm_dist.energies.closed_form.quadrature import log_integral

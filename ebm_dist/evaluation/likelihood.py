@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ebm_dist import samplers
-from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.events import energy_at
 from ebm_dist.core.types import EnergyFn, EventSpec
 from ebm_dist.energies.closed_form.finite import sites_of
 from ebm_dist.evaluation.annealing_path import AnnealingPath, BoxedPath

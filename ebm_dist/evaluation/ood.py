@@ -11,7 +11,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.events import energy_at
 from ebm_dist.core.types import EnergyFn
 
 Score = Literal["energy", "grad_norm", "typicality", "max_prob"]

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebm_dist.core.energy_call import energy_at
-from ebm_dist.samplers.kernel import per_chain
+from ebm_dist.core.events import energy_at, per_chain
 
 Norm = Literal["l2", "linf"]
 Logits = Callable[[Tensor], Tensor]

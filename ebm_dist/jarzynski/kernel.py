@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.events import energy_at
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.jarzynski.weights import ula_step, weights_moved
 from ebm_dist.samplers import Kernel, Langevin

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from ebm_dist.core.errors import UserError
+from ebm_dist.core.events import sum_event
 from ebm_dist.core.generators import seeded
-from ebm_dist.objectives.objective import sum_event
 from ebm_dist.objectives.weighting import ess_ratio
 from ebm_dist.samplers import KernelSection, Langevin
 from ebm_dist.samplers.traits import names_with, trait

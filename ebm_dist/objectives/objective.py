@@ -9,7 +9,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from ebm_dist.core.energy_call import energy_at
+from ebm_dist.core.events import energy_at
 from ebm_dist.core.section import Family, Section
 from ebm_dist.core.types import Batch, EnergyFn, EventKind, EventSpec, LevelNoise, Negatives
 from ebm_dist.objectives.weighting import ess_ratio, normalised_weights, staleness_log_weight
@@ -377,13 +377,3 @@ def given(generator: torch.Generator | None) -> torch.Generator:
     if generator is None:
         raise ValueError("generator: this setting draws noise; pass a torch.Generator")
     return generator
-
-
-def expand_like(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) shaped to multiply events (B, *event)."""
-    return values.reshape(-1, *([1] * (x.ndim - 1)))
-
-
-def sum_event(x: Tensor) -> Tensor:
-    """(B, *event) -> (B,), the sum over each event."""
-    return x.flatten(1).sum(1)

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from ebm_dist.core.energy_call import energy_at
 from ebm_dist.core.errors import NonFinite
+from ebm_dist.core.events import energy_at, per_chain
 from ebm_dist.core.section import Family, Section
 from ebm_dist.core.types import EnergyFn, EventSpec
 
@@ -318,16 +318,6 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
 def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     """U[0, 1) of the shape of `like`."""
     return noise_buffer(like).uniform_(generator=generator)
-
-
-def per_chain(mask: Tensor, like: Tensor) -> Tensor:
-    """(B,) shaped so that it broadcasts against `like` (B, *event)."""
-    return mask.reshape(-1, *([1] * (like.ndim - 1)))
-
-
-def sum_event(x: Tensor) -> Tensor:
-    """(B, *event) -> (B,): the sum over each chain's own numbers."""
-    return x.flatten(1).sum(1)
 
 
 def norm_event(x: Tensor) -> Tensor:

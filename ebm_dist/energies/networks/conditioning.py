@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebm_dist.core.events import per_chain
 from ebm_dist.energies.context import CONTEXT
 from ebm_dist.energies.family import Energy
 from ebm_dist.energies.networks.embedding import ContextEmbedding, NoiseLevels
@@ -62,7 +63,7 @@ class ContextEnergy(Energy):
         if self.noise_stds is None or level is None:
             return None
         std = self.levels(level).to(torch.promote_types(x.dtype, torch.float32))
-        return std.reshape(-1, *[1] * (x.ndim - 1))
+        return per_chain(std, x)
 
     def embedded(self, label: Tensor | None, noise: Tensor | None) -> tuple[Tensor, ...]:
         """The embedding (B, width) as the second argument of the body, or none."""

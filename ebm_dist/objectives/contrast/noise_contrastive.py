@@ -10,6 +10,7 @@ from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ebm_dist.core.events import sum_event
 from ebm_dist.core.types import Batch, EnergyFn, EventSpec, Negatives
 from ebm_dist.objectives.objective import (
     FAMILY,
@@ -20,7 +21,6 @@ from ebm_dist.objectives.objective import (
     given,
     integers,
     normal_like,
-    sum_event,
     uniform,
 )
 

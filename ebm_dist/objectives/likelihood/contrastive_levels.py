@@ -10,6 +10,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from ebm_dist.core.events import per_chain
 from ebm_dist.core.types import Batch, EnergyFn, EventKind, Negatives
 from ebm_dist.energies.context import trait
 from ebm_dist.objectives.likelihood.weighted_gap import weighted_gap
@@ -19,7 +20,6 @@ from ebm_dist.objectives.objective import (
     Objective,
     ObjectiveSection,
     energies_of,
-    expand_like,
     given,
     integers,
     normal_like,
@@ -131,4 +131,4 @@ def with_noise(
     first = integers(len(stds), (1,), x, generator)
     level = (first + torch.arange(len(x), device=x.device)) % len(stds)
     std = torch.tensor(stds, dtype=x.dtype).to(x.device)[level]
-    return x + expand_like(std, x) * normal_like(x, generator), level
+    return x + per_chain(std, x) * normal_like(x, generator), level

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ebm_dist.core.events import sum_event
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.objectives.objective import energy_and_grad, normal_like
 
@@ -46,7 +47,7 @@ def kl_term(
         # out here: the usual way is a copy of the energy with detached weights, but weights that
         # an engine has partitioned cannot be copied.
         _, end, slope = energy_and_grad(energy, moved, create_graph=False)
-        along = (slope * (moved - moved.detach())).flatten(1).sum(1)
+        along = sum_event(slope * (moved - moved.detach()))
         energy_end = end.detach() + along
         loss = energy_end.mean() if weight is None else (weight * energy_end).sum()
         if repel_weight > 0:

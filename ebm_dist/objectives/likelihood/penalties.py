@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ebm_dist.core.events import per_chain, sum_event
 from ebm_dist.core.types import EnergyFn
-from ebm_dist.objectives.objective import expand_like, given, normal_like, sum_event, uniform
+from ebm_dist.objectives.objective import given, normal_like, uniform
 
 PenaltyPoints = Literal["data", "gaussian", "negatives", "interpolation"]
 
@@ -56,7 +57,7 @@ def penalty_points(
     if at == "negatives":
         return negatives.detach()
     num = min(data.shape[0], negatives.shape[0])
-    mix = expand_like(uniform((num,), data, given(generator)), data)
+    mix = per_chain(uniform((num,), data, given(generator)), data)
     return (mix * data[:num] + (1 - mix) * negatives[:num]).detach()
 
 

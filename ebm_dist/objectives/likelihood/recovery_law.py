@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ebm_dist.core.events import per_chain, sum_event
 from ebm_dist.core.types import EnergyFn, LevelNoise
 from ebm_dist.energies.context import ContextTraits, trait
 from ebm_dist.objectives.likelihood.joint import logits_of
-from ebm_dist.objectives.objective import Metrics, energies_of, expand_like, sum_event
+from ebm_dist.objectives.objective import Metrics, energies_of
 
 Conditioning = Literal["none", "level"]
 
@@ -115,6 +116,6 @@ class TiedEnergy(ContextTraits, nn.Module):
         return self.get_buffer("units")[level]
 
     def forward(self, u: Tensor, level: Tensor, condition: Tensor) -> Tensor:
-        x = expand_like(self.chain_unit(level, condition), u) * u
+        x = per_chain(self.chain_unit(level, condition), u) * u
         own = level_energies(self.energy, x, level, self.stds, self.by)
         return own + 0.5 * self.get_buffer("stiffness")[level] * sum_event((condition - x).square())

@@ -19,6 +19,7 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
+from ebm_dist.core.events import per_chain, sum_event
 from ebm_dist.core.types import Batch, EnergyFn, EventKind, LevelNoise, Negatives
 from ebm_dist.energies.context import KEYS, trait
 from ebm_dist.objectives.likelihood.recovery_law import (
@@ -34,11 +35,9 @@ from ebm_dist.objectives.objective import (
     Metrics,
     Objective,
     ObjectiveSection,
-    expand_like,
     given,
     input_grad,
     normal_like,
-    sum_event,
     uniform,
 )
 
@@ -185,7 +184,7 @@ class RecoveryLikelihood(Objective):
         generator = given(generator)
         level, std = draw_levels(self.noise_stds, batch.x, generator)
         clean = self.diffuse(batch.x, level, generator)
-        noisy = clean + expand_like(std, clean) * normal_like(clean, generator)
+        noisy = clean + per_chain(std, clean) * normal_like(clean, generator)
         recovered, accepted = self.recover(energy, noisy, level, std, generator)
         values = self.level_energies(
             energy, torch.cat([clean, recovered]), torch.cat([level, level])
@@ -205,8 +204,8 @@ class RecoveryLikelihood(Objective):
         # Signal left after t steps, for t = 0 .. number of levels - 1.
         kept = torch.cat([torch.ones(1, dtype=x.dtype), keep.cumprod(0)[:-1]]).to(x.device)[level]
         blur = (1 - kept.square()).clamp_min(0).sqrt()
-        diffused = expand_like(kept, x) * x + expand_like(blur, x) * normal_like(x, generator)
-        return (expand_like(keep.to(x.device)[level], x) * diffused).detach()
+        diffused = per_chain(kept, x) * x + per_chain(blur, x) * normal_like(x, generator)
+        return (per_chain(keep.to(x.device)[level], x) * diffused).detach()
 
     def level_energies(self, energy: nn.Module | EnergyFn, x: Tensor, level: Tensor) -> Tensor:
         """E_t(x) (B,) at the level t of each event."""
@@ -225,7 +224,7 @@ class RecoveryLikelihood(Objective):
         step = self.config.step_size * variance
         if self.config.conditioning == "level":
             step = step * (1 - variance)
-        wide_step, wide_variance = expand_like(step, noisy), expand_like(variance, noisy)
+        wide_step, wide_variance = per_chain(step, noisy), per_chain(variance, noisy)
 
         def potential(x: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
@@ -255,7 +254,7 @@ class RecoveryLikelihood(Objective):
                 + 0.5 * sum_event(noise.square())
             )
             accept = uniform(step.shape, step, generator).log() < log_ratio
-            wide = expand_like(accept, x)
+            wide = per_chain(accept, x)
             x, grad = torch.where(wide, proposal, x), torch.where(wide, new_grad, grad)
             value = torch.where(accept, new_value, value)
             accepted += accept

@@ -9,6 +9,7 @@ import torch
 from pydantic import PositiveFloat, model_validator
 from torch import Tensor, nn
 
+from ebm_dist.core.events import per_chain, sum_event
 from ebm_dist.core.types import Batch, EnergyFn, EventKind, Negatives
 from ebm_dist.energies.context import trait
 from ebm_dist.objectives.objective import (
@@ -17,11 +18,9 @@ from ebm_dist.objectives.objective import (
     Objective,
     ObjectiveSection,
     energy_and_grad,
-    expand_like,
     given,
     integers,
     normal_like,
-    sum_event,
 )
 
 
@@ -109,7 +108,7 @@ class Denoising(Objective):
         stds = noise_stds_of(energy) if by_level else self.noise_stds
         level, std = draw_levels(stds, x, given(generator), self._level_law(stds))
         at_level = partial(energy, **context_of(energy, level, batch)) if by_level else energy
-        wide_std = expand_like(std, x)
+        wide_std = per_chain(std, x)
         noise = normal_like(x, generator)
         _, _, grad = energy_and_grad(at_level, x + wide_std * noise)
         with torch.enable_grad():

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
+from ebm_dist.core.events import per_chain
 from ebm_dist.core.types import Batch, EnergyFn, EventKind, Negatives
 from ebm_dist.objectives.matching.transport import pair
 from ebm_dist.objectives.objective import (
@@ -18,7 +19,6 @@ from ebm_dist.objectives.objective import (
     ObjectiveSection,
     energies_of,
     energy_and_grad,
-    expand_like,
     given,
     normal_like,
     uniform,
@@ -175,7 +175,7 @@ class EnergyMatching(Objective):
         if self.config.coupling == "ot":
             start = pair(start, data)
         time = uniform(data.shape[:1], data, generator)
-        wide = expand_like(time, data)
+        wide = per_chain(time, data)
         _, _, grad = energy_and_grad(energy, (1 - wide) * start + wide * data)
         with torch.enable_grad():
             error = (-grad - (data - start)).square().flatten(1).mean(1)

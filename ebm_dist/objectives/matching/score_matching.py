@@ -8,6 +8,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from ebm_dist.core.events import sum_event
 from ebm_dist.core.types import Batch, EnergyFn, EventKind, Negatives
 from ebm_dist.objectives.objective import (
     FAMILY,
@@ -16,7 +17,6 @@ from ebm_dist.objectives.objective import (
     ObjectiveSection,
     energy_and_grad,
     input_grad,
-    sum_event,
 )
 
 

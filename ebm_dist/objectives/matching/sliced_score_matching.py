@@ -8,6 +8,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from ebm_dist.core.events import sum_event
 from ebm_dist.core.types import Batch, EnergyFn, EventKind, Negatives
 from ebm_dist.objectives.objective import (
     FAMILY,
@@ -19,7 +20,6 @@ from ebm_dist.objectives.objective import (
     input_grad,
     integers,
     normal_like,
-    sum_event,
 )
 
 

@@ -14,13 +14,13 @@ import torch
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
+from ebm_dist.core.events import per_chain
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.samplers.kernel import (
     FAMILY,
     KernelSection,
     noise_buffer,
     norm_event,
-    per_chain,
     start,
     value_and_grad,
 )

@@ -9,16 +9,9 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from ebm_dist.core.events import sum_event
 from ebm_dist.core.types import EnergyFn
-from ebm_dist.samplers.kernel import (
-    FAMILY,
-    KernelSection,
-    normal,
-    select,
-    start,
-    sum_event,
-    value_and_grad,
-)
+from ebm_dist.samplers.kernel import FAMILY, KernelSection, normal, select, start, value_and_grad
 from ebm_dist.samplers.metropolis import MetropolisInfo, decide
 
 

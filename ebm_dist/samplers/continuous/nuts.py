@@ -9,18 +9,10 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from ebm_dist.core.events import per_chain, sum_event
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.samplers.continuous.hmc import HmcState
-from ebm_dist.samplers.kernel import (
-    FAMILY,
-    KernelSection,
-    normal,
-    per_chain,
-    select,
-    start,
-    sum_event,
-    value_and_grad,
-)
+from ebm_dist.samplers.kernel import FAMILY, KernelSection, normal, select, start, value_and_grad
 
 _MAX_ENERGY_ERROR = 1000.0
 """The integrator has diverged if H rises by more than this, in units of T (Stan's limit)."""

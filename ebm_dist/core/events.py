@@ -1,4 +1,4 @@
-"""Calls a user's energy, and checks that it does not change its argument in place."""
+"""Events (B, *event): their energies, and arithmetic on each of them."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ _IN_PLACE = (
     "energy: changes its argument x in place (x.mul_, x -= ..., x[...] = ...); work on a copy, "
     "such as 2 * x in place of x.mul_(2), or begin with x = x.clone()"
 )
+
+
+def per_chain(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) shaped so that it broadcasts against `like` (B, *event)."""
+    return values.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def sum_event(x: Tensor) -> Tensor:
+    """(B, *event) -> (B,): the sum over each event's own numbers."""
+    return x.flatten(1).sum(1)
