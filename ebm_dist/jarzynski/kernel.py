@@ -24,7 +24,7 @@ from ebm_dist.core.events import energy_at
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.jarzynski.weights import ula_step, weights_moved
 from ebm_dist.samplers import Kernel, Langevin
-from ebm_dist.samplers.continuous.langevin import LangevinState
+from ebm_dist.samplers.continuous.gradient import GradientState
 
 GAIN = "log_weight_gain"
 
@@ -47,12 +47,12 @@ class WeightedLangevin:
     def temperature(self) -> float:
         return self.kernel.temperature
 
-    def init(self, x: Tensor, energy: EnergyFn) -> LangevinState:
+    def init(self, x: Tensor, energy: EnergyFn) -> GradientState:
         return self.kernel.init(x, energy)
 
     def step(
-        self, state: LangevinState, energy: EnergyFn, generator: torch.Generator
-    ) -> tuple[LangevinState, WeightedInfo]:
+        self, state: GradientState, energy: EnergyFn, generator: torch.Generator
+    ) -> tuple[GradientState, WeightedInfo]:
         new, info = self.kernel.step(state, energy, generator)
         gain = ula_step(
             torch.zeros_like(state.energy),

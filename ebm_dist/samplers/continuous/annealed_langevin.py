@@ -7,7 +7,7 @@ chains that carry a clock.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,24 +16,15 @@ from torch import Tensor
 
 from ebm_dist.core.events import per_chain
 from ebm_dist.core.types import EnergyFn
-from ebm_dist.samplers.kernel import (
-    FAMILY,
-    KernelSection,
-    noise_buffer,
-    norm_event,
-    start,
-    value_and_grad,
-)
+from ebm_dist.samplers.continuous.gradient import GradientState, MovesInPlace
+from ebm_dist.samplers.kernel import FAMILY, KernelSection, norm_event, start, value_and_grad
 from ebm_dist.samplers.traits import EulerMaruyama, KernelTraits
 
 
 @dataclass(frozen=True, slots=True)
-class ClockedState:
-    """Chains, with the gradient that their next move follows and their ages."""
+class ClockedState(GradientState):
+    """Chains, with their ages."""
 
-    position: Tensor  # (B, *event), float32
-    energy: Tensor  # (B,), E(position)
-    grad: Tensor  # (B, *event), dE/dx at position
     clock: Tensor  # (B,), int64, moves since the chain started
 
 
@@ -45,7 +36,7 @@ class ClockedInfo:
     move_temperature: Tensor  # (B,), T(k) of this move
 
 
-class ClockedLangevin(EulerMaruyama, KernelTraits):
+class ClockedLangevin(MovesInPlace[ClockedState, ClockedInfo], EulerMaruyama, KernelTraits):
     """x' = x - h dE/dx + sqrt(2 T(k) h) xi, where k is the number of moves that the chain has made.
 
     The step size stays constant, since the stability of a step depends on h times the curvature
@@ -71,12 +62,6 @@ class ClockedLangevin(EulerMaruyama, KernelTraits):
         if clock is None:
             clock = torch.zeros(len(position), dtype=torch.int64, device=position.device)
         return ClockedState(position, *value_and_grad(energy, position, first=True), clock)
-
-    def step(
-        self, state: ClockedState, energy: EnergyFn, generator: torch.Generator
-    ) -> tuple[ClockedState, ClockedInfo]:
-        own = replace(state, position=state.position.clone())
-        return self.step_(own, energy, generator, noise_buffer(state.position))
 
     def step_(
         self, state: ClockedState, energy: EnergyFn, generator: torch.Generator, noise: Tensor

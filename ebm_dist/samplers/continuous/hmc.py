@@ -7,25 +7,16 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor
 
 from ebm_dist.core.events import sum_event
 from ebm_dist.core.types import EnergyFn
-from ebm_dist.samplers.kernel import FAMILY, KernelSection, normal, select, start, value_and_grad
+from ebm_dist.samplers.continuous.gradient import GradientState, StartsWithGradient
+from ebm_dist.samplers.kernel import FAMILY, KernelSection, normal, select, value_and_grad
 from ebm_dist.samplers.metropolis import MetropolisInfo, decide
 
 
 @dataclass(frozen=True, slots=True)
-class HmcState:
-    """Chains; momenta are drawn anew at every step."""
-
-    position: Tensor  # (B, *event), float32
-    energy: Tensor  # (B,), E(position)
-    grad: Tensor  # (B, *event), dE/dx at position
-
-
-@dataclass(frozen=True, slots=True)
-class Hmc:
+class Hmc(StartsWithGradient):
     """L leapfrog steps of size e from a fresh momentum p ~ N(0, T I), then accept or reject.
 
     With H(x, p) = E(x) + |p|^2 / 2 the acceptance probability is min(1, exp(-(H' - H) / T)), so
@@ -44,13 +35,9 @@ class Hmc:
     leaves_invariant: ClassVar[bool] = True
     target_acceptance: ClassVar[float] = 0.8
 
-    def init(self, x: Tensor, energy: EnergyFn) -> HmcState:
-        position = start(x, energy)
-        return HmcState(position, *value_and_grad(energy, position, first=True))
-
     def step(
-        self, state: HmcState, energy: EnergyFn, generator: torch.Generator
-    ) -> tuple[HmcState, MetropolisInfo]:
+        self, state: GradientState, energy: EnergyFn, generator: torch.Generator
+    ) -> tuple[GradientState, MetropolisInfo]:
         e, t = self.step_size, self.temperature
         momentum = normal(state.position, generator).mul_(t**0.5)
         kinetic = 0.5 * sum_event(momentum.square())
@@ -62,7 +49,7 @@ class Hmc:
             value, grad = value_and_grad(energy, position)
             last = k + 1 == self.num_leapfrog_steps
             momentum.add_(grad, alpha=-0.5 * e if last else -e)
-        new = HmcState(position, value, grad)
+        new = GradientState(position, value, grad)
         change = value - state.energy + 0.5 * sum_event(momentum.square()) - kinetic
         accepted, info = decide(-change / t, generator)
         return select(accepted, new, state), info

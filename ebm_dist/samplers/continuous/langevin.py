@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,24 +11,9 @@ from torch import Tensor
 
 from ebm_dist.core.events import per_chain
 from ebm_dist.core.types import EnergyFn
-from ebm_dist.samplers.kernel import (
-    FAMILY,
-    KernelSection,
-    noise_buffer,
-    norm_event,
-    start,
-    value_and_grad,
-)
+from ebm_dist.samplers.continuous.gradient import GradientState, MovesInPlace, StartsWithGradient
+from ebm_dist.samplers.kernel import FAMILY, KernelSection, norm_event, value_and_grad
 from ebm_dist.samplers.traits import EulerMaruyama
-
-
-@dataclass(frozen=True, slots=True)
-class LangevinState:
-    """Chains, with the gradient that their next move follows."""
-
-    position: Tensor  # (B, *event), float32
-    energy: Tensor  # (B,), E(position)
-    grad: Tensor  # (B, *event), dE/dx at position, before any clipping
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +24,7 @@ class LangevinInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Langevin(EulerMaruyama):
+class Langevin(StartsWithGradient, MovesInPlace[GradientState, LangevinInfo], EulerMaruyama):
     """x' = x - h dE/dx + sqrt(2 T h) xi, xi ~ N(0, I).
 
     The Euler-Maruyama step of overdamped Langevin dynamics. With no accept step the chain
@@ -65,21 +50,11 @@ class Langevin(EulerMaruyama):
         """sqrt(2 T h), the standard deviation of the noise of one move."""
         return (2 * self.temperature * self.step_size) ** 0.5
 
-    def init(self, x: Tensor, energy: EnergyFn) -> LangevinState:
-        position = start(x, energy)
-        return LangevinState(position, *value_and_grad(energy, position, first=True))
-
-    def step(
-        self, state: LangevinState, energy: EnergyFn, generator: torch.Generator
-    ) -> tuple[LangevinState, LangevinInfo]:
-        own = replace(state, position=state.position.clone())
-        return self.step_(own, energy, generator, noise_buffer(state.position))
-
     def step_(
-        self, state: LangevinState, energy: EnergyFn, generator: torch.Generator, noise: Tensor
-    ) -> tuple[LangevinState, LangevinInfo]:
+        self, state: GradientState, energy: EnergyFn, generator: torch.Generator, noise: Tensor
+    ) -> tuple[GradientState, LangevinInfo]:
         info = self._move_(state.position, state.grad, generator, noise)
-        return LangevinState(state.position, *value_and_grad(energy, state.position)), info
+        return GradientState(state.position, *value_and_grad(energy, state.position)), info
 
     def depart_(
         self,

@@ -11,17 +11,9 @@ from torch import Tensor
 
 from ebm_dist.core.events import sum_event
 from ebm_dist.core.types import EnergyFn
-from ebm_dist.samplers.kernel import FAMILY, KernelSection, normal, select, start, value_and_grad
+from ebm_dist.samplers.continuous.gradient import GradientState, StartsWithGradient
+from ebm_dist.samplers.kernel import FAMILY, KernelSection, normal, select, value_and_grad
 from ebm_dist.samplers.metropolis import MetropolisInfo, decide
-
-
-@dataclass(frozen=True, slots=True)
-class MalaState:
-    """Chains, with the gradient that their next proposal follows."""
-
-    position: Tensor  # (B, *event), float32
-    energy: Tensor  # (B,), E(position)
-    grad: Tensor  # (B, *event), dE/dx at position
 
 
 def log_proposal_ratio(
@@ -39,7 +31,7 @@ def log_proposal_ratio(
 
 
 @dataclass(frozen=True, slots=True)
-class Mala:
+class Mala(StartsWithGradient):
     """x' = x - h dE/dx + sqrt(2 T h) xi, accepted or rejected by Metropolis-Hastings.
 
     Its law is exactly exp(-E/T) at any step size. Roberts & Tweedie (1996), Bernoulli 2(4).
@@ -55,17 +47,13 @@ class Mala:
     target_acceptance: ClassVar[float] = 0.574
     """Optimal in high dimension (Roberts & Rosenthal 1998)."""
 
-    def init(self, x: Tensor, energy: EnergyFn) -> MalaState:
-        position = start(x, energy)
-        return MalaState(position, *value_and_grad(energy, position, first=True))
-
     def step(
-        self, state: MalaState, energy: EnergyFn, generator: torch.Generator
-    ) -> tuple[MalaState, MetropolisInfo]:
+        self, state: GradientState, energy: EnergyFn, generator: torch.Generator
+    ) -> tuple[GradientState, MetropolisInfo]:
         h, t = self.step_size, self.temperature
         noise = normal(state.position, generator)
         position = state.position.add(state.grad, alpha=-h).add_(noise, alpha=(2 * t * h) ** 0.5)
-        new = MalaState(position, *value_and_grad(energy, position))
+        new = GradientState(position, *value_and_grad(energy, position))
         log_ratio = (state.energy - new.energy) / t
         log_ratio = log_ratio + log_proposal_ratio(noise, state.grad, new.grad, h, t)
         accepted, info = decide(log_ratio, generator)

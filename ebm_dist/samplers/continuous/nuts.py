@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ebm_dist.core.events import per_chain, sum_event
 from ebm_dist.core.types import EnergyFn
-from ebm_dist.samplers.continuous.hmc import HmcState
-from ebm_dist.samplers.kernel import FAMILY, KernelSection, normal, select, start, value_and_grad
+from ebm_dist.samplers.continuous.gradient import GradientState, StartsWithGradient
+from ebm_dist.samplers.kernel import FAMILY, KernelSection, normal, select, value_and_grad
 
 _MAX_ENERGY_ERROR = 1000.0
 """The integrator has diverged if H rises by more than this, in units of T (Stan's limit)."""
@@ -42,7 +42,7 @@ class _Tree:
     """A subtree of the trajectory, and the point drawn from it."""
 
     end: _End  # its outer end
-    drawn: HmcState  # a leaf, with probability proportional to exp(-H / T)
+    drawn: GradientState  # a leaf, with probability proportional to exp(-H / T)
     log_weight: Tensor  # (B,), log of the sum of exp(-(H - H_0) / T) over its leaves
     momentum_sum: Tensor  # (B, *event), over its leaves
     sound: Tensor  # (B,) bool: no part of it turned back or diverged
@@ -52,7 +52,7 @@ class _Tree:
 
 
 @dataclass(frozen=True, slots=True)
-class Nuts:
+class Nuts(StartsWithGradient):
     """Doubles a leapfrog trajectory, forwards or backwards in time, until it turns back.
 
     The next position is drawn from the whole trajectory in proportion to exp(-H/T), with
@@ -77,13 +77,9 @@ class Nuts:
     leaves_invariant: ClassVar[bool] = True
     target_acceptance: ClassVar[float] = 0.8
 
-    def init(self, x: Tensor, energy: EnergyFn) -> HmcState:
-        position = start(x, energy)
-        return HmcState(position, *value_and_grad(energy, position, first=True))
-
     def step(
-        self, state: HmcState, energy: EnergyFn, generator: torch.Generator
-    ) -> tuple[HmcState, NutsInfo]:
+        self, state: GradientState, energy: EnergyFn, generator: torch.Generator
+    ) -> tuple[GradientState, NutsInfo]:
         momentum = normal(state.position, generator).mul_(self.temperature**0.5)
         # Enough for the longest trajectory, (3, max_tree_depth, B): with draws on demand the
         # length of one chain's trajectory would shift the noise of the others.
@@ -129,7 +125,7 @@ class Nuts:
         depth: int,
         start_h: Tensor,
         uniform: Tensor,
-        drawn: HmcState,
+        drawn: GradientState,
         energy: EnergyFn,
     ) -> _Tree:
         """The 2^depth leaves beyond `tip`, for the chains that are still `growing`."""
@@ -159,7 +155,7 @@ class Nuts:
             share = (-error - log_weight).exp().nan_to_num(0.0)
             new = uniform < share
             uniform = torch.where(new, uniform / share, (uniform - share) / (1 - share))
-            drawn = select(new & sound, HmcState(position, value, grad), drawn)
+            drawn = select(new & sound, GradientState(position, value, grad), drawn)
             momentum_sum = momentum_sum + momentum
             sound = sound & ~self._turns_within(leaf, momentum, momentum_sum, marks)
             # A chain that has stopped returns to the tip, so that it cannot run off to infinity.

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ebm_dist.core.types import EnergyFn, EventSpec
 from ebm_dist.samplers.chain import run_chain
-from ebm_dist.samplers.continuous.langevin import LangevinInfo, LangevinState
+from ebm_dist.samplers.continuous.gradient import GradientState, MovesInPlace
+from ebm_dist.samplers.continuous.langevin import LangevinInfo
 from ebm_dist.samplers.kernel import (
     FAMILY,
     KernelSection,
-    noise_buffer,
     norm_event,
     start,
     value_and_grad,
@@ -25,7 +25,7 @@ from ebm_dist.samplers.traits import EulerMaruyama
 
 
 @dataclass(frozen=True, slots=True)
-class PreconditionedLangevin(EulerMaruyama):
+class PreconditionedLangevin(MovesInPlace[GradientState, LangevinInfo], EulerMaruyama):
     """x' = x - h P dE/dx + sqrt(2 T h P) xi, with P = diag(scales).
 
     This is Langevin in the coordinates x / sqrt(P), so its law is exp(-E/T) for every P as
@@ -48,26 +48,20 @@ class PreconditionedLangevin(EulerMaruyama):
 
     tunable: ClassVar[str] = "step_size"
 
-    def init(self, x: Tensor, energy: EnergyFn) -> LangevinState:
+    def init(self, x: Tensor, energy: EnergyFn) -> GradientState:
         position = start(x, energy)
         self._scales(position)
-        return LangevinState(position, *value_and_grad(energy, position, first=True))
-
-    def step(
-        self, state: LangevinState, energy: EnergyFn, generator: torch.Generator
-    ) -> tuple[LangevinState, LangevinInfo]:
-        own = replace(state, position=state.position.clone())
-        return self.step_(own, energy, generator, noise_buffer(state.position))
+        return GradientState(position, *value_and_grad(energy, position, first=True))
 
     def step_(
-        self, state: LangevinState, energy: EnergyFn, generator: torch.Generator, noise: Tensor
-    ) -> tuple[LangevinState, LangevinInfo]:
+        self, state: GradientState, energy: EnergyFn, generator: torch.Generator, noise: Tensor
+    ) -> tuple[GradientState, LangevinInfo]:
         info = LangevinInfo(grad_norm=norm_event(state.grad))
         scales = self._scales(state.position)
         position = state.position.sub_(state.grad * (self.step_size * scales))
         noise_std = (2 * self.temperature * self.step_size * scales) ** 0.5
         position.add_(noise.normal_(generator=generator).mul_(noise_std))
-        return LangevinState(position, *value_and_grad(energy, position)), info
+        return GradientState(position, *value_and_grad(energy, position)), info
 
     def _scales(self, position: Tensor) -> Tensor:
         """`scales` in the shape of one event."""

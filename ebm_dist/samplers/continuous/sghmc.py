@@ -11,23 +11,14 @@ from torch import Tensor
 
 from ebm_dist.core.events import per_chain
 from ebm_dist.core.types import EnergyFn
-from ebm_dist.samplers.kernel import (
-    FAMILY,
-    KernelSection,
-    noise_buffer,
-    norm_event,
-    start,
-    value_and_grad,
-)
+from ebm_dist.samplers.continuous.gradient import GradientState, MovesInPlace
+from ebm_dist.samplers.kernel import FAMILY, KernelSection, norm_event, start, value_and_grad
 
 
 @dataclass(frozen=True, slots=True)
-class SghmcState:
+class SghmcState(GradientState):
     """Chains in phase space."""
 
-    position: Tensor  # (B, *event), float32
-    energy: Tensor  # (B,), E(position)
-    grad: Tensor  # (B, *event), dE/dx at position
     velocity: Tensor  # (B, *event)
 
 
@@ -40,7 +31,7 @@ class SghmcInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Sghmc:
+class Sghmc(MovesInPlace[SghmcState, SghmcInfo]):
     """v' = (1 - gamma h) v - h dE/dx + sqrt(2 gamma T h) xi, x' = x + h v'.
 
     Chen, Fox & Guestrin (2014), arXiv:1402.4102. Momentum carries chains across flat
@@ -55,6 +46,7 @@ class Sghmc:
     temperature: float = 1.0
 
     tunable: ClassVar[str] = "step_size"
+    overwrites: ClassVar[tuple[str, ...]] = ("position", "velocity")
     temperature_ratio_formula: ClassVar[str] = "1 - a h² / (2 (2 - γ h))"
 
     def temperature_ratio(self, curvature: float) -> float:
@@ -65,12 +57,6 @@ class Sghmc:
         position = start(x, energy)
         value, grad = value_and_grad(energy, position, first=True)
         return SghmcState(position, value, grad, torch.zeros_like(position))
-
-    def step(
-        self, state: SghmcState, energy: EnergyFn, generator: torch.Generator
-    ) -> tuple[SghmcState, SghmcInfo]:
-        own = replace(state, position=state.position.clone(), velocity=state.velocity.clone())
-        return self.step_(own, energy, generator, noise_buffer(state.position))
 
     def step_(
         self, state: SghmcState, energy: EnergyFn, generator: torch.Generator, noise: Tensor
