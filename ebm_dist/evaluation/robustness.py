@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +22,8 @@ def robust_accuracy(
     x: Tensor,
     label: Tensor,
     *,
-    epsilon: float,
-    norm: Norm = "linf",
-    num_steps: int = 40,
-    step_size: float | None = None,
-    num_restarts: int = 1,
-    generator: torch.Generator | None = None,
-    clamp: tuple[float, float] | None = (-1.0, 1.0),
     batch_size: int = 250,
+    **of_attack: Any,
 ) -> float:
     """Fraction of events that are classified correctly after the attack, in [0, 1].
 
@@ -40,23 +34,9 @@ def robust_accuracy(
         energy: an object with `logits(x) -> (B, num_classes)`, or such a function.
         x: (N, *event); images are in [-1, 1], so epsilon is twice that for images in [0, 1].
         label: (N,) int64.
-        epsilon: radius of the ball; 0 gives the clean accuracy.
-        step_size: by default 2.5 * epsilon / num_steps, so that every point can be reached.
-        clamp: the range of events; None if they are unbounded.
+        of_attack: the other parameters of `attack`, such as `epsilon`.
     """
-    attacked = attack(
-        energy,
-        x,
-        label,
-        epsilon=epsilon,
-        norm=norm,
-        num_steps=num_steps,
-        step_size=step_size,
-        num_restarts=num_restarts,
-        generator=generator,
-        clamp=clamp,
-        batch_size=batch_size,
-    )
+    attacked = attack(energy, x, label, batch_size=batch_size, **of_attack)
     logits = _logits_of(energy)
     with torch.no_grad():
         guess = torch.cat([logits(part).argmax(dim=1) for part in attacked.split(batch_size)])
@@ -82,6 +62,11 @@ def attack(
     Projected gradient ascent on the cross entropy (Madry et al. 2018, arXiv:1706.06083). The
     first restart starts at x, the others at random points of the ball. Where the attack fails, its
     last point is returned.
+
+    Args:
+        epsilon: radius of the ball; 0 gives the events themselves.
+        step_size: by default 2.5 * epsilon / num_steps, so that every point can be reached.
+        clamp: the range of events; None if they are unbounded.
     """
     if norm not in ("l2", "linf"):
         raise ValueError(f"norm: expected 'l2' or 'linf', got {norm!r}")
