@@ -21,23 +21,13 @@ from torch import Tensor, nn
 from ebm_dist.core.types import EnergyFn, EventSpec
 from ebm_dist.energies.context import trait
 from ebm_dist.energies.family import FAMILY, AnalyticEnergy, Energy, EnergySection
-
-
-class _Function(nn.Module):
-    """Any callable (B, *event) -> (B,) as a module, so that a composition can hold it."""
-
-    def __init__(self, fn: EnergyFn) -> None:
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fn(x)
+from ebm_dist.energies.module import FunctionEnergy
 
 
 def _modules(members: Sequence[EnergyFn]) -> list[nn.Module]:
     if not members:
         raise ValueError("energy.members: empty, give at least one energy")
-    return [m if isinstance(m, nn.Module) else _Function(m) for m in members]
+    return [m if isinstance(m, nn.Module) else FunctionEnergy(m) for m in members]
 
 
 _ALIKE = {

@@ -190,6 +190,17 @@ def test_a_composition_gives_each_member_its_own_part():
         energies.Sum([net, energies.make("mlp", event_shape=(2,), num_levels=1, noise_stds=(1,))])
 
 
+def test_a_composition_gives_a_function_the_context_that_it_names():
+    def shifted(x, label):
+        return (x - label[:, None]).square().sum(1)
+
+    shifted.context = shifted.needs_context = frozenset({"label"})
+    sum_ = energies.Sum([shifted, lambda x: x.sum(1)])
+    x, label = torch.rand(NUM, 2), torch.arange(NUM) % 3
+    assert sum_.context == sum_.needs_context == {"label"}
+    torch.testing.assert_close(sum_.given(label=label)(x), shifted(x, label) + x.sum(1))
+
+
 class Own(nn.Module):
     """A user's network with the traits."""
 
