@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the result there, as JSON")
     parser.add_argument("--run-only", action="store_true", help="measure nothing yet")
     options = parser.parse_args()
-    source = f"data.source={Path(options.data).resolve()}"
+    source = f"data.source={options.data}"
     data = load(LEVELS, [source]).data
     spec = describe(data)
     train, test = load_split(data, "train"), load_split(data, "test")

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 
 from ebm_dist.core.types import Batch, EventSpec
 from ebm_dist.evaluation.fidelity import Fidelity, Moments, frechet_distance
-from ebm_dist.metrics.tile import tile
+from ebm_dist.report.tile import tile
 
 SPEC = EventSpec((1, 8, 8), "image", 10)
 
