@@ -13,13 +13,14 @@ from ebm_dist.cli import main
 from ebm_dist.core.errors import UserError
 from ebm_dist.export.pretrained import FOLDER, named, names
 from ebm_dist.export.reader import open_export
+from ebm_dist.export.sample import usual_steps
 from ebm_dist.files.safe_open import sha256
 
 MAX_BYTES = 10 << 20
 
 
 def test_every_model_is_whole_small_and_without_a_path_of_the_machine_that_made_it() -> None:
-    assert set(names()) >= {"digits", "digits-joint", "digits-rbm"}
+    assert set(names()) >= {"digits", "digits-joint", "digits-rbm", "fashion-mnist-classes"}
     total = 0
     for name in names():
         folder = FOLDER / name
@@ -74,8 +75,26 @@ def test_a_path_that_exists_is_no_name_and_an_unknown_name_lists_those_there_are
     assert named("digits") == Path("digits")
     with pytest.raises(UserError, match=r"not an export.* hides the pretrained model: rename it"):
         open_export("digits")
-    with pytest.raises(UserError, match="pretrained model: digits, digits-joint, digits-rbm"):
+    with pytest.raises(UserError, match="pretrained model: digits, digits-joint, digits-rbm, fashion"):
         open_export("digit")
+
+
+def test_garments_of_a_class_are_drawn_from_noise_in_as_many_steps_as_levels() -> None:
+    export = open_export("fashion-mnist-classes")
+    stds = export.energy.noise_stds
+    assert usual_steps(export) == len(stds) - 1 == 17
+    x, energy = ebm_dist.sample(export, 12, label=1)
+    assert x.shape == (12, 1, 28, 28)
+    # Trousers: dark at both sides, light in two stripes between, whatever the noise.
+    mean = x.clamp(-1, 1).mean((0, 1))
+    assert mean[:, :5].mean() < -0.9
+    assert mean[:, 23:].mean() < -0.9
+    assert mean[10:24, 9:19].mean() > -0.2
+    # The energy of what was asked for is lower than that of another class.
+    level = torch.zeros(12, dtype=torch.int64)
+    for other in (0, 7, 8):
+        of_other = export.energy(x, label=torch.full((12,), other), level=level)
+        assert (of_other > energy).float().mean() > 0.7
 
 
 def test_the_joint_model_classifies_and_the_machine_has_the_likelihood_of_its_card() -> None:
