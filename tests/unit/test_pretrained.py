@@ -75,7 +75,7 @@ def test_a_path_that_exists_is_no_name_and_an_unknown_name_lists_those_there_are
     assert named("digits") == Path("digits")
     with pytest.raises(UserError, match=r"not an export.* hides the pretrained model: rename it"):
         open_export("digits")
-    with pytest.raises(UserError, match="pretrained model: digits, digits-joint, digits-rbm, fashion"):
+    with pytest.raises(UserError, match="pretrained model: digits, digits-joint, digits-rbm"):
         open_export("digit")
 
 
