@@ -35,7 +35,7 @@ from ebm_dist.jarzynski.weights import resampling
 from ebm_dist.metrics.names import describe
 from ebm_dist.objectives import ObjectiveSection
 from ebm_dist.samplers import Chain, Engine, KernelSection, run_chain
-from ebm_dist.samplers.tempering.levels import highest_level
+from ebm_dist.samplers.tempering.levels import highest_level, noise_of
 from ebm_dist.samplers.traits import trait as kernel_trait
 
 
@@ -170,16 +170,20 @@ class Worker:
             start_std: standard deviation of the starting noise, buffer.init_std.
         """
         self._use(weights, None)
-        highest = highest_level(self._kernel, self._energy)
-        spec = self._spec if highest is None else EventSpec(self._spec.shape, "real")
-        std = start_std if highest is None else highest[1]
-        start = spec.noise(num, seeded(derive_seed(seed, "starts")), std=std)
+        highest, generator = (
+            highest_level(self._kernel, self._energy),
+            seeded(derive_seed(seed, "starts")),
+        )
+        if highest is None:
+            start = self._spec.noise(num, generator, std=start_std)
+        else:
+            start = noise_of(self._energy, highest, (num, *self._spec.shape), generator)
         context: Arrays = {}
         needed = trait(self._energy, "needs_context")
         if "label" in needed:
             context["label"] = np.arange(num) % trait(self._energy, "num_labels")
         if "level" in needed:
-            context["level"] = np.full(num, 0 if highest is None else highest[0])
+            context["level"] = np.full(num, highest or 0)
         energy_fn = self._given(self._energy, context)
         chain = self._run(start, energy_fn, derive_seed(seed, "moves"), num_steps)
         if (moved := self._level_after(chain, context)) is not None:

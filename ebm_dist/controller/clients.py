@@ -212,8 +212,8 @@ class HubClient(Client):
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> Ref[None]:
         return self.handle.call("log", step, epoch, values)
 
-    def images(self, name: str, step: int, images: str) -> Ref[None]:
-        return self.handle.call("images", name, step, images)
+    def images(self, name: str, step: int, path: str) -> Ref[None]:
+        return self.handle.call("images", name, step, path)
 
     def histogram(self, name: str, step: int, values: np.ndarray) -> Ref[None]:
         return self.handle.call("histogram", name, step, values)

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from ebm_dist.core.errors import NonFinite, UserError
 from ebm_dist.core.seeds import derive_seed
-from ebm_dist.core.types import EventSpec
 from ebm_dist.energies.context import ContextTraits, bind, how_to_take, trait
 from ebm_dist.export.reader import Export, open_export
 from ebm_dist.files.durable import replacing
-from ebm_dist.samplers.tempering.levels import highest_level
+from ebm_dist.samplers.tempering.levels import highest_level, noise_of
 from ebm_dist.samplers.traits import trait as kernel_trait
 
 Start = Literal["noise", "chains"]
@@ -133,7 +132,7 @@ def draw(
     asked = asked_context(energy, num, label, level, condition)
     from_there = dict(asked)
     if start == "noise" and (highest := highest_level(kernel, energy)) is not None:
-        from_there["level"] = torch.full((num,), highest[0])
+        from_there["level"] = torch.full((num,), highest)
     positions, energies, levels, done = [], [], [], 0
     for index, first in enumerate(range(0, num, batch_size)):
         x = begin[first : first + batch_size].to(device)
@@ -167,8 +166,8 @@ def usual_steps(export: Export, level: int | None = None) -> int:
     A recipe of low temperature trains the energy where its chains come in their lives; longer
     chains leave that, and settle in a few minima. Chains that never restart have no such age.
     """
-    if (highest := highest_level(export.sampler.build(), export.energy)) is not None:
-        return highest[0] - (level or 0)
+    if (highest := highest_level(export.kernel(), export.energy)) is not None:
+        return highest - (level or 0)
     try:
         restart = float(export.config["recipe"]["buffer"]["reinit_prob"])
     except (KeyError, TypeError, ValueError):
@@ -279,9 +278,10 @@ def starting_points(
     noise = None
     if start == "noise":
         highest = highest_level(export.kernel(), export.energy)
-        spec = export.spec if highest is None else EventSpec(export.spec.shape, "real")
-        std = export.start_std if highest is None else highest[1]
-        noise = spec.noise(num, generator, std=std)
+        if highest is None:
+            noise = export.spec.noise(num, generator, std=export.start_std)
+        else:
+            noise = noise_of(export.energy, highest, (num, *export.spec.shape), generator)
         if not conditions:
             return noise, {}
     stored = export.stored()

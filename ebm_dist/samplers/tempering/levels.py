@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ebm_dist.core.types import EnergyFn
@@ -49,15 +50,23 @@ def at_level(energy: EnergyFn, level: Tensor, unit: Tensor | None = None) -> Ene
     return lambda u: call(per_chain(unit, u) * u, **others)
 
 
-def highest_level(kernel: Kernel[Any], energy: object) -> tuple[int, float] | None:
-    """Where chains of a kernel that descends begin: the highest level of the energy and its noise.
-
-    None for other kernels, and for an energy without levels.
-    """
+def highest_level(kernel: Kernel[Any], energy: object) -> int | None:
+    """The level at which chains of a kernel that descends begin; None for other kernels, and for an
+    energy without levels."""
     stds = context_trait(energy, "noise_stds")
-    if not kernel_trait(kernel, "descends") or stds is None:
-        return None
-    return len(stds) - 1, stds[-1]
+    return len(stds) - 1 if stds is not None and kernel_trait(kernel, "descends") else None
+
+
+def noise_of(
+    energy: object, level: int, size: tuple[int, ...], generator: torch.Generator
+) -> Tensor:
+    """Noise of that level about the mean of the data, `data_mean` of the energy, or else 0.
+
+    The mean counts: that of an image of many pixels is as far from 0 as noise of 10 reaches.
+    """
+    noise = torch.empty(size).normal_(generator=generator)
+    mean = getattr(energy, "data_mean", 0.0)
+    return mean + context_trait(energy, "noise_stds")[level] * noise
 
 
 def _bound(energy: EnergyFn) -> EnergyFn:
