@@ -13,6 +13,7 @@ from ebm_dist import energies, samplers
 from ebm_dist.cli import main
 from ebm_dist.core.types import EventSpec
 from ebm_dist.data import DataConfig, describe, load_split
+from ebm_dist.data.sources.prepare import prepare
 from ebm_dist.evaluation import bits_per_dim
 from ebm_dist.export.reader import load_energy
 from ebm_dist.export.suites import _shuffled
@@ -163,3 +164,19 @@ def test_data_that_has_moved_away_is_one_line(tmp_path, export, capsys):
     (path / "config.json").write_text(json.dumps(config))
     assert main(["evaluate", str(path), "--suite", "ood"]) == 2
     assert "the model's own data is needed" in capsys.readouterr().err
+
+
+def test_data_that_has_moved_is_found_by_the_path_that_is_given(tmp_path, export, capsys):
+    shards, moved = tmp_path / "shards", tmp_path / "moved"
+    prepare("digits", shards)
+    path, _ = export({"name": "quadratic", "precision": 2.0}, {"source": str(shards)})
+    before = measured(tmp_path, path, "density")
+    shards.rename(moved)
+    assert main(["evaluate", str(path), "--suite", "density"]) == 2
+    assert "--data" in capsys.readouterr().err
+    out = tmp_path / "after.json"
+    argv = ["evaluate", str(path), "--suite", "density", "--data", str(moved), "--out", str(out)]
+    assert main(argv) == 0
+    after = json.loads(out.read_text())
+    assert after["metrics"] == before["metrics"]
+    assert after["examples"] == before["examples"]

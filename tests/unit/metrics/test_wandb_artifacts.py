@@ -147,14 +147,16 @@ class Hub:
         self.sent.append((step, kind, aliases))
 
 
-def logged(run_dir: Path, config: RunConfig, scores: dict[int, float]) -> list[Any]:
+def logged(
+    run_dir: Path, config: RunConfig, scores: dict[int, float], by: str = SCORE
+) -> list[Any]:
     """What a run at `run_dir` with the checkpoints and these scores of its evaluations sends."""
     hub = Hub()
     artifacts = Artifacts(config, describe(config.data), run_dir, hub)  # type: ignore[arg-type]
     artifacts.log_data(0)
     for step, score in scores.items():
         artifacts.on_checkpoint(run_dir / "checkpoints" / f"step_{step:08d}")
-        artifacts.on_evaluation(step, {SCORE: score})
+        artifacts.on_evaluation(step, {SCORE: -score, by: score})
     artifacts.finish(run_dir / "export")
     return hub.sent
 
@@ -170,9 +172,9 @@ def test_the_config_and_the_evaluations_say_which_models_are_sent(
     plain = untracked.config.model_dump(mode="json")
     scores = {2: -1.0, 4: -2.0, 6: -1.5}
 
-    def sent(name: str, scores: dict[int, float], *overrides: str) -> list[Any]:
+    def sent(name: str, scores: dict[int, float], *overrides: str, by: str = SCORE) -> list[Any]:
         shutil.copytree(untracked.run_dir, tmp_path / name, dirs_exist_ok=True)
-        return logged(tmp_path / name, load(plain, overrides), scores)
+        return logged(tmp_path / name, load(plain, overrides), scores, by)
 
     assert sent("off", scores, "tracking.artifacts=off") == []
     assert sent("final", scores, "tracking.artifacts=final") == [DATA, FINAL_AND_BEST]
@@ -181,6 +183,15 @@ def test_the_config_and_the_evaluations_say_which_models_are_sent(
     assert sent("best", {6: -1.2}) == [DATA, FINAL]
     assert sent("best", {6: -0.5}) == [DATA, FINAL_AND_BEST]
     assert sent("nothing evaluated", {}) == [DATA, FINAL_AND_BEST]
+    # The distance comes before the likelihood, and the smallest is the best.
+    distances = {2: 2.0, 4: 1.0, 6: 1.5}
+    by_distance = sent("distance", distances, by="fidelity/distance")
+    assert by_distance == [
+        DATA,
+        (2, "model", ["latest", "best"]),
+        (4, "model", ["latest", "best"]),
+        FINAL,
+    ]
 
 
 def test_models_are_bounded_and_a_failure_of_theirs_ends_no_run(
