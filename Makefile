@@ -79,8 +79,9 @@ format: $(STAMP) ## rewrite to the format
 types: $(STAMP) ## static types
 	$(BIN)/basedpyright ebm_dist
 
-gallery: $(STAMP) ## the pictures of the documentation
+gallery: $(STAMP) ## the pictures of the documentation (those of reports need Chromium)
 	$(BIN)/python docs/gallery/draw/gallery.py docs/gallery
+	$(BIN)/python docs/gallery/draw/sick_runs.py docs/pictures
 
 # The site gets an environment of its own: no test needs it.
 DOCS := .venv-docs

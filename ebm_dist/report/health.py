@@ -21,7 +21,6 @@ Series = Mapping[str, Sequence[tuple[int, float]]]
 TAIL = 0.2
 """Share of a run, at its end, that the verdicts look at: its youth is not its state."""
 
-
 STATES = ("bad", "warn", "note", "ok")
 """The worst first. A note says how to read the run, and asks for nothing."""
 
@@ -126,6 +125,15 @@ def _tail(pairs: Sequence[tuple[int, float]]) -> float:
 
 _Rule = Callable[[Series, Mapping[str, float]], Finding | None]
 
+_SHORTER = "lower sampler.step_size or lower sampler.proposal_std or lower sampler.kernel.step_size"
+
+
+def _refused(tails: Mapping[str, float]) -> bool:
+    """Whether steps are too long: neither more of them nor a higher temperature helps then."""
+    limits = METRICS["sampler/acceptance"].healthy
+    acceptance = _known(tails, "sampler/acceptance")
+    return limits is not None and acceptance is not None and acceptance < limits[0]
+
 
 def _known(tails: Mapping[str, float], name: str) -> float | None:
     value = tails.get(name, math.nan)
@@ -158,13 +166,32 @@ def _bounded(series: Series, tails: Mapping[str, float]) -> Finding | None:
         return None
     size = max(abs(positive), abs(negative))
     if size > 1e3:
+        advice = "raise objective.energy_l2 or raise objective.gradient_penalty or lower learner.lr"
+        # A drift of the constant moves both alike.
+        if abs(positive - negative) > 0.1 * size:
+            return Finding(
+                "bad",
+                f"energies have grown to {size:.3g}, and those of data ({positive:.3g}) and "
+                f"negatives ({negative:.3g}) part: the model runs away",
+                advice,
+            )
         return Finding(
             "bad",
             f"energies have grown to {size:.3g}",
-            "raise objective.energy_l2 or raise objective.gradient_penalty or lower learner.lr or "
-            "leave it: the additive constant of E drifts when nothing holds it",
+            f"{advice} or leave it: the additive constant of E drifts when nothing holds it",
         )
     return Finding("ok", f"energies are bounded (data {positive:.3g}, negatives {negative:.3g})")
+
+
+def _acceptance(series: Series, tails: Mapping[str, float]) -> Finding | None:
+    value = _known(tails, "sampler/acceptance")
+    if value is None:
+        return None
+    said = f"sampler/acceptance {value:.3g}"
+    if not _refused(tails):
+        return Finding("ok", said)
+    state = "bad" if value < 0.05 else "warn"
+    return Finding(state, f"{said}: most moves are refused, the steps are too long", _SHORTER)
 
 
 def _gap(series: Series, tails: Mapping[str, float]) -> Finding | None:
@@ -178,7 +205,9 @@ def _gap(series: Series, tails: Mapping[str, float]) -> Finding | None:
         return Finding(
             "bad",
             f"energy gap {gap:.3g}: negatives are nearly as bad as noise; the sampler loses",
-            "raise sampler.num_steps or raise sampler.step_size or lower learner.lr",
+            f"{_SHORTER} or lower learner.lr"
+            if _refused(tails)
+            else "raise sampler.num_steps or raise sampler.step_size or lower learner.lr",
         )
     if scale is not None and gap > 0.5 * scale:
         return Finding(
@@ -213,6 +242,26 @@ def _between(
         return Finding("ok", f"{name} {value:.3g}")
 
     return rule
+
+
+_STAGNANT = _between(
+    "chain/stagnant",
+    None,
+    (
+        "many chains are stuck",
+        "raise sampler.temperature or raise sampler.noise_std or raise sampler.num_steps or raise "
+        "buffer.reinit_prob",
+    ),
+    state="bad",
+)
+
+
+def _stagnant(series: Series, tails: Mapping[str, float]) -> Finding | None:
+    finding = _STAGNANT(series, tails)
+    if finding is None or finding.state == "ok" or not _refused(tails):
+        return finding
+    advice = f"{_SHORTER} or raise buffer.reinit_prob"
+    return replace(finding, what=f"{finding.what}, they refuse their moves", advice=advice)
 
 
 def _waits(series: Series, tails: Mapping[str, float]) -> Finding | None:
@@ -315,12 +364,9 @@ def _fidelity(series: Series, tails: Mapping[str, float]) -> Finding | None:
 _RULES: tuple[tuple[str, str, _Rule], ...] = (
     ("loss/total", "docs/failures.md#Non-finite numbers and exploding energies", _finite),
     ("energy/positive", "docs/report.md#Energies that grow", _bounded),
+    # Above its consequences: the gap of chains that cannot move, and chains that are stuck.
+    ("sampler/acceptance", "docs/report.md#Acceptance", _acceptance),
     ("energy/gap", "docs/report.md#Energy gap", _gap),
-    (
-        "sampler/acceptance",
-        "docs/report.md#Acceptance",
-        _between("sampler/acceptance", ("most moves are refused", "lower sampler.step_size"), None),
-    ),
     (
         "chain/self_transition",
         "docs/report.md#Chains that stand still",
@@ -331,20 +377,7 @@ _RULES: tuple[tuple[str, str, _Rule], ...] = (
             state="bad",
         ),
     ),
-    (
-        "chain/stagnant",
-        "docs/report.md#Chains that stand still",
-        _between(
-            "chain/stagnant",
-            None,
-            (
-                "many chains are stuck",
-                "raise sampler.temperature or raise sampler.noise_std or raise sampler.num_steps "
-                "or raise buffer.reinit_prob",
-            ),
-            state="bad",
-        ),
-    ),
+    ("chain/stagnant", "docs/report.md#Chains that stand still", _stagnant),
     ("flow/lag_max", "docs/flow.md#Negatives that are too old", _lag),
     (
         "flow/ess_ratio",

@@ -42,8 +42,10 @@ def advices(config: RunConfig, *, chains: bool = True) -> list[str]:
     """All that a run of `config` may be advised; without chains it logs nothing of a buffer."""
     complete = yaml.safe_load(dump(config))
     found = []
-    for gap in (-3.0, 3.0):
-        series = {name: [(0, value)] for name, value in (SICK | {"energy/gap": gap}).items()}
+    # Of chains that stand still the advice depends on whether they refuse their moves.
+    for gap, acceptance in ((-3.0, 0.05), (-3.0, 0.5), (3.0, 0.5)):
+        logged = SICK | {"energy/gap": gap, "sampler/acceptance": acceptance}
+        series = {name: [(0, value)] for name, value in logged.items()}
         if not chains:
             series = {name: pairs for name, pairs in series.items() if "buffer/" not in name}
         found += [finding.advice for finding in examine(series, complete) if finding.advice]

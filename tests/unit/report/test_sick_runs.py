@@ -1,0 +1,65 @@
+"""The report of a real run names its sickness first, and finds none in a healthy run.
+
+`docs/gallery/draw/sick_runs.py` has the runs: docs/report.md shows pictures of their reports.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from ebm_dist.report.health import Finding, examine
+from ebm_dist.report.run_files import RunFiles
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "docs/gallery/draw"))
+import sick_runs
+
+
+def findings_of(name: str, run_dir: Path) -> list[Finding]:
+    sick_runs.train(name, run_dir)
+    run = RunFiles(run_dir)
+    return examine(run.series, run.config)
+
+
+def test_a_healthy_run_is_told_of_nothing_to_change(tmp_path: Path) -> None:
+    findings = findings_of("healthy", tmp_path / "healthy")
+    judged = {finding.metric for finding in findings}
+    assert judged >= {"energy/gap", "sampler/acceptance", "chain/stagnant", "energy/positive"}
+    assert {finding.state for finding in findings} <= {"ok", "note"}
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "says", "advises", "others"),
+    [
+        # Its moves are accepted: the barrier holds the chains, not the step.
+        (
+            "stagnated",
+            "chain/stagnant",
+            "stuck",
+            "raise sampler.temperature",
+            {"sampler/acceptance", "energy/positive", "energy/gap"},
+        ),
+        (
+            "step",
+            "sampler/acceptance",
+            "moves are refused",
+            "lower sampler.step_size",
+            {"energy/positive"},
+        ),
+        ("exploding", "energy/positive", "part: the model runs away", "lower learner.lr", set()),
+    ],
+)
+def test_a_sick_run_is_named_by_its_own_sickness(
+    name: str, metric: str, says: str, advises: str, others: set[str], tmp_path: Path
+) -> None:
+    findings = findings_of(name, tmp_path / name)
+    worst = findings[0]
+    assert (worst.state, worst.metric) == ("bad", metric)
+    assert says in worst.what
+    assert advises in worst.advice
+    assert {finding.metric for finding in findings if finding.state == "ok"} >= others
+    if "sampler/acceptance" not in others:
+        # More or longer ones of the steps that are refused help nobody.
+        assert not any("raise sampler" in finding.advice for finding in findings)
