@@ -160,27 +160,26 @@ def _finite(series: Series, tails: Mapping[str, float]) -> Finding | None:
     )
 
 
+def _runs_away(tails: Mapping[str, float]) -> bool:
+    """Whether energies are large and those of data and negatives part; a drift moves both alike."""
+    ends = [_known(tails, f"energy/{name}") or 0.0 for name in ("positive", "negative")]
+    size = max(map(abs, ends))
+    return size > 1e3 and abs(ends[0] - ends[1]) > 0.1 * size
+
+
 def _bounded(series: Series, tails: Mapping[str, float]) -> Finding | None:
     positive, negative = _known(tails, "energy/positive"), _known(tails, "energy/negative")
     if positive is None or negative is None:
         return None
     size = max(abs(positive), abs(negative))
-    if size > 1e3:
-        advice = "raise objective.energy_l2 or raise objective.gradient_penalty or lower learner.lr"
-        # A drift of the constant moves both alike.
-        if abs(positive - negative) > 0.1 * size:
-            return Finding(
-                "bad",
-                f"energies have grown to {size:.3g}, and those of data ({positive:.3g}) and "
-                f"negatives ({negative:.3g}) part: the model runs away",
-                advice,
-            )
-        return Finding(
-            "bad",
-            f"energies have grown to {size:.3g}",
-            f"{advice} or leave it: the additive constant of E drifts when nothing holds it",
-        )
-    return Finding("ok", f"energies are bounded (data {positive:.3g}, negatives {negative:.3g})")
+    both = f"data {positive:.3g}, negatives {negative:.3g}"
+    if size <= 1e3:
+        return Finding("ok", f"energies are bounded ({both})")
+    advice = "raise objective.energy_l2 or raise objective.gradient_penalty or lower learner.lr"
+    if _runs_away(tails):
+        return Finding("bad", f"energies grow and part ({both}): the model runs away", advice)
+    advice += " or leave it: the additive constant of E drifts when nothing holds it"
+    return Finding("bad", f"energies have grown to {size:.3g}", advice)
 
 
 def _acceptance(series: Series, tails: Mapping[str, float]) -> Finding | None:
@@ -197,7 +196,7 @@ def _acceptance(series: Series, tails: Mapping[str, float]) -> Finding | None:
 def _gap(series: Series, tails: Mapping[str, float]) -> Finding | None:
     gap = _known(tails, "energy/gap")
     noise, test = _known(tails, "energy/noise"), _known(tails, "energy/test")
-    if gap is None:
+    if gap is None or _runs_away(tails):
         return None
     # The gap is in units of energy, which a model scales at will: judge it against noise.
     scale = abs(noise - test) if noise is not None and test is not None else None

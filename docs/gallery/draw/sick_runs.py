@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.console import Console
 
 import ebm_dist
@@ -78,6 +77,8 @@ def photograph(page: Path, out: Path, *, chromium: str, height: int) -> None:
                 "--no-sandbox",
                 "--disable-gpu",
                 "--hide-scrollbars",
+                # Without it a busy machine's picture may lack a tile.
+                "--run-all-compositor-stages-before-draw",
                 f"--user-data-dir={profile}",
                 f"--window-size=900,{height}",
                 f"--screenshot={out}",
@@ -87,9 +88,6 @@ def photograph(page: Path, out: Path, *, chromium: str, height: int) -> None:
             capture_output=True,
             timeout=300,
         )
-    with Image.open(out) as image:
-        small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
-    small.save(out, optimize=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--only", nargs="*", default=list(CHANGES), choices=list(CHANGES))
     parser.add_argument("--chromium", default="chromium", help="the browser's command")
-    parser.add_argument("--height", type=int, default=1200, help="pixels of a page to show")
+    parser.add_argument("--height", type=int, default=1130, help="pixels of a page to show")
     options = parser.parse_args(arguments)
     if shutil.which(options.chromium) is None:
         parser.error(f"--chromium: no command {options.chromium}; install Chromium, or name yours")
