@@ -170,10 +170,8 @@ class Worker:
             start_std: standard deviation of the starting noise, buffer.init_std.
         """
         self._use(weights, None)
-        highest, generator = (
-            highest_level(self._kernel, self._energy),
-            seeded(derive_seed(seed, "starts")),
-        )
+        generator = seeded(derive_seed(seed, "starts"))
+        highest = highest_level(self._kernel, self._energy)
         if highest is None:
             start = self._spec.noise(num, generator, std=start_std)
         else:

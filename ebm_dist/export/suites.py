@@ -33,7 +33,7 @@ from ebm_dist.evaluation import (
 from ebm_dist.evaluation.connectivity import CONNECTED, connectivity
 from ebm_dist.evaluation.fidelity import NEIGHBOURS, PER_ROW
 from ebm_dist.evaluation.regime import SHORT_RUN_REINIT
-from ebm_dist.export.all_classes import of_all_classes
+from ebm_dist.export.one_law import of_one_law
 from ebm_dist.export.reader import Export
 from ebm_dist.export.sample import draw_samples, is_conditional, usual_steps
 from ebm_dist.samplers import law
@@ -96,23 +96,14 @@ def evaluate(
         "landscape": _landscape,
     }[suite]
     export.energy.to(device)
-    if suite != "fidelity" and "condition" in trait(export.energy, "needs_context"):
-        raise UserError(
-            f"--suite {suite}: {export.path} has a conditional energy, with one law for each "
-            "condition; use --suite fidelity, or measure it in Python with "
-            "energy.given(condition=...)"
-        )
     if data is not None:
         export = _with_data(export, data)
-    together = suite in ("density", "ood") and is_conditional(export)
-    if together:
-        export = of_all_classes(export)
+    export, notes = of_one_law(export, suite)
     try:
         found = measure(export, seed, torch.device(device), say, on_step)
-        if together:
-            found.notes.append("E(x) is that of all classes together: -T log sum_y exp(-E(x, y)/T)")
     except ValueError as error:
         raise UserError(f"--suite {suite}: {' '.join(str(error).split())}") from None
+    found.notes.extend(notes)
     if out is not None and found.neighbours is not None:
         found.notes.append(_show_neighbours(found.neighbours, out, export))
     return {

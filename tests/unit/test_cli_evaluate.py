@@ -86,6 +86,24 @@ def test_density_of_a_clamped_model_is_over_the_range_of_its_chains(tmp_path, ex
     assert "log Z is over [-2, 2]^d" in result["notes"]
 
 
+def test_density_of_an_energy_over_noise_levels_is_that_of_the_cleanest(tmp_path, export, capsys):
+    energy = {
+        "name": "gaussian_mixture",
+        "means": [[0.5, 0.0]],
+        "stds": 0.5,
+        "noise_stds": [0.1, 2],
+    }
+    path, config = export(energy, MOONS)
+    result = measured(tmp_path, path, "density")
+    variance = 0.5**2 + 0.1**2
+    x = load_split(config, "test", 2000).x.double() - torch.tensor([0.5, 0.0])
+    log_prob = (-x.square().sum(1) / (2 * variance)).mean() - math.log(2 * math.pi * variance)
+    assert result["metrics"]["likelihood/log_prob_test"] == pytest.approx(log_prob.item(), abs=0.03)
+    assert "E(x) is that of the cleanest level, of data with noise 0.1" in result["notes"]
+    assert main(["evaluate", str(path), "--suite", "landscape"]) == 2
+    assert "do not stay at one; use --suite fidelity" in capsys.readouterr().err
+
+
 def test_ood_tells_far_noise_from_data_by_the_energy(tmp_path, export):
     # A steep bowl: the farther out the higher, and unit noise lies farther out than the moons.
     path, config = export({"name": "quadratic", "precision": 4.0, "learnable": True}, MOONS)

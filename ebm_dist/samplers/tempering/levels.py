@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebm_dist.core.events import per_chain
 from ebm_dist.core.types import EnergyFn
 from ebm_dist.energies.context import Given
 from ebm_dist.energies.context import trait as context_trait
 from ebm_dist.samplers.frozen import Autocast
-from ebm_dist.samplers.kernel import Kernel, per_chain
+from ebm_dist.samplers.kernel import Kernel
 from ebm_dist.samplers.traits import trait as kernel_trait
 
 

@@ -13,13 +13,14 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from ebm_dist.core.events import per_chain
 from ebm_dist.core.types import EnergyFn
+from ebm_dist.samplers.continuous.gradient import GradientState
 from ebm_dist.samplers.kernel import (
     FAMILY,
     KernelSection,
     norm_event,
     normal,
-    per_chain,
     start,
     value_and_grad,
 )
@@ -28,12 +29,9 @@ from ebm_dist.samplers.traits import KernelTraits
 
 
 @dataclass(frozen=True, slots=True)
-class PredictorCorrectorState:
-    """Chains at their levels, with the gradient that their next move follows."""
+class PredictorCorrectorState(GradientState):
+    """Chains at their levels; energy and gradient are those of E(x, level)."""
 
-    position: Tensor  # (B, *event), float32
-    energy: Tensor  # (B,), E(position, level)
-    grad: Tensor  # (B, *event), dE/dx at position
     level: Tensor  # (B,), int64
 
 

@@ -11,6 +11,8 @@ import torch
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
+import ebm_dist
+
 QUIET: dict[str, Any] = {
     "runtime": {"backend": "inline"},
     "learner": {"num_threads": 1},
@@ -52,3 +54,12 @@ def chains(run_dir: Path, step: int) -> dict[str, np.ndarray]:
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     parts = [load_numpy(path) for path in sorted(folder.glob("shard_*.safetensors"))]
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def resumed_on_ray(base: dict[str, Any], folder: Path, step: int) -> tuple[Path, Path]:
+    """A run in one process; and on Ray what a kill of it after the checkpoint of `step` left."""
+    ebm_dist.train(base, run_dir=folder / "inline")
+    resumed = killed(folder / "inline", step)
+    ray = {**base, "runtime": {"backend": "ray", "address": "local"}}
+    ebm_dist.train(ray, run_dir=resumed, resume="must")
+    return folder / "inline", resumed

@@ -20,6 +20,7 @@ from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import ContextField
 from ebm_dist.data import DataConfig, describe, load_split
 from ebm_dist.export import suites
+from ebm_dist.export.one_law import of_one_law
 from ebm_dist.export.sample import draw_samples, usual_steps
 
 CONFIG: dict[str, Any] = {
@@ -134,7 +135,7 @@ def test_an_export_keeps_the_labels_of_its_chains_and_is_audited_under_them(
         energy = -export.energy.logits(data.x).gather(1, data.label[:, None]).mean()
     assert found["audit/energy_data"] == pytest.approx(float(energy), rel=1e-4)
 
-    together, temperature = suites.of_all_classes(export), suites.temperature_of(export)
+    together, temperature = of_one_law(export, "ood")[0], suites.temperature_of(export)
     with torch.no_grad():
         by_class = -export.energy.logits(x).double()
         expected = -temperature * (-by_class / temperature).logsumexp(1)

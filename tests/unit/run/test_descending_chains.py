@@ -68,6 +68,16 @@ def test_samples_of_a_level_have_its_noise(run):
         assert drawn.x[:, 1].var().item() == pytest.approx(variance, rel=0.15)
 
 
+def test_noise_at_the_highest_level_lies_about_the_mean_of_the_data(run):
+    export = run.open_export()
+    assert usual_steps(export, 14) == 0
+    export.energy.data_mean = 3.0
+    x = draw(export, 2000, 0, level=14).x
+    error = STDS[14] / (2 * 2000) ** 0.5
+    assert abs(x.mean().item() - 3.0) < 4 * error
+    assert x.std().item() == pytest.approx(STDS[14], rel=0.05)
+
+
 def test_a_run_without_chains_measures_samples_of_the_lowest_level(run):
     export = run.open_export()
     section = load(CONFIG).energy.bind(export.spec)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chains_with_context import QUIET, chains, changed, equal, killed
+from chains_with_context import QUIET, chains, changed, equal, resumed_on_ray
 
 import ebm_dist
 from ebm_dist.core.errors import UserError
@@ -68,11 +68,7 @@ def test_clocks_killed_and_resumed_on_ray_train_bit_for_bit_as_in_one_process(
     tmp_path: Path,
 ) -> None:
     base = config(tmp_path)
-    ebm_dist.train(base, run_dir=tmp_path / "inline")
-    ray = {**base, "runtime": {"backend": "ray", "address": "local"}}
-    resumed = killed(tmp_path / "inline", 3)
-    ebm_dist.train(ray, run_dir=resumed, resume="must")
-    assert equal(tmp_path / "inline", resumed)
+    assert equal(*resumed_on_ray(base, tmp_path, 3))
 
 
 REFUSED: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chains_with_context import QUIET, chains, changed, equal, killed
+from chains_with_context import QUIET, chains, changed, equal, resumed_on_ray
 
 import ebm_dist
 from ebm_dist.core.errors import UserError
@@ -65,13 +65,10 @@ def test_moving_levels_killed_and_resumed_on_ray_train_bit_for_bit_as_in_one_pro
 ) -> None:
     """On one node positions move in rows of shared memory, and levels beside them."""
     base = config(tmp_path)
-    ebm_dist.train(base, run_dir=tmp_path / "inline")
     four = {**base["workers"], "num_workers": 4}
-    ray = {**base, "workers": four, "runtime": {"backend": "ray", "address": "local"}}
-    resumed = killed(tmp_path / "inline", 2)
-    ebm_dist.train(ray, run_dir=resumed, resume="must")
-    assert equal(tmp_path / "inline", resumed)
-    left, right = chains(tmp_path / "inline", 4), chains(resumed, 4)
+    inline, resumed = resumed_on_ray({**base, "workers": four}, tmp_path, 2)
+    assert equal(inline, resumed)
+    left, right = chains(inline, 4), chains(resumed, 4)
     assert all(np.array_equal(left[key], right[key]) for key in ("position", "context/level"))
 
 
