@@ -180,6 +180,9 @@ def sample(
             "those of the run's last chains if left out."
         ),
     ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="T > 0 of the law exp(-E/T); the run's if left out.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the starts and the noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     plugin: Plugins = [],  # noqa: B006
@@ -202,6 +205,7 @@ def sample(
             label=label,
             level=level,
             condition=given,
+            temperature=temperature,
             seed=seed,
             start=start,
             device=_device(device),

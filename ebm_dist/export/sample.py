@@ -17,6 +17,8 @@ from ebm_dist.core.seeds import derive_seed
 from ebm_dist.energies.context import ContextTraits, bind, how_to_take, trait
 from ebm_dist.export.reader import Export, open_export
 from ebm_dist.files.durable import replacing
+from ebm_dist.samplers.kernel import Kernel
+from ebm_dist.samplers.law import at_temperature
 from ebm_dist.samplers.tempering.levels import highest_level, noise_of
 from ebm_dist.samplers.traits import trait as kernel_trait
 
@@ -36,6 +38,7 @@ def sample(
     label: int | Sequence[int] | Tensor | None = None,
     level: int | None = None,
     condition: Tensor | np.ndarray | None = None,
+    temperature: float | None = None,
     num_steps: int | None = None,
     seed: int = 0,
     plugins: Sequence[str] = (),
@@ -51,6 +54,8 @@ def sample(
         level: for an energy over levels, the noise level; 0, the cleanest, when left out.
         condition: for a conditional energy E(y | x), the given parts (K, *condition_shape), which
             the samples take in turn; those of the run's last chains when left out.
+        temperature: T > 0 of the law exp(-E/T); the run's own when left out. A short-run recipe has
+            no such law (docs/choosing.md); chains that go down noise levels have it at each level.
         num_steps: sampler steps of each chain; when left out, `usual_steps`.
         plugins: modules to import first, as `load_energy` takes them.
 
@@ -62,7 +67,14 @@ def sample(
     opened = export if isinstance(export, Export) else open_export(export, plugins=plugins)
     steps = usual_steps(opened, level) if num_steps is None else num_steps
     return draw_samples(
-        opened, num, steps, label=label, level=level, condition=condition, seed=seed
+        opened,
+        num,
+        steps,
+        label=label,
+        level=level,
+        condition=condition,
+        temperature=temperature,
+        seed=seed,
     )
 
 
@@ -89,6 +101,7 @@ def draw(
     label: int | Sequence[int] | Tensor | None = None,
     level: int | None = None,
     condition: Tensor | np.ndarray | None = None,
+    temperature: float | None = None,
     seed: int = 0,
     start: Start = "noise",
     device: str | torch.device = "cpu",
@@ -98,7 +111,7 @@ def draw(
     """Run `num` chains for `steps` steps of the export's sampler.
 
     Args:
-        label: as in `sample`, as are `level` and `condition`.
+        label: as in `sample`, as are `level`, `condition` and `temperature`.
         start: `noise` starts from the reference law of the events, `chains` from the run's last
             chains, each of which is used once before any is used again.
         batch_size: number of chains that move together; the noise depends on it.
@@ -117,6 +130,8 @@ def draw(
     device = torch.device(device)
     energy = export.energy.to(device)
     kernel = export.kernel()
+    if temperature is not None:
+        kernel = _at_temperature(kernel, temperature)
     if condition is not None and start == "chains":
         raise UserError(
             "condition: given, but each of the run's chains has its own; leave it out, or draw "
@@ -157,6 +172,18 @@ def draw(
     if levels:
         asked["level"] = torch.cat(levels)
     return Samples(torch.cat(positions), torch.cat(energies), asked)
+
+
+def _at_temperature(kernel: Kernel[Any], temperature: float) -> Kernel[Any]:
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature: expected a finite number above 0, got {temperature}")
+    try:
+        return at_temperature(kernel, temperature)
+    except ValueError as error:
+        raise UserError(
+            f"{error}; leave the temperature out, or make the run's sampler a dataclass with a "
+            "field `temperature`"
+        ) from error
 
 
 def usual_steps(export: Export, level: int | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,26 @@ def unadjusted(kernel: Kernel[Any]) -> UnadjustedKernel | None:
     """The kernel that moves the chains (or coldest copies) if it has no accept step, else None."""
     kernel = getattr(kernel, "coldest", kernel)
     return kernel if isinstance(kernel, UnadjustedKernel) else None
+
+
+def at_temperature(kernel: Kernel[Any], temperature: float) -> Kernel[Any]:
+    """The same sampler of exp(-E/T) at another T > 0; a ladder keeps its ratios above the new T.
+
+    Raises:
+        ValueError: a sampler of the user's that is no dataclass with a field `temperature`.
+    """
+    names = {field.name for field in fields(kernel)} if is_dataclass(kernel) else set()
+    change: dict[str, Any]
+    if "temperatures" in names:
+        ladder: tuple[float, ...] = getattr(kernel, "temperatures")  # noqa: B009
+        change = {"temperatures": tuple(temperature * t / ladder[0] for t in ladder)}
+    elif "temperature" in names:
+        change = {"temperature": temperature}
+    elif "kernel" in names:
+        change = {"kernel": at_temperature(getattr(kernel, "kernel"), temperature)}  # noqa: B009
+    else:
+        raise ValueError(f"temperature: {type(kernel).__name__} has none that could be set")
+    return replace(kernel, **change)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def box(kernel: Kernel[Any]) -> tuple[float, float] | None:

@@ -158,6 +158,10 @@ def test_sample_writes_arrays_whose_energies_are_the_models(run_dir, tmp_path):
     assert main([*args, "--start", "chains"]) == 0
     with np.load(out) as file:
         assert not np.array_equal(file["x"], x.numpy())
+    assert main([*args, "--temperature", "1e-6"]) == 0
+    with np.load(out) as file:
+        assert not np.array_equal(file["x"], x.numpy())
+    assert main([*args, "--temperature", "0"]) == 2
 
 
 def test_config_show_is_complete_and_schema_is_json(run_dir, capsys, tmp_path):

@@ -176,11 +176,17 @@ def test_drawn_samples_follow_the_exported_law(tmp_path):
     write(tmp_path / "m", {"name": "quadratic", "precision": 4.0, "event_shape": [2]}, spec,
           sampler=sampler)  # fmt: skip
     export = open_export(tmp_path / "m")
+    for temperature in (None, 0.25):
+        how = {"temperature": temperature, "batch_size": 5000, "seed": 4}
+        x, energy = draw_samples(export, num, 60, **how)
+        expected = (temperature or 1.0) / (4 * (1 - 2 * h))
+        standard_error = expected * math.sqrt(2 / num)
+        for variance in x.var(0).tolist():
+            assert abs(variance - expected) < 4 * standard_error
+    for wrong in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(UserError, match="temperature: expected a finite number above 0"):
+            draw_samples(export, 2, 1, temperature=wrong)
     x, energy = draw_samples(export, num, 60, seed=4, batch_size=5000)
-    expected = 1 / (4 * (1 - 2 * h))
-    standard_error = expected * math.sqrt(2 / num)
-    for variance in x.var(0).tolist():
-        assert abs(variance - expected) < 4 * standard_error
     assert torch.equal(energy, export.energy(x))
     again, _ = draw_samples(export, num, 60, seed=4, batch_size=5000)
     assert torch.equal(x, again)

@@ -10,7 +10,7 @@ import torch
 from ebm_dist import energies, samplers
 from ebm_dist.core.types import EventSpec
 from ebm_dist.export.model_card import sampler_law
-from ebm_dist.samplers.law import curvature, effective_temperature, unadjusted
+from ebm_dist.samplers.law import at_temperature, curvature, effective_temperature, unadjusted
 
 UNADJUSTED = {
     "langevin", "annealed_langevin", "flow_langevin", "preconditioned_langevin", "sghmc",
@@ -33,6 +33,18 @@ def test_curvature_of_a_quadratic_is_the_mean_of_its_diagonal():
     assert abs(measured(kernel, energy, x) - 2.5) < 4 * 1.0 / 20_000**0.5
     scaled = samplers.make("preconditioned_langevin", step_size=0.1, scales=(0.25, 1.0))
     assert abs(measured(scaled, energy, x) - 1.0) < 4 * 0.5 / 20_000**0.5
+
+
+@pytest.mark.parametrize("name", sorted(samplers.FAMILY.members.keys() - {"module"}))
+def test_every_sampler_can_be_put_at_another_temperature(name):
+    section = samplers.FAMILY.members[name]
+    kernel = section(**{"name": name, **section.example}).build()
+    cold = at_temperature(kernel, 0.25)
+    assert cold.temperature == 0.25
+    assert type(cold) is type(kernel)
+    if ladder := getattr(kernel, "temperatures", None):
+        ratios = [t / ladder[0] for t in ladder]
+        assert [t / 0.25 for t in cold.temperatures] == pytest.approx(ratios)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("a", "h"), [(1.0, 0.1), (1.0, 1.0), (4.0, 0.2)])
