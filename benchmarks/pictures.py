@@ -9,8 +9,8 @@ recovery likelihood with the network of the former. No arm knows labels. The sch
 to zero over its minutes; ours is given as many updates as a short run before it shows to fit.
 Quality is measured afterwards, off everybody's clock: the Frechet distance of 500 samples
 to held-out images by one feature network for all arms and seeds, and the shares of classes and of
-confident calls by a second classifier, trained longer, that no run ever saw. DIR keeps what the
-arms made; an arm that is there is not run again.
+confident calls by a classifier that no run ever saw (judge.py). DIR keeps what the arms made and
+that classifier; an arm that is there is not run again.
 
 PYTHON is an interpreter that has ebmkit, torch, einops and pydantic.
 """
@@ -198,13 +198,14 @@ def main() -> None:
         loaded = torch.from_numpy(np.load(data, allow_pickle=False))
         recovery(json.loads(Path(recipe).read_text()), loaded, float(seconds), Path(out))
         return
+    import judge
     from common import keep
     from rich.console import Console
     from rich.table import Table
 
     from ebm_dist.config.run_config import load
     from ebm_dist.data import describe, load_split
-    from ebm_dist.evaluation.fidelity import Fidelity
+    from ebm_dist.evaluation.fidelity import Fidelity, of_logits
     from ebm_dist.report.grid import save_grid
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -230,9 +231,8 @@ def main() -> None:
     if options.run_only:
         return
     fidelity = Fidelity.fit(train, test, spec, 0)
-    judge = Fidelity.fit(train, test, spec, 7, num_epochs=6)
-    console.print(f"features: accuracy {fidelity.accuracy:.3f}; the judge: {judge.accuracy:.3f}")
-    real = judge.classes(test.x[:NUM_SAMPLES])
+    net = judge.kept(options.dir / "judge.safetensors", train)
+    real = of_logits(judge.logits_of(net, test.x), test.label)
     console.print(f"held-out images by the judge: {real}")
     rows: list[dict[str, Any]] = []
     for name, seed, folder in made:
@@ -244,7 +244,7 @@ def main() -> None:
             "seed": seed,
             "updates": updates,
             "curve": [(t, fidelity.distance(x)) for t, x in shown],
-            "last": fidelity.measure(last) | judge.classes(last),
+            "last": fidelity.measure(last) | of_logits(judge.logits_of(net, last)),
         }
         rows.append(row)
         console.print(row)
@@ -254,7 +254,7 @@ def main() -> None:
         curve = [f"{distance:.1f}" for _, distance in row["curve"]]
         table.add_row(row["arm"], str(row["seed"]), str(row["updates"]), *curve[:NUM_POINTS])
     console.print(table)
-    keep("pictures", rows, options.out, real=real, accuracy=judge.accuracy)
+    keep("pictures", rows, options.out, real=real)
 
 
 if __name__ == "__main__":

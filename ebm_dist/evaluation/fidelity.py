@@ -106,6 +106,25 @@ class FeatureNet(nn.Module):
         return self.head(self.body(x))
 
 
+def of_logits(logits: Tensor, label: Tensor | None = None) -> dict[str, float]:
+    """What a classifier makes of N images by its logits (N, K), as fractions of them, by name.
+
+    `confident`: called some class with probability .9 or more; `class_share_min` and
+    `class_share_max`: the rarest and the commonest class; `label_accuracy`: called what was
+    asked for, where `label` (N,) says what that was.
+    """
+    guess = logits.argmax(1)
+    share = torch.bincount(guess, minlength=logits.shape[1]).float() / len(logits)
+    found = {
+        "confident": float((logits.softmax(1).amax(1) >= 0.9).float().mean()),
+        "class_share_min": float(share.min()),
+        "class_share_max": float(share.max()),
+    }
+    if label is not None:
+        found |= {"label_accuracy": float((guess == label).float().mean())}
+    return found
+
+
 class Fidelity:
     """A trained feature network, the features of real images, and reference distances."""
 
@@ -228,24 +247,9 @@ class Fidelity:
         return torch.cat([x[:, None], nearest.float()], 1).flatten(0, 1)
 
     def classes(self, x: Tensor, label: Tensor | None = None) -> dict[str, float]:
-        """What the classifier makes of images (N, C, H, W), as fractions of them, by name.
-
-        `confident`: called some class with probability .9 or more; `class_share_min` and
-        `class_share_max`: the rarest and the commonest class; `label_accuracy`: called what was
-        asked for, where `label` (N,) says what that was.
-        """
+        """What the classifier makes of images (N, C, H, W), by name: see `of_logits`."""
         with torch.no_grad():
-            logits = torch.cat([self.net(part) for part in x.float().split(500)])
-        guess = logits.argmax(1)
-        share = torch.bincount(guess, minlength=logits.shape[1]).float() / len(x)
-        found = {
-            "confident": float((logits.softmax(1).amax(1) >= 0.9).float().mean()),
-            "class_share_min": float(share.min()),
-            "class_share_max": float(share.max()),
-        }
-        if label is not None:
-            found |= {"label_accuracy": float((guess == label).float().mean())}
-        return found
+            return of_logits(torch.cat([self.net(part) for part in x.float().split(500)]), label)
 
     def reference(self) -> dict[str, float]:
         """Distances of `noise` (the chains' start), `gaussian` (a Gaussian fitted to the pixels)
