@@ -30,7 +30,7 @@ from ebm_dist.report.figure import (
     spans_of,
 )
 from ebm_dist.report.health import examine, judged
-from ebm_dist.report.plots import PANELS, other_panels
+from ebm_dist.report.plots import FAULTS, PANELS, other_panels
 from ebm_dist.report.run_files import RunFiles
 
 MAX_RUNS = 8
@@ -85,7 +85,9 @@ def render(run_dir: Path) -> str:
         figures = [
             figure(
                 panel.title,
-                [Curve(name, run.series.get(name, []), name) for name in panel.names],
+                _eventful(
+                    section, [Curve(name, run.series.get(name, []), name) for name in panel.names]
+                ),
                 # Of names that are a run's own two may differ in signs that an anchor cannot hold.
                 anchor=_anchor(panel.names[0]) if section in PANELS else f"figure-other-{index}",
                 log=panel.log,
@@ -127,7 +129,9 @@ def compare(run_dirs: Sequence[Path]) -> str:
         figures = [
             figure(
                 f"{panel.title}: {name}" if len(panel.names) > 1 else panel.title,
-                [Curve(run.name, run.series.get(name, []), name) for run in runs],
+                _eventful(
+                    section, [Curve(run.name, run.series.get(name, []), name) for run in runs]
+                ),
                 anchor=_anchor(name),
                 log=panel.log,
                 about=panel.about,
@@ -156,6 +160,12 @@ def compare(run_dirs: Sequence[Path]) -> str:
             for name in sorted(known)
         ],
     )
+
+
+def _eventful(section: str, curves: list[Curve]) -> list[Curve]:
+    """`curves`, or none of them if they count faults and there were none."""
+    happened = any(value for curve in curves for _, value in curve.pairs)
+    return curves if happened or section != FAULTS else []
 
 
 def _page(template: str, **values: Any) -> str:

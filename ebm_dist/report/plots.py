@@ -27,6 +27,9 @@ class Panel:
     """What a healthy run's curves look like."""
 
 
+FAULTS = "Faults"
+"""The section of counts that stay at 0 while nothing fails."""
+
 PANELS: dict[str, tuple[Panel, ...]] = {
     "Energy": (
         Panel(
@@ -128,16 +131,10 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             ("buffer/free", "buffer/leased", "buffer/ready", "buffer/capacity"),
             about="Free, leased and ready add up to the capacity.",
         ),
-        Panel(
-            "Leases lost so far",
-            ("buffer/late_checkins", "buffer/expired_leases"),
-            about="0 unless workers are lost or slow.",
-        ),
     ),
     "Speed": (
         Panel("MCMC steps per second", ("throughput/mcmc_steps_per_s",), about="Steady."),
         Panel("Updates per second", ("throughput/updates_per_s",), about="Steady."),
-        Panel("Restarts so far", ("fault/restarts",), about="0 on machines that stay."),
     ),
     "Learner": (
         Panel(
@@ -169,6 +166,34 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             ("audit/spurious", "audit/law_distance"),
             about="Chains run far longer than in training: where the model's law differs from "
             "what training shows.",
+        ),
+    ),
+    FAULTS: (
+        Panel("Restarts so far", ("fault/restarts",), about="0 on machines that stay."),
+        Panel(
+            "Rollbacks so far",
+            ("fault/rollbacks",),
+            about="Returns to a checkpoint because of numbers that were not finite.",
+        ),
+        Panel(
+            "Leases lost so far",
+            ("buffer/late_checkins", "buffer/expired_leases"),
+            about="0 unless workers are lost or slow.",
+        ),
+        Panel(
+            "Lost with a node so far, chains",
+            ("flow/lost",),
+            about="Negatives that were on a node which went.",
+        ),
+        Panel(
+            "Samples left out so far",
+            ("fault/skipped_samples",),
+            about="They could not be read; ebm-dist data check names them.",
+        ),
+        Panel(
+            "Rows of metrics dropped so far",
+            ("hub/dropped",),
+            about="The disk is too slow for tracking.log_every.",
         ),
     ),
 }

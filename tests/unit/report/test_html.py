@@ -406,6 +406,25 @@ def test_a_healthy_run_of_the_default_recipe_shows_no_warning() -> None:
     assert {finding.state for finding in examine(series)} == {"ok", "note"}
 
 
+def test_faults_have_figures_only_in_a_run_that_had_some(tmp_path: Path) -> None:
+    counts = ("fault/restarts", "fault/rollbacks", "buffer/late_checkins", "flow/lost")
+    for name, restarts in (("calm", 0.0), ("rough", 2.0)):
+        (tmp_path / name).mkdir()
+        row = {"epoch": 0, "energy/gap": 0.0, **dict.fromkeys(counts, 0.0)}
+        rows = [{"step": step, **row} for step in (0, 10)]
+        rows[-1]["fault/restarts"] = restarts
+        (tmp_path / name / "metrics.jsonl").write_bytes(b"".join(map(encode, rows)))
+
+    def figures(*names: str) -> list[str]:
+        runs = [tmp_path / name for name in names]
+        _, page = page_of(write_report(*runs, out=tmp_path / "page.html"))
+        return [id for id in page.ids if id.startswith("figure-")]
+
+    assert figures("calm") == ["figure-energy-gap"]
+    assert figures("rough") == ["figure-energy-gap", "figure-fault-restarts"]
+    assert figures("calm", "rough") == ["figure-energy-gap", "figure-fault-restarts"]
+
+
 def test_panels_have_titles_of_their_own() -> None:
     titles = [panel.title for panels in PANELS.values() for panel in panels]
     assert len(titles) == len(set(titles))
