@@ -299,7 +299,7 @@ def report(
 def dashboard_write(
     out: Annotated[Path, Option(help="The file to write.")] = Path("dashboard.json"),
 ) -> None:
-    """Write the W&B workspace as JSON: its sections, panels and the metrics they draw."""
+    """Write the W&B workspace as the JSON that `publish` sends."""
     from ebm_dist.report import dashboard
 
     print(dashboard.write(out))

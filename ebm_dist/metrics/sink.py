@@ -237,6 +237,10 @@ class WandbSink:
             disable_git=True,
             disable_code=True,
             x_disable_viewer=True,
+            # CPU and memory of the process: of all those that Ray runs on this node, if it runs
+            # this one, for the hub itself does next to nothing.
+            x_stats_pid=int(os.environ.get("RAY_RAYLET_PID") or os.getpid()),
+            x_stats_track_process_tree=True,
         )
         run = wandb.init(
             project=self._config.project,

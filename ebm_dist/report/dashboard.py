@@ -1,9 +1,8 @@
-"""The W&B workspace as code: the report's panels, as data first and as a W&B object last."""
+"""The W&B workspace as code: the report's panels, and W&B's own of the machine."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,114 +14,72 @@ from ebm_dist.core.installed import how_to_install
 from ebm_dist.files.durable import write_output
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import find_key, first_fault, scrub, with_environment
-from ebm_dist.metrics.names import IMAGES, METRICS
+from ebm_dist.metrics.names import IMAGES
 from ebm_dist.metrics.sink import default_entity
 from ebm_dist.report.plots import PANELS
 
 NAME = "EBM training"
 COLUMNS = 3
-PANEL_WIDTH, PANEL_HEIGHT = 8, 6
-"""In the units of W&B's grid, which is 24 wide."""
+MAX_GPUS = 8
 
-
-def spec() -> dict[str, Any]:
-    """The workspace as plain data: sections of panels, drawn against `step`.
-
-    Every metric it names is in `metrics/names.py`; no W&B package is needed.
-    """
-    sections: list[dict[str, Any]] = []
-    for title, panels in PANELS.items():
-        entries = [
-            {
-                "kind": "line",
-                "title": panel.title,
-                "x": "step",
-                "y": list(panel.names),
-                "log_y": panel.log,
-                "layout": _layout(index),
-            }
-            for index, panel in enumerate(panels)
-        ]
-        sections.append({"name": title, "panels": entries})
-    media = {
-        "kind": "media",
-        "title": "Samples",
-        "keys": sorted(IMAGES),
-        "layout": {"x": 0, "y": 0, "w": 24, "h": 12},
-    }
-    # Pictures come first: they are what a person can judge at a glance.
-    sections.insert(0, {"name": "Samples", "panels": [media]})
-    return {
-        "name": NAME,
-        "sections": sections,
-        "metrics": {
-            name: {"meaning": metric.meaning, "unit": metric.unit}
-            for name, metric in METRICS.items()
-        },
-    }
-
-
-def _layout(index: int) -> dict[str, int]:
-    return {
-        "x": PANEL_WIDTH * (index % COLUMNS),
-        "y": PANEL_HEIGHT * (index // COLUMNS),
-        "w": PANEL_WIDTH,
-        "h": PANEL_HEIGHT,
-    }
+SYSTEM = {
+    "CPU, %": ("cpu",),
+    "Memory, %": ("memory_percent",),
+    "GPU utilisation, %": tuple(f"gpu.{index}.gpu" for index in range(MAX_GPUS)),
+    "GPU memory, %": tuple(f"gpu.{index}.memoryAllocated" for index in range(MAX_GPUS)),
+    "Disk in use, %": ("disk./.usagePercent",),
+    "Network, bytes so far": ("network.recv", "network.sent"),
+}
+"""What the W&B client itself measures where the metric hub runs, by title."""
 
 
 def write(path: str | os.PathLike[str]) -> Path:
-    """Write the workspace as JSON to `path` and return it.
+    """Write to `path` the JSON that W&B holds of the workspace, which is also what `publish`
+    sends, and return it.
 
     Raises:
-        UserError: `path` cannot be written.
+        UserError: `path` cannot be written, or wandb-workspaces is not installed.
     """
     path = Path(path)
-    write_output(path, json.dumps(spec(), indent=2, ensure_ascii=False) + "\n")
+    # Of a view, only the address depends on project and entity.
+    view = _build("write", project="", entity="")._to_model().spec
+    write_output(path, view.model_dump_json(by_alias=True, exclude_none=True, indent=2) + "\n")
     return path
 
 
-def build(project: str, entity: str) -> Any:
-    """The workspace as a `wandb_workspaces` object, not yet saved anywhere.
-
-    Raises:
-        UserError: wandb-workspaces is not installed.
-    """
+def _build(command: str, *, project: str, entity: str) -> Any:
+    """The workspace as a `wandb_workspaces` object, not yet saved anywhere."""
     try:
         # By name, for it is an optional extra that type checkers need not find.
         wr = importlib.import_module("wandb_workspaces.reports.v2")
         ws = importlib.import_module("wandb_workspaces.workspaces")
     except ImportError:
         raise UserError(
-            f"dashboard publish needs wandb-workspaces: {how_to_install('workspace')}"
+            f"dashboard {command} needs wandb-workspaces: {how_to_install('workspace')}"
         ) from None
 
-    def panel(entry: dict[str, Any]) -> Any:
-        layout = wr.Layout(**entry["layout"])
-        if entry["kind"] == "media":
-            return wr.MediaBrowser(title=entry["title"], media_keys=entry["keys"], layout=layout)
-        return wr.LinePlot(
-            title=entry["title"],
-            x=entry["x"],
-            y=entry["y"],
-            log_y=entry["log_y"],
-            layout=layout,
-        )
+    def section(name: str, panels: list[Any], *, is_open: bool) -> Any:
+        # W&B puts the panels of a section into this many columns, and pages beyond the rows.
+        columns = min(COLUMNS, len(panels))
+        layout = ws.SectionLayoutSettings(columns=columns, rows=-(-len(panels) // columns))
+        return ws.Section(name=name, panels=panels, is_open=is_open, layout_settings=layout)
 
-    data = spec()
-    return ws.Workspace(
-        entity=entity,
-        project=project,
-        name=data["name"],
-        sections=[
-            ws.Section(
-                name=section["name"],
-                panels=[panel(entry) for entry in section["panels"]],
-                is_open=index < 3,
-            )
-            for index, section in enumerate(data["sections"])
-        ],
-    )
+    # Pictures come first: they are what a person can judge at a glance.
+    pictures = wr.MediaBrowser(title="Samples", media_keys=sorted(IMAGES))
+    sections = [section("Samples", [pictures], is_open=True)]
+    for name, panels in PANELS.items():
+        drawn = [
+            wr.LinePlot(title=panel.title, x="step", y=list(panel.names), log_y=panel.log)
+            for panel in panels
+        ]
+        sections.append(section(name, drawn, is_open=len(sections) < 3))
+    drawn = [
+        # The client measures by time and knows no step.
+        wr.LinePlot(title=title, x="RelativeTime(Process)", y=[f"system/{name}" for name in names])
+        for title, names in SYSTEM.items()
+    ]
+    sections.append(section("System", drawn, is_open=False))
+    return ws.Workspace(entity=entity, project=project, name=NAME, sections=sections)
 
 
 def publish(project: str | None = None, entity: str | None = None) -> str:
@@ -143,7 +100,7 @@ def publish(project: str | None = None, entity: str | None = None) -> str:
         key = error.errors()[0]["loc"][0]
         raise UserError(f"--{key}: {first_fault(error)}") from None
     assert names.project is not None
-    workspace = build(names.project, names.entity or _default_entity())
+    workspace = _build("publish", project=names.project, entity=names.entity or _default_entity())
     try:
         workspace.save()
     except Exception as error:

@@ -29,6 +29,8 @@ class ServedRun:
     display_name: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What the client measures of the machine."""
     summary: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     output: list[str] = field(default_factory=list)
@@ -41,8 +43,9 @@ class ServedRun:
 class WandbServer(ArtifactService):
     """Serves at `url` between `start` and `stop`; may be started again on the same port.
 
-    `fail` makes that many of the next requests answer 503, `stall` refuses every row, and `deleted`
-    holds the ids of runs that were deleted on their pages.
+    `fail` makes that many of the next requests answer 503, which `failed` counts by the first part
+    of their paths, `stall` refuses every row, and `deleted` holds the ids of runs that were deleted
+    on their pages.
     """
 
     def __init__(self) -> None:
@@ -51,9 +54,11 @@ class WandbServer(ArtifactService):
         self.operations: Counter[str] = Counter()
         self.keys_seen: set[str] = set()
         self.fail = 0
+        self.failed: Counter[str] = Counter()
         self.reject_key = False
         self.stall = False
         self.deleted: set[str] = set()
+        self.views: list[dict[str, Any]] = []
         self.port = 0
         self._http: ThreadingHTTPServer | None = None
 
@@ -111,6 +116,8 @@ class WandbServer(ArtifactService):
                 "teams": {"edges": []},
             }
         }
+
+    _on_GetDefaultEntity = _on_Viewer  # noqa: N815
 
     def _on_RunResumeStatus(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         run = self.runs.get(variables["name"])
@@ -197,6 +204,11 @@ class WandbServer(ArtifactService):
             }
         }
 
+    def _on_UpsertView2(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        self.views.append(variables)
+        view = {"id": f"view{len(self.views)}", "name": variables["name"]}
+        return {"upsertView": {"view": view, "inserted": True}}
+
     # The file stream
 
     def take_stream(self, name: str, body: dict[str, Any]) -> None:
@@ -206,6 +218,8 @@ class WandbServer(ArtifactService):
             if file == "wandb-history.jsonl":
                 # By offset, as the service does: a repeated request adds no second copy.
                 run.history[offset : offset + len(rows)] = [json.loads(row) for row in rows]
+            elif file == "wandb-events.jsonl":
+                run.events[offset : offset + len(rows)] = [json.loads(row) for row in rows]
             elif file == "wandb-summary.json":
                 run.summary.update(json.loads(rows[-1]))
             elif file == "output.log":
@@ -267,6 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         if self.state.fail > 0:
             self.state.fail -= 1
+            self.state.failed[self.path.split("/")[1]] += 1
             self._reply(503, {})
             return True
         return False

@@ -1,0 +1,129 @@
+"""The W&B workspace shows metrics that exist, and is written as it is sent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_wandb import until
+from wandb_server import WandbServer
+
+from ebm_dist.core.errors import UserError
+from ebm_dist.metrics.config import TrackingConfig
+from ebm_dist.metrics.hub import MetricHub
+from ebm_dist.metrics.names import IMAGES, METRICS
+from ebm_dist.report import dashboard
+from ebm_dist.report.plots import FAULTS, PANELS
+
+
+def shown() -> list[str]:
+    return [name for panels in PANELS.values() for panel in panels for name in panel.names]
+
+
+def test_every_panel_shows_metrics_that_exist_and_none_twice() -> None:
+    assert set(shown()) <= METRICS.keys()
+    assert len(shown()) == len(set(shown()))
+
+
+def test_every_promised_metric_is_on_the_dashboard() -> None:
+    assert {name for name, metric in METRICS.items() if metric.promised} <= set(shown())
+
+
+def test_every_count_of_faults_is_in_their_section() -> None:
+    counts = {name for name in METRICS if name.startswith("fault/")}
+    counts |= {"buffer/late_checkins", "buffer/expired_leases", "flow/lost", "hub/dropped"}
+    assert {name for panel in PANELS[FAULTS] for name in panel.names} == counts
+
+
+def test_publishing_without_a_key_is_the_users_error(no_account: None) -> None:
+    with pytest.raises(UserError, match="needs a W&B key"):
+        dashboard.publish()
+
+
+def test_without_its_package_the_dashboard_is_the_users_error_in_one_line(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
+    says = r"^dashboard {} needs wandb-workspaces: pip install [^\n]+$"
+    with pytest.raises(UserError, match=says.format("write")):
+        dashboard.write(tmp_path / "dashboard.json")
+    with pytest.raises(UserError, match=says.format("publish")):
+        dashboard.publish(project="p", entity="team")
+
+
+def test_wandb_is_sent_every_section_and_what_is_written_is_what_is_sent(
+    server: WandbServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = dashboard.publish(project="p")
+    assert capfd.readouterr() == ("", "")
+    (sent,) = server.views
+    assert (sent["entityName"], sent["projectName"]) == ("tester", "p")
+    assert (sent["type"], sent["displayName"]) == ("project-view", dashboard.NAME)
+    assert url == f"{server.url}/tester/p?nw={sent['name'].removeprefix('nw-').removesuffix('-v')}"
+
+    view = json.loads(sent["spec"])
+    sections = {
+        section["name"]: section for section in view["section"]["panelBankConfig"]["sections"]
+    }
+    assert list(sections) == ["Samples", *PANELS, "System"]
+    (pictures,) = sections["Samples"]["panels"]
+    assert pictures["viewType"] == "Media Browser"
+    assert set(pictures["config"]["mediaKeys"]) == IMAGES.keys()
+    for name, panels in PANELS.items():
+        assert [
+            (panel["config"]["chartTitle"], panel["config"]["xAxis"], panel["config"]["metrics"])
+            for panel in sections[name]["panels"]
+        ] == [(panel.title, "step", list(panel.names)) for panel in panels]
+    for panel in sections["System"]["panels"]:
+        assert panel["config"]["xAxis"] == "_runtime"
+        assert all(name.startswith("system/") for name in panel["config"]["metrics"])
+    for section in sections.values():
+        flow = section["flowConfig"]
+        assert flow["columnsPerPage"] * flow["rowsPerPage"] >= len(section["panels"])
+
+    written = json.loads(dashboard.write(tmp_path / "a" / "dashboard.json").read_text())
+    assert without_ids(written) == without_ids(view)
+    with pytest.raises(UserError, match="--out: cannot write"):
+        dashboard.write(tmp_path / "a" / "dashboard.json" / "x.json")
+
+
+def test_the_client_measures_what_the_section_on_the_system_shows(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "0.1")
+    # In place of Ray's process on a node, with two processes that it started.
+    ray = subprocess.Popen(["sh", "-c", "sleep 600 & sleep 600 & wait"], start_new_session=True)
+    monkeypatch.setenv("RAY_RAYLET_PID", str(ray.pid))
+    try:
+        children = Path(f"/proc/{ray.pid}/task/{ray.pid}/children")
+        until(lambda: len(children.read_text().split()) == 2)
+        with MetricHub(TrackingConfig(init_timeout=60), tmp_path, {}, "t") as hub:
+            hub.log(0, 0, {"energy/gap": 0.0})
+            until(lambda: hub.info()["url"])
+            # The share of the processors is known from the second time on.
+            until(lambda: any("system.cpu" in row for row in server.run(hub.info()["id"]).events))
+    finally:
+        os.killpg(ray.pid, signal.SIGKILL)
+        ray.wait()
+    names = {name for panel in dashboard.SYSTEM.values() for name in panel}
+    events = server.run(str(hub.info()["id"])).events
+    assert {event["system.proc.cpu.threads"] for event in events} == {3}
+    seen = {key.removeprefix("system.") for event in events for key in event}
+    assert {name for name in names if not name.startswith("gpu.")} <= seen
+
+
+def without_ids(value: Any) -> Any:
+    """`value` without the ids of its panels, which the package draws at random."""
+    if isinstance(value, list):
+        return [without_ids(item) for item in value]
+    if isinstance(value, dict):
+        return {key: without_ids(item) for key, item in value.items() if key != "__id__"}
+    return value
