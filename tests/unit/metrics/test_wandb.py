@@ -153,7 +153,8 @@ time.sleep(600)
 def test_after_a_kill_and_a_resume_the_server_has_every_row_once(
     server: WandbServer, tmp_path: Path
 ) -> None:
-    server.stall = True  # the client sends every quarter of a minute: of a short run it has nothing
+    # The client sends every quarter of a minute: of a short run the server has nothing.
+    server.stall = 10**6
     command = [sys.executable, "-c", HUB_TO_BE_KILLED, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     try:
@@ -162,7 +163,7 @@ def test_after_a_kill_and_a_resume_the_server_has_every_row_once(
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    server.stall = False
+    server.stall = 0
     config = TrackingConfig(init_timeout=60, finish_timeout=60)
     with MetricHub(config, tmp_path, {}, "digits", "killed", resume_step=100) as hub:
         for step in range(101, 150):

@@ -43,9 +43,8 @@ class ServedRun:
 class WandbServer(ArtifactService):
     """Serves at `url` between `start` and `stop`; may be started again on the same port.
 
-    `fail` makes that many of the next requests answer 503, which `failed` counts by the first part
-    of their paths, `stall` refuses every row, and `deleted` holds the ids of runs that were deleted
-    on their pages.
+    `fail` makes that many of the next requests answer 503, `stall` that many of those of rows, and
+    `deleted` holds the ids of runs that were deleted on their pages.
     """
 
     def __init__(self) -> None:
@@ -54,9 +53,8 @@ class WandbServer(ArtifactService):
         self.operations: Counter[str] = Counter()
         self.keys_seen: set[str] = set()
         self.fail = 0
-        self.failed: Counter[str] = Counter()
         self.reject_key = False
-        self.stall = False
+        self.stall = 0
         self.deleted: set[str] = set()
         self.views: list[dict[str, Any]] = []
         self.port = 0
@@ -252,7 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._reply(409, {"errors": [{"message": said}], "data": {"upsertBucket": None}})
                 return
             self._reply(200, {"data": self.state.answer(query, variables)})
-        elif self.state.stall:
+        elif self.state.stall > 0:
+            self.state.stall -= 1
             self._reply(503, {})
         elif match := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
             self.state.take_stream(match.group(1), json.loads(body))
@@ -281,7 +280,6 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         if self.state.fail > 0:
             self.state.fail -= 1
-            self.state.failed[self.path.split("/")[1]] += 1
             self._reply(503, {})
             return True
         return False
