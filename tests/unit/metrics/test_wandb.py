@@ -53,8 +53,13 @@ def inspect(run_dir: Path, *flags: str) -> str:
 
 
 def test_an_offline_run_holds_rows_config_histograms_and_pictures(
-    tmp_path: Path, picture: str, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    picture: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # The run's directory holds all of it, wherever W&B's other runs go.
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
     run_dir = tmp_path / "run"
     config = {"run": {"name": "digits"}, "data": {"token": "hush", "commit": "a" * 40}}
     hub = MetricHub(TrackingConfig(), run_dir, config, "digits")
@@ -70,6 +75,8 @@ def test_an_offline_run_holds_rows_config_histograms_and_pictures(
     wandb, pattern = info["sync"].split(" sync ")
     assert wandb.endswith("wandb")
     assert list(Path("/").glob(pattern[1:])), "the command names a directory that is there"
+    assert pattern.startswith(f"{run_dir}/wandb/")
+    assert not (tmp_path / "elsewhere").exists()
     assert capfd.readouterr() == ("", "")
 
     records = [json.loads(line) for line in inspect(run_dir).splitlines()]
@@ -211,6 +218,17 @@ def test_under_an_agent_the_hub_names_the_run_that_the_agent_made(
     hub.log(1, 0, {"energy/gap": 0.0})
     hub.close()
     assert [before, hub.info()["id"], *server.runs] == ["agents-own"] * 3
+
+
+def test_without_an_agent_wandb_run_id_names_a_new_run_and_a_resumed_one_keeps_its_own(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    for name, resume_id in (("new", None), ("resumed", "of-the-checkpoint")):
+        with MetricHub(TrackingConfig(**QUICK), tmp_path / name, {}, "digits", resume_id) as hub:
+            hub.log(1, 0, {"energy/gap": 0.0})
+        assert hub.info()["id"] == (resume_id or "mine")
+    assert list(server.runs) == ["mine", "of-the-checkpoint"]
 
 
 def test_offline_attempts_make_one_history_when_they_are_synced(

@@ -110,6 +110,9 @@ def test_an_offline_run_holds_data_and_models_and_best_is_what_its_evaluation_sa
 
     about = server.runs[run_id].config
     assert about["code"]["value"]["ebm_dist"] == __version__
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    head = subprocess.run(git, check=False, capture_output=True, text=True).stdout.strip()
+    assert (about["code"]["value"]["git_commit"] or "").removesuffix("+dirty") == head
     assert about["nodes"]["value"][0]["CPU"] >= 1
     tables = [name for name in server.runs[run_id].files if "table/evaluation" in name]
     assert len(tables) == 3
