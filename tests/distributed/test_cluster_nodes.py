@@ -123,7 +123,8 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
 
 @pytest.fixture(scope="module")
 def running(machines: Bed) -> Running:
-    run = Running(machines, "run")
+    # Offline, a run's alerts are in its spool for W&B.
+    run = Running(machines, "run", "tracking.wandb=offline")
     run.wait(lambda: run.step >= 30, "the first updates", 400)
     return run
 
@@ -221,6 +222,9 @@ def test_after_a_power_loss_training_goes_on_within_30_s_of_its_detection(
     survivors = {other.address for other in machines.nodes} - {node.address}
     parts = {n: at for n, (_, at) in running.places().items() if n.startswith(("learner", "shard"))}
     assert set(parts.values()) <= survivors
+    running.wait(lambda: alerts_of_lost_nodes(running), "the alert of the lost node")
+    (alert,) = alerts_of_lost_nodes(running)
+    assert f"; {len(survivors)} nodes are left." in alert["text"]
 
 
 def test_a_node_whose_ray_is_killed_is_waited_for_and_then_replaced(
@@ -274,6 +278,11 @@ def node_of_a_rank(machines: Bed, running: Running) -> Node:
     at = running.addresses("learner")
     others = [node for node in machines.nodes[1:] if node.alive]
     return max(others, key=lambda node: node.address in at)
+
+
+def alerts_of_lost_nodes(running: Running) -> list[dict[str, Any]]:
+    items = rows(running.dir, "wandb/spool.jsonl")
+    return [item for item in items if item.get("title") == "A node of the cluster is lost"]
 
 
 def ray_noticed(machines: Bed, since: datetime.datetime) -> float:
