@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from pythons import PROJECT, PYTHONS, ROOT, interpreter
 
-ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PINS = {
     re.sub(r"[-_.]+", "-", name).lower(): version
     for name, _, version in (
         line.partition("==") for line in (ROOT / "constraints.txt").read_text().splitlines()
     )
 }
-PYTHONS = [
-    entry.rpartition(" ")[2] for entry in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", entry)
-]
 COMPILE = """
 import ast, sys
 from pathlib import Path
@@ -67,13 +61,26 @@ def test_the_classifiers_name_the_pythons_that_are_required() -> None:
 def test_every_module_is_valid_and_imports_what_the_standard_library_of_each_python_has(
     version: str,
 ) -> None:
-    found = sys.executable
-    if version != f"{sys.version_info[0]}.{sys.version_info[1]}":
-        found = shutil.which(f"python{version}") or ""
+    found = interpreter(version)
+    if found is None:
+        pytest.skip(f"no Python {version} on the path or below $PYENV_ROOT")
     command = [found, "-c", COMPILE, str(ROOT / "ebm_dist"), ",".join(sys.stdlib_module_names)]
-    done = None
-    if found:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if done is None or "command not found" in done.stderr:  # pyenv's shim of one not chosen
-        pytest.skip(f"no Python {version} here")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_an_interpreter_is_found_where_pyenv_keeps_it_behind_a_shim_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path, text in (
+        ("bin/python3.99", "echo 'pyenv: python3.99: command not found' >&2; exit 127"),
+        ("pyenv/versions/3.99.1/bin/python", "echo 3.99"),
+    ):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / path).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "nothing"))
+    assert interpreter("3.99") is None
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    assert interpreter("3.99") == str(tmp_path / "pyenv/versions/3.99.1/bin/python")

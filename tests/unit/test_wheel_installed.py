@@ -1,0 +1,63 @@
+"""The wheel works in a clean environment of the newest Python, without the extra [train]."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from pythons import PYTHONS, ROOT, interpreter
+from wheel_build import build_wheel
+
+pytestmark = pytest.mark.slow
+
+LOADS = """
+import importlib.util
+import torch
+import ebm_dist
+energy = ebm_dist.load_energy("digits")
+assert energy(torch.zeros(2, 1, 8, 8)).shape == (2,)
+assert not any(map(importlib.util.find_spec, ("ray", "deepspeed", "wandb")))
+print(ebm_dist.__file__)
+"""
+
+
+@pytest.mark.timeout(3600)
+def test_the_wheel_loads_samples_and_evaluates_where_it_alone_is_installed(tmp_path: Path) -> None:
+    python = next(filter(None, map(interpreter, reversed(PYTHONS))))
+    wheel, _ = build_wheel(tmp_path)
+    # pip's own settings stay: they say where packages come from.
+    ours = ("PYTHON", "VIRTUAL_ENV")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+
+    def run(*command: str | Path, code: int = 0) -> str:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    run(python, "-m", "venv", "env")
+    scripts = tmp_path / "env" / "bin"
+    pip = [scripts / "python", "-m", "pip", "--disable-pip-version-check"]
+    pins = ["-c", ROOT / "constraints.txt"]
+    try:
+        run(*pip, "--retries", "0", "download", "--no-deps", *pins, "--dest", "tried", "einops")
+    except AssertionError as error:
+        pytest.skip(f"pip has no index here: {str(error).splitlines()[-1]}")
+    run(*pip, "install", *pins, "torch")  # first and alone, as in the Makefile
+    run(*pip, "install", *pins, wheel)
+    run(*pip, "check")
+
+    assert run(scripts / "python", "-c", LOADS).startswith(str(tmp_path / "env"))
+    ebm_dist = scripts / "ebm-dist"
+    assert "digits-rbm" in run(ebm_dist, "pretrained", "list")
+    run(ebm_dist, "sample", "digits", "--num", "4", "--label", "3", "--out", "threes.png")
+    assert (tmp_path / "threes.png").read_bytes().startswith(b"\x89PNG")
+    # The data of `digits` are in scikit-learn, which the wheel requires.
+    run(ebm_dist, "evaluate", "digits", "--suite", "ood", "--out", "ood.json")
+    assert json.loads((tmp_path / "ood.json").read_text())["metrics"]
+    refused = run(ebm_dist, "train", ROOT / "configs" / "digits.yaml", code=2)
+    assert "is not installed" in refused
