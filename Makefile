@@ -63,7 +63,7 @@ pretrained: $(STAMP) ## train the models in ebm_dist/pretrained again
 	for name in $(PRETRAINED); do \
 	  config=$$(echo $$name | tr - _) && \
 	  $(BIN)/ebm-dist train configs/$$config.yaml --run-dir build/pretrained/$$name tracking.wandb=off && \
-	  $(BIN)/ebm-dist export build/pretrained/$$name build/exported/$$name && \
+	  $(BIN)/ebm-dist export build/pretrained/$$name build/exported/$$name --license apache-2.0 && \
 	  sed -i 's#$(CURDIR)/##g' build/exported/$$name/config.json build/exported/$$name/README.md || exit 1; \
 	done
 	cp -r build/exported/. ebm_dist/pretrained/

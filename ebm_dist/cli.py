@@ -22,6 +22,7 @@ from ebm_dist.commands.options import (
     Argument,
     ConfigFile,
     ExportDir,
+    License,
     Option,
     Overrides,
     Plugins,
@@ -266,12 +267,13 @@ def evaluate(
 def export(
     run_dir: Annotated[Path, Argument(help="A run directory.")],
     out_dir: Annotated[Path, Argument(help="The export to write.")],
+    license_id: License = None,
     plugin: Plugins = [],  # noqa: B006
 ) -> None:
     """Write a run's newest checkpoint as safetensors, config, model card and sample grid."""
     from ebm_dist.export.writer import export_run
 
-    print(export_run(run_dir, out_dir, plugins=import_named(plugin)))
+    print(export_run(run_dir, out_dir, license=license_id, plugins=import_named(plugin)))
 
 
 app.command(epilog="Example: ebm-dist push runs/digits/export USER/digits --license mit")(push)

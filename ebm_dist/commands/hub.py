@@ -6,15 +6,13 @@ from typing import Annotated
 
 import typer
 
-from ebm_dist.commands.options import ExportDir
+from ebm_dist.commands.options import ExportDir, License
 
 
 def push(
     checkpoint: ExportDir,
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", show_default=False)],
-    license_id: Annotated[
-        str | None, typer.Option("--license", help="The model's licence, e.g. apache-2.0.")
-    ] = None,
+    license_id: License = None,
     private: Annotated[
         bool, typer.Option("--private", help="Make a new model private; else as your account says.")
     ] = False,

@@ -51,6 +51,10 @@ Plugins = Annotated[
     ),
 ]
 
+License = Annotated[
+    str | None, typer.Option("--license", help="The model's licence, e.g. apache-2.0.")
+]
+
 
 def import_named(names: list[str]) -> list[str]:
     """The values of --plugin, once the modules that they name are imported."""

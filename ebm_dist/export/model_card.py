@@ -10,9 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import ebm_dist
 from ebm_dist._version import __version__
 from ebm_dist.core.plugins import IN_SESSION, modules_of
+from ebm_dist.energies.context import trait
 from ebm_dist.export.front_matter import front_matter
 from ebm_dist.metrics.jsonl import read_rows
 from ebm_dist.samplers import KernelSection
@@ -102,6 +105,27 @@ def sampler_law(sampler: KernelSection, curvature: float | None) -> list[str]:
     return found
 
 
+def context_options(energy: nn.Module, *, labelled: bool) -> dict[str, str]:
+    """Options of `sample` that say what `energy` is conditioned on, each with its meaning.
+
+    Args:
+        labelled: whether each class is drawn equally often when no label is given.
+    """
+    found, takes = {}, trait(energy, "context")
+    if "label" in takes and (num := trait(energy, "num_labels")):
+        without = "each class is drawn equally often" if labelled else "the law is that of E(x)"
+        found[f"--label {min(3, num - 1)}"] = (
+            f"draws one class alone, of the classes 0 to {num - 1}; without it {without}."
+        )
+    if "level" in takes and (stds := trait(energy, "noise_stds")):
+        last = len(stds) - 1
+        found[f"--level {min(5, last)}"] = (
+            f"draws samples with the noise of that level. Levels are 0 (standard deviation "
+            f"{stds[0]:g}) to {last} ({stds[-1]:g}); without it the level is 0."
+        )
+    return found
+
+
 def last_metrics(path: Path) -> dict[str, tuple[float, int]]:
     """The last value and its step of each metric in a metrics.jsonl. Skips truncated lines."""
     last: dict[str, tuple[float, int]] = {}
@@ -155,7 +179,8 @@ def render(
     event: Mapping[str, Any],
     num_parameters: int,
     metrics: Mapping[str, tuple[float, int]],
-    has_grid: bool,
+    grid: str | None,
+    options: Mapping[str, str],
     law: list[str],
     far_modes: str,
 ) -> str:
@@ -163,12 +188,14 @@ def render(
 
     Args:
         about: the data, objective, temperature and lineage.
+        grid: what the picture shows; None if there is none.
+        options: the result of `context_options`.
         law: the result of `sampler_law`.
         far_modes: whether the loss depends on the weights of far modes, in words.
     """
     lines = about["lineage"]
-    grid = ["![The run's last chains](samples.png)", ""] if has_grid else []
-    load, command = _how_to_load(about.get("plugins", []), energy)
+    picture = [f"![{grid}](samples.png)", ""] if grid is not None else []
+    load, command = _how_to_load(about.get("plugins", []), energy, options)
     quality = [key for key in metrics if key.startswith(QUALITY)]
     health = [key for key in CHAIN_HEALTH if key in metrics]
     head = front_matter(
@@ -185,7 +212,7 @@ def render(
             f"parameters over {event['kind']} events of shape {tuple(event['shape'])}; lower is "
             "likelier. The weights are the moving average (EMA) of training where one was kept.",
             "",
-            *grid,
+            *picture,
             "## Use",
             "",
             "```python",
@@ -241,7 +268,9 @@ def render(
     )
 
 
-def _how_to_load(plugins: list[str], energy: Mapping[str, Any]) -> tuple[str, list[str]]:
+def _how_to_load(
+    plugins: list[str], energy: Mapping[str, Any], options: Mapping[str, str]
+) -> tuple[str, list[str]]:
     """The arguments of `load_energy`, and the lines that show how to sample."""
     if IN_SESSION in modules_of(energy):
         name = str(energy["target"]).partition(":")[2]
@@ -249,8 +278,13 @@ def _how_to_load(plugins: list[str], energy: Mapping[str, Any]) -> tuple[str, li
         return '"PATH", energy=NETWORK', [text, ""]
     flags = "".join(f" --plugin {name}" for name in plugins)
     trusted = f", plugins={plugins!r}".replace("'", '"') if plugins else ""
-    command = f"ebm-dist sample PATH --num 64 --out samples.png{flags}"
-    return f'"PATH"{trusted}', ["```", command, "```", ""]
+    commands = [
+        f"ebm-dist sample PATH --num 64{option} --out samples.png{flags}"
+        for option in ("", *(f" {name}" for name in options))
+    ]
+    meanings = [f"`{name}` {meaning}" for name, meaning in options.items()]
+    text = [*meanings, ""] if meanings else []
+    return f'"PATH"{trusted}', ["```", *commands, "```", "", *text]
 
 
 def _events(event: Mapping[str, Any]) -> str:

@@ -24,10 +24,11 @@ from ebm_dist.data import describe
 from ebm_dist.energies import EnergySection
 from ebm_dist.energies.context import CONTEXT, bind, chain_unit, trait
 from ebm_dist.export import model_card
+from ebm_dist.export.front_matter import with_license
 from ebm_dist.export.layout import CARD, CHAINS, CONFIG, GRID, WEIGHTS
 from ebm_dist.export.reader import FORMAT, FORMAT_VERSION, StoredChains, read_spec
 from ebm_dist.files.durable import new_directory
-from ebm_dist.files.safe_open import sha256
+from ebm_dist.files.safe_open import read_bytes, sha256
 from ebm_dist.files.tensor_file import save_tensors
 from ebm_dist.samplers import KernelSection
 from ebm_dist.samplers.law import curvature, unadjusted
@@ -43,6 +44,7 @@ def export_run(
     run_dir: str | Path,
     out_dir: str | Path,
     *,
+    license: str | None = None,
     plugins: Sequence[str] | None = (),
     energy: EnergySection | None = None,
     found: checkpoint.CheckpointDir | None = None,
@@ -50,9 +52,11 @@ def export_run(
     """Export a checkpoint of the run at `run_dir` to `out_dir`.
 
     The export has the averaged (EMA) weights, the last chains of the run, the recipe, the last
-    measurements of metrics.jsonl, and the lineage.
+    measurements of metrics.jsonl, and the lineage. A run without chains gives the picture of its
+    last evaluation.
 
     Args:
+        license: identifier of the model's licence, such as apache-2.0, written into the card.
         plugins: the user's modules whose code may run; None for all, as in a training.
         energy: the run's energy, if it was given from Python.
         found: the checkpoint; the newest valid one when left out.
@@ -120,6 +124,12 @@ def export_run(
     measured = None if stored is None else _curvature(chain_energy, run.sampler, stored)
     if measured is None and "sampler/curvature" in metrics:
         measured = metrics["sampler/curvature"][0]
+    picture, shows = None, "The run's last chains"
+    if stored is None:
+        picture, shows = _last_picture(run_dir, found.step)
+    # As `sample` does where no label is given.
+    needs_label = "label" in trait(module, "needs_context")
+    labelled = run.buffer.context.label is not None if moved else needs_label
     card = model_card.render(
         name=run.run.name,
         about=about,
@@ -128,10 +138,13 @@ def export_run(
         event=asdict(spec),
         num_parameters=sum(p.numel() for p in module.parameters()),
         metrics=metrics,
-        has_grid=stored is not None,
+        grid=shows,
+        options=model_card.context_options(module, labelled=labelled),
         law=model_card.sampler_law(run.sampler, measured),
         far_modes=run.objective.far_modes,
     )
+    if license is not None:
+        card = with_license(card, license)
     return write_export(
         out_dir,
         energy=module,
@@ -140,6 +153,7 @@ def export_run(
         sampler=run.sampler,
         start_std=run.buffer.init_std,
         chains=stored,
+        picture=picture,
         about=about,
         card=card,
     )
@@ -184,6 +198,15 @@ def _last_chains(found: checkpoint.CheckpointDir, spec: EventSpec) -> StoredChai
     return StoredChains(x[index].contiguous(), {key: v[index] for key, v in context.items()})
 
 
+def _last_picture(run_dir: Path, step: int) -> tuple[bytes | None, str | None]:
+    """The samples of the last evaluation up to update `step`, as PNG, and what they are."""
+    for path in sorted((run_dir / "samples").glob("step_*.png"), reverse=True):
+        number = path.stem.removeprefix("step_")
+        if number.isdecimal() and int(number) <= step:
+            return read_bytes(path), f"Samples drawn at update {int(number)}"
+    return None, None
+
+
 def _curvature(energy: nn.Module, sampler: KernelSection, stored: StoredChains) -> float | None:
     """The curvature of the energy along the chains; None if the sampler's law does not depend on
     it."""
@@ -211,6 +234,7 @@ def write_export(
     sampler: KernelSection,
     start_std: float = 1.0,
     chains: StoredChains | None = None,
+    picture: bytes | None = None,
     about: Mapping[str, Any] | None = None,
     card: str = "",
 ) -> Path:
@@ -220,6 +244,7 @@ def write_export(
         energy: the module whose state is exported, as float32.
         section: its config, bound to `spec`.
         chains: of the run, kept for a warm start; some of them are drawn in the grid.
+        picture: the grid, as PNG, where there are no chains.
         about: further JSON entries of config.json (data, objective, temperature, lineage).
         card: text of README.md.
 
@@ -263,6 +288,8 @@ def write_export(
                 given = chains.context.get("condition") if spec.condition_shape else None
                 condition = None if given is None else given[shown]
                 save_grid(chains.x[shown], part / GRID, spec, condition=condition)
+            elif picture is not None:
+                (part / GRID).write_bytes(picture)
             (part / CARD).write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out_dir}: cannot be written: {error.strerror or error}") from None

@@ -128,6 +128,9 @@ def test_a_card_begins_with_front_matter_that_has_what_the_run_measured(run_dir,
     (result,) = model["results"]
     measured = {metric["type"]: metric["value"] for metric in result["metrics"]}
     assert measured == {"likelihood/log_prob": -1.5}
+    assert main(["export", str(run_dir), str(tmp_path / "out"), "--license", "mit"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
 
 
 # --- what a stranger put there ------------------------------------------------------------------

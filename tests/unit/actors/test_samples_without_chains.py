@@ -88,6 +88,9 @@ def test_card_and_report_of_a_run_without_chains_name_nothing_that_did_not_run(
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     recipe = [line.split("**")[1] for line in card.splitlines() if line.startswith("- **")]
     assert recipe == ["energy", "sampler", "objective", "learner"]
+    assert "![Samples drawn at update 5](samples.png)" in card
+    drawn = (tmp_path / "run" / "samples" / "step_00000005.png").read_bytes()
+    assert (tmp_path / "run" / "export" / "samples.png").read_bytes() == drawn
     page = render(tmp_path / "run")
     assert "accounted for" not in page
     assert "buffer/" not in page
