@@ -107,7 +107,8 @@ class LearnerConfig(Section):
     one when left out. Collectives still use ephemeral ports."""
 
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Further DeepSpeed options, merged with those that this section sets."""
+    """Further DeepSpeed options, merged with those that this section sets. Offloading is refused,
+    since gradients are checked and clipped where the weights are."""
 
     @field_validator("deepspeed")
     @classmethod

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from ebm_dist.learner.config import LearnerConfig, learning_rate
@@ -60,6 +62,15 @@ def test_options_that_the_config_decides_are_refused_with_what_decides_them(path
     assert text.startswith("deepspeed: ")
     assert path in text
     assert DECIDED[path] in text
+
+
+def test_options_that_are_unsupported_are_explained_where_the_others_are():
+    page = (Path(__file__).parents[3] / "docs" / "config.md").read_text(encoding="utf-8")
+    section = page.split("## DeepSpeed's options")[1].split("\n## ")[0]
+    unsupported = [path for path, reason in DECIDED.items() if reason.startswith("unsupported")]
+    assert len(unsupported) == 2
+    assert all(f"`{path}`" in section for path in unsupported)
+    LearnerConfig(deepspeed=yaml.safe_load(section.split("`")[3]))  # the example is accepted
 
 
 def test_unknown_options_are_refused_with_the_nearest_name():
