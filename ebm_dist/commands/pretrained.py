@@ -18,11 +18,11 @@ def list_models() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ebm_dist.export.pretrained import FOLDER, names
+    from ebm_dist.export.pretrained import FOLDER, list_pretrained
     from ebm_dist.export.reader import open_export
 
     table = Table("name", "energy", "events", "classes", "parameters", "KiB", box=None)
-    for name in names():
+    for name in list_pretrained():
         export, folder = open_export(FOLDER / name), FOLDER / name
         size = sum(path.stat().st_size for path in folder.iterdir()) >> 10
         table.add_row(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from pydantic import ValidationError
+from torch import Tensor
 
 from ebm_dist.core.errors import UserError
+from ebm_dist.core.section import one_line_each
 from ebm_dist.core.seeds import derive_seed
 from ebm_dist.core.types import Batch, EventSpec
 from ebm_dist.data.config import DataConfig
@@ -22,6 +27,27 @@ def describe(config: DataConfig) -> EventSpec:
         UserError: the source is missing, or a key does not apply to it.
     """
     return event_spec(config, stored_layout(config))
+
+
+def load_data(source: str, split: SplitName = "train", **keys: Any) -> tuple[Tensor, Tensor | None]:
+    """All events (N, *event) of a data source, as a network is given them, and their labels (N,).
+
+    Args:
+        source: as `data.source` of a config: a built-in set such as `digits`, `toy:NAME`, or the
+            directory that `ebm-dist data prepare` wrote.
+        split: `train`, or `test` for the held-out part.
+        keys: other keys of the config's section `data`, such as `holdout=0.1`.
+
+    Raises:
+        UserError: the data cannot be used, or has no such part.
+    """
+    try:
+        config = DataConfig(source=source, **keys)
+    except ValidationError as error:
+        faults = one_line_each(error, DataConfig)
+        raise UserError("; ".join(f"data.{fault}" for fault in faults)) from None
+    batch = load_split(config, split)
+    return batch.x, batch.label
 
 
 def load_split(config: DataConfig, split: SplitName, limit: int | None = None) -> Batch:

@@ -9,8 +9,8 @@ from ebm_dist.export.hub import download, is_address
 FOLDER = Path(__file__).parents[1] / "pretrained"
 
 
-def names() -> list[str]:
-    """What every command and `load_energy` take in place of a path."""
+def list_pretrained() -> list[str]:
+    """Names of the models that come with the package; each stands for the path of an export."""
     return sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
 
 
@@ -20,6 +20,6 @@ def named(path: str | Path) -> Path:
     if is_address(path):
         return download(path)
     path = Path(path)
-    if len(path.parts) == 1 and not path.exists() and path.name in names():
+    if len(path.parts) == 1 and not path.exists() and path.name in list_pretrained():
         return FOLDER / path.name
     return path

@@ -27,7 +27,7 @@ from ebm_dist.energies import EnergySection
 from ebm_dist.energies.context import CONTEXT
 from ebm_dist.energies.limits import limited
 from ebm_dist.export.layout import CHAINS, CONFIG, MAX_CONFIG_BYTES, WEIGHTS
-from ebm_dist.export.pretrained import named, names
+from ebm_dist.export.pretrained import list_pretrained, named
 from ebm_dist.files.safe_open import sha256
 from ebm_dist.files.tensor_file import tensors_or_refuse
 from ebm_dist.samplers import Kernel, KernelSection
@@ -176,7 +176,7 @@ def find_export(path: str | Path) -> Path:
     if not path.exists():
         raise UserError(
             f"{path}: no such file or directory; expected an export of `ebm-dist export`, an "
-            f"address hf://USER/NAME, or a pretrained model: {', '.join(names())}"
+            f"address hf://USER/NAME, or a pretrained model: {', '.join(list_pretrained())}"
         )
     if path.is_file():
         if path.name not in (WEIGHTS, CONFIG):
@@ -194,7 +194,7 @@ def find_export(path: str | Path) -> Path:
             f"{path}: is a run directory, not an export; make one with "
             f"`ebm-dist export {path} OUT_DIR`"
         )
-    hides = ", and hides the pretrained model: rename it" if str(path) in names() else ""
+    hides = ", and hides the pretrained model: rename it" if str(path) in list_pretrained() else ""
     raise UserError(
         f"{path}: not an export, it has no {CONFIG}{hides}; make one with `ebm-dist export`"
     )

@@ -19,6 +19,7 @@ from ebm_dist.report.tile import enlarge, tile
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL import Image
 
 MAX_POINTS = 20_000
 """More dots than this only blacken a scatter plot."""
@@ -65,6 +66,18 @@ def save_grid(
     else:
         _save_maps(values, path, spec, num_columns)
     return path
+
+
+def picture(x: Tensor, *, num_columns: int | None = None) -> Image.Image:
+    """Images `x` (N, C, H, W) in [-1, 1] as one picture, row by row; a notebook shows it.
+
+    Args:
+        num_columns: images in a row; a square grid when left out.
+    """
+    from PIL import Image
+
+    pixels = tile(x.detach().float().cpu().numpy(), num_columns=num_columns)
+    return Image.fromarray(enlarge(pixels))
 
 
 def _write_pixels(pixels: np.ndarray, path: Path) -> None:

@@ -14,7 +14,7 @@ import ebm_dist
 from ebm_dist.cli import main
 from ebm_dist.config.run_config import load
 from ebm_dist.core.errors import UserError
-from ebm_dist.export.pretrained import FOLDER, named, names
+from ebm_dist.export.pretrained import FOLDER, list_pretrained, named
 from ebm_dist.export.reader import open_export
 from ebm_dist.export.sample import usual_steps
 from ebm_dist.files.safe_open import sha256
@@ -24,9 +24,14 @@ MAX_BYTES = 10 << 20
 
 
 def test_every_model_is_whole_small_and_without_a_path_of_the_machine_that_made_it() -> None:
-    assert set(names()) >= {"digits", "digits-joint", "digits-rbm", "fashion-mnist-classes"}
+    assert set(list_pretrained()) >= {
+        "digits",
+        "digits-joint",
+        "digits-rbm",
+        "fashion-mnist-classes",
+    }
     total = 0
-    for name in names():
+    for name in list_pretrained():
         folder = FOLDER / name
         config = json.loads((folder / "config.json").read_text())
         assert config["weights"]["sha256"] == sha256(folder / "model.safetensors")
@@ -98,7 +103,7 @@ def test_a_name_stands_for_the_path_of_an_export_in_python_and_in_every_command(
     assert (tmp_path / "few.npz").is_file()
     assert main(["pretrained", "list"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in names())
+    assert all(name in listed for name in list_pretrained())
 
     config = {
         "run": {"steps": 1, "init_from": "digits"},

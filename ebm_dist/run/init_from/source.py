@@ -16,7 +16,7 @@ from ebm_dist.config.run_config import RunConfig
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.types import EventSpec
 from ebm_dist.export.layout import CHAINS, CONFIG
-from ebm_dist.export.pretrained import names
+from ebm_dist.export.pretrained import list_pretrained
 from ebm_dist.export.reader import (
     find_export,
     read_chains,
@@ -148,7 +148,7 @@ def _find_checkpoint(path: Path) -> checkpoint.CheckpointDir:
     if not path.exists():
         raise UserError(
             f"{path}: no such directory; expected an export, a run directory, a checkpoint, or a "
-            f"pretrained model: {', '.join(names())}"
+            f"pretrained model: {', '.join(list_pretrained())}"
         )
     if (path / "checksums.json").exists():
         try:
