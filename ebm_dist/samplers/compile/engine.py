@@ -43,7 +43,12 @@ from ebm_dist.samplers.compile.block import (
     weights_of,
 )
 from ebm_dist.samplers.compile.capture import Captured
-from ebm_dist.samplers.compile.compiler import CompilerFailed, compile_graph, prepare
+from ebm_dist.samplers.compile.compiler import (
+    CompilerFailed,
+    beside_rounds,
+    compile_graph,
+    prepare,
+)
 from ebm_dist.samplers.compile.recorded_noise import CannotCompile
 from ebm_dist.samplers.frozen import (
     Autocast,
@@ -306,10 +311,15 @@ class Engine:
             work()
             return
         prepare()
+
+        def work_beside() -> None:
+            with beside_rounds():
+                work()
+
         # Copies for the thread: the current round goes on and changes the originals.
         energy, state = copied(energy), cloned(state)
         # No daemon: the interpreter would shut down while the compiler still runs.
-        threading.Thread(target=work, name="compile", daemon=False).start()
+        threading.Thread(target=work_beside, name="compile", daemon=False).start()
 
     def _built(
         self, kernel: Kernel[Any], energy: EnergyFn, state: KernelState, num_steps: int

@@ -6,6 +6,9 @@ about the tracing, the noise and the decisions. A few go through the compiler.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -451,6 +454,51 @@ def test_processes_compile_one_after_another_and_a_hung_one_holds_nobody_up_for_
     for thread in threads:
         thread.join(60)
     assert order == ["impatient", "first", "second"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("background", [True, False])
+def test_the_compiler_gives_way_to_rounds_beside_it_and_to_nothing_where_they_wait(
+    background, monkeypatch, tmp_path
+):
+    from torch._inductor import cpp_builder
+
+    source = tmp_path / "nothing.cpp"
+    source.write_text("void nothing() {}")
+    run, commands, niceness, switch_s = subprocess.run, [], [], []
+
+    def noted(command: list[str], **options: Any) -> Any:
+        commands.append(" ".join(command))
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", noted)
+
+    def niceness_here() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def compiles(graph: Any, inputs: list[Tensor]) -> Any:
+        # torch's own way to the C++ compiler, without the minute that its code takes there.
+        options = cpp_builder.CppOptions()
+        cpp_builder.CppBuilder("n", [str(source)], options, output_dir=str(tmp_path)).build()
+        niceness.append(niceness_here())
+        switch_s.append(sys.getswitchinterval())
+        return lambda tensors: graph(*tensors)
+
+    monkeypatch.setattr(engine_module, "compile_graph", compiles)
+    usual = niceness_here(), sys.getswitchinterval()
+    engine = Engine("compiled", background=background)
+    x = torch.randn(6, 2, generator=generator(1))
+    run_chain(make("mala"), x, mlp(), 3, generator(2), engine=engine)
+    for thread in threading.enumerate():
+        if thread.name == "compile":
+            thread.join(timeout=500)
+    assert engine.compile_s > 0
+    (made,) = (command for command in commands if str(source) in command)
+    assert (f"nice -n {compiler.NICENESS} " in made) == background
+    # Its threads keep their priority: they hold the interpreter, for which the rounds would wait.
+    assert niceness == [usual[0]]
+    assert switch_s == [compiler.SWITCH_S if background else usual[1]]
+    assert (niceness_here(), sys.getswitchinterval()) == usual
 
 
 def test_auto_keeps_blocks_that_are_faster_and_says_by_how_much(graphs):
