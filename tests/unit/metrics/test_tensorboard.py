@@ -58,7 +58,7 @@ def test_tensorboard_shows_every_metric_image_histogram_and_alert(
     found = age.histogram_value
     assert (age.step, found.min, found.max, found.num) == (10, 0.0, 3.0, 4.0)
     assert found.sum == pytest.approx(5.0, abs=0.2)
-    assert sum(found.bucket) == 4.0
+    assert (sum(found.bucket), found.bucket_limit[-1]) == (4.0, 3.0)
     # Those below 1.5, by TensorBoard's own buckets.
     assert sum(n for n, end in zip(found.bucket, found.bucket_limit) if end < 1.5) == 3.0
     (text,) = read.Tensors("alerts/Chains are stuck/text_summary")
