@@ -38,14 +38,8 @@ def test_across_an_outage_in_mid_run_everything_arrives_once(
     server: WandbServer,
     tmp_path: Path,
     picture: str,
-    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    # The client tries again within a fraction of a second, as often as it takes.
-    for what in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER"):
-        monkeypatch.setenv(f"WANDB_X_{what}_RETRY_MAX", "100000")
-        monkeypatch.setenv(f"WANDB_X_{what}_RETRY_WAIT_MIN_SECONDS", "0.1")
-        monkeypatch.setenv(f"WANDB_X_{what}_RETRY_WAIT_MAX_SECONDS", "0.2")
     config = TrackingConfig(init_timeout=60, finish_timeout=240)
     with MetricHub(config, tmp_path / "run", {}, "t") as hub:
         log_all(hub, 0, picture, tmp_path / "step_0-aa")
