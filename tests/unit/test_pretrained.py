@@ -44,7 +44,7 @@ def test_every_model_is_whole_small_and_without_a_path_of_the_machine_that_made_
     assert total <= MAX_BYTES
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", list_pretrained())
 def test_a_card_has_licence_figures_and_picture_and_the_recipe_is_that_of_the_config(
     name: str,
 ) -> None:
