@@ -150,6 +150,7 @@ class Worker:
             token=token,
             level=self._level_after(chain, lease.context),
             notes=self._new_notes(),
+            compiling=self._engine.compiling,
         )
 
     def hold(self, weights: np.ndarray, version: int) -> int:

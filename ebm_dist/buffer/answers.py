@@ -47,6 +47,8 @@ class CheckinReply(NamedTuple):
     """Messages of the worker and the shard, for the run's log."""
     by_rows: bool = False
     """Whether the chains stayed in the memory of the shard's node."""
+    compiling: bool = False
+    """Whether the worker compiles its steps beside its rounds."""
 
 
 @dataclass(frozen=True, slots=True)

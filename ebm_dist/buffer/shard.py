@@ -281,6 +281,7 @@ class Shard(ShardChains):
             stats=moved.stats,
             notes=(*self._notes, *moved.notes),
             by_rows=moved.position is None,
+            compiling=moved.compiling,
         )
 
     def _place(self, out: Outstanding, moved: MovedChains) -> np.ndarray | None:

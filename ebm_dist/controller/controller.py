@@ -181,6 +181,11 @@ class Controller:
                     self._publish_current()
                 except TROUBLE as trouble:
                     self._recover(trouble)
+            if self._parts.needs_negatives and self._config.sampler.engine == "compiled":
+                waits = "the first round waits for it"
+                if self._flow.mode == "async":
+                    waits = "rounds run in single steps until it is done"
+                log.info(f"sampler.engine: compiled compiles the steps now, and {waits}")
             self._window.reset()
             while True:
                 try:
@@ -287,7 +292,8 @@ class Controller:
             for lease in consumed.leases:
                 self._window.add_round(lease.stats)
         latest = {**self._monitor.metrics, **metrics}
-        self._view.update(self.progress.step, latest, self._window.bottleneck())
+        num_compiling = self._scheduler.workers.members.num_compiling
+        self._view.update(self.progress.step, latest, self._window.bottleneck(), num_compiling)
         self._callbacks.on_update(self.progress.step, latest)
         if average:  # they are read now, also after the last update
             learners.settle(self._wait)

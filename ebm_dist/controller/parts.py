@@ -20,7 +20,9 @@ from ebm_dist.controller.workers.membership import WorkerPool
 class View(Protocol):
     """Shows the progress of a run, as `metrics.progress.TerminalView`. Events go to `logging`."""
 
-    def update(self, step: int, metrics: dict[str, float], waits: str) -> None: ...
+    def update(
+        self, step: int, metrics: dict[str, float], waits: str, num_compiling: int
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,6 +208,8 @@ class MovedChains:
     """(M,), int64, if the round has moved the chains between levels."""
     notes: tuple[str, ...] = ()
     """Messages of the worker since its last round, for the run's log."""
+    compiling: bool = False
+    """Whether the worker compiles its steps beside its rounds."""
 
     @classmethod
     def of(cls, lease: Lease, **moved: Any) -> MovedChains:

@@ -59,6 +59,7 @@ class TerminalView:
         self._seen: deque[tuple[float, int]] = deque()
         self._metrics: dict[str, float] = {}
         self._waits = ""
+        self._num_compiling = 0
         self._events: deque[str] = deque(maxlen=NUM_EVENTS)
         self._printed = -math.inf
 
@@ -90,15 +91,25 @@ class TerminalView:
             self._console.show_cursor(True)
 
     def update(
-        self, step: int, metrics: Mapping[str, float] | None = None, waits: str = ""
+        self,
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+        waits: str = "",
+        num_compiling: int = 0,
     ) -> None:
-        """Show learner update `step`, the newest `metrics`, and `waits`: the parts that wait."""
+        """Show learner update `step` and the newest `metrics`.
+
+        Args:
+            waits: the parts that wait.
+            num_compiling: workers that compile their steps beside their rounds.
+        """
         try:
             now = time.monotonic()
             with self._lock:
                 self._step = int(step)
                 self._metrics.update(metrics or {})
                 self._waits = waits
+                self._num_compiling = num_compiling
                 # After a rollback the old pairs would give a negative rate.
                 if self._seen and self._seen[-1][1] > self._step:
                     self._seen.clear()
@@ -184,8 +195,8 @@ class TerminalView:
 
     def _facts(self) -> list[tuple[str, str]]:
         with self._lock:
-            metrics = dict(self._metrics)
-        facts = []
+            metrics, num = dict(self._metrics), self._num_compiling
+        facts = [("compiling on", f"{num} worker{'s'[: num != 1]}")] if num else []
         if "energy/gap" in metrics:
             facts.append(("energy gap", number(metrics["energy/gap"])))
         if "throughput/mcmc_steps_per_s" in metrics:

@@ -261,6 +261,7 @@ class RoundScheduler:
                 log.info(note)
         if reply.accepted:
             member.failures = 0
+            member.compiling = reply.compiling
             self._shard_failures[round_.shard] = 0
             self._commit(round_, reply)
             return

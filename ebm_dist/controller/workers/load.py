@@ -38,6 +38,8 @@ class Member:
     """Deaths in a row, each before it held weights."""
     failures: int = 0
     """Deaths since its last commit, each while it held weights."""
+    compiling: bool = False
+    """Whether its process compiled the steps when it ended its last round."""
 
     @property
     def node(self) -> str | None:
@@ -97,6 +99,10 @@ class LoadQueue:
     def num_serving(self) -> int:
         return self._num_serving
 
+    @property
+    def num_compiling(self) -> int:
+        return sum(member.compiling for member in self._members.values())
+
     def add(self, index: int, worker: WorkerClient) -> Member:
         member = self._members[index] = Member(index, worker, self._clock())
         return member
@@ -124,6 +130,7 @@ class LoadQueue:
         """Give `member` another process, which has no rounds and no weights."""
         self.stop(member, "starting")
         member.load = 0
+        member.compiling = False
         member.worker = worker
         member.since = self._clock()
 

@@ -251,6 +251,11 @@ class Engine:
         return known[1]
 
     @property
+    def compiling(self) -> bool:
+        """Whether blocks are being compiled, or wait for another process that compiles."""
+        return any(e.status == "compiling" and e.block is None for e in self._entries.values())
+
+    @property
     def _may_compile(self) -> bool:
         return self.choice == "compiled" or (self.choice == "auto" and not self._steady)
 

@@ -71,6 +71,18 @@ def test_the_view_shows_update_gap_rate_lag_waiting_and_time_left(moved: Clock) 
         assert part in text, text
 
 
+def test_the_view_says_so_as_long_as_workers_compile_their_steps(moved: Clock) -> None:
+    view = TerminalView(100, "digits", terminal())
+    for num, shown in ((2, "compiling on 2 workers"), (1, "compiling on 1 worker,"), (0, "")):
+        view.update(1, METRICS, "", num)
+        assert shown in view.line()
+        assert ("compiling" in view.line()) == bool(shown)
+    console = terminal()
+    view.update(2, METRICS, "", 2)
+    console.print(view.render())
+    assert "compiling on 2 workers" in console.export_text()
+
+
 def test_a_view_without_updates_says_so(moved: Clock) -> None:
     view = TerminalView(100, "digits", terminal())
     view.update(1, METRICS)

@@ -316,12 +316,14 @@ def test_rounds_go_on_eagerly_while_the_compiler_works_and_then_change_over(monk
         now = run_chain(kernel, x, energy, 10, generator(2), engine=engine)
         assert torch.equal(now.position, eager)
     assert begun.wait(60)
+    assert engine.compiling
     with torch.no_grad():
         for p in energy.parameters():  # weights that arrive while the old ones are traced
             p.mul_(2)
     released.set()
     (thread,) = [t for t in threading.enumerate() if t.name == "compile"]
     thread.join(60)
+    assert not engine.compiling
     assert "runs blocks of 10 steps from now on, compiled in" in said[0]
     round_ = make_stepper(kernel, x.clone(), energy)
     assert engine.block(round_.kernel, energy, round_.state, 10) is not None
