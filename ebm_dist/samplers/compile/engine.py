@@ -50,6 +50,7 @@ from ebm_dist.samplers.compile.compiler import (
     prepare,
 )
 from ebm_dist.samplers.compile.recorded_noise import CannotCompile
+from ebm_dist.samplers.compile.winograd import suits_processor
 from ebm_dist.samplers.frozen import (
     Autocast,
     for_rows,
@@ -76,6 +77,10 @@ choice."""
 LONG_PAYBACK_S = 240.0
 """The same for long steps, which a compilation of 30 to 110 s on a busy machine makes faster by a
 quarter."""
+
+DIRECT_PAYBACK_S = 600.0
+"""The same for long steps with convolutions that Winograd's algorithm does not compute here: they
+gain between nothing and a quarter. An eighth of 600 s is 75 s, about one compilation."""
 
 FIRST_LOOK_S = 10.0
 """Seconds of eager steps at one shape after which what is left of a run is estimated."""
@@ -191,13 +196,17 @@ class Engine:
         if entry.status != "eager":
             return
         entry.eager_rounds_s.append(seconds)
-        if self._repays(entry, num_steps):
+        if self._repays(entry, energy, state, num_steps):
             self._compile(entry, kernel, energy, state, num_steps)
 
-    def _repays(self, entry: _Entry, num_steps: int) -> bool:
+    def _repays(self, entry: _Entry, energy: EnergyFn, state: KernelState, num_steps: int) -> bool:
         """Whether what is left of the run, or what is behind it, repays a compilation."""
-        short = min(entry.eager_rounds_s) <= num_steps * SHORT_STEP_S
-        payback_s = PAYBACK_S if short else LONG_PAYBACK_S
+        payback_s, why = LONG_PAYBACK_S, ""
+        if min(entry.eager_rounds_s) <= num_steps * SHORT_STEP_S:
+            payback_s = PAYBACK_S
+        elif _convolves_directly(energy, state):
+            payback_s = DIRECT_PAYBACK_S
+            why = ", since this processor gains little from compiled convolutions"
         if self.progress is None:
             return entry.eager_s >= payback_s
         done = self.progress - entry.first_progress
@@ -210,7 +219,7 @@ class Engine:
             self._say(
                 f"sampler.engine: auto {'compiles' if repays else 'stays eager'}, since about "
                 f"{left_s:.0f} s of steps are left and a compilation repays itself in "
-                f"{payback_s:.0f} s"
+                f"{payback_s:.0f} s{why}"
             )
         return repays
 
@@ -348,6 +357,16 @@ class Engine:
 def _no_machine_compiles(error: Exception) -> bool:
     """Whether the steps themselves are the fault, so that no other machine compiles them either."""
     return isinstance(error, CannotCompile) and not isinstance(error, CompilerFailed)
+
+
+def _convolves_directly(energy: EnergyFn, state: KernelState) -> bool:
+    """Whether the CPU computes convolutions of `energy` without Winograd's algorithm."""
+    dtype = torch.bfloat16 if isinstance(energy, Autocast) else torch.float32
+    return (
+        state.energy.device.type == "cpu"
+        and has_convolutions(energy)
+        and not suits_processor(dtype)
+    )
 
 
 def _identity(energy: EnergyFn) -> Any:

@@ -246,22 +246,26 @@ def _(
     return x.new_empty(size).contiguous(memory_format=torch.channels_last)
 
 
-@functools.cache
-def available(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies `dtype` in vectors of 16, and there is a compiler.
+def suits_processor(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies `dtype` in vectors of 16.
 
     With AMX a direct bfloat16 convolution is faster than the transforms of Winograd's algorithm.
+    """
+    if not torch.cpu._is_avx512_supported() or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (
+        torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    )
+
+
+@functools.cache
+def available(dtype: torch.dtype) -> bool:
+    """Whether the processor suits `dtype`, and there is a compiler.
 
     Raises:
         CompilerFailed: the compiler failed, or the compiled convolutions are wrong.
     """
-    if not torch.cpu._is_avx512_supported() or not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16 and (
-        not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    ):
-        return False
-    if compiler.missing() is not None:
+    if not suits_processor(dtype) or compiler.missing() is not None:
         return False
     # Called while the steps are traced, and must not become part of the trace.
     with _disable_current_modes(), torch.no_grad():

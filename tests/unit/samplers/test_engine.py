@@ -368,11 +368,11 @@ def test_an_energy_that_is_no_energy_is_refused_before_it_is_compiled(graphs):
 class Auto:
     """An engine told how long rounds of 10 steps took, which nobody ran."""
 
-    def __init__(self) -> None:
+    def __init__(self, energy: energies.Energy | None = None, shape: tuple[int, ...] = (2,)):
         self.said: list[str] = []
         self.engine = Engine("auto", background=False, say=self.said.append)
-        self.kernel, self.energy = make("langevin"), mlp()
-        self.state = self.kernel.init(torch.randn(6, 2), self.energy)
+        self.kernel, self.energy = make("langevin"), energy or mlp()
+        self.state = self.kernel.init(torch.randn(6, *shape), self.energy)
 
     def rounds(self, num: int, step_s: float) -> None:
         for _ in range(num):
@@ -403,6 +403,29 @@ def test_auto_compiles_only_what_has_gone_on_for_so_long_that_it_may_pay(
     auto.rounds(4, step_s)
     assert auto.compiled
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("winograd", "payback_s"),
+    [(True, engine_module.LONG_PAYBACK_S), (False, engine_module.DIRECT_PAYBACK_S)],
+)
+def test_auto_wants_a_longer_run_for_convolutions_where_the_processor_has_no_winograd(
+    winograd, payback_s, graphs, monkeypatch
+):
+    monkeypatch.setattr(engine_module, "suits_processor", lambda dtype: winograd)
+    resnet = energies.make("resnet", event_shape=(1, 8, 8), width=8, multipliers=(1,)).eval()
+    step_s, look_s = engine_module.SHORT_STEP_S * 2, engine_module.FIRST_LOOK_S
+    for left_s, compiles in [(0.9 * payback_s, False), (1.1 * payback_s, True)]:
+        auto = Auto(resnet, (1, 8, 8))
+        auto.engine.progress = 0.0
+        auto.rounds(1, step_s)
+        auto.engine.progress = look_s / (look_s + left_s)
+        auto.rounds(round(look_s / (10 * step_s)), step_s)
+        assert auto.compiled == compiles
+        (line,) = auto.said
+        assert f"auto {'compiles' if compiles else 'stays eager'}, since about" in line
+        assert f"repays itself in {payback_s:.0f} s" in line
+        assert ("gains little from compiled convolutions" in line) == (not winograd)
 
 
 @pytest.mark.parametrize("payback", ["PAYBACK_S", "LONG_PAYBACK_S"])
