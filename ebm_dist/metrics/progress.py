@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import shlex
 import threading
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -26,6 +28,9 @@ from ebm_dist.metrics.hub import HubInfo
 PLAIN_EVERY = 10.0
 """Seconds between two lines where the output is not a terminal."""
 
+PANEL_EVERY = 0.5
+"""Seconds between two drawings of the panel in a notebook."""
+
 RATE_WINDOW = 60.0
 """Seconds of recent updates from which the time left is estimated."""
 
@@ -38,22 +43,29 @@ class TerminalView:
     """A live view of a run, as a context manager.
 
     On a terminal it is a panel that redraws itself: update, time left, energy gap, MCMC steps/s,
-    lag, waiting parts, and the last events. Elsewhere (a pipe, a batch system's log) it prints one
-    plain line about every ten seconds. No method raises, and the terminal is always restored at the
-    end of the block.
+    lag, waiting parts, and the last events. In a notebook the panel is a part of the cell's output
+    that redraws itself, and events are lines of their own. Elsewhere (a pipe, a batch system's log)
+    it prints one plain line about every ten seconds. No method raises, and the terminal is always
+    restored at the end of the block.
 
     Args:
         total: the update at which the run ends.
         title: the run's name.
         console: where to draw; stdout when left out.
+        is_pool: whether parts run beside one another. In one process each waits while another
+            works, which says nothing, so the view leaves it out.
     """
 
-    def __init__(self, total: int, title: str, console: Console | None = None) -> None:
+    def __init__(
+        self, total: int, title: str, console: Console | None = None, *, is_pool: bool = True
+    ) -> None:
         self.total = max(int(total), 1)
         self.title = title
         self._console = console if console is not None else Console()
+        self._is_pool = is_pool
         self._lock = threading.Lock()
         self._live: Live | None = None
+        self._panel: Any = None  # IPython's handle of the output that holds the panel
         self._began = time.monotonic()
         self._step: int | None = None
         self._seen: deque[tuple[float, int]] = deque()
@@ -83,7 +95,7 @@ class TerminalView:
         live, self._live = self._live, None
         if live is None:
             if self._step is not None and error is None:
-                self._print(self.line())
+                self._show()
             return
         try:
             live.stop()
@@ -116,9 +128,10 @@ class TerminalView:
                 self._seen.append((now, self._step))
                 while len(self._seen) > 2 and now - self._seen[0][0] > RATE_WINDOW:
                     self._seen.popleft()
-            if self._live is None and now - self._printed >= PLAIN_EVERY:
+            every = PANEL_EVERY if self._console.is_jupyter else PLAIN_EVERY
+            if self._live is None and now - self._printed >= every:
                 self._printed = now
-                self._print(self.line())
+                self._show()
         except Exception:
             return
 
@@ -226,10 +239,22 @@ class TerminalView:
             for name, who in (("wait/learner", "learner"), ("wait/worker", "workers"))
             if math.isfinite(metrics.get(name, math.nan))
         ]
-        parts = [waits] if waits else [", ".join(shares)] if shares else []
+        parts = [waits or ", ".join(shares)] if self._is_pool and (waits or shares) else []
         if quiet > QUIET_AFTER and (self._step or 0) < self.total:
             parts.append(f"no update for {clock(quiet)}")
         return "; ".join(parts)
+
+    def _show(self) -> None:
+        """Draw the progress where there is no terminal."""
+        if not self._console.is_jupyter:
+            self._print(self.line())
+            return
+        with contextlib.suppress(Exception):  # a failure of the view must not stop a run
+            if self._panel is None:
+                display = importlib.import_module("IPython.display").display
+                self._panel = display(self.render(), display_id=True)
+            else:
+                self._panel.update(self.render())
 
     def _print(self, text: str) -> None:
         try:

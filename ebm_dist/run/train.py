@@ -200,11 +200,13 @@ def _train(
     callbacks: Callbacks,
 ) -> RunResult:
     with contextlib.ExitStack() as stack:
-        view = stack.enter_context(TerminalView(config.run.steps, config.run.name, console))
+        inline = config.runtime.backend == "inline"
+        view = TerminalView(config.run.steps, config.run.name, console, is_pool=not inline)
+        stack.enter_context(view)
         stack.enter_context(_shown(view))
         for line in notices:
             events.info(line)
-        view.say("starting " + ("in this process" if config.runtime.backend == "inline" else "Ray"))
+        view.say("starting " + ("in this process" if inline else "Ray"))
         stop = threading.Event()
         try:
             told = lambda: stop.is_set() or callbacks.end_run  # noqa: E731

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -126,6 +128,37 @@ def test_without_a_terminal_there_is_a_plain_line_every_ten_seconds(moved: Clock
     assert "checkpoint written" in lines
     assert "left 1:30" in updates[1]  # 900 updates at 10 a second
     assert "\x1b" not in written(console)
+
+
+def test_in_a_notebook_one_panel_redraws_itself_and_events_stay(
+    moved: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, updated, said = [], [], []
+    handle = SimpleNamespace(update=updated.append)
+
+    def display(what, **options):
+        (shown if options.get("display_id") else said).append(what)
+        return handle
+
+    module = SimpleNamespace(display=display)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=module))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    with TerminalView(100, "blobs", Console(force_jupyter=True, width=90)) as view:
+        view.say("sampler left out: mala")
+        for step in range(0, 101, 10):
+            view.update(step, METRICS)
+            moved.now += 0.2
+    assert len(said) == len(shown) == 1
+    assert 3 < len(updated) < 8  # about twice a second, and at the end
+    assert "update 100 of 100" in updated[-1]._repr_mimebundle_((), ())["text/plain"]
+
+
+def test_in_one_process_nothing_is_said_to_wait(moved: Clock) -> None:
+    view = TerminalView(100, "blobs", terminal(), is_pool=False)
+    view.update(1, METRICS, "learner waits for negatives (100%)")
+    assert "wait" not in view.line()
+    moved.now += 45
+    assert "no update for 0:45" in view.line()
 
 
 def test_an_exception_gives_the_terminal_back(moved: Clock) -> None:
