@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import re
 import sys
@@ -97,6 +98,25 @@ def test_the_python_reference_names_what_can_be_imported() -> None:
     assert "ebm_dist.train" in named
     for name in named:
         assert pkgutil.resolve_name(name) is not None
+
+
+def test_the_arguments_that_a_docstring_of_the_reference_names_are_those_of_the_signature() -> None:
+    """The build of the site warns of others, and fails."""
+    named = re.findall(r"^::: (\S+)$", "\n".join(map(text_of, PAGES)), re.MULTILINE)
+    wrong = []
+    for name in named:
+        found = pkgutil.resolve_name(name)
+        members = inspect.getmembers(found, lambda m: inspect.isfunction(m) or inspect.isclass(m))
+        own = [m for key, m in members if key[0] != "_" and m.__module__.startswith("ebm_dist")]
+        for function in (found, *own):
+            if not callable(function) or "Args:" not in (function.__doc__ or ""):
+                continue
+            described = inspect.cleandoc(function.__doc__ or "").split("Args:\n")[1]
+            section = described.split("\n\n")[0]
+            listed = re.findall(r"^    (\w+)(?: \(.*\))?:", section, re.MULTILINE)
+            for argument in {*listed} - {*inspect.signature(function).parameters}:
+                wrong.append(f"{name}: {function.__name__}({argument})")
+    assert wrong == []
 
 
 def test_the_command_reference_has_every_command() -> None:
