@@ -248,6 +248,11 @@ class Controller:
         """The last value of each metric."""
         return self._monitor.metrics
 
+    @property
+    def evaluation_s(self) -> float:
+        """Seconds that this attempt has waited for evaluations."""
+        return self._monitor.evaluation_s
+
     def evaluate(self) -> None:
         """Evaluate the current weights and wait for the result."""
         self._monitor.finish()

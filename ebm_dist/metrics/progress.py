@@ -24,6 +24,7 @@ from rich.text import Text
 from ebm_dist.core import installed
 from ebm_dist.core.errors import one_line
 from ebm_dist.metrics.hub import HubInfo
+from ebm_dist.metrics.laps import Laps
 
 PLAIN_EVERY = 10.0
 """Seconds between two lines where the output is not a terminal."""
@@ -35,6 +36,9 @@ RATE_WINDOW = 60.0
 """Seconds of recent updates from which the time left is estimated."""
 
 NUM_EVENTS = 4
+QUALITY = ("energy/gap", "fidelity/distance", "throughput/mcmc_steps_per_s")
+"""Metrics of the last screen."""
+
 QUIET_AFTER = 20.0
 """Seconds without an update after which the view reports it."""
 
@@ -292,7 +296,8 @@ def final_screen(
     samples: str | Path | None = None,
     wandb: HubInfo | None = None,
     export: str | Path | None = None,
-    quality: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    laps: Laps | None = None,
     interrupted: bool = False,
     stopped_by: str | None = None,
     from_python: bool = False,
@@ -307,7 +312,8 @@ def final_screen(
         samples: the newest sample grid.
         wandb: the result of `MetricHub.info()`.
         export: the export's directory.
-        quality: a few final metrics to show.
+        metrics: the last value of each metric, of which a few are shown.
+        laps: what this attempt's time went into.
         interrupted: whether the run stopped early; the resume command then comes first.
         stopped_by: the callback that stopped it.
         from_python: whether objects were given in Python, which no command can find again.
@@ -323,7 +329,9 @@ def final_screen(
     rows.add_row("metrics", shown(run_dir / "metrics.jsonl"))
     rows.add_row("W&B", Text(_wandb_line(wandb)))
     rows.add_row("export", shown(export) if export else "none yet")
-    if quality:
+    if laps:
+        rows.add_row("time", str(laps))
+    if quality := {name: metrics[name] for name in QUALITY if metrics and name in metrics}:
         rows.add_row("", Text("   ".join(f"{k} {number(v)}" for k, v in quality.items())))
     state = "interrupted" if interrupted else "done"
     if stopped_by:

@@ -41,6 +41,7 @@ from ebm_dist.export.reader import Export, open_export
 from ebm_dist.export.writer import export_run, plugins_of
 from ebm_dist.files.durable import refuse_link, replace_text
 from ebm_dist.files.safe_open import make_directory
+from ebm_dist.metrics.laps import Laps
 from ebm_dist.metrics.progress import TerminalView, final_screen
 from ebm_dist.report.grid import save_grid
 from ebm_dist.run.artifacts import Artifacts
@@ -206,6 +207,7 @@ def _train(
         stack.enter_context(_shown(view))
         for line in notices:
             events.info(line)
+        laps = Laps()
         view.say("starting " + ("in this process" if inline else "Ray"))
         stop = threading.Event()
         try:
@@ -255,6 +257,7 @@ def _train(
             if found.step > 0:  # otherwise the run begins, as its notices have said
                 view.say(f"resumed from {found.path.name}")
         artifacts.log_data(controller.progress.step)
+        laps.end("to start")
         try:
             with asking(stop):
                 finished = controller.run()
@@ -264,6 +267,7 @@ def _train(
         every = config.evaluation.every
         if finished and every is not None and config.run.steps % every:
             controller.evaluate()  # otherwise the loop has just evaluated
+        laps.end("updates", of_which=("evaluations", controller.evaluation_s))
         parts.hub.flush(120.0)
         export_dir = failure = None
         if finished and callbacks.failure is None:
@@ -274,8 +278,10 @@ def _train(
                 failure = error  # raised once the metrics are sent
             else:
                 artifacts.finish(export_dir)
+            laps.end("export")
         hub = parts.hub.info(60.0)
         parts.hub.close(config.tracking.finish_timeout + 10.0)
+    log.info("%s", laps)
     callbacks.check()
     if failure is not None:
         raise RunFailed(f"trained to the last update, but not exported: {failure}") from failure
@@ -288,11 +294,8 @@ def _train(
         samples=pictures[-1] if pictures else None,
         wandb=hub,
         export=export_dir,
-        quality={
-            name: controller.metrics[name]
-            for name in ("energy/gap", "fidelity/distance", "throughput/mcmc_steps_per_s")
-            if name in controller.metrics
-        },
+        metrics=controller.metrics,
+        laps=laps,
         interrupted=not finished,
         stopped_by=stopped_by,
         from_python=is_given(config),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -60,6 +61,8 @@ class Monitor:
         """
         self.metrics: dict[str, float] = {}
         """The last value of each metric."""
+        self.evaluation_s = 0.0
+        """Seconds that training has waited for the start or the end of measurements."""
         self._parts = parts
         self._config = config
         self._temperature = config.sampler.build().temperature
@@ -196,6 +199,18 @@ class Monitor:
 
     def evaluate(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
         """Write the sample grid and start an evaluation, whose metrics are logged later."""
+        with self._waiting():
+            self._evaluate(flat, ema)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.evaluation_s += time.monotonic() - began
+
+    def _evaluate(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
         step = self._progress.step
         config, parts = self._config.evaluation, self._parts
         chains = self.chains(max(config.num_samples, config.num_grid), ema)
@@ -275,8 +290,9 @@ class Monitor:
 
     def finish(self) -> None:
         """Wait for the measurements in progress, and give up those that take too long."""
-        self._collect_evaluation(self._timeout)
-        self._collect_audit(self._timeout)
+        with self._waiting():
+            self._collect_evaluation(self._timeout)
+            self._collect_audit(self._timeout)
         for link in (self._parts.evaluator, self._parts.auditor):
             if link is not None and link.busy:
                 link.give_up(

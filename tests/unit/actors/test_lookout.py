@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,11 @@ def test_an_evaluation_that_outlasts_the_next_ones_holds_nothing_up(
     result, screen = run(tmp_path / "r", "run.steps=20", "evaluation.every=2")
     assert result.finished
     assert asked[:8] == [0.0] * 8, "no update waited for it"
+    times = re.search(
+        r"\d+ s: \d+ s to start, \d+ s updates, \d+ s evaluations, \d+ s export", screen
+    )
+    assert times is not None
+    assert times.group() in (tmp_path / "r" / "run.log").read_text()
     assert screen.count("is still under way") == 1
     measured = curve(tmp_path / "r", "energy/test")
     assert next(iter(measured)) == 2

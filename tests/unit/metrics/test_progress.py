@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from ebm_dist.metrics import laps as laps_module
 from ebm_dist.metrics import progress
 from ebm_dist.metrics.hub import unknown_hub
+from ebm_dist.metrics.laps import Laps
 from ebm_dist.metrics.progress import TerminalView, clock, final_screen, number
 
 METRICS = {
@@ -237,6 +239,24 @@ def test_the_last_screen_says_where_everything_is(
         "W&B: offline; the last command below sends it",
     ):
         assert part in text, text
+
+
+def test_the_last_screen_says_what_the_time_went_into(
+    moved: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(laps_module, "time", moved)
+    laps = Laps()
+    for seconds, name, of_which in (
+        (12.2, "to start", None),
+        (183.0, "updates", ("evaluations", 18.0)),
+        (5.0, "export", None),
+    ):
+        moved.now += seconds
+        laps.end(name, of_which=of_which)
+    console = terminal()
+    final_screen(run_dir="runs/digits", steps=3, wall_time=183.0, laps=laps, console=console)
+    line = "3 min 20 s: 12 s to start, 165 s updates, 18 s evaluations, 5 s export"
+    assert line in console.export_text()
 
 
 def test_an_interrupted_run_is_told_first_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
