@@ -49,11 +49,13 @@ def examine(series: Series, config: Mapping[str, Any] | None = None) -> list[Fin
     """
     tails = {name: _tail(pairs) for name, pairs in series.items()}
     generator = _is_generator(tails, config or {})
+    runtime = (config or {}).get("runtime")
+    in_one_process = isinstance(runtime, Mapping) and runtime.get("backend") == "inline"
     findings: list[Finding] = []
     for metric, page, rule in _RULES:
         finding = rule(series, tails)
-        if finding is None:
-            continue
+        if finding is None or (metric == "wait/learner" and in_one_process):
+            continue  # in one process the learner has to wait, and more workers would not help
         if generator and metric in OF_A_SAMPLER and finding.state != "ok":
             finding = Finding("note", f"{finding.what.split(':')[0]}: {GENERATOR}")
             page = "docs/report.md#Two regimes"

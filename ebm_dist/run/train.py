@@ -256,6 +256,11 @@ def _train(
                 controller.restore(found)
             if found.step > 0:  # otherwise the run begins, as its notices have said
                 view.say(f"resumed from {found.path.name}")
+            if found.step >= config.run.steps:
+                view.say(
+                    f"the run is finished: a run.steps above {found.step} trains on, another "
+                    "run.name begins a new run"
+                )
         artifacts.log_data(controller.progress.step)
         laps.end("to start")
         try:

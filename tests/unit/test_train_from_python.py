@@ -198,6 +198,18 @@ def test_a_call_with_another_network_or_other_data_says_to_take_another_run_dir(
             train(tmp_path / "run", **given)
 
 
+def test_the_same_call_says_that_the_run_is_finished_and_what_goes_on(tmp_path):
+    screens = [Console(file=io.StringIO()) for _ in range(2)]
+    for screen in screens:
+        result = ebm_dist.train(
+            SMALL, energy=net(), data=points(), run_dir=tmp_path / "run", console=screen
+        )
+        assert result.step == 4
+    first, again = (screen.file.getvalue() for screen in screens)
+    assert "finished" not in first
+    assert "the run is finished: a run.steps above 4 trains on, another run.name begins" in again
+
+
 def test_without_a_finished_run_there_is_no_export_to_open(tmp_path):
     class Stop:
         def on_update(self, step, metrics):

@@ -246,7 +246,8 @@ def counted(num: int, counts: Counter[int], classes: tuple[str, ...]) -> str:
     if len(classes) > _MAX_LISTED:
         each = [counts[k] for k in range(len(classes))]
         return f"{num} samples, {min(each)} to {max(each)} of each of {len(classes)} classes"
-    return f"{num} samples: " + ", ".join(f"{counts[k]} {name}" for k, name in enumerate(classes))
+    names = [f"of class {name}" if name.isdecimal() else name for name in classes]
+    return f"{num} samples: " + ", ".join(f"{counts[k]} {name}" for k, name in enumerate(names))
 
 
 def encode(x: np.ndarray) -> dict[str, bytes]:

@@ -211,7 +211,7 @@ def test_check_reads_all_counts_by_class_and_names_the_bad(tmp_path: Path, capsy
     lines = said.out.splitlines()
     bad = [line.split("sample ")[1][:4] for line in lines[:-1]]
     assert bad == ["'00'", "'07'", "'08'", "'29'"]
-    assert lines[-1] == "1 shards: 26 samples: 9 0, 9 1, 8 2"
+    assert lines[-1] == ("1 shards: 26 samples: 9 of class 0, 9 of class 1, 8 of class 2")
     (error,) = said.err.splitlines()
     assert "4 bad samples and 0 bad shards of 1" in error
 
@@ -219,7 +219,7 @@ def test_check_reads_all_counts_by_class_and_names_the_bad(tmp_path: Path, capsy
 def test_check_goes_on_after_a_bad_shard(tmp_path: Path, capsys):
     prepare("digits", tmp_path / "d", shard_size=500)
     assert main(["data", "check", str(tmp_path / "d")]) == 0
-    assert capsys.readouterr().out.startswith("4 shards: 1797 samples: 178 0, 182 1, ")
+    assert capsys.readouterr().out.startswith("4 shards: 1797 samples: 178 of class 0, 182 ")
     first, second, third = sorted((tmp_path / "d").glob("train-*.tar"))
     data = bytearray(first.read_bytes())
     data[600] ^= 255  # within a picture

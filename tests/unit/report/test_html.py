@@ -347,6 +347,14 @@ def test_a_healthy_run_has_no_complaint_and_old_troubles_are_past() -> None:
     assert examine({}) == []
 
 
+def test_a_run_in_one_process_is_not_told_that_its_learner_waits() -> None:
+    series = constant(wait__learner=0.9)
+    (finding,) = examine(series, {"runtime": {"backend": "ray"}})
+    assert "waits" in finding.what
+    assert examine(series, {"runtime": {"backend": "inline"}}) == []
+    assert len(examine(series, {"runtime": 3})) == 1
+
+
 STUCK = {"chain/stagnant": 0.9, "chain/self_transition": 0.9}
 
 
