@@ -9,11 +9,11 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -32,18 +32,16 @@ from ebm_dist.controller.observers.callbacks import Callbacks, load_callbacks
 from ebm_dist.core.errors import RunFailed, UserError, one_line
 from ebm_dist.core.plugins import IN_SESSION, modules_of
 from ebm_dist.core.signals import asking, interrupting
-from ebm_dist.core.types import ChainSample, EventSpec
+from ebm_dist.core.types import EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.data import describe
 from ebm_dist.data.dataset import located
-from ebm_dist.evaluation.fidelity import PER_ROW
 from ebm_dist.export.reader import Export, open_export
 from ebm_dist.export.writer import export_run, plugins_of
 from ebm_dist.files.durable import refuse_link, replace_text
-from ebm_dist.files.safe_open import make_directory
-from ebm_dist.metrics.laps import Laps
-from ebm_dist.metrics.progress import TerminalView, final_screen
-from ebm_dist.report.grid import save_grid
+from ebm_dist.metrics.last_screen import Laps, final_screen
+from ebm_dist.metrics.progress import TerminalView
+from ebm_dist.report.pictures import write_grid
 from ebm_dist.run.artifacts import Artifacts
 from ebm_dist.run.assembly import assemble
 from ebm_dist.run.given import config_of, is_given
@@ -223,28 +221,13 @@ def _train(
         for line in found.skipped if found else ():
             view.say(f"passed over a damaged checkpoint: {line}")
 
-        def write_grid(chains: ChainSample, name: str, step: int) -> Path | None:
-            path = run_dir / "samples" / f"step_{step:08d}.png"
-            if name != "samples/chains":  # in a folder, since the report shows those of `samples`
-                path = path.parent / name.removeprefix("samples/") / path.name
-            x, condition = torch.from_numpy(np.array(chains.x)), None
-            if spec.condition_shape is not None and "condition" in chains.context:
-                condition = torch.from_numpy(np.array(chains.context["condition"]))
-            try:
-                make_directory(path.parent)
-                columns = PER_ROW if name == "samples/neighbours" else None
-                return save_grid(x, path, spec, num_columns=columns, condition=condition)
-            except OSError as error:
-                events.info(f"{path.name} not written ({error.strerror or error})")
-                return None
-
         controller = Controller(
             parts,
             config,
             run_dir=run_dir,
             view=view,
             meta=_meta(config, spec, found.meta.get("init_from") if found else None),
-            save_grid=write_grid,
+            save_grid=partial(write_grid, run_dir, spec),
             callbacks=callbacks,
         )
         hub = parts.hub.info(60.0)

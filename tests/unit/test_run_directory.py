@@ -21,6 +21,7 @@ from ebm_dist.controller.clients import HubClient
 from ebm_dist.controller.observers.hub import HubLink
 from ebm_dist.core.errors import RunFailed, UserError
 from ebm_dist.export.writer import export_run
+from ebm_dist.report import pictures
 from ebm_dist.report.html import render
 from ebm_dist.run.run_dir import run_log
 
@@ -191,7 +192,7 @@ def test_a_config_that_is_no_file_is_one_line(make, tmp_path, capsys):
 
 
 def test_a_picture_that_the_disk_refuses_does_not_end_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(ebm_dist.run.train, "save_grid", full)
+    monkeypatch.setattr(pictures, "save_grid", full)
     result = train(tmp_path / "run", tmp_path, "evaluation.every=1", "evaluation.likelihood=false")
     assert result.finished
     assert "step_00000001.png not written (No space" in (tmp_path / "run" / "run.log").read_text(

@@ -11,11 +11,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from ebm_dist.metrics import laps as laps_module
-from ebm_dist.metrics import progress
+from ebm_dist.metrics import last_screen, progress
 from ebm_dist.metrics.hub import unknown_hub
-from ebm_dist.metrics.laps import Laps
-from ebm_dist.metrics.progress import TerminalView, clock, final_screen, number
+from ebm_dist.metrics.last_screen import Laps, final_screen
+from ebm_dist.metrics.progress import TerminalView, clock, number
 
 METRICS = {
     "energy/gap": -0.0123,
@@ -204,7 +203,7 @@ def test_the_last_screen_says_where_everything_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(progress.installed, "command", lambda: ".venv/bin/ebm-dist")
+    monkeypatch.setattr(last_screen.installed, "command", lambda: ".venv/bin/ebm-dist")
     console = terminal(80)
     run = tmp_path / "runs" / "my digits"
     final_screen(
@@ -244,7 +243,7 @@ def test_the_last_screen_says_where_everything_is(
 def test_the_last_screen_says_what_the_time_went_into(
     moved: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(laps_module, "time", moved)
+    monkeypatch.setattr(last_screen, "time", moved)
     laps = Laps()
     for seconds, name, of_which in (
         (12.2, "to start", None),
@@ -260,8 +259,8 @@ def test_the_last_screen_says_what_the_time_went_into(
 
 
 def test_an_interrupted_run_is_told_first_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress.installed, "command", lambda: "ebm-dist")
-    commands = progress.suggested_commands(Path("runs/digits"), None, steps=7, interrupted=True)
+    monkeypatch.setattr(last_screen.installed, "command", lambda: "ebm-dist")
+    commands = last_screen.suggested_commands(Path("runs/digits"), None, steps=7, interrupted=True)
     assert (
         commands[0] == "ebm-dist train runs/digits/config.yaml --run-dir runs/digits --resume must"
     )
