@@ -203,7 +203,10 @@ def _last_picture(run_dir: Path, step: int) -> tuple[bytes | None, str | None]:
     for path in sorted((run_dir / "samples").glob("step_*.png"), reverse=True):
         number = path.stem.removeprefix("step_")
         if number.isdecimal() and int(number) <= step:
-            return read_bytes(path), f"Samples drawn at update {int(number)}"
+            try:
+                return read_bytes(path), f"Samples drawn at update {int(number)}"
+            except OSError:  # a link, or unreadable: an export can do without its picture
+                continue
     return None, None
 
 

@@ -14,6 +14,7 @@ from ebm_dist.controller.observers.monitor import Monitor
 from ebm_dist.core.types import ChainSample, EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.energies import FAMILY as ENERGIES
+from ebm_dist.export.writer import export_run
 from ebm_dist.report.html import render
 from ebm_dist.samplers import FAMILY as SAMPLERS
 
@@ -91,6 +92,11 @@ def test_card_and_report_of_a_run_without_chains_name_nothing_that_did_not_run(
     assert "![Samples drawn at update 5](samples.png)" in card
     drawn = (tmp_path / "run" / "samples" / "step_00000005.png").read_bytes()
     assert (tmp_path / "run" / "export" / "samples.png").read_bytes() == drawn
+    secret = (tmp_path / "run" / "samples" / "step_00000005.png").rename(tmp_path / "secret")
+    (tmp_path / "run" / "samples" / "step_00000005.png").symlink_to(secret)
+    again = export_run(tmp_path / "run", tmp_path / "again")
+    assert not (again / "samples.png").exists()
+    assert "samples.png)" not in (again / "README.md").read_text()
     page = render(tmp_path / "run")
     assert "accounted for" not in page
     assert "buffer/" not in page
