@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,18 @@ log = logging.getLogger("ebm_dist.run")
 
 _COUNTED = ("free", "leased", "ready", "capacity", "late_checkins", "expired_leases")
 """Counts that a shard reports with each round, for the metrics `buffer/*`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawing:
+    """Samples that a worker draws for an evaluation while training continues."""
+
+    step: int
+    worker: WorkerClient
+    samples: Ref[ChainSample]
+    flat: Ref[np.ndarray]
+    ema: Ref[np.ndarray]
+    began: float
 
 
 class Monitor:
@@ -75,6 +88,7 @@ class Monitor:
         self._backend = parts.backend
         self._on_evaluation = on_evaluation
         self._owed_since = math.inf  # the last update at which an evaluation was due
+        self._drawing: _Drawing | None = None
         self._averaged = -1  # the update whose averaged weights were requested
         self._said_busy = False
         self.alerts = Alerts(
@@ -96,7 +110,8 @@ class Monitor:
 
     @property
     def _is_measuring(self) -> bool:
-        return self._parts.evaluator is not None and self._parts.evaluator.busy
+        evaluator = self._parts.evaluator
+        return self._drawing is not None or (evaluator is not None and evaluator.busy)
 
     def observe(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
         """Log and measure what is due after an update with the weights `flat` and `ema`."""
@@ -134,7 +149,7 @@ class Monitor:
         """Start the audit that is due, unless one is in progress, and log a finished one."""
         step = self._progress.step
         if step % auditor.every == 0 and not auditor.busy:
-            chains = self.chains(auditor.num_chains, ema) if auditor.from_chains else None
+            chains = self.chains(auditor.num_chains) if auditor.from_chains else None
             auditor.start(step, flat, chains)
         self._collect_audit(auditor.wait_s)
         if auditor.wait_s and auditor.busy:
@@ -211,9 +226,36 @@ class Monitor:
             self.evaluation_s += time.monotonic() - began
 
     def _evaluate(self, flat: Ref[np.ndarray], ema: Ref[np.ndarray]) -> None:
-        step = self._progress.step
+        step, config = self._progress.step, self._config.evaluation
+        num = max(config.num_samples, config.num_grid)
+        if self._parts.needs_negatives:
+            self._measure(step, self.chains(num), flat, ema)
+            return
+        worker = next(iter(self._parts.workers))
+        seed = derive_seed(self._config.run.seed, "samples", step)
+        std, num_steps = self._config.buffer.init_std, self._config.sampler.num_steps
+        samples = worker.sample(num, num_steps, ema, seed, std)
+        self._drawing = _Drawing(step, worker, samples, flat, ema, time.monotonic())
+
+    def _collect_drawing(self, wait: bool) -> None:
+        """Measure the samples of the drawing in progress, if it is done or too late, or `wait`."""
+        if (drawing := self._drawing) is None:
+            return
+        late = time.monotonic() - drawing.began > self._timeout
+        if not (wait or late or self._backend.wait([drawing.samples], 0.0)):
+            return
+        self._drawing = None
+        try:
+            samples = self._answer(drawing.worker, drawing.samples, "samples from noise")
+        except PartDied:
+            self._owed_since = min(self._owed_since, drawing.step)
+            raise
+        self._measure(drawing.step, samples, drawing.flat, drawing.ema)
+
+    def _measure(
+        self, step: int, chains: ChainSample, flat: Ref[np.ndarray], ema: Ref[np.ndarray]
+    ) -> None:
         config, parts = self._config.evaluation, self._parts
-        chains = self.chains(max(config.num_samples, config.num_grid), ema)
         shown = slice(config.num_grid)
         if (label := chains.context.get("label")) is not None:
             shown = np.argsort(label[shown], kind="stable")  # one class per row, if they fit
@@ -254,19 +296,11 @@ class Monitor:
             hub.send(HubClient.histogram, "histogram/energy_negative", step, energy)
             hub.send(HubClient.histogram, "histogram/age", step, age)
 
-    def chains(self, num: int, ema: Ref[np.ndarray]) -> ChainSample:
-        """`num` chains: the present ones of the shards, or, if the objective trains without chains,
-        chains that a worker draws from noise."""
-        key = self._progress.step
-        if self._parts.needs_negatives:
-            shards = self._parts.shards
-            share = -(-num // len(shards))
-            asked = [(shard, shard.peek(share, key)) for shard in shards]
-        else:
-            worker, config = next(iter(self._parts.workers)), self._config
-            seed = derive_seed(config.run.seed, "samples", key)
-            std = config.buffer.init_std
-            asked = [(worker, worker.sample(num, config.sampler.num_steps, ema, seed, std))]
+    def chains(self, num: int) -> ChainSample:
+        """`num` chains of the shards, as they are now."""
+        shards = self._parts.shards
+        share = -(-num // len(shards))
+        asked = [(shard, shard.peek(share, self._progress.step)) for shard in shards]
         pieces = [self._answer(*call, "samples of the chains") for call in asked]
         # Interleaved, so that the first k come from all shards.
         order = np.argsort(np.concatenate([np.arange(len(p.x)) for p in pieces]), kind="stable")
@@ -290,8 +324,8 @@ class Monitor:
 
     def finish(self) -> None:
         """Wait for the measurements in progress, and give up those that take too long."""
+        self._collect_evaluation(self._timeout)
         with self._waiting():
-            self._collect_evaluation(self._timeout)
             self._collect_audit(self._timeout)
         for link in (self._parts.evaluator, self._parts.auditor):
             if link is not None and link.busy:
@@ -301,6 +335,11 @@ class Monitor:
                 )
 
     def _collect_evaluation(self, timeout: float) -> None:
+        with self._waiting():
+            self._collect_drawing(wait=timeout > 0.0)
+            self._collect_metrics(timeout)
+
+    def _collect_metrics(self, timeout: float) -> None:
         evaluator = self._parts.evaluator
         if evaluator is None:
             return

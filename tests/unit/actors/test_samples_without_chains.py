@@ -9,8 +9,11 @@ import pytest
 import torch
 from small_runs import SMALL, curve, run
 
+from ebm_dist import load_energy
 from ebm_dist.actors.worker import Worker
-from ebm_dist.controller.observers.monitor import Monitor
+from ebm_dist.cluster.backend import PartDied
+from ebm_dist.cluster.inline import InlineBackend
+from ebm_dist.controller.clients import WorkerClient
 from ebm_dist.core.types import ChainSample, EventSpec
 from ebm_dist.core.weights import FlatLayout
 from ebm_dist.energies import FAMILY as ENERGIES
@@ -28,16 +31,77 @@ FLAT = {
 
 def samples(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[ChainSample]:
     """What the run drew at its evaluations."""
-    chains, drawn = Monitor.chains, []
+    sample, drawn = Worker.sample, []
 
-    def watched(self: Monitor, *args):
-        drawn.append(chains(self, *args))
+    def watched(self: Worker, *args):
+        drawn.append(sample(self, *args))
         return drawn[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Monitor, "chains", watched)
+        patch.setattr(Worker, "sample", watched)
         run(folder, "run.steps=2", "evaluation.every=1", *overrides, base=FLAT)
     return drawn
+
+
+class Slow:
+    """The samples that a run asks for arrive `late` looks later, or never with the first worker."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, late: int, *, lost: bool = False) -> None:
+        self.looks = 0
+        ask, wait, get = WorkerClient.sample, InlineBackend.wait, InlineBackend.get
+        asked: list[object] = []
+
+        def ask_(client: WorkerClient, *args):
+            asked.append(ask(client, *args))
+            return asked[-1]
+
+        def wait_(backend: InlineBackend, refs, timeout: float):
+            if len(asked) == 1 and asked[0] in refs and self.looks < late:
+                self.looks += 1
+                assert timeout == 0.0, "no update waits for samples"
+                return [ref for ref in wait(backend, refs, timeout) if ref is not asked[0]]
+            return wait(backend, refs, timeout)
+
+        def get_(backend: InlineBackend, ref, timeout: float):
+            if lost and ref in asked[:1]:
+                raise PartDied("worker-0 was killed")
+            return get(backend, ref, timeout)
+
+        monkeypatch.setattr(WorkerClient, "sample", ask_)
+        monkeypatch.setattr(InlineBackend, "wait", wait_)
+        monkeypatch.setattr(InlineBackend, "get", get_)
+
+
+def test_training_goes_on_while_a_worker_draws_and_the_samples_are_those_of_their_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("run.steps=8", "evaluation.every=2")
+    run(tmp_path / "prompt", *options, base=FLAT)
+    with monkeypatch.context() as patch:
+        slow = Slow(patch, late=8)
+        _, screen = run(tmp_path / "slow", *options, base=FLAT)
+    assert slow.looks == 8
+    assert screen.count("is still under way at update 4") == 1
+    prompt, late = (curve(tmp_path / name, "energy/noise") for name in ("prompt", "slow"))
+    assert list(prompt) == [2, 4, 6, 8]
+    assert (min(late), max(late)) == (2, 8)
+    assert len(late) < len(prompt)
+    assert all(late[step] == prompt[step] for step in set(late) & set(prompt))
+    weights = [load_energy(tmp_path / name / "export") for name in ("prompt", "slow")]
+    for a, b in zip(*(energy.state_dict().values() for energy in weights), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("late", [1, 10**6], ids=["between updates", "at the end of the run"])
+def test_a_drawing_that_a_worker_died_under_is_made_again(
+    late: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Slow(monkeypatch, late, lost=True)
+    options = ("run.steps=8", "evaluation.every=4", "flow.mode=async")
+    result, _ = run(tmp_path / "r", *options, base=FLAT)
+    assert result.finished
+    measured = list(curve(tmp_path / "r", "energy/noise"))
+    assert measured == ([6, 8] if late == 1 else [8])
 
 
 def test_samples_depend_on_the_seed_of_the_run_and_on_the_update(
