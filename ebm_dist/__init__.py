@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ebm_dist.data.split import load_data
     from ebm_dist.export.pretrained import list_pretrained
     from ebm_dist.export.push import push_to_hub
-    from ebm_dist.export.reader import load_energy
+    from ebm_dist.export.reader import load_energy, open_export
     from ebm_dist.export.sample import sample
     from ebm_dist.report.grid import picture
     from ebm_dist.run.train import train
@@ -19,6 +19,7 @@ _LAZY = {
     "list_pretrained": "ebm_dist.export.pretrained",
     "load_data": "ebm_dist.data.split",
     "load_energy": "ebm_dist.export.reader",
+    "open_export": "ebm_dist.export.reader",
     "picture": "ebm_dist.report.grid",
     "push_to_hub": "ebm_dist.export.push",
     "sample": "ebm_dist.export.sample",
@@ -31,6 +32,7 @@ __all__ = [
     "list_pretrained",
     "load_data",
     "load_energy",
+    "open_export",
     "picture",
     "push_to_hub",
     "sample",
