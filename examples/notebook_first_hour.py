@@ -78,8 +78,8 @@ print(f"energy gap at the end: {result.metrics['energy/gap']:+.2f}")
 
 # %% [markdown]
 # ## The landscape, and samples from it
-# The samples begin as noise and walk downhill with noise of their own. They should lie in the
-# dark valleys, and as densely as the points above.
+# The samples begin as noise and walk downhill with noise of their own. They should lie in the yellow
+# valleys, and as densely as the points above.
 
 # %%
 model = result.open_export()
@@ -90,8 +90,8 @@ grid = torch.cartesian_prod(line, line)
 landscape = model.energy(grid).view(120, 120).T
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4), sharex=True, sharey=True)
-left.contourf(line, line, landscape - landscape.min(), levels=20, cmap="viridis")
-left.set_title("energy (dark is low)")
+left.contourf(line, line, (landscape - landscape.min()).clamp(max=8), levels=20, cmap="viridis_r")
+left.set_title("energy (yellow is low)")
 right.scatter(*points[:1000].T, s=3, label="data")
 right.scatter(*samples.T, s=3, label="samples")
 right.legend()
