@@ -17,7 +17,7 @@ import ebm_dist
 from ebm_dist import evaluation
 
 torch.manual_seed(0)
-num_updates = 300  # about half a minute of training
+num_updates = 400  # less than half a minute of training
 
 # %% [markdown]
 # ## The data
@@ -62,7 +62,11 @@ class Net(nn.Module):
 # which sampler was chosen for your data.
 
 # %%
-config = {"run": {"name": "first-hour", "steps": num_updates}, "tracking": {"wandb": "off"}}
+config = {
+    "run": {"name": "first-hour", "steps": num_updates},
+    "learner": {"lr": 0.01},  # small networks bear more than the default of 0.002
+    "tracking": {"wandb": "off"},
+}
 result = ebm_dist.train(config, energy=Net, data=points)
 
 # %% [markdown]
@@ -78,8 +82,8 @@ print(f"energy gap at the end: {result.metrics['energy/gap']:+.2f}")
 
 # %% [markdown]
 # ## The landscape, and samples from it
-# The samples begin as noise and walk downhill with noise of their own. They should lie in the yellow
-# valleys, and as densely as the points above.
+# The samples begin as noise and walk downhill with noise of their own. They should lie in the
+# yellow valleys, and as densely as the points above.
 
 # %%
 model = result.open_export()

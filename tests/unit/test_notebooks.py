@@ -16,7 +16,7 @@ from ebm_dist.core.errors import UserError
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "examples").glob("notebook_*.py"))
 SHORTER = {
-    "notebook_first_hour": ("num_updates = 300", "num_updates = 10"),
+    "notebook_first_hour": ("num_updates = 400", "num_updates = 10"),
     "notebook_pretrained": ("num_steps = None", "num_steps = 10"),
     "notebook_samplers": ("num_chains, num_steps = 200, 1000", "num_chains, num_steps = 50, 100"),
 }
