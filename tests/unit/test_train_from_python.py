@@ -127,9 +127,14 @@ class OutStream(io.TextIOBase):
         return len(text)
 
 
-def test_train_in_a_notebook_prints_lines_into_the_cell_or_draws_the_view(tmp_path, monkeypatch):
+def test_train_in_a_notebook_redraws_a_panel_in_the_cell_or_draws_the_view(tmp_path, monkeypatch):
     cells: list[str] = []
-    display = SimpleNamespace(display=lambda data, **_: cells.append(data.text))
+
+    def show(data, display_id=None):
+        cells.append(data._repr_mimebundle_((), ())["text/plain"])
+        return SimpleNamespace(update=show) if display_id else None
+
+    display = SimpleNamespace(display=show)
     ipython = SimpleNamespace(display=display, version_info=(9, 0))
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
@@ -146,7 +151,7 @@ def test_train_in_a_notebook_prints_lines_into_the_cell_or_draws_the_view(tmp_pa
 
     assert asyncio.run(kernel()) == (True, True)
     shown = "".join(cells)
-    assert "update 4/4" in shown
+    assert "time left" in shown
     assert "done at update 4" in shown
     assert "time left" in stream.text
     assert stream.text.rstrip().endswith(f"report {tmp_path / 'live'}\x1b[0m")
