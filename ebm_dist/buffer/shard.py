@@ -8,8 +8,7 @@ changes nothing. The noise of a lease is seeded by its id alone.
 
 With a `directory` the chains are memory-mapped and outlive the process. A new shard process finds
 each chain as last committed and all slots free, and increases the epoch, so that the leases of its
-predecessor are void. A lease can then also go by rows (`rows.py`): the worker reads and writes the
-chains in the shard's memory, and the messages carry row numbers only.
+predecessor are void. A lease can then go by rows (`rows.py`): the worker moves chains in place.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ def sample(
         condition: for a conditional energy E(y | x), the given parts (K, *condition_shape), which
             the samples take in turn; those of the run's last chains when left out.
         temperature: T > 0 of the law exp(-E/T); the run's own when left out. A short-run recipe has
-            no such law (docs/choosing.md); chains that go down noise levels have it at each level.
+            no such law (docs/choosing.md); chains that go down noise levels are corrected towards
+            it at each level.
         num_steps: sampler steps of each chain; when left out, `usual_steps`.
         plugins: modules to import first, as `load_energy` takes them.
 
@@ -161,9 +162,12 @@ def draw(
             if on_step is not None:
                 on_step(done, float(state.energy.mean()))
         if not torch.isfinite(state.position).all() or not torch.isfinite(state.energy).all():
+            remedy = "--start chains or fewer --steps"
+            if temperature is not None:
+                remedy = f"a --temperature nearer to the run's, {remedy}"
             raise NonFinite(
                 "a chain left the finite numbers; the recorded sampler is unstable from this "
-                "start, draw with --start chains or fewer --steps"
+                f"start, draw with {remedy}"
             )
         positions.append(state.position.cpu())
         energies.append(state.energy.cpu())
