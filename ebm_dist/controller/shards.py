@@ -48,6 +48,11 @@ class Shards(Sequence[ShardClient]):
     def handles(self) -> list[Handle]:
         return [shard.handle for shard in self._shards]
 
+    @property
+    def nodes(self) -> list[str | None]:
+        """Id of the node that was chosen for each shard; None where Ray chose."""
+        return [shard.handle.node for shard in self._shards]
+
     def start_again(self, dead: Handle) -> None:
         """Replace a shard that died before the run began."""
         self.replace(self.handles.index(dead))

@@ -207,7 +207,6 @@ class AsyncNegatives(NegativeSource):
         return num
 
     def _start(self, purpose: Purpose) -> None:
-        nodes = [shard.node for shard in self._shards]
         lease_id = self._new_lease()
-        shard = self._choice.next(lease_id, self._scheduler.idle_node, nodes)
+        shard = self._choice.next(lease_id, self._scheduler.idle_node, self._shards.nodes)
         self._scheduler.start(lease_id, shard, self._num_steps, purpose=purpose)

@@ -46,10 +46,12 @@ class ShardChoice:
         if self._at_random:
             return int(_generator(lease_id).integers(len(rounds)))
         behind = min(range(len(rounds)), key=rounds.__getitem__)
-        near = [i for i, at in enumerate(nodes) if at is not None and at == node]
-        chosen = min(near, key=rounds.__getitem__, default=behind)
-        if rounds[chosen] - rounds[behind] >= SLACK:
-            chosen = behind
+        chosen = behind
+        if node is not None:
+            near = [i for i, at in enumerate(nodes) if at == node]
+            chosen = min(near, key=rounds.__getitem__, default=behind)
+            if rounds[chosen] - rounds[behind] >= SLACK:
+                chosen = behind
         rounds[chosen] += 1
         return chosen
 

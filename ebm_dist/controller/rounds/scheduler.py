@@ -176,7 +176,8 @@ class RoundScheduler:
         if round_.attempts >= MAX_ATTEMPTS:
             raise failed_too_often(round_)
         shard = self._shards[round_.shard]
-        member = self._members.first(shard.node)
+        node = shard.node
+        member = self._members.first(node)
         if member is None or member.load >= self._depth:
             round_.version = -1
             self._waiting.append(round_)
@@ -195,7 +196,7 @@ class RoundScheduler:
         self._rounds[round_.ref] = round_
         self._members.add_load(member, +1)
         self.num_started += 1
-        self.num_local += shard.node is not None and shard.node == member.node
+        self.num_local += node is not None and node == member.node
 
     def poll(self, timeout: float, *others: Ref[T]) -> list[Ref[T]]:
         """Wait up to `timeout` for any round or any of `others`, and handle the finished rounds.

@@ -25,6 +25,8 @@ class Member:
 
     index: int
     worker: WorkerClient
+    node: str | None
+    """Id of the node that was chosen for its process."""
     since: float
     """When its process was requested, on the pool's clock."""
     state: State = "starting"
@@ -40,10 +42,6 @@ class Member:
     """Deaths since its last commit, each while it held weights."""
     compiling: bool = False
     """Whether its process compiled the steps when it ended its last round."""
-
-    @property
-    def node(self) -> str | None:
-        return self.worker.node
 
 
 class _Queue:
@@ -76,7 +74,7 @@ class LoadQueue:
         self._clock = clock
         self._members: dict[int, Member] = {}
         self._everywhere = _Queue()
-        self._on_node: dict[str | None, _Queue] = defaultdict(_Queue)
+        self._on_node: dict[str, _Queue] = defaultdict(_Queue)
         self._num_retiring = 0
         self._num_serving = 0
         self._num_idle = 0
@@ -104,7 +102,7 @@ class LoadQueue:
         return sum(member.compiling for member in self._members.values())
 
     def add(self, index: int, worker: WorkerClient) -> Member:
-        member = self._members[index] = Member(index, worker, self._clock())
+        member = self._members[index] = Member(index, worker, worker.node, self._clock())
         return member
 
     def serve(self, member: Member) -> None:
@@ -131,7 +129,7 @@ class LoadQueue:
         self.stop(member, "starting")
         member.load = 0
         member.compiling = False
-        member.worker = worker
+        member.worker, member.node = worker, worker.node
         member.since = self._clock()
 
     def remove(self, member: Member) -> None:
@@ -183,8 +181,10 @@ class LoadQueue:
 
     def _enqueue(self, member: Member) -> None:
         self._everywhere.put(member)
-        self._on_node[member.node].put(member)
+        if member.node is not None:
+            self._on_node[member.node].put(member)
 
     def _dequeue(self, member: Member) -> None:
         self._everywhere.drop(member)
-        self._on_node[member.node].drop(member)
+        if member.node is not None:
+            self._on_node[member.node].drop(member)
