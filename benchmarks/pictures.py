@@ -48,19 +48,14 @@ RECOVERY = {"num_levels": 6, "num_steps": 15, "lr": 1e-3}
 Point = tuple[float, Tensor]  # seconds since the first update, samples (N, C, H, W)
 
 
-def recovery(recipe: dict[str, Any], data: Tensor, seconds: float, out: Path) -> None:
-    """ebmkit's diffusion recovery likelihood for `seconds`, in its interpreter."""
-    from ebm.losses.drl import DiffusionRecoveryLikelihood, drl_sample
-
+def recovery_network(recipe: dict[str, Any]) -> tuple[nn.Module, Tensor]:
+    """The network of ours as ebmkit calls one, energy(x, sigma), and its levels, falling."""
     from ebm_dist import energies
 
-    torch.manual_seed(recipe["seed"])
     network = energies.make(**recipe["energy"])
     rising = torch.tensor(network.noise_stds)
 
     class BySigma(nn.Module):
-        """The network of ours as ebmkit calls one: energy(x, sigma)."""
-
         def __init__(self) -> None:
             super().__init__()
             self.network = network
@@ -68,14 +63,28 @@ def recovery(recipe: dict[str, Any], data: Tensor, seconds: float, out: Path) ->
         def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
             return self.network(x, level=torch.searchsorted(rising, sigma * 0.999))
 
-    energy, sigmas = BySigma(), rising.flip(0)
+    return BySigma(), rising.flip(0)
+
+
+def recovery(recipe: dict[str, Any], data: Tensor, seconds: float, out: Path) -> None:
+    """ebmkit's diffusion recovery likelihood for `seconds`, in its interpreter; keeps averages."""
+    from ebm.losses.drl import DiffusionRecoveryLikelihood
+
+    torch.manual_seed(recipe["seed"])
+    energy, sigmas = recovery_network(recipe)
     loss = DiffusionRecoveryLikelihood(sigmas, mcmc_steps=recipe["num_steps"])
     optimizer = torch.optim.Adam(energy.parameters(), lr=recipe["lr"], betas=(0.9, 0.999))
     average = torch.optim.swa_utils.AveragedModel(
         energy, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
     )
-    kept: list[dict[str, Tensor]] = []
+    kept: dict[str, np.ndarray] = {}
     times: list[float] = []
+
+    def keep_average(now: float) -> None:
+        for name, value in average.module.state_dict().items():
+            kept[f"{len(times)}/{name}"] = value.numpy().copy()
+        times.append(now)
+
     start, step = time.monotonic(), 0
     while (now := time.monotonic() - start) < seconds:
         for group in optimizer.param_groups:
@@ -87,31 +96,47 @@ def recovery(recipe: dict[str, Any], data: Tensor, seconds: float, out: Path) ->
         average.update_parameters(energy)
         step += 1
         if now >= seconds / NUM_POINTS * (len(times) + 1):
-            kept.append({k: v.clone() for k, v in average.module.state_dict().items()})
-            times.append(now)
-    # Drawn when the time is over: off the clock.
+            keep_average(now)
+    keep_average(seconds)
+    np.savez(out, times=np.array(times), updates=step, **kept)
+
+
+def draw(recipe: dict[str, Any], shape: tuple[int, ...], averages: Path, out: Path) -> None:
+    """Draw samples from every average that `recovery` kept, in ebmkit's interpreter."""
+    from ebm.losses.drl import drl_sample
+
+    torch.manual_seed(recipe["seed"])
+    energy, sigmas = recovery_network(recipe)
     chains = []
-    for state in [*kept, average.module.state_dict()]:
-        energy.load_state_dict(state)
-        shape, steps = tuple(data.shape[1:]), recipe["num_steps"]
-        chains.append(drl_sample(energy, sigmas, NUM_SAMPLES, shape, mcmc_steps=steps).numpy())
-    np.savez(out, chains=np.stack(chains), times=np.array([*times, seconds]), updates=step)
+    with np.load(averages, allow_pickle=False) as kept:
+        for index in range(len(kept["times"])):
+            names = energy.state_dict()
+            state = {name: torch.from_numpy(kept[f"{index}/{name}"]) for name in names}
+            energy.load_state_dict(state)
+            steps = recipe["num_steps"]
+            drawn = drl_sample(energy, sigmas, NUM_SAMPLES, shape, mcmc_steps=steps)
+            chains.append(drawn.numpy())
+        times, updates = kept["times"], kept["updates"]
+    np.savez(out, chains=np.stack(chains), times=times, updates=updates)
 
 
 def of_peer(
     kind: str, python: str, recipe: dict[str, Any], data: Tensor, minutes: float, out: Path
 ) -> None:
-    """Run one of ebmkit's trainers, which writes its chains into `out`/chains.npz."""
+    """Run one of ebmkit's trainers, which writes chains.npz or averages.npz into `out`."""
     files = [out / "recipe.json", out / "data.npy", out / "chains.npz"]
+    script = str(ROOT / "benchmarks/time_to_quality.py")
+    if kind == "recovery":
+        files[2], script = out / "averages.npz", __file__
     files[0].write_text(json.dumps(recipe))
     np.save(files[1], data.numpy())
-    script = __file__ if kind == "recovery" else str(ROOT / "benchmarks/time_to_quality.py")
-    subprocess.run(
-        [python, script, "--peer", *map(str, files), str(60 * minutes)],
-        check=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"},
-    )
+    run_peer(python, script, "--peer", *map(str, files), str(60 * minutes))
     files[1].unlink()
+
+
+def run_peer(python: str, script: str, *arguments: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    subprocess.run([python, script, *arguments], check=True, env=environment)
 
 
 def of_ours(config: Path, overrides: list[str], minutes: float, out: Path) -> None:
@@ -133,10 +158,13 @@ def of_ours(config: Path, overrides: list[str], minutes: float, out: Path) -> No
     train("run", num_updates, num_updates // NUM_POINTS)
 
 
-def points_of(arm: Path) -> tuple[list[Point], int]:
+def points_of(arm: Path, python: str, shape: tuple[int, ...]) -> tuple[list[Point], int]:
     """The samples that an arm had, with the seconds since its first update; and its updates."""
     from ebm_dist.checkpoint.files import open_checkpoint
 
+    if (arm / "averages.npz").exists() and not (arm / "chains.npz").exists():
+        files = [arm / name for name in ("recipe.json", "averages.npz", "chains.npz")]
+        run_peer(python, __file__, "--draw", json.dumps(shape), *map(str, files))
     if (arm / "chains.npz").exists():
         with np.load(arm / "chains.npz", allow_pickle=False) as kept:
             pairs = [(float(t), torch.from_numpy(x)) for t, x in zip(kept["times"], kept["chains"])]
@@ -198,6 +226,11 @@ def main() -> None:
         loaded = torch.from_numpy(np.load(data, allow_pickle=False))
         recovery(json.loads(Path(recipe).read_text()), loaded, float(seconds), Path(out))
         return
+    if len(sys.argv) > 1 and sys.argv[1] == "--draw":
+        shape, recipe, averages, out = sys.argv[2:]
+        content = json.loads(Path(recipe).read_text())
+        draw(content, tuple(json.loads(shape)), Path(averages), Path(out))
+        return
     import judge
     from common import keep
     from rich.console import Console
@@ -236,7 +269,7 @@ def main() -> None:
     console.print(f"held-out images by the judge: {real}")
     rows: list[dict[str, Any]] = []
     for name, seed, folder in made:
-        points, updates = points_of(folder)
+        points, updates = points_of(folder, options.peer_python, spec.shape)
         shown = [(t, x.clamp(-1, 1)) for t, x in points]
         last = shown[-1][1]
         row = {

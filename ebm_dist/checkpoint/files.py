@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ebm_dist.core.errors import UserError
 from ebm_dist.core.section import Section
-from ebm_dist.files.durable import new_directory, replace_text
+from ebm_dist.files.durable import link_or_copy, new_directory, replace_text
 from ebm_dist.files.safe_open import make_directory, read_bytes, sha256
 from ebm_dist.files.tensor_file import save_tensors, tensors_or_refuse
 
@@ -115,6 +115,21 @@ class CheckpointDir:
             ) from error
 
 
+def write_whole(opened: CheckpointDir, folder: Path) -> None:
+    """Write the checkpoint into the empty `folder`, with full files in place of incremental ones.
+
+    So it needs no other checkpoint. Other files are hard links where the file system has them.
+    """
+    bases = _bases(opened.meta)
+    for name in opened.names:
+        file = f"{name}.safetensors"
+        if name in bases:
+            save_tensors(opened.arrays(name), folder / file)
+        else:
+            link_or_copy(opened.path / file, folder / file)
+    _seal(folder, {**opened.meta, "bases": {}})
+
+
 def save(
     run_dir: Path,
     step: int,
@@ -148,12 +163,16 @@ def save(
     with new_directory(final, replace=True, family=_NAME.pattern) as part:
         for name, entries in tensors.items():
             save_tensors(entries, part / f"{name}.safetensors")
-        content = {"format": FORMAT, "step": step, **meta, "bases": refers}
-        _write_json(part / "meta.json", content)
-        files = sorted(path for path in part.iterdir() if not path.name.startswith("."))
-        _write_json(part / "checksums.json", {file.name: sha256(file) for file in files})
+        _seal(part, {"format": FORMAT, "step": step, **meta, "bases": refers})
     prune(root, keep)
     return final
+
+
+def _seal(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Write `meta.json` and the checksums of all files."""
+    _write_json(folder / "meta.json", meta)
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    _write_json(folder / "checksums.json", {file.name: sha256(file) for file in files})
 
 
 def name_of(step: int) -> str:

@@ -221,7 +221,7 @@ class HubClient(Client):
     def artifact(
         self,
         step: int,
-        kind: Literal["dataset", "model"],
+        kind: Literal["dataset", "model", "checkpoint"],
         folder: str,
         aliases: Sequence[str],
         metadata: Mapping[str, object],

@@ -58,6 +58,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def link_or_copy(file: Path, target: Path) -> None:
+    """Make `target` a hard link to `file`, or a copy on a file system without them."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Make `text` the content of `path`, in UTF-8 whatever the locale."""
     with replacing(path) as file:

@@ -73,8 +73,13 @@ class TrackingConfig(Section):
     also every checkpoint whose evaluation is the best so far, if one is written at that update. The
     data's description, not the data, is their input."""
 
+    checkpoints: bool = False
+    """Whether W&B also gets every checkpoint as an artifact, with chains and optimiser, so that
+    another machine can start from it by `run.init_from`."""
+
     artifacts_mib: PositiveInt = 512
-    """Most MiB of models that a run sends; the final one is sent if it fits by itself."""
+    """Most MiB of models that a run sends, and of checkpoints as many again; the final model is
+    sent if it fits by itself."""
 
     init_timeout: PositiveFloat = 20.0
     """Timeout of one attempt to connect to W&B, in seconds. Training does not wait for it."""

@@ -191,13 +191,13 @@ class MetricHub:
     def artifact(
         self,
         step: int,
-        kind: Literal["dataset", "model"],
+        kind: Literal["dataset", "model", "checkpoint"],
         folder: str,
         aliases: Sequence[str],
         metadata: Mapping[str, object],
     ) -> None:
-        """Log `folder`, which must never change, as W&B artifact: the data that the run uses, or a
-        model that it makes. A folder of the same name is logged once for an update."""
+        """Log `folder`, which must never change, as W&B artifact: the data that the run uses, or
+        what it makes. A folder of the same name is logged once for an update."""
         item = {"step": int(step), "name": f"{kind} {Path(folder).name}", "path": str(folder)}
         self._put(kind, {**item, "aliases": list(aliases), "metadata": dict(metadata)})
 
@@ -307,7 +307,7 @@ class MetricHub:
         elif kind == "histogram":
             self._pass_on({**item, "kind": kind})
             self._histograms.append([item])
-        elif kind in ("dataset", "model", "alert", "table"):
+        elif kind in ("dataset", "model", "checkpoint", "alert", "table"):
             self._pass_on({**item, "kind": kind})
         elif kind == "flush":
             try:

@@ -36,7 +36,7 @@ def send(run: Any, item: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "alert":
         run.alert(item["title"], item["text"], item["level"], wait_duration=ALERT_PAUSE_S)
         return {}
-    if kind in ("dataset", "model"):
+    if kind in ("dataset", "model", "checkpoint"):
         _send_artifact(run, item)
         return {}
     raise ValueError(f"unknown kind {kind!r}")
@@ -47,7 +47,7 @@ def _send_artifact(run: Any, item: Mapping[str, Any]) -> None:
 
     folder, is_input = Path(item["path"]), item["kind"] == "dataset"
     # Runs on the same data share its artifact, but `best` of a run must not replace another's.
-    name = folder.name.rpartition("-")[0] if is_input else f"model-{run.id}"
+    name = folder.name.rpartition("-")[0] if is_input else f"{item['kind']}-{run.id}"
     artifact = wandb.Artifact(name, type=item["kind"], metadata=dict(item["metadata"]))
     # Not copied: the folder never changes, and W&B's copies of an offline run would be outside the
     # run directory.

@@ -16,6 +16,7 @@ from ebm_dist.core.errors import UserError
 from ebm_dist.files.durable import write_output
 from ebm_dist.metrics.names import describe
 from ebm_dist.metrics.progress import number
+from ebm_dist.report.explanation import explanation
 from ebm_dist.report.figure import (
     BOTTOM,
     HEIGHT,
@@ -176,6 +177,7 @@ def _page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["explanation"] = explanation  # for macros of other files, too
     box = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT}
     box |= {"top": TOP, "bottom": BOTTOM}
     return environment.get_template(template).render(

@@ -1,4 +1,4 @@
-"""Logs what a run uses and makes as W&B artifacts: a description of its data, and its models.
+"""Logs what a run uses and makes as W&B artifacts: a description of its data, models, checkpoints.
 
 A folder in `RUN/artifacts` never changes, since W&B may read it much later: an offline run refers
 to it until `wandb sync`. Its name has a digest of its content, so equal content is sent once. No
@@ -13,12 +13,11 @@ import logging
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -35,7 +34,7 @@ from ebm_dist.data.dataset import open_dataset
 from ebm_dist.data.storage.shards import Shards
 from ebm_dist.export import model_card
 from ebm_dist.export.writer import export_run
-from ebm_dist.files.durable import new_directory, replace_text
+from ebm_dist.files.durable import link_or_copy, new_directory, replace_text
 from ebm_dist.files.safe_open import make_directory
 from ebm_dist.metrics.config import TrackingConfig
 
@@ -52,6 +51,12 @@ factor is the best."""
 MAX_SHARDS_NAMED = 1000
 """Most shards that the description of the data lists; the digest is of all."""
 
+Kind = Literal["model", "checkpoint"]
+
+_BEST: dict[Kind, str] = {"model": "best.json", "checkpoint": "best_checkpoint.json"}
+"""Where the folder with the best evaluation so far, and its score, are kept."""
+
+_WEIGHTS = "ema.safetensors"
 _MIB = 2**20
 
 
@@ -78,12 +83,15 @@ class Artifacts:
         self._hub = hub
         self._folder = run_dir.absolute() / "artifacts"
         self._evaluated: dict[int, Mapping[str, float]] = {}
-        self._is_full = False
+        self._is_full: set[Kind] = set()
 
     @property
     def wanted(self) -> bool:
         """Whether there is a W&B run for the artifacts."""
-        return self._hub.known["mode"] != "off" and self._config.tracking.artifacts != "off"
+        tracking = self._config.tracking
+        return self._hub.known["mode"] != "off" and (
+            tracking.artifacts != "off" or tracking.checkpoints
+        )
 
     @_harmless
     def log_data(self, step: int) -> None:
@@ -102,7 +110,9 @@ class Artifacts:
     @_harmless
     def on_checkpoint(self, path: Path) -> None:
         step = int(path.name.rpartition("_")[2])
-        if step in self._evaluated:
+        every = self._config.evaluation.every
+        if step in self._evaluated or every is None or step % every:
+            self._log_checkpoint(step)
             self._log_if_best(step)
 
     @_harmless
@@ -110,12 +120,17 @@ class Artifacts:
         self._evaluated = {step: metrics, **self._evaluated}
         self._evaluated = dict(list(self._evaluated.items())[:4])  # a checkpoint is written soon
         if self._checkpoint(step).is_dir():
+            self._log_checkpoint(step)
             self._log_if_best(step)
 
     @_harmless
     def finish(self, export_dir: Path) -> None:
         """Log the export of the finished run."""
         step = self._config.run.steps
+        if step not in self._evaluated:
+            self._log_checkpoint(step)
+        if self._config.tracking.artifacts == "off":
+            return
         size = _size(export_dir)
         if size > self._config.tracking.artifacts_mib * _MIB:
             log.info(
@@ -128,50 +143,69 @@ class Artifacts:
             make_directory(self._folder)
             with new_directory(folder, replace=False) as part:
                 for file in export_dir.iterdir():
-                    _link(file, part / file.name)
-        self._send(step, folder, is_final=True)
+                    link_or_copy(file, part / file.name)
+        self._send("model", step, folder, is_final=True)
+
+    def _log_checkpoint(self, step: int) -> None:
+        path = self._checkpoint(step)
+        if not self._config.tracking.checkpoints or not path.is_dir():
+            return
+        folder = self._folder / f"checkpoint-{path.name}-{checkpoint.checksum(path, 'learner')[:8]}"
+        if not folder.is_dir():
+            if not self._has_room("checkpoint", _size(path)):
+                return
+            make_directory(self._folder)
+            with new_directory(folder, replace=False) as part:
+                checkpoint.write_whole(checkpoint.open_checkpoint(path), part)
+        self._send("checkpoint", step, folder, is_final=False)
 
     def _log_if_best(self, step: int) -> None:
-        tracking = self._config.tracking
-        if tracking.artifacts != "best" or step == self._config.run.steps:
+        if self._config.tracking.artifacts != "best" or step == self._config.run.steps:
             return  # `finish` logs the model of the last update
-        if not self._is_best(step, self._folder_of(step)):
-            return
-        sent = sum(_size(path) for path in self._folder.glob("step_*"))
-        weights = (self._checkpoint(step) / "ema.safetensors").stat().st_size
-        if sent + weights > tracking.artifacts_mib * _MIB:
-            if not self._is_full:
-                log.info(
-                    f"W&B: {sent / _MIB:.0f} MiB of models are sent; of later ones only the last "
-                    "is. Raise tracking.artifacts_mib for more"
-                )
-            self._is_full = True
-            return
         folder = self._folder_of(step)
+        if not self._is_best("model", step, folder):
+            return
         if not folder.is_dir():
+            if not self._has_room("model", (self._checkpoint(step) / _WEIGHTS).stat().st_size):
+                return
             make_directory(self._folder)
             found = checkpoint.open_checkpoint(self._checkpoint(step))
             energy = self._config.energy
             export_run(self._run_dir, folder, plugins=None, energy=energy, found=found)
-        self._send(step, folder, is_final=False)
+        self._send("model", step, folder, is_final=False)
 
-    def _send(self, step: int, folder: Path, *, is_final: bool) -> None:
+    def _has_room(self, kind: Kind, size: int) -> bool:
+        """Whether another folder of `size` bytes may be sent."""
+        pattern = "step_*" if kind == "model" else "checkpoint-*"
+        sent = sum(_size(path) for path in self._folder.glob(pattern))
+        if sent + size <= self._config.tracking.artifacts_mib * _MIB:
+            return True
+        if kind not in self._is_full:
+            last = "; of later ones only the last is" if kind == "model" else ", and no later ones"
+            log.info(
+                f"W&B: {sent / _MIB:.0f} MiB of {kind}s are sent{last}. Raise "
+                "tracking.artifacts_mib for more"
+            )
+            self._is_full.add(kind)
+        return False
+
+    def _send(self, kind: Kind, step: int, folder: Path, *, is_final: bool) -> None:
         score, aliases = _score(self._evaluated.get(step, {})), ["latest"]
-        if self._is_best(step, folder) or (is_final and self._best() is None):
+        if self._is_best(kind, step, folder) or (is_final and self._best(kind) is None):
             aliases.append("best")
             entry = {"folder": folder.name, **(score or {})}
-            replace_text(self._folder / "best.json", json.dumps(entry) + "\n")
+            replace_text(self._folder / _BEST[kind], json.dumps(entry) + "\n")
         about = {
             "run": self._config.run.name,
             "update": step,
             "ebm_dist": __version__,
             **({score["metric"]: score["value"]} if score else {}),
         }
-        self._hub.send(HubClient.artifact, step, "model", str(folder), aliases, about)
+        self._hub.send(HubClient.artifact, step, kind, str(folder), aliases, about)
 
-    def _is_best(self, step: int, folder: Path) -> bool:
-        """Whether no model so far is better than that of `step`, which goes to `folder`."""
-        best, score = self._best(), _score(self._evaluated.get(step, {}))
+    def _is_best(self, kind: Kind, step: int, folder: Path) -> bool:
+        """Whether none so far is better than that of `step`, which goes to `folder`."""
+        best, score = self._best(kind), _score(self._evaluated.get(step, {}))
         if best is not None and best["folder"] == folder.name:
             return True
         if score is None:
@@ -179,9 +213,9 @@ class Artifacts:
         # An evaluation of another kind has begun a new ranking.
         return best is None or best.get("metric") != score["metric"] or score["rank"] < best["rank"]
 
-    def _best(self) -> dict[str, Any] | None:
+    def _best(self, kind: Kind) -> dict[str, Any] | None:
         try:
-            return json.loads((self._folder / "best.json").read_text(encoding="utf-8"))
+            return json.loads((self._folder / _BEST[kind]).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
@@ -244,10 +278,3 @@ def _score(metrics: Mapping[str, float]) -> dict[str, Any] | None:
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
-
-
-def _link(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(file, target)

@@ -291,6 +291,20 @@ def test_damage_to_the_file_that_differences_refer_to_is_found_from_each_of_them
     assert (found.step, len(found.skipped)) == (2, 2)
 
 
+def test_a_whole_copy_of_an_incremental_checkpoint_needs_no_other_one(tmp_path: Path) -> None:
+    opened = open_checkpoint(write_difference(tmp_path, 8, write_whole(tmp_path, 4)))
+    expected = {name: opened.arrays(name) for name in opened.names}
+    (tmp_path / "copy").mkdir()
+    checkpoint.write_whole(opened, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "checkpoints")
+    copy = open_checkpoint(tmp_path / "copy")
+    assert (copy.step, copy.names) == (8, sorted(expected))
+    for name, arrays in expected.items():
+        found = copy.arrays(name)
+        assert found.keys() == arrays.keys()
+        assert all(np.array_equal(found[key], value) for key, value in arrays.items())
+
+
 def test_damage_to_another_file_of_the_base_costs_the_base_alone(tmp_path: Path) -> None:
     base = write_whole(tmp_path, 4)
     write_difference(tmp_path, 8, base)

@@ -15,6 +15,7 @@ from test_wandb import until
 from wandb_server import WandbServer
 
 from ebm_dist._version import __version__
+from ebm_dist.checkpoint.files import open_checkpoint
 from ebm_dist.config.run_config import RunConfig, load
 from ebm_dist.controller.clients import HubClient
 from ebm_dist.data import describe
@@ -195,6 +196,53 @@ def test_the_config_and_the_evaluations_say_which_models_are_sent(
         (4, "model", ["latest", "best"]),
         FINAL,
     ]
+
+
+def test_checkpoints_are_sent_once_each_and_the_best_is_that_of_the_best_evaluation(
+    untracked: RunResult, tmp_path: Path
+) -> None:
+    assert untracked.config is not None
+    plain = untracked.config.model_dump(mode="json")
+    shutil.copytree(untracked.run_dir, tmp_path / "run")
+    config = load(plain, ("tracking.checkpoints=true", "tracking.artifacts=off"))
+    latest, best = ["latest"], ["latest", "best"]
+    sent = logged(tmp_path / "run", config, {2: -1.0, 4: -2.0, 6: -0.5})
+    assert sent == [DATA, *((k, "checkpoint", a) for k, a in ((2, best), (4, latest), (6, best)))]
+    # A checkpoint that no evaluation follows goes when it is written, or when the run ends.
+    unevaluated = load(config.model_dump(mode="json"), ("evaluation.every=5",))
+    shutil.copytree(untracked.run_dir, tmp_path / "again")
+    hub = Hub()
+    spec = describe(config.data)
+    artifacts = Artifacts(unevaluated, spec, tmp_path / "again", hub)  # type: ignore[arg-type]
+    for step in (2, 4):
+        artifacts.on_checkpoint(tmp_path / f"again/checkpoints/step_{step:08d}")
+    artifacts.finish(tmp_path / "again/export")
+    assert hub.sent == [(step, "checkpoint", latest) for step in (2, 4, 6)]
+
+
+def test_a_checkpoint_from_wandb_begins_a_run_elsewhere_with_its_chains_and_optimiser(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    run(tmp_path / "run", "tracking.wandb=offline", "tracking.checkpoints=true", *SMALL)
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    command = [sys.executable, "-m", "wandb", "sync", str(folder)]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    shutil.rmtree(tmp_path / "run")
+
+    ((run_id, _),) = server.runs.items()
+    versions = server.versions(f"checkpoint-{run_id}")
+    assert [version.metadata["update"] for version in versions] == [2, 4, 6]
+    assert {version.made_by for version in versions} == {run_id}
+    latest = server.aliased(f"checkpoint-{run_id}", "latest")
+    assert latest.metadata["update"] == 6
+    downloaded = tmp_path / "downloaded"
+    downloaded.mkdir()
+    for name, content in latest.files.items():
+        (downloaded / name).write_bytes(content)
+    overrides = [f"run.init_from={downloaded}", "run.init_chains=true", "run.init_optimizer=true"]
+    result, _ = run(tmp_path / "next", *overrides, *SMALL)
+    meta = open_checkpoint(result.run_dir / "checkpoints" / "step_00000006").meta
+    assert (meta["init_from"]["kind"], meta["init_from"]["step"]) == ("checkpoint", 6)
 
 
 def test_models_are_bounded_and_a_failure_of_theirs_ends_no_run(

@@ -18,6 +18,7 @@ from ebm_dist.export.model_card import last_metrics
 from ebm_dist.metrics.jsonl import encode
 from ebm_dist.metrics.names import METRICS
 from ebm_dist.report import health
+from ebm_dist.report.explanation import explanation
 from ebm_dist.report.figure import HEIGHT, LEFT, RIGHT, WIDTH, Curve, Figure, figure, spans_of
 from ebm_dist.report.grid import save_grid
 from ebm_dist.report.health import GENERATOR, examine, judged
@@ -242,13 +243,18 @@ def test_the_page_is_for_phones_and_for_dark_rooms(tmp_path: Path) -> None:
     assert text.count('<input type="radio"') == 11
     assert text.count(" checked") == 1
     assert "#figure-energy-gap" in page.links  # from the verdict to its curve
-    assert "docs/flow.md, “How many workers”" in words
+    assert "more: docs/flow.md, “How many workers”" in words
+    # What the docs say there stands in the page itself, which may be read far from them.
+    assert "`" not in explanation("docs/flow.md#How many workers")
+    assert explanation("docs/flow.md#How many workers") in text
 
 
 def test_what_the_verdicts_refer_to_is_in_the_docs() -> None:
     root = Path(__file__).parents[3]
     pages = {page for _, page, _ in health._RULES} | {"docs/report.md#Two regimes"}
     for page in pages:
+        assert len(explanation(page)) > 100
+        assert "href" not in explanation(page)
         file, heading = page.split("#")
         assert re.search(rf"^#+ {re.escape(heading)}$", (root / file).read_text(), re.MULTILINE), (
             page
