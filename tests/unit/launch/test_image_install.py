@@ -71,7 +71,7 @@ class Image:
     def copy(self, source: Path, to: Path, *, into: bool) -> None:
         if source.is_dir():
             ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, to, dirs_exist_ok=True, ignore=ignored)
+            shutil.copytree(source, to, symlinks=True, dirs_exist_ok=True, ignore=ignored)
         else:
             to = to / source.name if into else to
             to.parent.mkdir(parents=True, exist_ok=True)
