@@ -290,10 +290,12 @@ def report(
     out: Annotated[
         Path | None, Option(help="The page to write; RUN_DIR/report.html when left out.")
     ] = None,
+    plugin: Plugins = [],  # noqa: B006
 ) -> None:
     """Write one HTML page about one or several runs: chain health, curves, samples, config."""
     from ebm_dist.report.html import write_report
 
+    import_named(plugin)
     print(write_report(*run_dir, out=out))
 
 

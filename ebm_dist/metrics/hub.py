@@ -112,7 +112,7 @@ class MetricHub:
         self,
         config: TrackingConfig,
         run_dir: str | os.PathLike[str],
-        run_config: Mapping[str, Any],
+        run_config: Mapping[str, object],
         run_name: str,
         resume_id: str | None = None,
         *,

@@ -70,7 +70,7 @@ class WandbSink:
         mode: Literal["online", "offline"],
         *,
         run_dir: Path,
-        run_config: Mapping[str, Any],
+        run_config: Mapping[str, object],
         run_name: str,
         run_id: str,
         resume_step: int | None,

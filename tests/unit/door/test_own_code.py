@@ -99,6 +99,9 @@ def test_own_energy_sampler_and_objective_train_resume_and_are_read_again(
     assert main(["evaluate", path, "--suite", "ood", *flags]) == 0
     assert main(["export", str(here / "run"), str(here / "other"), *flags]) == 0
     assert main(["report", str(here / "run")]) == 0
+    forget()
+    assert main(["report", str(here / "run"), *flags]) == 0  # as on the other commands
+    assert "own_pkg.nets" in sys.modules
 
 
 def test_an_export_holds_weights_under_the_users_own_names(here: Path):
