@@ -57,8 +57,8 @@ chaos: $(STAMP) ## ten minutes of training while a random part is killed every f
 	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed/chaos.py --seconds 600
 
 # Each model is the export of one shipped config; its card says what was measured.
-# fashion-mnist-classes needs data/fashion-mnist (docs/recipes.md).
-PRETRAINED := digits digits-joint digits-rbm fashion-mnist-classes
+# Those of fashion-mnist need data/fashion-mnist (docs/recipes.md).
+PRETRAINED := digits digits-joint digits-rbm fashion-mnist fashion-mnist-classes
 pretrained: $(STAMP) ## train the models in ebm_dist/pretrained again
 	for name in $(PRETRAINED); do \
 	  config=$$(echo $$name | tr - _) && \

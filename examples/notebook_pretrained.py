@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Trained models: draw, score, detect, classify
 #
-# Four small models come with the package. Nothing here is trained or downloaded. A name such as
+# Five small models come with the package. Nothing here is trained or downloaded. A name such as
 # `digits` stands wherever the path of an export could stand.
 
 # %%
