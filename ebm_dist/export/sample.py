@@ -191,8 +191,9 @@ def _at_temperature(kernel: Kernel[Any], temperature: float) -> Kernel[Any]:
 
 
 def usual_steps(export: Export, level: int | None = None) -> int:
-    """Steps of a chain from noise: the median age of the run's chains, at most `NUM_STEPS`; or one
-    for each level, where the sampler goes down to `level`.
+    """Steps of a chain from noise: the median age of the run's chains, at most `NUM_STEPS`; of a
+    run without chains those of the sampler's schedule; or one for each level, where the sampler
+    goes down to `level`.
 
     A recipe of low temperature trains the energy where its chains come in their lives; longer
     chains leave that, and settle in a few minima. Chains that never restart have no such age.
@@ -202,7 +203,7 @@ def usual_steps(export: Export, level: int | None = None) -> int:
     try:
         restart = float(export.config["recipe"]["buffer"]["reinit_prob"])
     except (KeyError, TypeError, ValueError):
-        return NUM_STEPS
+        return export.sampler.num_scheduled_steps or NUM_STEPS
     if not 0 < restart < 1:
         return export.sampler.num_steps if restart == 1 else NUM_STEPS
     rounds = math.log(2) / -math.log1p(-restart)

@@ -412,3 +412,11 @@ def test_samples_take_as_many_steps_as_half_of_the_runs_chains_lived_for(
     export = dataclasses.replace(export, config={**export.config, "recipe": recipe})
     assert usual_steps(export) == steps
     assert not is_conditional(export)  # an edited file: the energy has no classes
+
+
+def test_samples_of_a_run_without_chains_take_the_steps_of_the_samplers_schedule(tmp_path):
+    flow = {"name": "flow_langevin", "step_size": 0.02, "temperature": 0.1, "num_steps": 10}
+    for sampler, steps in ((flow, 50), (LANGEVIN, 1000)):
+        path = tmp_path / sampler["name"]
+        write(path, {"name": "mlp", "widths": [4]}, EventSpec((2,), "real"), sampler=sampler)
+        assert usual_steps(open_export(path)) == steps
