@@ -23,6 +23,9 @@ NUM_SHOWN = 16
 """Number of samples that are shown beside their nearest training images."""
 PER_ROW = 2 * (1 + NEIGHBOURS)
 """Images in a row of that picture: two samples, each with its neighbours at its right."""
+MIN_EXPECTED = 10
+"""Samples of a class below which its share is left out: with 10 to expect, chance gives fewer than
+two, the fifth that is taken for a missed class, once in 2,000 times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ def of_logits(logits: Tensor, label: Tensor | None = None) -> dict[str, float]:
     asked for, where `label` (N,) says what that was.
     """
     guess = logits.argmax(1)
-    share = torch.bincount(guess, minlength=logits.shape[1]).float() / len(logits)
+    share = _shares(guess, logits.shape[1])
     found = {
         "confident": float((logits.softmax(1).amax(1) >= 0.9).float().mean()),
         "class_share_min": float(share.min()),
@@ -134,6 +137,7 @@ class Fidelity:
         held_out: Tensor,
         train: Tensor,
         images: Tensor,
+        shares: Tensor,
         reference: dict[str, float],
         accuracy: float,
         spec: EventSpec,
@@ -145,6 +149,8 @@ class Fidelity:
         self._train = train
         self._images = images.half()  # (N, C, H, W); exact to 1/30 of a grey level
         self._moments = Moments.of(held_out)
+        # (K,), of the held-out images by the classifier: what it mistakes, it mistakes in both.
+        self._shares = shares
         self.accuracy = accuracy
         """Accuracy of the classifier on the held-out data, in [0, 1]."""
         self.spec = spec
@@ -191,13 +197,15 @@ class Fidelity:
         }
         of_unseen = _features(net, unseen)
         reference["train"] = frechet_distance(of_unseen, moments)
+        logits = _logits(net, test.x)
+        guess = logits.argmax(dim=1)
+        reference["confident_real"] = of_logits(logits)["confident"]
         accuracy = float("nan")
         if test.label is not None:
-            with torch.no_grad():
-                guess = torch.cat([net(x).argmax(dim=1) for x in test.x.split(500)])
             accuracy = float((guess == test.label).float().mean())
         of_train = torch.cat([of_unseen, _features(net, seen.x)])
-        return Fidelity(net, held_out, of_train, train.x, reference, accuracy, spec, num)
+        shares = _shares(guess, num_classes)
+        return Fidelity(net, held_out, of_train, train.x, shares, reference, accuracy, spec, num)
 
     def distance(self, x: Tensor) -> float:
         """Frechet distance of images (N, C, H, W) to the held-out ones; N should be `num`."""
@@ -247,13 +255,20 @@ class Fidelity:
         return torch.cat([x[:, None], nearest.float()], 1).flatten(0, 1)
 
     def classes(self, x: Tensor, label: Tensor | None = None) -> dict[str, float]:
-        """What the classifier makes of images (N, C, H, W), by name: see `of_logits`."""
-        with torch.no_grad():
-            return of_logits(torch.cat([self.net(part) for part in x.float().split(500)]), label)
+        """What the classifier makes of images (N, C, H, W), by name: see `of_logits`, and
+        `class_ratio_K`, the share of class K over that of held-out images, or of `label` (N,) where
+        there is one. A class of which fewer than `MIN_EXPECTED` images are to be expected has none.
+        """
+        logits = _logits(self.net, x)
+        expected = self._shares if label is None else _shares(label, len(self._shares))
+        ratio = _shares(logits.argmax(1), len(self._shares)) / expected
+        usual = (expected * len(x) >= MIN_EXPECTED).nonzero().flatten().tolist()
+        return of_logits(logits, label) | {f"class_ratio_{k}": float(ratio[k]) for k in usual}
 
     def reference(self) -> dict[str, float]:
         """Distances of `noise` (the chains' start), `gaussian` (a Gaussian fitted to the pixels)
-        and `train` (real images kept from the classifier: the best possible value)."""
+        and `train` (real images kept from the classifier: the best possible value); and
+        `confident_real`, the share of held-out images that the classifier calls confidently."""
         return dict(self._reference)
 
 
@@ -304,6 +319,16 @@ def _references(x: Tensor, spec: EventSpec, seed: int, num: int) -> dict[str, Te
 def _features(net: FeatureNet, x: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.cat([net.features(part.float().cpu()) for part in x.split(500)])
+
+
+def _logits(net: FeatureNet, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([net(part.float().cpu()) for part in x.split(500)])
+
+
+def _shares(label: Tensor, num_classes: int) -> Tensor:
+    """(K,): each class's share of labels (N,)."""
+    return torch.bincount(label, minlength=num_classes).float() / len(label)
 
 
 def _radius(features: Tensor) -> Tensor:

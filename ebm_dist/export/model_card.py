@@ -18,6 +18,7 @@ from ebm_dist.core.plugins import IN_SESSION, modules_of
 from ebm_dist.energies.context import trait
 from ebm_dist.export.front_matter import front_matter
 from ebm_dist.metrics.jsonl import read_rows
+from ebm_dist.metrics.names import family
 from ebm_dist.samplers import KernelSection
 from ebm_dist.samplers.law import effective_temperature, unadjusted
 from ebm_dist.samplers.module import OwnKernel
@@ -201,7 +202,7 @@ def render(
     head = front_matter(
         name,
         {"data": about["data"], "energy": energy, "event": event, "sampler": sampler},
-        {key: metrics[key][0] for key in quality},
+        {key: metrics[key][0] for key in quality if family(key) == key},  # not of each class
     )
     return head + "\n".join(
         [

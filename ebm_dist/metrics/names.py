@@ -7,6 +7,7 @@ refuse names that are not listed here.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -19,17 +20,35 @@ class Metric:
 
     `unit` is "1" for ratios and other dimensionless numbers. `promised` names are part of the
     public interface; the others may change. `healthy` is the range of a healthy run, with an
-    infinite end where that side has no limit; None if there is no such range.
+    infinite end where that side has no limit; None if there is no such range. With `costs_time` a
+    run outside that range is slower, not worse.
     """
 
     meaning: str
     unit: str = "1"
     promised: bool = False
     healthy: tuple[float, float] | None = None
+    costs_time: bool = False
 
 
-def _promised(meaning: str, unit: str = "1", healthy: tuple[float, float] | None = None) -> Metric:
-    return Metric(meaning, unit, promised=True, healthy=healthy)
+NONE = (0.0, 0.0)
+"""The healthy range of what does not happen in a healthy run."""
+
+
+OF_EACH_CLASS = "_K"
+"""Ends the entry of a metric that each class has, under its number K."""
+
+CLASS_RATIO = "fidelity/class_ratio" + OF_EACH_CLASS
+
+
+def _promised(
+    meaning: str,
+    unit: str = "1",
+    healthy: tuple[float, float] | None = None,
+    *,
+    costs_time: bool = False,
+) -> Metric:
+    return Metric(meaning, unit, promised=True, healthy=healthy, costs_time=costs_time)
 
 
 METRICS: dict[str, Metric] = {
@@ -79,7 +98,9 @@ METRICS: dict[str, Metric] = {
     "sampler/displacement": Metric("mean distance that a chain moves in a round", "x"),
     "sampler/accepted": Metric("fraction of proposed moves that were accepted"),
     "sampler/tree_depth": Metric("doublings of a NUTS trajectory: 2^depth - 1 leapfrog steps"),
-    "sampler/diverged": Metric("fraction of NUTS trajectories on which the integrator diverged"),
+    "sampler/diverged": Metric(
+        "fraction of NUTS trajectories on which the integrator diverged", healthy=NONE
+    ),
     "sampler/swap_acceptance": Metric("mean acceptance of swaps between temperatures"),
     "sampler/swap_lowest": Metric("lowest acceptance of a swap between neighbouring temperatures"),
     "sampler/level_acceptance": Metric("mean acceptance of moves between levels"),
@@ -98,7 +119,10 @@ METRICS: dict[str, Metric] = {
         "arviz: chains that differ in mean or drift lower it",
         "draws",
     ),
-    "chain/rhat": _promised("split R-hat of energies over chains; above 1.1 they disagree"),
+    "chain/rhat": _promised(
+        "split R-hat of a round's energies over chains; near 1 where a round is many "
+        "autocorrelation times long"
+    ),
     "chain/self_transition": _promised(
         "probability that a step does not move the chain", healthy=(-math.inf, 0.8)
     ),
@@ -118,11 +142,14 @@ METRICS: dict[str, Metric] = {
     "chain/trace_ess": Metric(
         "effective sample size of the traced chains over rounds, in the worst coordinate", "draws"
     ),
-    "chain/trace_rhat": Metric("split R-hat of positions over rounds, in the worst coordinate"),
-    "chain/trace_energy_rhat": Metric(
-        "split R-hat of energies over rounds, less the mean of each round, as the weights change"
+    "chain/trace_rhat": Metric(
+        "split R-hat of positions over rounds, in the worst coordinate", healthy=(-math.inf, 1.2)
     ),
-    "chain/alarms": Metric("stagnation alarms so far", "count"),
+    "chain/trace_energy_rhat": Metric(
+        "split R-hat of energies over rounds, less the mean of each round, as the weights change",
+        healthy=(-math.inf, 1.2),
+    ),
+    "chain/alarms": Metric("stagnation alarms so far", "count", healthy=NONE),
     "chain/reseeded": Metric("stuck chains restarted so far", "chains"),
     # Buffer. free + leased + ready == capacity.
     "buffer/free": _promised("chains that may be leased", "chains"),
@@ -130,15 +157,17 @@ METRICS: dict[str, Metric] = {
     "buffer/ready": _promised("committed chains, ready for the learner", "chains"),
     "buffer/capacity": _promised("slots of all shards", "chains"),
     "buffer/late_checkins": _promised(
-        "checkins refused so far because the lease was void", "count"
+        "checkins refused so far because the lease was void", "count", healthy=NONE
     ),
-    "buffer/expired_leases": _promised("leases expired so far", "count"),
+    "buffer/expired_leases": _promised("leases expired so far", "count", healthy=NONE),
     # Flow between workers and learner.
     "flow/lag_mean": _promised("mean lag of negatives behind the learner's weights", "updates"),
     "flow/lag_max": _promised("greatest lag of a consumed negative", "updates"),
     "flow/repaired": _promised("stale chains moved further before use so far", "chains"),
-    "flow/dropped": _promised("stale chains dropped so far", "chains"),
-    "flow/lost": Metric("negatives lost so far with the node that held them", "chains"),
+    "flow/dropped": _promised("stale chains dropped so far", "chains", healthy=NONE),
+    "flow/lost": Metric(
+        "negatives lost so far with the node that held them", "chains", healthy=NONE
+    ),
     "flow/ess_ratio": _promised(
         "effective fraction of the negatives after weighting, in (0, 1]", healthy=(0.3, math.inf)
     ),
@@ -149,8 +178,14 @@ METRICS: dict[str, Metric] = {
     # Speed.
     "throughput/updates_per_s": _promised("learner updates", "1/s"),
     "throughput/mcmc_steps_per_s": _promised("chain steps (chains x steps) of all workers", "1/s"),
-    "wait/learner": _promised("fraction of time that the learner waits for negatives"),
-    "wait/worker": _promised("fraction of time that workers are idle"),
+    "wait/learner": _promised(
+        "fraction of time that the learner waits for negatives",
+        healthy=(-math.inf, 0.5),
+        costs_time=True,
+    ),
+    "wait/worker": _promised(
+        "fraction of time that workers are idle", healthy=(-math.inf, 0.5), costs_time=True
+    ),
     # Likelihood.
     "likelihood/log_z": _promised("estimated log partition function", "nat"),
     "likelihood/log_z_std_error": Metric("standard error of that estimate", "nat"),
@@ -180,6 +215,12 @@ METRICS: dict[str, Metric] = {
     "fidelity/confident": Metric(
         "share of samples that the feature classifier calls some class with probability .9 or more"
     ),
+    "fidelity/confident_real": Metric("the same share of held-out images"),
+    CLASS_RATIO: Metric(
+        "share of samples that are of class K over that of held-out images, or of the labels that "
+        "were asked for; left out where fewer than 10 samples would be of the class",
+        healthy=(0.2, math.inf),
+    ),
     "fidelity/class_share_min": Metric("share of samples of the rarest class"),
     "fidelity/class_share_max": Metric("share of samples of the commonest class"),
     "fidelity/label_accuracy": Metric("share of samples that are of the class asked for"),
@@ -208,14 +249,20 @@ METRICS: dict[str, Metric] = {
     "audit/steps": Metric("steps taken by the long chains", "steps"),
     "audit/fed_back": Metric("spurious minima used as negatives so far", "chains"),
     # Faults.
-    "fault/restarts": _promised("actors restarted so far", "count"),
-    "fault/rollbacks": Metric("rollbacks so far because of non-finite numbers", "count"),
+    "fault/restarts": _promised("actors restarted so far", "count", healthy=NONE),
+    "fault/rollbacks": Metric(
+        "rollbacks so far because of non-finite numbers", "count", healthy=NONE
+    ),
     "fault/skipped_samples": Metric(
-        "samples left out so far because they could not be read (data.on_bad_sample: skip)", "count"
+        "samples left out so far because they could not be read (data.on_bad_sample: skip)",
+        "count",
+        healthy=NONE,
     ),
     "workers/alive": Metric("workers that hold weights and take rounds", "workers"),
     # The hub itself.
-    "hub/dropped": Metric("metric rows dropped so far because the queue was full", "rows"),
+    "hub/dropped": Metric(
+        "metric rows dropped so far because the queue was full", "rows", healthy=NONE
+    ),
 }
 
 HISTOGRAMS: dict[str, Metric] = {
@@ -236,6 +283,7 @@ IMAGES: dict[str, Metric] = {
 }
 """Names for `MetricHub.images`."""
 
+_NUMBER = re.compile(r"_[0-9]+\Z")
 _USERS = Metric("reported by an objective or a sampler of the user")
 
 FRAME = ("step", "epoch")
@@ -246,7 +294,18 @@ def describe(name: str) -> Metric | None:
     """The entry of `name`, or None if it is not a metric."""
     if name.startswith(USER_METRICS):
         return _USERS
-    return METRICS.get(name)
+    return METRICS.get(family(name))
+
+
+def family(name: str) -> str:
+    """The entry of METRICS that covers `name`: of a metric that each class has, the one with K."""
+    entry = _NUMBER.sub(OF_EACH_CLASS, name)
+    return entry if entry in METRICS else name
+
+
+def names_of_classes(entry: str, known: Iterable[str]) -> list[str]:
+    """Those of `known` that `entry` covers, in order of their classes."""
+    return sorted((name for name in known if family(name) == entry), key=lambda n: (len(n), n))
 
 
 def explained(values: Mapping[str, float]) -> list[list[str | float]]:

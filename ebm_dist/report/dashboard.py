@@ -14,9 +14,9 @@ from ebm_dist.core.installed import how_to_install
 from ebm_dist.files.durable import write_output
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import find_key, first_fault, scrub, with_environment
-from ebm_dist.metrics.names import IMAGES
+from ebm_dist.metrics.names import IMAGES, OF_EACH_CLASS
 from ebm_dist.metrics.sink import default_entity
-from ebm_dist.report.plots import PANELS
+from ebm_dist.report.plots import PANELS, Panel
 
 NAME = "EBM training"
 COLUMNS = 3
@@ -69,7 +69,7 @@ def _build(command: str, *, project: str, entity: str) -> Any:
     sections = [section("Samples", [pictures], is_open=True)]
     for name, panels in PANELS.items():
         drawn = [
-            wr.LinePlot(title=panel.title, x="step", y=list(panel.names), log_y=panel.log)
+            wr.LinePlot(title=panel.title, x="step", log_y=panel.log, **_lines(panel))
             for panel in panels
         ]
         sections.append(section(name, drawn, is_open=len(sections) < 3))
@@ -80,6 +80,14 @@ def _build(command: str, *, project: str, entity: str) -> Any:
     ]
     sections.append(section("System", drawn, is_open=False))
     return ws.Workspace(entity=entity, project=project, name=NAME, sections=sections)
+
+
+def _lines(panel: Panel) -> dict[str, Any]:
+    """Which metrics `panel` draws. W&B takes names or one pattern."""
+    (first, *_) = panel.names
+    if first.endswith(OF_EACH_CLASS):
+        return {"metric_regex": first.removesuffix(OF_EACH_CLASS) + "_[0-9]+"}
+    return {"y": list(panel.names)}
 
 
 def publish(project: str | None = None, entity: str | None = None) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from ebm_dist.core.errors import one_line
@@ -16,6 +16,8 @@ WIDTH, HEIGHT = 400, 220
 LEFT, RIGHT, TOP, BOTTOM = 54, 8, 8, 22
 MAX_POINTS = 400
 MAX_MARKS = 12
+STRIP = 6
+"""Height of a run's row in which its alarms are drawn, where several runs are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +27,34 @@ class Curve:
     label: str
     pairs: Pairs
     metric: str
-    """The metric's name, for what it means and its healthy range."""
+    """The metric's name, for what it means."""
+    healthy: tuple[float, float] | None = None
+    """The metric's healthy range in the run's regime; None: not judged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     label: str
+    colour: int
     path: str
     dots: list[tuple[float, float]]
     last: str
     meaning: str
+    """Empty if it is that of all lines of the figure."""
     healthy: str
+    """The same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shade:
+    """Updates that are shaded: the whole height, or a strip of a run's colour."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    what: str
+    colour: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +65,10 @@ class Figure:
     anchor: str
     about: str
     unit: str
+    meaning: str
+    """What all lines mean, where there are several of one meaning."""
+    healthy: str
+    """The healthy range of all lines, where there are several of one meaning."""
     lines: list[Line]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
@@ -53,8 +76,8 @@ class Figure:
     """Heights of the ends of the healthy range, where they are in view."""
     marks: list[tuple[float, float, str]] = field(default_factory=list)
     """Points that are not healthy, and what they are."""
-    spans: list[tuple[float, float, str]] = field(default_factory=list)
-    """Left end, width and name of the times in which an alarm sounded."""
+    shades: list[Shade] = field(default_factory=list)
+    """The times in which an alarm sounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +87,20 @@ class Span:
     start: int
     end: int
     what: str
+    run: int | None = None
+    """The run's place among several on the page; None where it is alone."""
 
 
-def spans_of(pairs: Pairs, what: str) -> list[Span]:
+def spans_of(pairs: Pairs, what: str, run: int | None = None) -> list[Span]:
     """The stretches in which a count so far rose, over single rows in which it did not."""
     found: list[Span] = []
     for (before, low), (step, high) in pairwise(pairs):
         if not high > low:
             continue
         if found and before - found[-1].end <= step - before:
-            found[-1] = Span(found[-1].start, step, what)
+            found[-1] = Span(found[-1].start, step, what, run)
         else:
-            found.append(Span(before, step, what))
+            found.append(Span(before, step, what, run))
     return found
 
 
@@ -87,13 +112,12 @@ def figure(
     log: bool = False,
     about: str = "",
     spans: Sequence[Span] = (),
-    judged: Mapping[str, tuple[float, float]],
 ) -> Figure | None:
     """The figure of `curves`; None where none of them has a point.
 
-    Args:
-        judged: healthy range by metric; a metric that is not in it is not judged.
+    A curve's colour is its place among `curves`, also where others have no point.
     """
+    colours = [place for place, curve in enumerate(curves) if curve.pairs]
     curves = [curve for curve in curves if curve.pairs]
     if not curves:
         return None
@@ -103,25 +127,33 @@ def figure(
     steps = [step for pairs in thinned for step, _ in pairs]
     across = _Axis(min(steps), max(steps), LEFT, WIDTH - RIGHT)
     up = _Axis(*_room(values, log), HEIGHT - BOTTOM, TOP, log=log)
-    ranges = {judged[c.metric] for c in curves if c.metric in judged}
-    limits = sorted({end for r in ranges for end in r if math.isfinite(end)})
+    limits = sorted({end for c in curves for end in c.healthy or () if math.isfinite(end)})
     units = {metric.unit for c in curves if (metric := describe(c.metric)) is not None}
+    lines = [
+        _line(curve, pairs, colour, across, up)
+        for curve, pairs, colour in zip(curves, thinned, colours)
+    ]
+    meaning, healthy = _shared(lines)
     return Figure(
         title=one_line(title)[:60],
         anchor=anchor,
         about=about,
         unit=units.pop() if len(units) == 1 and units != {"1"} else "",
-        lines=[_line(curve, pairs, across, up) for curve, pairs in zip(curves, thinned)],
+        meaning=meaning,
+        healthy=healthy,
+        lines=[
+            replace(
+                line,
+                meaning="" if meaning else line.meaning,
+                healthy="" if healthy else line.healthy,
+            )
+            for line in lines
+        ],
         x_ticks=[(across(t), number(t)) for t in across.ticks() if t == int(t)],
         y_ticks=[(up(t), number(t)) for t in up.ticks()],
         limits=[up(limit) for limit in limits if up.low <= limit <= up.high],
-        marks=list(_marks(curves, judged, across, up)),
-        spans=[
-            (left, max(1.5, across(min(span.end, across.high)) - left), span.what)
-            for span in spans
-            if span.end >= across.low and span.start <= across.high
-            for left in [across(max(span.start, across.low))]
-        ],
+        marks=list(_marks(curves, across, up)),
+        shades=list(_shades(spans, across)),
     )
 
 
@@ -130,6 +162,8 @@ def healthy_text(limits: tuple[float, float] | None) -> str:
     if limits is None:
         return ""
     low, high = limits
+    if low == high:
+        return number(low)
     if math.isfinite(low) and math.isfinite(high):
         return f"{number(low)} to {number(high)}"
     return f"at least {number(low)}" if math.isfinite(low) else f"at most {number(high)}"
@@ -186,7 +220,7 @@ def _room(values: Sequence[float], log: bool) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _line(curve: Curve, pairs: Pairs, across: _Axis, up: _Axis) -> Line:
+def _line(curve: Curve, pairs: Pairs, colour: int, across: _Axis, up: _Axis) -> Line:
     segments: list[list[tuple[float, float]]] = [[]]
     for step, value in pairs:
         if math.isfinite(value):
@@ -199,22 +233,52 @@ def _line(curve: Curve, pairs: Pairs, across: _Axis, up: _Axis) -> Line:
     few = len(pairs) < 30
     dots = [point for s in segments if few or len(s) == 1 for point in s]
     metric = describe(curve.metric)
+    healthy = healthy_text(curve.healthy)
+    if healthy:
+        healthy = f"{'efficient' if _costs_time(curve) else 'healthy'}: {healthy}"
     return Line(
         label=one_line(curve.label)[:80],
+        colour=colour,
         path=path,
         dots=dots,
         last=number(curve.pairs[-1][1]),
         meaning=metric.meaning if metric else "",
-        healthy=healthy_text(metric.healthy) if metric else "",
+        healthy=healthy,
     )
 
 
-def _marks(
-    curves: Sequence[Curve], judged: Mapping[str, tuple[float, float]], across: _Axis, up: _Axis
-) -> Iterator[tuple[float, float, str]]:
+def _costs_time(curve: Curve) -> bool:
+    metric = describe(curve.metric)
+    return metric is not None and metric.costs_time
+
+
+def _shared(lines: Sequence[Line]) -> tuple[str, str]:
+    """The meaning and the healthy range of several lines; empty where they differ."""
+    meanings, ranges = {line.meaning for line in lines}, {line.healthy for line in lines}
+    if len(lines) == 1 or len(meanings) > 1:
+        return "", ""
+    return meanings.pop(), ranges.pop() if len(ranges) == 1 else ""
+
+
+def _shades(spans: Sequence[Span], across: _Axis) -> Iterator[Shade]:
+    for span in spans:
+        if span.end < across.low or span.start > across.high:
+            continue
+        left = across(max(span.start, across.low))
+        width = max(1.5, across(min(span.end, across.high)) - left)
+        if span.run is None:
+            yield Shade(left, TOP, width, HEIGHT - TOP - BOTTOM, span.what, None)
+        else:
+            y = TOP + STRIP * span.run
+            yield Shade(left, y, width, STRIP - 1, span.what, span.run)
+
+
+def _marks(curves: Sequence[Curve], across: _Axis, up: _Axis) -> Iterator[tuple[float, float, str]]:
     """The unhealthy points, an even choice of each curve's."""
     for curve in curves:
-        low, high = judged.get(curve.metric, (-math.inf, math.inf))
+        low, high = curve.healthy or (-math.inf, math.inf)
+        if _costs_time(curve):
+            low, high = -math.inf, math.inf
         bad = [(s, v) for s, v in _plottable(curve.pairs) if not low <= v <= high]
         steps, values = thin(bad, MAX_MARKS) if bad else ([], [])
         for step, value in zip(steps, values):

@@ -18,20 +18,19 @@ from ebm_dist.metrics.names import describe
 from ebm_dist.metrics.progress import number
 from ebm_dist.report.explanation import explanation
 from ebm_dist.report.figure import (
-    BOTTOM,
     HEIGHT,
     LEFT,
     RIGHT,
-    TOP,
     WIDTH,
     Curve,
     Figure,
+    Span,
     figure,
     healthy_text,
     spans_of,
 )
 from ebm_dist.report.health import examine, judged
-from ebm_dist.report.plots import FAULTS, PANELS, other_panels
+from ebm_dist.report.plots import FAULTS, PANELS, names_in, other_panels
 from ebm_dist.report.run_files import RunFiles
 
 MAX_RUNS = 8
@@ -80,26 +79,24 @@ def render(run_dir: Path) -> str:
     """The page about one run as text."""
     run = RunFiles(run_dir)
     limits = judged(run.series, run.config)
-    spans = {what: spans_of(run.series.get(name, []), what) for name, what in _ALARMS.items()}
+    spans = _alarms(run)
     sections = {}
     for section, panels in {**PANELS, "Other": other_panels(run.series)}.items():
         figures = [
             figure(
                 panel.title,
                 _eventful(
-                    section, [Curve(name, run.series.get(name, []), name) for name in panel.names]
+                    section,
+                    [
+                        Curve(name, run.series.get(name, []), name, limits.get(name))
+                        for name in names_in(panel, run.series)
+                    ],
                 ),
                 # Of names that are a run's own two may differ in signs that an anchor cannot hold.
                 anchor=_anchor(panel.names[0]) if section in PANELS else f"figure-other-{index}",
                 log=panel.log,
                 about=panel.about,
-                spans=[
-                    span
-                    for what, found in spans.items()
-                    for span in found
-                    if what != STUCK or section == CHAINS
-                ],
-                judged=limits,
+                spans=_shown_in(section, spans),
             )
             for index, panel in enumerate(panels)
         ]
@@ -113,7 +110,7 @@ def render(run_dir: Path) -> str:
         sections={name: figures for name, figures in sections.items() if figures},
         anchors=_anchors(sections),
         alarms=[what for what, found in spans.items() if found],
-        rows=list(_table(run)),
+        rows=list(_table(run, limits)),
     )
 
 
@@ -125,21 +122,28 @@ def compare(run_dirs: Sequence[Path]) -> str:
         if names.count(run.name) > 1:
             run.name = str(run.path)
     known = {name for run in runs for name in run.series}
+    limits = [judged(run.series, run.config) for run in runs]
+    spans = [_alarms(run, place) for place, run in enumerate(runs)]
     sections: dict[str, list[Figure]] = {}
     for section, panels in PANELS.items():
         figures = [
             figure(
-                f"{panel.title}: {name}" if len(panel.names) > 1 else panel.title,
+                f"{panel.title}: {name}" if len(names) > 1 else panel.title,
                 _eventful(
-                    section, [Curve(run.name, run.series.get(name, []), name) for run in runs]
+                    section,
+                    [
+                        Curve(run.name, run.series.get(name, []), name, of_run.get(name))
+                        for run, of_run in zip(runs, limits)
+                    ],
                 ),
                 anchor=_anchor(name),
                 log=panel.log,
                 about=panel.about,
-                judged={},
+                spans=[span for of_run in spans for span in _shown_in(section, of_run)],
             )
             for panel in panels
-            for name in panel.names
+            for names in [names_in(panel, known)]
+            for name in names
         ]
         if drawn := [each for each in figures if each]:
             sections[section] = drawn
@@ -151,6 +155,7 @@ def compare(run_dirs: Sequence[Path]) -> str:
         findings=[examine(run.series, run.config) for run in runs],
         sections=sections,
         anchors=_anchors(sections),
+        alarms=[what for what in _ALARMS.values() if any(of_run[what] for of_run in spans)],
         differences=list(_differences(runs)),
         rows=[
             (
@@ -161,6 +166,25 @@ def compare(run_dirs: Sequence[Path]) -> str:
             for name in sorted(known)
         ],
     )
+
+
+def _alarms(run: RunFiles, place: int | None = None) -> dict[str, list[Span]]:
+    """When each alarm sounded, by its words; `place` is the run's among several."""
+    return {
+        what: spans_of(
+            run.series.get(name, []), what if place is None else f"{run.name}: {what}", place
+        )
+        for name, what in _ALARMS.items()
+    }
+
+
+def _shown_in(section: str, alarms: Mapping[str, Sequence[Span]]) -> list[Span]:
+    return [
+        span
+        for what, spans in alarms.items()
+        for span in spans
+        if what != STUCK or section == CHAINS
+    ]
 
 
 def _eventful(section: str, curves: list[Curve]) -> list[Curve]:
@@ -179,7 +203,6 @@ def _page(template: str, **values: Any) -> str:
     )
     environment.globals["explanation"] = explanation  # for macros of other files, too
     box = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT}
-    box |= {"top": TOP, "bottom": BOTTOM}
     return environment.get_template(template).render(
         **values, box=box, written=time.strftime("%Y-%m-%d %H:%M")
     )
@@ -214,18 +237,17 @@ def _anchors(sections: Mapping[str, Sequence[Figure]]) -> dict[str, str]:
     }
 
 
-def _table(run: RunFiles) -> Iterator[tuple[str, ...]]:
+def _table(run: RunFiles, limits: Mapping[str, tuple[float, float]]) -> Iterator[tuple[str, ...]]:
     """Name, last, least and greatest value, healthy range, unit and meaning of each metric."""
     for name in sorted(run.series):
         values = [value for _, value in run.series[name]]
         finite = [value for value in values if math.isfinite(value)]
         low, high = (number(min(finite)), number(max(finite))) if finite else ("", "")
         metric = describe(name)
-        unit, meaning, healthy = "", "", ""
+        unit, meaning = "", ""
         if metric is not None:
             unit, meaning = metric.unit if metric.unit != "1" else "", metric.meaning
-            healthy = healthy_text(metric.healthy)
-        yield name, number(values[-1]), low, high, healthy, unit, meaning
+        yield name, number(values[-1]), low, high, healthy_text(limits.get(name)), unit, meaning
 
 
 def _differences(runs: Sequence[RunFiles]) -> Iterator[tuple[str, list[str]]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ebm_dist.metrics.names import FRAME
+from ebm_dist.metrics.names import CLASS_RATIO, FRAME, OF_EACH_CLASS, names_of_classes
 
 Pairs = list[tuple[int, float]]
 
@@ -86,7 +86,14 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Split R-hat",
             ("chain/rhat",),
-            about="Chains of one law come to about 1. Above 1.1 they disagree.",
+            about="Within a round. It comes to about 1 where a round is long beside the "
+            "autocorrelation time; a shorter round, restarts and labels raise it.",
+        ),
+        Panel(
+            "Split R-hat over rounds",
+            ("chain/trace_rhat", "chain/trace_energy_rhat"),
+            about="Chains that cross between modes come to about 1; a short-run generator's do "
+            "not cross.",
         ),
         Panel(
             "Age of chains, rounds",
@@ -156,6 +163,37 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             about="Falls from noise past one fitted Gaussian towards that of training data.",
         ),
         Panel(
+            "Confidence of the classifier",
+            ("fidelity/confident", "fidelity/confident_real"),
+            about="Rises to that of held-out images. Above it samples are more typical of their "
+            "class than real ones; far below it they are of none.",
+        ),
+        Panel(
+            "Classes of samples",
+            (CLASS_RATIO,),
+            about="1: as often as in the data. Below the line samples miss the class.",
+        ),
+        Panel(
+            "Rarest and commonest class",
+            ("fidelity/class_share_min", "fidelity/class_share_max"),
+            about="Shares of samples. Both come near the classes' shares in the data.",
+        ),
+        Panel(
+            "Label accuracy",
+            ("fidelity/label_accuracy", "fidelity/accuracy"),
+            about="Of chains that carry a label: rises to the accuracy on held-out images.",
+        ),
+        Panel(
+            "Precision and recall",
+            ("fidelity/precision", "fidelity/recall"),
+            about="Precision: samples look real. Recall: they cover the data. Both rise.",
+        ),
+        Panel(
+            "Nearest training image",
+            ("fidelity/nearest_train",),
+            about="Near 1 for new images, near 0 for copies of training images.",
+        ),
+        Panel(
             "Log-likelihood, nats",
             ("likelihood/log_prob", "likelihood/log_prob_test"),
             about="Rises. Held-out data stay close to training data, or the model overfits.",
@@ -221,9 +259,22 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, Pairs]:
     return {name: sorted(pairs.items()) for name, pairs in series.items()}
 
 
+def names_in(panel: Panel, known: Collection[str]) -> list[str]:
+    """The panel's metrics; in place of one that each class has, those of `known`."""
+    found = []
+    for name in panel.names:
+        if name.endswith(OF_EACH_CLASS):
+            found += names_of_classes(name, known)
+        else:
+            found.append(name)
+    return found
+
+
 def other_panels(series: Mapping[str, Pairs]) -> tuple[Panel, ...]:
     """Panels for metrics of `series` that no panel above shows, one for each prefix."""
-    shown = {name for panels in PANELS.values() for panel in panels for name in panel.names}
+    shown = {
+        name for panels in PANELS.values() for panel in panels for name in names_in(panel, series)
+    }
     groups: dict[str, list[str]] = {}
     for name in sorted(series):
         if name not in shown:

@@ -108,6 +108,26 @@ def test_a_collapsed_model_shows_in_the_class_shares(fidelity):
     assert fidelity.classes(noise)["confident"] < found["confident"] > 0.9
 
 
+def test_each_class_is_counted_against_its_share_of_the_data_or_of_the_labels(fidelity):
+    train, test = digits()
+    assert train.label is not None
+    assert fidelity.classes(test.x) == pytest.approx(
+        fidelity.classes(test.x) | {f"class_ratio_{k}": 1.0 for k in range(10)}
+    )
+    assert fidelity.classes(test.x)["confident"] == fidelity.reference()["confident_real"]
+    without = train.x[(train.label != 3) & (train.label != 7)]
+    found = fidelity.classes(without)
+    assert found["class_ratio_3"] < 0.2 > found["class_ratio_7"]
+    assert all(found[f"class_ratio_{k}"] > 0.8 for k in range(10) if k not in (3, 7))
+    # What was asked for is there, and of the others none was asked for.
+    threes = train.x[train.label == 3]
+    found = fidelity.classes(threes, torch.full((len(threes),), 3))
+    assert {name for name in found if "ratio" in name} == {"class_ratio_3"}
+    assert found["class_ratio_3"] > 0.9
+    # Of 60 samples too few are of any class to tell.
+    assert not any("ratio" in name for name in fidelity.classes(test.x[:60]))
+
+
 def test_same_seed_gives_the_same_features_and_leaves_the_global_generator():
     train, test = digits()
     small = Batch(train.x[:200], train.label[:200] if train.label is not None else None)

@@ -57,6 +57,14 @@ def test_names_that_are_not_metrics_are_unknown() -> None:
     assert names.unknown(["step", "epoch", "energy/gap", "energy/gpa"]) == ["energy/gpa"]
 
 
+def test_a_metric_of_each_class_is_known_by_its_number() -> None:
+    (entry,) = [name for name in names.METRICS if name.endswith(names.OF_EACH_CLASS)]
+    of_ten = [entry.removesuffix("K") + str(number) for number in range(11)]
+    assert {names.describe(name) for name in of_ten} == {names.METRICS[entry]}
+    assert names.names_of_classes(entry, [*reversed(of_ten), "energy/gap"]) == of_ten
+    assert names.describe("energy/gap_3") is names.describe(of_ten[0] + "x") is None
+
+
 def test_every_metric_says_what_it_means() -> None:
     for name, metric in {**names.METRICS, **names.HISTOGRAMS, **names.IMAGES}.items():
         assert len(metric.meaning) > 8, name
@@ -105,7 +113,8 @@ def test_every_name_that_is_declared_is_logged() -> None:
         spelt = any(f'"{name}"' in source for source in sources)
         joined = any(f'f"{prefix}/{{' in text and f'"{rest}"' in text for text in sources)
         # Distances to other things than samples are named where they are measured.
-        elsewhere = prefix == "fidelity" and any(f'"{rest}": ' in text for text in sources)
+        key = f'f"{rest[:-1]}{{' if rest.endswith(names.OF_EACH_CLASS) else f'"{rest}": '
+        elsewhere = prefix == "fidelity" and any(key in text for text in sources)
         assert spelt or joined or elsewhere or name in infos, f"nothing logs {name}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,11 @@ def test_every_panel_shows_metrics_that_exist_and_none_twice() -> None:
 
 def test_every_promised_metric_is_on_the_dashboard() -> None:
     assert {name for name, metric in METRICS.items() if metric.promised} <= set(shown())
+
+
+def test_all_of_fidelity_but_its_references_is_shown_with_quality() -> None:
+    of_fidelity = {name for name in METRICS if name.startswith("fidelity/")}
+    assert of_fidelity <= {name for panel in PANELS["Quality"] for name in panel.names}
 
 
 def test_every_count_of_faults_is_in_their_section() -> None:
@@ -78,10 +84,16 @@ def test_wandb_is_sent_every_section_and_what_is_written_is_what_is_sent(
     assert pictures["viewType"] == "Media Browser"
     assert set(pictures["config"]["mediaKeys"]) == IMAGES.keys()
     for name, panels in PANELS.items():
-        assert [
-            (panel["config"]["chartTitle"], panel["config"]["xAxis"], panel["config"]["metrics"])
-            for panel in sections[name]["panels"]
-        ] == [(panel.title, "step", list(panel.names)) for panel in panels]
+        shown = [panel["config"] for panel in sections[name]["panels"]]
+        assert [(each["chartTitle"], each["xAxis"]) for each in shown] == [
+            (panel.title, "step") for panel in panels
+        ]
+        for each, panel in zip(shown, panels, strict=True):
+            if pattern := each.get("metricRegex"):
+                assert each["useMetricRegex"]
+                assert re.fullmatch(pattern, panel.names[0].replace("_K", "_12"))
+            else:
+                assert each["metrics"] == list(panel.names)
     for panel in sections["System"]["panels"]:
         assert panel["config"]["xAxis"] == "_runtime"
         assert all(name.startswith("system/") for name in panel["config"]["metrics"])

@@ -34,6 +34,7 @@ SICK = {
     "buffer/capacity": 3.0,
     "buffer/expired_leases": 3.0,
     "audit/spurious": 0.5,
+    "fidelity/class_ratio_3": 0.1,
 }
 DONE = re.compile(r"(raise|lower|set) ((?:\w+)\.(\w+))(?:: (\w+))?")
 

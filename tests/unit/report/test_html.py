@@ -17,13 +17,13 @@ from ebm_dist.core.types import EventSpec
 from ebm_dist.export.model_card import last_metrics
 from ebm_dist.metrics.jsonl import encode
 from ebm_dist.metrics.names import METRICS
-from ebm_dist.report import health
 from ebm_dist.report.explanation import explanation
 from ebm_dist.report.figure import HEIGHT, LEFT, RIGHT, WIDTH, Curve, Figure, figure, spans_of
 from ebm_dist.report.grid import save_grid
 from ebm_dist.report.health import GENERATOR, examine, judged
 from ebm_dist.report.html import MAX_RUNS, write_report
 from ebm_dist.report.plots import MAX_OTHER_PANELS, PANELS, collect, other_panels, thin
+from ebm_dist.report.rules import RULES
 
 
 class Page(HTMLParser):
@@ -184,7 +184,7 @@ def test_curves_are_in_order_of_step_and_the_later_row_holds() -> None:
 
 
 def drawn(pairs: list[tuple[int, float]], metric: str = "energy/positive", **options) -> Figure:
-    found = figure("t", [Curve(metric, pairs, metric)], anchor="a", judged={}, **options)
+    found = figure("t", [Curve(metric, pairs, metric)], anchor="a", **options)
     assert found is not None
     return found
 
@@ -200,7 +200,7 @@ def test_every_series_is_a_figure_inside_its_box(values: list[float], log: bool)
     assert all(0 <= float(number) <= max(WIDTH, HEIGHT) for number in numbers)
     assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in found.lines[0].dots)
     assert found.y_ticks
-    assert figure("t", [Curve("a", [], "a")], anchor="a", judged={}) is None
+    assert figure("t", [Curve("a", [], "a")], anchor="a") is None
 
 
 def test_a_gap_of_numbers_that_are_not_finite_stays_a_gap() -> None:
@@ -214,24 +214,27 @@ def test_a_gap_of_numbers_that_are_not_finite_stays_a_gap() -> None:
 
 def test_alarms_are_drawn_where_they_sounded() -> None:
     pairs = [(0, 0.1), (10, 0.5), (20, 0.9), (30, 0.3)]
-    limits = {"chain/self_transition": (-math.inf, 0.8)}
     spans = spans_of(
         [(0, 0.0), (10, 0.0), (20, 1.0), (30, 2.0), (50, 2.0), (60, 2.0), (70, 3.0)], "stuck"
     )
     assert [(span.start, span.end) for span in spans] == [(10, 30), (60, 70)]
-    curve = Curve("self", pairs, "chain/self_transition")
-    found = figure("t", [curve], anchor="a", judged=limits, spans=spans[:1])
+    curve = Curve("self", pairs, "chain/self_transition", (-math.inf, 0.8))
+    found = figure("t", [curve], anchor="a", spans=spans[:1])
     assert found is not None
     (mark,) = found.marks
     assert mark[2] == "0.9 at update 20"
     assert len(found.limits) == 1
-    left, width, what = found.spans[0]
-    assert (left, what) == (found.lines[0].dots[1][0], "stuck")
-    assert left + width == pytest.approx(found.lines[0].dots[3][0])
-    assert found.lines[0].healthy == "at most 0.8"
-    late = figure("t", [Curve("self", pairs[2:], "self")], anchor="a", judged={}, spans=spans)
+    (shade,) = found.shades
+    assert (shade.x, shade.what) == (found.lines[0].dots[1][0], "stuck")
+    assert shade.x + shade.width == pytest.approx(found.lines[0].dots[3][0])
+    assert found.lines[0].healthy == "healthy: at most 0.8"
+    late = figure("t", [Curve("self", pairs[2:], "self")], anchor="a", spans=spans)
     assert late is not None
-    assert late.spans == [(late.lines[0].dots[0][0], pytest.approx(WIDTH - LEFT - RIGHT), "stuck")]
+    (shade,) = late.shades
+    assert (shade.x, shade.width) == (
+        late.lines[0].dots[0][0],
+        pytest.approx(WIDTH - LEFT - RIGHT),
+    )
 
 
 def test_the_page_is_for_phones_and_for_dark_rooms(tmp_path: Path) -> None:
@@ -251,7 +254,7 @@ def test_the_page_is_for_phones_and_for_dark_rooms(tmp_path: Path) -> None:
 
 def test_what_the_verdicts_refer_to_is_in_the_docs() -> None:
     root = Path(__file__).parents[3]
-    pages = {page for _, page, _ in health._RULES} | {"docs/report.md#Two regimes"}
+    pages = {page for _, page, _ in RULES} | {"docs/report.md#Two regimes"}
     for page in pages:
         assert len(explanation(page)) > 100
         assert "href" not in explanation(page)
@@ -331,6 +334,17 @@ def constant(**values: float) -> dict[str, list[tuple[int, float]]]:
         (constant(energy__gap=-3, energy__noise=5, energy__test=0), "bad", "noise", "num_steps"),
         (constant(energy__gap=3, energy__noise=5, energy__test=0), "warn", "spurious", "reinit"),
         (constant(fidelity__distance=9, fidelity__gaussian=8), "warn", "Gaussian", "longer"),
+        (
+            constant(
+                fidelity__class_ratio_1=0.9,
+                fidelity__class_ratio_3=0.1,
+                fidelity__class_ratio_12=0.0,
+                buffer__capacity=8,
+            ),
+            "warn",
+            "samples miss 2 of 3 classes (3, 12)",
+            "reinit_prob",
+        ),
         ({"loss/total": [(0, 1.0), (10, math.nan)]}, "bad", "from update 10 on", "learner.lr"),
     ],
 )
@@ -416,6 +430,7 @@ def test_a_healthy_run_of_the_default_recipe_shows_no_warning() -> None:
         fault__restarts=0,
         fidelity__distance=3.0,
         fidelity__gaussian=12.0,
+        **{f"fidelity__class_ratio_{k}": 0.7 for k in range(10)},
     )
     assert {finding.state for finding in examine(series)} == {"ok", "note"}
 
