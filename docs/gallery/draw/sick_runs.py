@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 
 import ebm_dist
@@ -59,6 +61,13 @@ CHANGES: dict[str, Config] = {
 """What each run changes about the healthy one."""
 
 
+ON_A_PHONE = "stagnated"
+"""The run that is also shown as on a phone at night."""
+
+GAP = 15
+"""Empty pixels between rows of figures; a heading is nearer to what is below it."""
+
+
 def train(name: str, run_dir: Path) -> None:
     config = {section: dict(keys) for section, keys in HEALTHY.items()}
     for section, keys in CHANGES[name].items():
@@ -67,8 +76,13 @@ def train(name: str, run_dir: Path) -> None:
     ebm_dist.train(config, run_dir=run_dir, console=Console(file=io.StringIO()))
 
 
-def photograph(page: Path, out: Path, *, chromium: str, height: int) -> None:
-    """The top of `page`, 900 pixels wide: the verdicts and the first curves."""
+def photograph(
+    page: Path, out: Path, *, chromium: str, height: int, width: int = 900, dark: bool = False
+) -> None:
+    """The top of `page`: the verdicts and the first curves, at most `height` pixels.
+
+    It ends below a whole row of figures.
+    """
     with tempfile.TemporaryDirectory() as profile:
         subprocess.run(
             [
@@ -80,7 +94,8 @@ def photograph(page: Path, out: Path, *, chromium: str, height: int) -> None:
                 # Without it a busy machine's picture may lack a tile.
                 "--run-all-compositor-stages-before-draw",
                 f"--user-data-dir={profile}",
-                f"--window-size=900,{height}",
+                f"--window-size={width},{height}",
+                f"--blink-settings=preferredColorScheme={0 if dark else 1}",
                 f"--screenshot={out}",
                 page.resolve().as_uri(),
             ],
@@ -88,6 +103,16 @@ def photograph(page: Path, out: Path, *, chromium: str, height: int) -> None:
             capture_output=True,
             timeout=300,
         )
+    end_below_a_row(out)
+
+
+def end_below_a_row(picture: Path) -> None:
+    """Cut `picture` at its last gap between rows of figures."""
+    image = Image.open(picture).convert("RGB")
+    pixels = np.asarray(image)
+    filled = np.flatnonzero((pixels != pixels[0, 0]).any(axis=(1, 2)))
+    ends = filled[np.flatnonzero(np.diff([*filled, len(pixels)]) > GAP)]
+    image.crop((0, 0, image.width, int(ends[-1]) + GAP)).save(picture)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--only", nargs="*", default=list(CHANGES), choices=list(CHANGES))
     parser.add_argument("--chromium", default="chromium", help="the browser's command")
-    parser.add_argument("--height", type=int, default=1130, help="pixels of a page to show")
+    parser.add_argument("--height", type=int, default=1700, help="most pixels of a page to show")
     options = parser.parse_args(arguments)
     if shutil.which(options.chromium) is None:
         parser.error(f"--chromium: no command {options.chromium}; install Chromium, or name yours")
@@ -110,6 +135,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             page, out = write_report(Path(name)), out_dir / f"report_{name}.png"
             photograph(page, out, chromium=options.chromium, height=options.height)
             print(out.name)
+            if name == ON_A_PHONE:
+                out = out_dir / "report_phone.png"
+                photograph(
+                    page,
+                    out,
+                    chromium=options.chromium,
+                    height=options.height,
+                    width=390,
+                    dark=True,
+                )
+                print(out.name)
     return 0
 
 

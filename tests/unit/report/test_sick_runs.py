@@ -8,13 +8,26 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from ebm_dist.report.health import Finding, examine
 from ebm_dist.report.run_files import RunFiles
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "docs/gallery/draw"))
 import sick_runs
+
+
+def test_a_picture_of_a_page_ends_below_a_whole_row_of_figures(tmp_path: Path) -> None:
+    pixels = np.full((200, 20, 3), 255, np.uint8)
+    for top, bottom in ((10, 60), (76, 126), (142, 200)):  # the last row is not whole
+        pixels[top:bottom, 5:15] = 0
+    picture = tmp_path / "page.png"
+    Image.fromarray(pixels).save(picture)
+    sick_runs.end_below_a_row(picture)
+    with Image.open(picture) as image:
+        assert image.size == (20, 125 + sick_runs.GAP)
 
 
 def findings_of(name: str, run_dir: Path) -> list[Finding]:
