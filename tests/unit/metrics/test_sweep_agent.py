@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
-from wandb_server import WandbServer
+from wandb_server import KEY, WandbServer
+
+from ebm_dist.metrics.jsonl import read_rows
 
 sys.path.append(str(Path(__file__).parents[1] / "actors"))
-from small_runs import SMALL, curve
+from small_runs import SMALL
 
 pytest.importorskip("wandb")
 
@@ -22,7 +24,7 @@ SWEEP = Path(__file__).parents[3] / "launch" / "sweep.yaml"
 
 
 class SweepServer(WandbServer):
-    """Hands one trial after the other to the agent, when it has none."""
+    """Hands the agent one trial after another, each when it has none that runs."""
 
     def __init__(self, sweep: dict[str, Any], trials: dict[str, dict[str, Any]]) -> None:
         super().__init__()
@@ -53,14 +55,15 @@ def test_trials_of_a_real_agent_take_its_values_and_directories_and_report_as_it
 ) -> None:
     sweep = yaml.safe_load(SWEEP.read_text())
     sweep["command"][2] = "small.yaml"  # a run of a second, in place of the digits
-    config = {**SMALL, "tracking": {"log_every": 1, "wandb": "auto", "init_timeout": 60}}
+    tracking = {"log_every": 1, "wandb": "auto", "init_timeout": 60}
+    config = {**SMALL, "tracking": tracking, "evaluation": {"every": 2}}
     (tmp_path / "small.yaml").write_text(json.dumps(config))
     trials = {
         "trial1": {"learner.lr": 0.001, "run.steps": 3},
         "trial2": {"learner.lr": 0.003, "run.steps": 4},
     }
     with SweepServer(sweep, trials) as server:
-        place = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "f" * 40}
+        place = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         agent = [sys.executable, "-m", "wandb", "agent", "--count", "2", "tester/ebm_dist/sweep1"]
         done = subprocess.run(
@@ -79,8 +82,9 @@ def test_trials_of_a_real_agent_take_its_values_and_directories_and_report_as_it
             assert run.exit_code == 0
             assert run.config["learner"]["value"]["lr"] == values["learner.lr"]
             run_dir = tmp_path / "runs" / f"small-{trial}"
-            gaps = curve(run_dir, "energy/gap")
-            assert list(gaps) == list(range(1, values["run.steps"] + 1))
-            sent = {row["step"]: row["energy/gap"] for row in run.history if "energy/gap" in row}
-            assert sent == gaps
+            rows = list(read_rows(run_dir / "metrics.jsonl"))
+            assert run.rows() == rows
+            updates = [row["step"] for row in rows if "energy/gap" in row]
+            assert updates == list(range(1, values["run.steps"] + 1))
+            assert any("likelihood/log_prob_test" in row for row in rows)
             assert (run_dir / "export" / "model.safetensors").is_file()

@@ -21,6 +21,7 @@ from ebm_dist.controller.clients import HubClient
 from ebm_dist.data import describe
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.hub import MetricHub
+from ebm_dist.metrics.jsonl import read_rows
 from ebm_dist.run import artifacts as artifacts_module
 from ebm_dist.run.artifacts import Artifacts
 from ebm_dist.run.train import RunResult
@@ -109,6 +110,7 @@ def test_an_offline_run_holds_data_and_models_and_best_is_what_its_evaluation_sa
     export = {file.name: file.read_bytes() for file in (tmp_path / "run/export").iterdir()}
     assert latest.files == export
 
+    assert server.runs[run_id].rows() == list(read_rows(tmp_path / "run" / "metrics.jsonl"))
     about = server.runs[run_id].config
     assert about["code"]["value"]["ebm_dist"] == __version__
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

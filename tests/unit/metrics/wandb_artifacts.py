@@ -2,12 +2,15 @@
 
 As the service does, it takes an artifact whose digest its collection holds already for that
 version, moves aliases to the version that was logged last with them, and records which run made or
-used a version.
+used a version. Of alerts of one title it keeps one in the pause that they ask for.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +42,9 @@ class ArtifactService:
     def __init__(self) -> None:
         self.artifacts: dict[str, ServedArtifact] = {}
         self.alerts: list[dict[str, Any]] = []
+        self.now: Callable[[], float] = time.monotonic
+        """The service's clock, in seconds."""
+        self._alerted: dict[tuple[str, str], float] = {}
 
     def versions(self, collection: str) -> list[ServedArtifact]:
         """The committed versions of a collection, oldest first."""
@@ -127,5 +133,8 @@ class ArtifactService:
         return {"useArtifact": {"artifact": {"id": artifact.id}}}
 
     def _on_NotifyScriptableRunAlert(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        self.alerts.append(variables)
+        alert, now = (variables["runName"], variables["title"]), self.now()
+        if now >= self._alerted.get(alert, -math.inf) + variables["waitDuration"] / 1000:
+            self._alerted[alert] = now
+            self.alerts.append(variables)
         return {"notifyScriptableRunAlert": {"success": True}}

@@ -37,7 +37,20 @@ class ServedRun:
     exit_code: int | None = None
     num_openings: int = 0
     about: dict[str, Any] = field(default_factory=dict)
-    """Group, job type, tags and notes."""
+    """Group, job type, tags, notes and sweep."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics that arrived, as `read_rows` reads them from metrics.jsonl."""
+        # The client adds names that begin with _. A line of a picture, table or alert has no epoch.
+        return [
+            {
+                name: None if value != value else value
+                for name, value in line.items()
+                if not name.startswith("_")
+            }
+            for line in self.history
+            if "epoch" in line
+        ]
 
 
 class WandbServer(ArtifactService):
