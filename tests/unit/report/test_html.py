@@ -413,7 +413,7 @@ def test_chains_of_a_sampler_that_keep_their_mode_are_an_alarm(temperature, conf
     assert judged(series, config).keys() >= STUCK.keys()
 
 
-def test_a_healthy_run_of_the_default_recipe_shows_no_warning() -> None:
+def test_values_like_those_of_the_default_recipe_show_no_warning() -> None:
     series = constant(
         energy__positive=0.02,
         energy__negative=0.03,

@@ -5,18 +5,24 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+import ebm_dist
+from ebm_dist.config.run_config import load
 from ebm_dist.report.health import Finding, examine
 from ebm_dist.report.run_files import RunFiles
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "docs/gallery/draw"))
 import sick_runs
+
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def test_a_picture_of_a_page_ends_below_a_whole_row_of_figures(tmp_path: Path) -> None:
@@ -41,6 +47,19 @@ def test_a_healthy_run_is_told_of_nothing_to_change(tmp_path: Path) -> None:
     judged = {finding.metric for finding in findings}
     assert judged >= {"energy/gap", "sampler/acceptance", "chain/stagnant", "energy/positive"}
     assert {finding.state for finding in findings} <= {"ok", "note"}
+
+
+@pytest.mark.slow
+def test_the_start_of_the_default_run_is_told_of_nothing_to_change(tmp_path: Path) -> None:
+    brief = ["run.steps=40", "evaluation.every=20", "runtime.backend=inline", "tracking.wandb=off"]
+    config = load(CONFIGS / "digits.yaml", brief)
+    ebm_dist.train(config, run_dir=tmp_path / "run", console=Console(file=io.StringIO()))
+    run = RunFiles(tmp_path / "run")
+    findings = {finding.metric: finding for finding in examine(run.series, run.config)}
+    # The samples of so few updates are no better than a Gaussian: the advice is to train longer.
+    assert findings.pop("fidelity/distance").advice.startswith("train longer")
+    assert findings.keys() >= {"energy/gap", "energy/positive", "flow/lag_max", "buffer/free"}
+    assert {finding.state for finding in findings.values()} <= {"ok", "note"}, findings
 
 
 @pytest.mark.parametrize(
