@@ -11,6 +11,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -271,6 +273,21 @@ def test_afterwards_the_run_stops_on_request_with_its_invariants_kept(
     order = sorted(seen, key=lambda row: (row["epoch"], row["step"]))
     versions = [row["weights/version"] for row in order]
     assert versions == sorted(versions), "versions went back"
+
+
+def test_wandb_holds_cpus_and_memory_of_all_three_nodes(running: Running) -> None:
+    assert running.process.poll() is not None
+    # One directory for each hub: a hub that its node took along has a successor.
+    attempts = sorted((running.dir / "wandb").glob("offline-run-*"))
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", "--summary"]
+    done = subprocess.run(
+        [*command, str(attempts[-1])], check=True, capture_output=True, text=True, timeout=60
+    )
+    nodes = json.loads(done.stdout)["config"]["nodes"]
+    assert [node["CPU"] for node in nodes] == [1, 1, 1]
+    assert all(node["memory"] > 0 for node in nodes)
+    assert len({node["id"] for node in nodes}) == 3
+    assert HEAD.rpartition(".")[0] not in json.dumps(nodes), "an address is on W&B"
 
 
 def node_of_a_rank(machines: Bed, running: Running) -> Node:
