@@ -24,6 +24,7 @@ from ebm_dist.evaluation.config import EvaluationConfig
 from ebm_dist.evaluation.exact import exact_log_partition, is_exact
 from ebm_dist.evaluation.fidelity import Fidelity
 from ebm_dist.evaluation.likelihood import log_likelihood, log_partition
+from ebm_dist.evaluation.robustness import robust_accuracy
 from ebm_dist.jarzynski.weights import log_z_ratio, log_z_standard_error, weights_moved
 from ebm_dist.objectives import ObjectiveSection
 from ebm_dist.objectives.weighting import ess_ratio
@@ -68,7 +69,8 @@ class Evaluator:
         Args:
             sampler: sampler of the chains, for the bias of its step size; None to leave it out.
             objective: makes the energy function of the chains from the learned energy; None to use
-                the learned energy itself.
+                the learned energy itself. If it reads labels, the energy is a classifier, whose
+                accuracy is measured.
             temperature: T of the run's chains; the likelihood is that of exp(-E/T)/Z.
             start_std: standard deviation of the noise from which chains start, buffer.init_std.
             run_estimates_log_z: training logs its own estimate as `likelihood/log_z`; the exact
@@ -84,8 +86,13 @@ class Evaluator:
         self._box = box(sampler.build()) if sampler is not None else None
         self._seed = seed
         self._energy = self._chain_energy = energy.build()
+        self._classifies = False
         if objective is not None:
             self._chain_energy = objective.chain_energy(self._energy)
+            # Other energies with logits are no classifiers: by E(x, y) alone nothing compares the
+            # classes, each of which has its own log Z.
+            reads_labels = objective.build().needs_labels
+            self._classifies = reads_labels and not trait(self._energy, "needs_context")
         self._chain_energy.eval().requires_grad_(False)
         self._layout = FlatLayout.of(self._energy)
         self._fidelity: Fidelity | None = None
@@ -118,6 +125,10 @@ class Evaluator:
                 "energy/test": self._mean_energy(self._test.x),
                 "energy/noise": self._mean_energy(noise),
             }
+        if self._classifies and self._test.label is not None:
+            values["classifier/accuracy"] = robust_accuracy(
+                self._energy, self._test.x, self._test.label, epsilon=0.0
+            )
         if self._moves is not None:
             x = torch.from_numpy(np.array(chains.x[:NUM_PROBED]))
             given = self._given(chains, NUM_PROBED)

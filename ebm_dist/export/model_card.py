@@ -18,13 +18,16 @@ from ebm_dist.core.plugins import IN_SESSION, modules_of
 from ebm_dist.energies.context import trait
 from ebm_dist.export.front_matter import front_matter
 from ebm_dist.metrics.jsonl import read_rows
-from ebm_dist.metrics.names import family
+from ebm_dist.metrics.names import describe, family
 from ebm_dist.samplers import KernelSection
 from ebm_dist.samplers.law import effective_temperature, unadjusted
 from ebm_dist.samplers.module import OwnKernel
 
 QUALITY = ("likelihood/", "fidelity/", "ood/", "robustness/", "audit/", "classifier/")
 """Prefixes of metrics that measure the model; the others measure the run."""
+REFERENCES = frozenset(f"fidelity/{name}" for name in ("accuracy", "noise", "gaussian", "train"))
+"""Those that are no results of the model: what its figures are compared with, and the accuracy of
+the classifier that judges its samples."""
 CHAIN_HEALTH = (
     "energy/positive",
     "energy/negative",
@@ -202,7 +205,8 @@ def render(
     head = front_matter(
         name,
         {"data": about["data"], "energy": energy, "event": event, "sampler": sampler},
-        {key: metrics[key][0] for key in quality if family(key) == key},  # not of each class
+        # Neither references nor each class by itself.
+        {key: metrics[key][0] for key in quality if key not in REFERENCES and family(key) == key},
     )
     return head + "\n".join(
         [
@@ -320,8 +324,16 @@ def _rows(rows: Mapping[str, Any]) -> list[str]:
 def _metric_table(names: list[str], metrics: Mapping[str, tuple[float, int]]) -> list[str]:
     if not names:
         return []
-    rows = [f"| `{n}` | {metrics[n][0]:.6g} | {metrics[n][1]} |" for n in sorted(names)]
-    return ["| metric | last value | at update |", "|---|---|---|", *rows]
+    rows = [
+        f"| `{name}` | {metrics[name][0]:.6g} | {metrics[name][1]} | {_meaning(name)} |"
+        for name in sorted(names)
+    ]
+    return ["| metric | last value | at update | says |", "|---|---|---|---|", *rows]
+
+
+def _meaning(name: str) -> str:
+    metric = describe(name)
+    return "" if metric is None else metric.meaning
 
 
 def _cell(value: Any) -> str:

@@ -209,9 +209,9 @@ METRICS: dict[str, Metric] = {
         "Frechet distance of features between samples and held-out data; features of a small "
         "classifier trained on the same data"
     ),
-    "fidelity/noise": Metric("the same distance for the chains' initial noise"),
-    "fidelity/gaussian": Metric("the same distance for draws of one Gaussian fitted to data"),
-    "fidelity/train": Metric("the same distance for training data, as of perfect samples"),
+    "fidelity/noise": Metric("fidelity/distance of the chains' initial noise"),
+    "fidelity/gaussian": Metric("fidelity/distance of draws of one Gaussian fitted to the data"),
+    "fidelity/train": Metric("fidelity/distance of training data, as of perfect samples"),
     "fidelity/confident": Metric(
         "share of samples that the feature classifier calls some class with probability .9 or more"
     ),
@@ -232,7 +232,12 @@ METRICS: dict[str, Metric] = {
         "median distance of samples to the nearest training image, in features, over that of "
         "held-out images; near 0 where training images are copied"
     ),
-    "fidelity/accuracy": Metric("test accuracy of the classifier that computes the features"),
+    "fidelity/accuracy": Metric(
+        "test accuracy of the feature classifier, which judges the samples; not that of the model"
+    ),
+    "classifier/accuracy": Metric(
+        "test accuracy of the model's own class logits, of a run whose objective reads labels"
+    ),
     # Auditor: very long chains off the training path.
     "audit/energy": Metric("mean energy at the end of the long chains", "energy"),
     "audit/energy_gap": Metric("mean energy of data minus that of the long chains", "energy"),
