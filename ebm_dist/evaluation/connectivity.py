@@ -7,6 +7,8 @@ down the gradient and are then spaced evenly again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ def connectivity(
     box: tuple[float, float] | None = None,
     num_pairs: int = 32,
     num_images: int = 17,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Barriers between pairs of the samples `x` (N, *event), in units of the temperature.
 
@@ -36,6 +39,7 @@ def connectivity(
         box: the range of the coordinates; None if they are unbounded.
         num_pairs: pairs at most.
         num_images: points of a path.
+        on_step: called with the number of evaluations of the paths that are done and of all.
 
     Returns:
         Medians `connectivity/barrier`, of relaxed paths, and `connectivity/barrier_straight`; the
@@ -48,7 +52,7 @@ def connectivity(
     given: EnergyFn = energy
     if label is not None:
         given = bind(energy, label=label[left].repeat_interleave(num_images).to(x.device))
-    found = barriers(given, x[left], x[right], num_images=num_images, box=box)
+    found = barriers(given, x[left], x[right], num_images=num_images, box=box, on_step=on_step)
     straight, relaxed = (height / temperature for height in found)
     connected, low, high = share(relaxed <= CONNECTED)
     return {
@@ -69,6 +73,7 @@ def barriers(
     num_steps: int = 50,
     step: float = 0.5,
     box: tuple[float, float] | None = None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, Tensor]:
     """Barriers between `start` and `end` (B, *event), of straight and of relaxed paths.
 
@@ -82,6 +87,7 @@ def barriers(
         num_steps: moves of the images.
         step: the largest move of a path's image, in units of the path's spacing.
         box: the range of the coordinates; None if they are unbounded.
+        on_step: called with the number of evaluations of the paths that are done and of all.
 
     Returns:
         Two tensors (B,), float64 on the CPU, in units of the energy.
@@ -109,6 +115,7 @@ def barriers(
         size = step * (1 - index / (num_steps + 1)) * spacing / steepest
         path = path - size[:, None, None] * grad
         path = _evenly(path if box is None else path.clamp(*box))
+        on_step(index + 1, num_steps + 1)
     assert straight is not None
     assert lowest is not None
     return straight.double().cpu(), lowest.double().cpu()

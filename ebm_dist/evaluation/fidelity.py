@@ -7,6 +7,7 @@ set only; compare it with `Fidelity.reference`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,11 @@ def frechet_distance(first: Tensor | Moments, second: Tensor | Moments) -> float
     complex if a covariance is singular, as with fewer samples than features.
 
     Args:
-        first, second: features (N, D), or their moments.
+        first: features (N, D), or their moments.
+        second: the same of the other set; both come from one network.
+
+    Raises:
+        ValueError: features are not (N, D) with N >= 2, differ in D, or are not finite.
     """
     a = first if isinstance(first, Moments) else Moments.of(first)
     b = second if isinstance(second, Moments) else Moments.of(second)
@@ -168,6 +173,7 @@ class Fidelity:
         *,
         num_epochs: int | None = None,
         num_reference: int = 500,
+        on_step: Callable[[int, int], None] = lambda done, total: None,
     ) -> Fidelity:
         """Train the classifier; the same seed, data and thread count give the same features.
 
@@ -177,6 +183,10 @@ class Fidelity:
             num_epochs: epochs of the classifier; by default enough for about 600 updates.
             num_reference: number of images for each reference; at most a quarter of `train`, since
                 these images are kept from the classifier.
+            on_step: called with the number of the classifier's updates that are done and of all.
+
+        Raises:
+            ValueError: the data are no labelled images, or too few.
         """
         check_data(train, test, spec)
         assert train.label is not None
@@ -186,7 +196,7 @@ class Fidelity:
         num = max(2, min(num_reference, train.x.shape[0] // 4))
         seen = Batch(train.x[num:], train.label[num:])
         unseen = train.x[:num]
-        net = _train(seen, spec, num_classes, seed, num_epochs)
+        net = _train(seen, spec, num_classes, seed, num_epochs, on_step)
         # The same scale for all data sets: the total variance of real images is num_features.
         net.scale.fill_(Moments.of(_features(net, test.x)).covariance.diagonal().mean().sqrt())
         held_out = _features(net, test.x)
@@ -273,7 +283,12 @@ class Fidelity:
 
 
 def _train(
-    train: Batch, spec: EventSpec, num_classes: int, seed: int, num_epochs: int | None
+    train: Batch,
+    spec: EventSpec,
+    num_classes: int,
+    seed: int,
+    num_epochs: int | None,
+    on_step: Callable[[int, int], None],
 ) -> FeatureNet:
     assert train.label is not None
     with torch.random.fork_rng(devices=[]):
@@ -290,9 +305,9 @@ def _train(
         order = torch.randperm(num, generator=generator)
         for index in range(steps_per_epoch):
             chosen = order[index * batch_size : (index + 1) * batch_size]
-            done = (epoch * steps_per_epoch + index) / num_steps
+            done = epoch * steps_per_epoch + index
             for group in optimizer.param_groups:
-                group["lr"] = 3e-3 * (1 - done)
+                group["lr"] = 3e-3 * (1 - done / num_steps)
             x = train.x[chosen].float()
             # A little noise keeps the features from depending on exact pixel values.
             x = x + 0.05 * torch.empty_like(x).normal_(generator=generator)
@@ -302,6 +317,7 @@ def _train(
             for parameter, gradient in zip(net.parameters(), gradients):
                 parameter.grad = gradient
             optimizer.step()
+            on_step(done + 1, num_steps)
     for parameter in net.parameters():
         parameter.grad = None
     return net.eval()

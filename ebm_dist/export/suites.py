@@ -283,7 +283,9 @@ def _robustness(
 def _fidelity(export: Export, seed: int, device: torch.device, say: Say, on_step: OnStep) -> Found:
     train, test = _load(export, "train", NUM_TRAIN), _load(export, "test", NUM_TEST)
     say("training the feature classifier")
-    fidelity = Fidelity.fit(train, test, export.spec, seed, num_reference=NUM_DRAWN)
+    fidelity = Fidelity.fit(
+        train, test, export.spec, seed, num_reference=NUM_DRAWN, on_step=on_step
+    )
     metrics = {f"fidelity/{name}": value for name, value in fidelity.reference().items()}
     metrics["fidelity/accuracy"] = fidelity.accuracy
     num = fidelity.num
@@ -373,6 +375,7 @@ def _landscape(export: Export, seed: int, device: torch.device, say: Say, on_ste
             label,
             temperature=temperature_of(export),
             box=law.box(export.kernel()),
+            on_step=on_step,
         )
     healthy = (
         "no alarm: no chain diverged, none found energies below the data's far from them, few lie "

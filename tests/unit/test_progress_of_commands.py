@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
 import pytest
 import torch
 
+from ebm_dist import energies, samplers
 from ebm_dist.commands import progress
 from ebm_dist.core.types import EventSpec
-from ebm_dist.evaluation import log_partition, long_run_audit, ood_report
+from ebm_dist.data import DataConfig, describe
+from ebm_dist.evaluation import Fidelity, log_partition, long_run_audit, ood_report
+from ebm_dist.export import suites
+from ebm_dist.export.reader import open_export
+from ebm_dist.export.writer import write_export
 from ebm_dist.samplers import make
 
 
@@ -75,3 +84,44 @@ def test_measurements_that_take_long_count_their_steps_from_few_to_all(of: str) 
     assert list(done) == sorted({*done})
     assert len({*totals}) == 1
     assert totals[0] - 1 <= done[-1] <= totals[0]
+
+
+@pytest.mark.parametrize("suite", get_args(suites.Suite))
+def test_every_stage_of_a_suite_counts_its_steps_to_their_end(
+    suite: suites.Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them a stage shows no time left."""
+    monkeypatch.setattr(suites, "log_partition", partial(log_partition, num_temperatures=5))
+    monkeypatch.setattr(Fidelity, "fit", staticmethod(partial(Fidelity.fit, num_epochs=1)))
+    monkeypatch.setattr("ebm_dist.export.sample.NUM_STEPS", 3)
+    data = DataConfig(source="digits")
+    spec = describe(data)
+    section = energies.FAMILY.section("mlp", widths=[8], num_classes="data").bind(spec)
+    write_export(
+        tmp_path / "model",
+        energy=section.build(),
+        section=section,
+        spec=spec,
+        sampler=samplers.FAMILY.section("langevin", step_size=0.05, temperature=1.0, num_steps=10),
+        about={"data": data.model_dump(mode="json")},
+    )
+    stages: dict[str, list[tuple[int, int]]] = {}
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        stages[text] = []
+
+    suites.evaluate(
+        open_export(tmp_path / "model"),
+        suite,
+        say=say,
+        on_step=lambda done, total: stages[said[-1]].append((done, total)),
+    )
+    assert stages
+    for text, steps in stages.items():
+        assert len(steps) >= 2, text
+        done, totals = zip(*steps)
+        assert list(done) == sorted({*done}), text
+        assert len({*totals}) == 1, text
+        assert totals[0] - 1 <= done[-1] <= totals[0], text
