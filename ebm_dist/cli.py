@@ -319,11 +319,15 @@ def dashboard_publish(
         str | None,
         typer.Option(help="The W&B team or user; WANDB_ENTITY or the key's default when left out."),
     ] = None,
+    file: Annotated[
+        Path | None,
+        Option(help="A file of `write`, perhaps edited; when left out, what it writes."),
+    ] = None,
 ) -> None:
     """Save the workspace in a W&B project."""
     from ebm_dist.report import dashboard
 
-    print(dashboard.publish(project, entity))
+    print(dashboard.publish(project, entity, file))
 
 
 @app.command(epilog="Example: ebm-dist doctor")

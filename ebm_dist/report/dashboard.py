@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ebm_dist.core.errors import RunFailed, UserError
 from ebm_dist.core.installed import how_to_install
 from ebm_dist.files.durable import write_output
+from ebm_dist.files.safe_open import open_to_read
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.credentials import find_key, first_fault, scrub, with_environment
 from ebm_dist.metrics.names import IMAGES, OF_EACH_CLASS
@@ -21,6 +22,8 @@ from ebm_dist.report.plots import PANELS, Panel
 NAME = "EBM training"
 COLUMNS = 3
 MAX_GPUS = 8
+MAX_BYTES = 4 << 20
+"""Of a file with a workspace; ours has 40 kB."""
 
 SYSTEM = {
     "CPU, %": ("cpu",),
@@ -47,16 +50,20 @@ def write(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _build(command: str, *, project: str, entity: str) -> Any:
-    """The workspace as a `wandb_workspaces` object, not yet saved anywhere."""
+def _package(name: str, command: str) -> Any:
+    """A module of wandb-workspaces."""
     try:
         # By name, for it is an optional extra that type checkers need not find.
-        wr = importlib.import_module("wandb_workspaces.reports.v2")
-        ws = importlib.import_module("wandb_workspaces.workspaces")
+        return importlib.import_module(f"wandb_workspaces.{name}")
     except ImportError:
         raise UserError(
             f"dashboard {command} needs wandb-workspaces: {how_to_install('workspace')}"
         ) from None
+
+
+def _build(command: str, *, project: str, entity: str) -> Any:
+    """The workspace as a `wandb_workspaces` object, not yet saved anywhere."""
+    wr, ws = _package("reports.v2", command), _package("workspaces", command)
 
     def section(name: str, panels: list[Any], *, is_open: bool) -> Any:
         # W&B puts the panels of a section into this many columns, and pages beyond the rows.
@@ -90,13 +97,53 @@ def _lines(panel: Panel) -> dict[str, Any]:
     return {"y": list(panel.names)}
 
 
-def publish(project: str | None = None, entity: str | None = None) -> str:
-    """Save the workspace in a W&B project and return its address.
-
-    A name that is left out is the one that a run would use here.
+def read(path: str | os.PathLike[str], *, project: str, entity: str) -> Any:
+    """The workspace in the file at `path`, as a `wandb_workspaces` object for that project.
 
     Raises:
-        UserError: no key is configured, no entity can be found, or a package is missing.
+        UserError: the file cannot be read or holds no workspace, or wandb-workspaces is not
+            installed.
+    """
+    ws, internal = (_package(name, "publish") for name in ("workspaces", "workspaces.internal"))
+    try:
+        with open_to_read(path, follow=True) as file:
+            text = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"--file: cannot read {path} ({error.strerror or error})") from None
+    try:
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
+        view = internal.View(
+            entity=entity,
+            project=project,
+            display_name=NAME,
+            name="",
+            id="",
+            spec=internal.WorkspaceViewspec.model_validate_json(text),
+        )
+        return ws.Workspace._from_model(view)
+    except Exception as error:  # it converts a spec without checking all that it reads
+        fault = first_fault(error) if isinstance(error, ValidationError) else str(error)
+        raise UserError(
+            f"--file: {path} holds no workspace of W&B ({' '.join(fault.split())[:200]}); "
+            "`ebm-dist dashboard write` makes such a file"
+        ) from None
+
+
+def publish(
+    project: str | None = None,
+    entity: str | None = None,
+    file: str | os.PathLike[str] | None = None,
+) -> str:
+    """Save the workspace in a W&B project and return its address.
+
+    Args:
+        project, entity: by default those that a run would use here.
+        file: a workspace as `write` writes it; by default the one that `write` would write now.
+
+    Raises:
+        UserError: no key is configured, no entity can be found, a package is missing, or `file`
+            holds no workspace.
         RunFailed: the server did not take it.
     """
     if find_key() is None:
@@ -108,7 +155,8 @@ def publish(project: str | None = None, entity: str | None = None) -> str:
         key = error.errors()[0]["loc"][0]
         raise UserError(f"--{key}: {first_fault(error)}") from None
     assert names.project is not None
-    workspace = _build("publish", project=names.project, entity=names.entity or _default_entity())
+    where = {"project": names.project, "entity": names.entity or _default_entity()}
+    workspace = _build("publish", **where) if file is None else read(file, **where)
     try:
         workspace.save()
     except Exception as error:

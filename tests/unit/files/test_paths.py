@@ -48,6 +48,7 @@ def test_relative_data_is_made_absolute_for_parts_that_work_elsewhere(tmp_path, 
     "words",
     [
         ["dashboard", "write", "--out"],
+        ["dashboard", "publish", "--file"],
         ["export", "runs/r"],
         ["report", "runs/r", "--out"],
         ["evaluate", "runs/r", "--suite", "ood", "--out"],

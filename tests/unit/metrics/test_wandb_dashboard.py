@@ -15,6 +15,7 @@ import pytest
 from test_wandb import until
 from wandb_server import WandbServer
 
+from ebm_dist.cli import main
 from ebm_dist.core.errors import UserError
 from ebm_dist.metrics.config import TrackingConfig
 from ebm_dist.metrics.hub import MetricHub
@@ -101,10 +102,65 @@ def test_wandb_is_sent_every_section_and_what_is_written_is_what_is_sent(
         flow = section["flowConfig"]
         assert flow["columnsPerPage"] * flow["rowsPerPage"] >= len(section["panels"])
 
-    written = json.loads(dashboard.write(tmp_path / "a" / "dashboard.json").read_text())
+    file = dashboard.write(tmp_path / "a" / "dashboard.json")
+    written = json.loads(file.read_text())
     assert without_ids(written) == without_ids(view)
+    # The package reads the file, with all that it holds.
+    workspace = dashboard.read(file, project="p", entity="team")
+    assert (
+        json.loads(workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
+        == written
+    )
+    assert [section.name for section in workspace.sections] == list(sections)
+    assert [panel.title for panel in workspace.sections[1].panels] == [
+        panel.title for panel in next(iter(PANELS.values()))
+    ]
     with pytest.raises(UserError, match="--out: cannot write"):
         dashboard.write(tmp_path / "a" / "dashboard.json" / "x.json")
+
+
+def test_a_file_that_was_edited_is_what_wandb_is_sent(
+    server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = dashboard.write(tmp_path / "dashboard.json")
+    edited = json.loads(file.read_text())
+    sections = edited["section"]["panelBankConfig"]["sections"]
+    del sections[2:]
+    sections[1]["name"] = "Mine"
+    file.write_text(json.dumps(edited))
+    assert main(["dashboard", "publish", "--project", "p", "--file", str(file)]) == 0
+    (sent,) = server.views
+    assert json.loads(sent["spec"]) == edited
+    assert (sent["entityName"], sent["projectName"]) == ("tester", "p")
+    url = capsys.readouterr().out.strip()
+    assert url == f"{server.url}/tester/p?nw={sent['name'].removeprefix('nw-').removesuffix('-v')}"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "holds no workspace of W&B (Invalid JSON"),
+        ("{}", "holds no workspace of W&B (Field required)"),
+        (" " * (dashboard.MAX_BYTES + 1), "(more than 4 MiB); `ebm-dist dashboard write` makes"),
+        (None, "cannot read"),
+    ],
+    ids=["cut", "other", "large", "absent"],
+)
+def test_a_file_without_a_workspace_is_one_line_and_nothing_is_sent(
+    content: str | None,
+    says: str,
+    server: WandbServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "dashboard.json"
+    if content is not None:
+        file.write_text(content)
+    assert main(["dashboard", "publish", "--file", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --file: ")
+    assert says in line
+    assert server.views == []
 
 
 def test_the_client_measures_what_the_section_on_the_system_shows(
