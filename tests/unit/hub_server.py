@@ -27,6 +27,8 @@ class HubServer:
     def __init__(self) -> None:
         self.models: dict[str, dict[str, dict[str, bytes]]] = {}
         """Files by model and commit; the last commit is `main`."""
+        self.tags: dict[str, str] = {}
+        """Revisions, a commit or `main`, by tag."""
         self.private: dict[str, Any] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
@@ -177,6 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         if commits is None:
             self._json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
             return None
+        revision = self.hub.tags.get(revision, revision)
         oid = list(commits)[-1] if revision == "main" else revision
         if oid not in commits:
             self._json({"error": "Revision not found"}, 404, X_Error_Code="RevisionNotFound")

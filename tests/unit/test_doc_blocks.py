@@ -1,5 +1,6 @@
 """Every block of code of README.md and the pages runs, or says in the line above it why not.
 
+A block that needs a server is run beside the server's stand-in, by the test file that it names.
 Blocks of a page run one after another in one directory, in this process. Runs are shortened: what
 a page claims about their length or quality is in docs/results.md, and no test of this file.
 """
@@ -31,7 +32,7 @@ PAGES = [
     *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md")),
 ]
 BLOCK = re.compile(
-    r"(?:^<!-- not run: (?P<why>\w[^\n]*\w) -->\n)?"
+    r"(?:^<!-- (?:not run: (?P<why>\w[^\n]*\w)|run by (?P<by>tests/[\w/]+\.py)) -->\n)?"
     r'^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n'
     r"(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -61,14 +62,26 @@ class Block:
     code: str
     why: str
     """Why it is not run; empty if it is."""
+    by: str
+    """The test file that runs it; empty if this one does."""
 
 
 def blocks(page: str) -> list[Block]:
     text = (ROOT / page).read_text(encoding="utf-8")
     return [
-        Block(page, m["language"], m["title"] or "", m["code"], m["why"] or "")
+        Block(page, m["language"], m["title"] or "", m["code"], m["why"] or "", m["by"] or "")
         for m in BLOCK.finditer(text)
     ]
+
+
+def blocks_run_here(page: str) -> list[Block]:
+    return [block for block in blocks(page) if not block.why and not block.by]
+
+
+def blocks_run_by(file: str, page: str) -> list[Block]:
+    """The blocks of a page that name the test file at `file`."""
+    name = Path(file).resolve().relative_to(ROOT).as_posix()
+    return [block for block in blocks(page) if block.by == name]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +94,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(not b.why for b in blocks(page))])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_run_here(page)])
 def test_the_code_of_a_page_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -89,7 +102,7 @@ def test_the_code_of_a_page_runs(
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     for name in ("configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
-    run = [block for block in blocks(page) if not block.why]
+    run = blocks_run_here(page)
     if any("runs/digits" in block.code for block in run):
         trained: Path = request.getfixturevalue("digits")
         (tmp_path / "runs").mkdir()
@@ -180,6 +193,13 @@ def test_what_a_page_does_not_run_names_commands_and_configs_that_exist(page: st
             for word in words:
                 if re.fullmatch(r"(configs|launch|docker)/\S+", word):
                     assert (ROOT / word).exists(), word
+
+
+def test_a_test_file_that_a_block_names_runs_the_blocks_of_its_page() -> None:
+    named = {(block.by, page) for page in PAGES for block in blocks(page) if block.by}
+    assert len(named) >= 2
+    for file, page in named:
+        assert f'blocks_run_by(__file__, "{page}")' in (ROOT / file).read_text(encoding="utf-8")
 
 
 def test_every_fence_of_a_page_is_a_block_or_a_drawing() -> None:

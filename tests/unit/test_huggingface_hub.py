@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from hub_server import TOKEN, HubServer
+from test_doc_blocks import ROOT, blocks_run_by, run_block
 
 import ebm_dist
 from ebm_dist.cli import main
@@ -103,6 +104,24 @@ def test_the_command_pushes_again_and_a_newer_commit_is_what_an_address_means(
     assert printed == f"{server.url}/me/machine/commit/{newest}\n"
     assert open_export("hf://me/machine").config["energy"]["name"] == "resnet"
     assert open_export(f"hf://me/machine@{first}").config["energy"]["name"] == "rbm"
+
+
+def test_the_code_of_the_page_on_the_hub_runs(
+    server: HubServer, logged_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FOLDER / "digits", tmp_path / "runs/digits/export")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    server.tags["v1.0"] = "main"
+    names: dict[str, Any] = {}
+    for block in blocks_run_by(__file__, "docs/hub.md"):
+        run_block(block, names)
+    assert (tmp_path / "threes.png").is_file()
+    assert list(server.models) == ["USER/digits"]
+    assert server.private["USER/digits"] in (True, "private")
+    assert server.messages == ["Export of digits"] * 2
+    x = torch.zeros(3, 1, 8, 8)
+    torch.testing.assert_close(names["energy"](x), open_export("digits").energy(x))
 
 
 def test_a_commit_that_was_downloaded_needs_no_network(server: HubServer) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_doc_blocks import blocks_run_by, run_block
 from torch import Tensor
 
 from ebm_dist.cli import main
@@ -142,6 +143,16 @@ def test_an_imported_igebm_with_classes_draws_every_class(tmp_path: Path) -> Non
     assert x.shape == (10, 3, 32, 32)
     assert x.abs().max() <= 1
     assert energy.isfinite().all()
+
+
+def test_the_commands_of_the_page_import_and_draw_a_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(igebm_state(10), "igebm.pt")
+    for block in blocks_run_by(__file__, "docs/hub.md"):
+        run_block(block, {})
+    assert Path("igebm.png").is_file()
 
 
 def without(name: str) -> Any:

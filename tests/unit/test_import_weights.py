@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_doc_blocks import blocks_run_by, run_block
 from torch import Tensor
 
 from ebm_dist.cli import main
@@ -104,6 +105,17 @@ def test_an_imported_jem_has_the_energies_and_gradients_of_the_published_network
     assert torch.equal(chains[0], buffer[0])
     assert len(chains) == 512
     assert export.kernel().temperature == pytest.approx(0.01**2 / 2)
+
+
+def test_the_commands_of_the_page_import_and_draw_from_the_replay_buffer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    buffer = torch.zeros(8, 3, 32, 32)
+    torch.save({"model_state_dict": jem_state(), "replay_buffer": buffer}, "CIFAR10_MODEL.pt")
+    for block in blocks_run_by(__file__, "docs/hub.md"):
+        run_block(block, {})
+    assert Path("jem.png").is_file()
 
 
 class Evil:

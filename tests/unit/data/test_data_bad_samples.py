@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from ebm_dist.cli import main
 from ebm_dist.core.errors import UserError
 from ebm_dist.data import DataConfig, DataStream, describe, load_split, prepare
 from ebm_dist.data.dataset import located, open_dataset
+
+sys.path.append(str(Path(__file__).parents[1]))
+from test_doc_blocks import blocks_run_by, run_block
 
 # -- lists and globs
 
@@ -248,6 +252,18 @@ def test_check_takes_several_shards_and_the_keys_of_plain_ones(tmp_path: Path, c
     assert main(["data", "check", str(tmp_path / "none")]) == 2
     assert main(["data", "check", *names, "--kind", "sound"]) == 2
     assert "kind: expected 'image'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_command_of_the_page_reads_shards_that_something_else_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture = png(np.zeros((4, 4), np.uint8), "JPEG")
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"shards/{name}.tar", [("k.jpg", picture), ("k.txt", b"a caption")])
+    for block in blocks_run_by(__file__, "docs/data.md"):
+        run_block(block, {})
+    assert "2 shards: 2 samples" in capsys.readouterr().out
 
 
 def test_many_faults_are_counted_and_not_listed(tmp_path: Path, capsys):

@@ -63,6 +63,76 @@ class ArtifactService:
         else:
             self.artifacts[id].files[name.removeprefix("file/")] = body
 
+    def artifact_file(self, place: str) -> bytes:
+        """What was PUT there."""
+        id, _, name = place.partition("/")
+        artifact = self.artifacts[id]
+        if name == "manifest":
+            return json.dumps(artifact.manifest).encode()
+        return artifact.files[name.removeprefix("file/")]
+
+    def _on_ArtifactMembershipByName(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        collection, _, alias = variables["name"].partition(":")
+        found = self.aliased(collection, alias)
+        entity = {"name": variables["entity"]}
+        project = {"id": "1", "internalId": "1", "name": variables["project"], "entity": entity}
+        made = {"versionIndex": found.version, "createdAt": "2026-01-01T00:00:00Z"}
+        sequence = {"__typename": "ArtifactSequence", "name": collection, "project": project}
+        artifact = {
+            **made,
+            "__typename": "Artifact",
+            "id": found.id,
+            "artifactSequence": sequence,
+            "artifactType": {"name": found.type},
+            "description": None,
+            "metadata": json.dumps(found.metadata),
+            "ttlDurationSeconds": -1,
+            "ttlIsInherited": True,
+            "tags": [],
+            "historyStep": None,
+            "state": "COMMITTED",
+            "size": sum(map(len, found.files.values())),
+            "digest": found.digest,
+            "commitHash": None,
+            "fileCount": len(found.files),
+            "updatedAt": None,
+            "aliases": [],
+        }
+        aliases = [
+            {"__typename": "ArtifactAlias", "id": name, "alias": name} for name in found.aliases
+        ]
+        membership = {
+            **made,
+            "__typename": "ArtifactCollectionMembership",
+            "id": found.id,
+            "aliases": aliases,
+            "artifactCollection": sequence,
+            "artifact": artifact,
+        }
+        return {"project": {"artifactCollectionMembership": membership}}
+
+    def _on_FetchArtifactManifest(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        url = f"{self.url}/artifact/{variables['id']}/manifest"
+        return {"artifact": {"currentManifest": {"file": {"directUrl": url}}}}
+
+    def _on_GetArtifactMembershipFileUrls(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        version = int(variables["alias"].removeprefix("v"))
+        found = self.versions(variables["collection"])[version]
+        edges = [
+            {
+                "node": {
+                    "__typename": "File",
+                    "name": name,
+                    "directUrl": f"{self.url}/artifact/{found.id}/file/{name}",
+                }
+            }
+            for name in found.files
+        ]
+        page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        membership = {"files": {"pageInfo": page, "edges": edges}}
+        collection = {"__typename": "ArtifactSequence", "artifactMembership": membership}
+        return {"project": {"artifactCollection": collection}}
+
     def _on_ArtifactType(self, _: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         return {"project": None}
 

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from wandb_artifacts import ArtifactService
+from wandb_sweeps import SweepService
 
 KEY = "f" * 8 + "0123456789abcdef" * 2
 """A key of the right form. No output may hold it."""
@@ -53,7 +54,7 @@ class ServedRun:
         ]
 
 
-class WandbServer(ArtifactService):
+class WandbServer(ArtifactService, SweepService):
     """Serves at `url` between `start` and `stop`; may be started again on the same port.
 
     `fail` makes that many of the next requests answer 503, `stall` that many of those of rows, and
@@ -61,7 +62,8 @@ class WandbServer(ArtifactService):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        ArtifactService.__init__(self)
+        SweepService.__init__(self)
         self.runs: dict[str, ServedRun] = {}
         self.operations: Counter[str] = Counter()
         self.keys_seen: set[str] = set()
@@ -284,7 +286,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(200, {})
 
     def do_GET(self) -> None:
-        self._reply(200, {})
+        if self.path.startswith("/artifact/"):
+            self._send(200, self.state.artifact_file(self.path.removeprefix("/artifact/")))
+        else:
+            self._reply(200, {})
 
     def _refused(self) -> bool:
         self.state.keys_seen.add(self.headers.get("Authorization") or "")
@@ -298,7 +303,9 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _reply(self, status: int, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
+        self._send(status, json.dumps(body).encode())
+
+    def _send(self, status: int, data: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
