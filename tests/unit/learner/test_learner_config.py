@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from ebm_dist.cli import main
 from ebm_dist.learner.config import LearnerConfig, learning_rate
 from ebm_dist.learner.deepspeed_options import DECIDED, deepspeed_options
 from ebm_dist.learner.deepspeed_values import (
@@ -62,6 +63,20 @@ def test_options_that_the_config_decides_are_refused_with_what_decides_them(path
     assert text.startswith("deepspeed: ")
     assert path in text
     assert DECIDED[path] in text
+
+
+@pytest.mark.parametrize("what", ["offload_optimizer", "offload_param"])
+def test_deepspeeds_offloading_is_refused_in_one_line_with_the_reason(
+    what: str, capsys: pytest.CaptureFixture[str]
+):
+    config = str(Path(__file__).parents[3] / "configs" / "digits.yaml")
+    options = f"learner.deepspeed={{zero_optimization: {{{what}: {{device: cpu}}}}}}"
+    assert main(["config", "show", config, options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        f"learner.deepspeed: zero_optimization.{what}: not free to set, unsupported: the gradient "
+        "is checked and clipped where the weights are"
+    )
 
 
 def test_options_that_are_unsupported_are_explained_where_the_others_are():
