@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ebm_dist import evaluation
 from ebm_dist._version import __version__
 from ebm_dist.metrics.names import HISTOGRAMS, IMAGES, METRICS
 from ebm_dist.report.figure import healthy_text
@@ -99,6 +100,11 @@ def test_the_python_reference_names_what_can_be_imported() -> None:
     assert "ebm_dist.train" in named
     for name in named:
         assert pkgutil.resolve_name(name) is not None
+
+
+def test_the_python_reference_has_every_measurement() -> None:
+    named = re.findall(r"^::: (\S+)$", text_of("docs/reference/api-evaluation.md"), re.MULTILINE)
+    assert {f"ebm_dist.evaluation.{name}" for name in evaluation.__all__} <= {*named}
 
 
 def test_the_arguments_that_a_docstring_of_the_reference_names_are_those_of_the_signature() -> None:
