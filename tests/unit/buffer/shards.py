@@ -32,6 +32,12 @@ def make_shard(capacity: int = 24, max_lease: int = 4, **options: Any) -> Shard:
     return Shard(BufferConfig(**config), SPEC, capacity=capacity, max_lease=max_lease, **options)
 
 
+def carrying(kind: type[Numbered], **options: Any) -> Shard:
+    """A shard whose chains start as `kind` says and carry what it names."""
+    options["config"] = {"init": kind.init, "context": kind.context, **options.get("config", {})}
+    return make_shard(**{"data": kind(), "fields": kind.fields, **options})
+
+
 class Numbered:
     """Data whose n-th datum is n everywhere, so that a chain says from which it started: `move`
     adds one to a chain in 3 steps, and what it carries has to agree with that."""
@@ -44,6 +50,7 @@ class Numbered:
         ContextField("pair", (3,), "float32"),
     )
     init = "data"
+    width: ClassVar = 3
     roams: ClassVar = False
     """Whether a move changes the level of each chain."""
 
@@ -53,7 +60,7 @@ class Numbered:
     def next_batch(self, num: int) -> Batch:
         n = torch.arange(self.next, self.next + num)
         self.next += num
-        x = n[:, None].expand(-1, 3).float()
+        x = n[:, None].expand(-1, self.width).float()
         return Batch(x, n % 7, torch.stack([n + 0.25, n + 0.5], 1))
 
     def state(self) -> dict[str, int]:
@@ -70,6 +77,13 @@ class Numbered:
         assert np.array_equal(context["condition"], np.stack([n + 0.25, n + 0.5], 1))
         if "pair" in context:  # which no worker is told
             assert np.array_equal(context["pair"], np.repeat(n[:, None], 3, 1))
+
+    @classmethod
+    def check_arrays(cls, arrays: dict[str, np.ndarray]) -> None:
+        """As `check`, of the arrays of a snapshot, which hold every context of a chain."""
+        context = {key[8:]: value for key, value in arrays.items() if key.startswith("context/")}
+        assert context.keys() == {field.name for field in cls.fields}
+        cls.check(arrays["position"], context)
 
 
 class Paired(Numbered):

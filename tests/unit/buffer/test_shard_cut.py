@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shards import make_shard, move
+from shards import Numbered, Paired, Roaming, carrying, make_shard, move
 
 from ebm_dist.buffer.answers import Origin
 
 
-def work(shard, lease_ids, num: int = 2) -> None:
+def work(shard, lease_ids, num: int = 2, *, roams: bool = False) -> None:
     for lease_id in lease_ids:
         lease = shard.checkout(lease_id, num)
-        assert shard.checkin(move(lease, version=lease_id)).accepted
+        assert shard.checkin(move(lease, version=lease_id, roams=roams)).accepted
         shard.take(lease_id)
 
 
@@ -44,6 +44,33 @@ def test_a_difference_on_top_of_its_base_is_the_snapshot(rounds: int) -> None:
     assert meta.since == 1
     assert len(part["row"]) <= 2 * rounds
     assert_same(merged(whole, part), shard.snapshot().arrays)
+
+
+@pytest.mark.parametrize("kind", [Numbered, Paired, Roaming])
+def test_a_difference_holds_the_context_of_every_chain_in_it_and_a_restore_goes_on_from_there(
+    kind: type[Numbered],
+) -> None:
+    half = {"reinit_prob": 0.5}
+    shard = carrying(kind, config=half)
+    work(shard, range(6), roams=kind.roams)
+    _, whole = shard.cut(1)
+    work(shard, range(6, 11), roams=kind.roams)
+    meta, part = shard.cut(2, since=1)
+    assert meta.since == 1
+    for field in kind.fields:  # there is something to lose
+        before = whole[f"context/{field.name}"][part["row"]]
+        assert not np.array_equal(part[f"context/{field.name}"], before), field.name
+    found = merged(whole, part)
+    assert_same(found, shard.snapshot().arrays)
+    kind.check_arrays(found)
+    restored = carrying(kind, config=half)
+    restored.restore(found, Origin(meta.data))
+    assert_same(restored.snapshot().arrays, found)
+    for one in (shard, restored):
+        work(one, range(11, 20), roams=kind.roams)
+    kind.check_arrays(restored.snapshot().arrays)
+    # Chains that restart do so at the data after that of the cut.
+    assert_same(restored.snapshot().arrays, shard.snapshot().arrays)
 
 
 def test_differences_are_to_the_last_whole_cut_however_many_lie_between() -> None:

@@ -15,10 +15,10 @@ from shards import (
     Numbered,
     Paired,
     Roaming,
+    carrying,
     chain_ids,
     chains_of,
     conditions_of,
-    make_shard,
     move,
     total,
 )
@@ -48,15 +48,14 @@ class ShardMachine(RuleBasedStateMachine):
         self.late = self.expired = 0
 
     def make(self):
-        return make_shard(
-            CAPACITY,
-            SIZE,
+        return carrying(
+            self.Data,
+            capacity=CAPACITY,
+            max_lease=SIZE,
             clock=self.clock,
             directory=str(self.directory),
             num_grants=2,
-            config={"reinit_prob": 0.3, "init": self.Data.init, "context": self.Data.context},
-            data=self.Data(),
-            fields=self.Data.fields,
+            config={"reinit_prob": 0.3},
         )
 
     def snapshot(self):
@@ -202,9 +201,7 @@ class ShardMachine(RuleBasedStateMachine):
         assert counts.late_checkins == self.late
         now = self.snapshot()
         assert np.array_equal(now["position"], self.content)
-        context = {key[8:]: value for key, value in now.items() if key.startswith("context/")}
-        assert context.keys() == {field.name for field in self.Data.fields}
-        self.Data.check(now["position"], context)
+        self.Data.check_arrays(now)
         assert chain_ids(self.shard) == list(range(CAPACITY))
 
 

@@ -18,25 +18,37 @@ from ebm_dist.buffer.rows import ROW
 
 CAPACITY, LEASE = 64, 16
 
-# Every number of a chain repeats the version, so that a mixture of two commits shows. Position
-# is wide: its copy is where a kill most often lands.
+# Every number of a chain repeats the version, so that a mixture of two commits shows; its clock
+# repeats the age, and what it carries of its datum the number of that. Position and pair are wide:
+# their copies are where a kill most often lands. Every other lease goes by rows.
 CHILD = f"""
 import sys, numpy as np
 sys.path.insert(0, sys.argv[2])
 import shards
 from ebm_dist.buffer.config import BufferConfig
 from ebm_dist.buffer.shard import Shard
-from ebm_dist.core.types import EventSpec
+from ebm_dist.core.types import ContextField, EventSpec
+class Data(shards.Numbered):
+    width = 4096
+context = dict(shards.Numbered.context, level="stratified")
+fields = (
+    *shards.Numbered.fields[:3],
+    ContextField("pair", (4096,), "float32"),
+    ContextField("level", size=5),
+)
 shard = Shard(
-    BufferConfig(capacity={CAPACITY}, reinit_prob=0.3), EventSpec((4096,), "real"),
-    index=0, capacity={CAPACITY}, max_lease={LEASE}, seed=0, directory=sys.argv[1],
+    BufferConfig(capacity={CAPACITY}, reinit_prob=0.3, context=context),
+    EventSpec((4096,), "real"), index=0, capacity={CAPACITY}, max_lease={LEASE}, seed=0,
+    directory=sys.argv[1], num_grants=1, data=Data(), fields=fields,
 )
 first = lease_id = int(sys.argv[3])
 while True:
-    lease = shard.checkout(lease_id, {LEASE})
-    position = np.full(lease.position.shape, float(lease_id), np.float32)
+    lease = shard.checkout(lease_id, {LEASE}, by_rows=lease_id % 2 == 0)
+    assert (lease.grant is None) == (lease_id % 2 == 1)
+    position = np.full(({LEASE}, 4096), float(lease_id), np.float32)
     energy = np.full({LEASE}, float(lease_id), np.float32)
-    moved = shards.move(lease, version=lease_id, position=position, energy=energy)
+    level = np.full({LEASE}, lease_id % 5)
+    moved = shards.move(lease, version=lease_id, position=position, energy=energy, level=level)
     assert shard.checkin(moved).accepted
     shard.take(lease_id)
     lease_id += 1
@@ -65,10 +77,16 @@ def test_a_killed_process_leaves_every_chain_whole(tmp_path: Path) -> None:
         assert arrays["chain_id"][rows].tolist() == list(range(CAPACITY))
         for row in rows:
             version = arrays["version"][row]
+            datum = arrays["pair"][row, 0]
+            assert (arrays["pair"][row] == datum).all()
+            assert arrays["label"][row] == datum % 7
+            assert arrays["condition"][row].tolist() == [datum + 0.25, datum + 0.5]
+            assert arrays["clock"][row] == 3 * arrays["age"][row]
             if version < 0:
                 continue
             assert (arrays["position"][row] == float(version)).all()
             assert arrays["energy"][row] == float(version)
+            assert arrays["level"][row] == version % 5
         assert arrays["version"][rows].max() > newest, "the child committed nothing"
         newest = int(arrays["version"][rows].max())
         epochs.append(int(arrays["epoch"][0]))
@@ -77,15 +95,16 @@ def test_a_killed_process_leaves_every_chain_whole(tmp_path: Path) -> None:
 
 
 def _read(directory: Path) -> dict[str, np.ndarray]:
-    position = np.fromfile(directory / "position.bin", np.float32)
     rows = np.fromfile(directory / "rows.bin", ROW)
     slots = np.fromfile(directory / "slots.bin", [("row_of_slot", "i8"), ("generation", "i8")])
-    return {
-        "position": position.reshape(CAPACITY + LEASE, 4096),
-        "epoch": np.fromfile(directory / "epoch.bin", np.int64),
-        **{name: rows[name] for name in ("chain_id", "version", "energy")},
-        "row_of_slot": slots["row_of_slot"],
+    arrays = {
+        name: np.fromfile(directory / f"{name}.bin", np.float32).reshape(len(rows), -1)
+        for name in ("position", "condition", "pair")
     }
+    for name in ("label", "level", "clock", "epoch"):
+        arrays[name] = np.fromfile(directory / f"{name}.bin", np.int64)
+    arrays |= {name: rows[name] for name in ("chain_id", "version", "energy", "age")}
+    return {**arrays, "row_of_slot": slots["row_of_slot"]}
 
 
 def test_a_successor_takes_the_chains_over_and_refuses_the_leases_of_the_dead(

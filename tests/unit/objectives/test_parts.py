@@ -135,6 +135,34 @@ def test_joint_loss_is_cross_entropy_plus_contrastive_of_minus_logsumexp():
     assert metrics["objective/accuracy"].item() == right.item()
 
 
+class Ramps(nn.Module):
+    """Logits x, 2 x and 3 x of x (B, 1)."""
+
+    def logits(self, x):
+        return x * torch.tensor([1.0, 2.0, 3.0])
+
+
+def test_joint_loss_with_labels_contrasts_the_logits_of_the_labels_of_data_and_of_chains():
+    negatives = Negatives(
+        torch.tensor([[1.0], [3.0]]),
+        torch.zeros(2),
+        torch.zeros(2, dtype=torch.int64),
+        torch.tensor([3.0, 1.0]).log(),
+        {"label": torch.tensor([1, 0])},
+    )
+    batch = Batch(torch.tensor([[1.0], [2.0]]), torch.tensor([0, 2]))
+    objective = objectives.make("joint", classification_weight=2.0, contrastive_weight=0.5)
+    loss, metrics = objective(Ramps(), batch, negatives)
+    # E(x, y) = -f_y(x): -1 and -6 of the data, -2 and -3 of the chains, of weights 3/4 and 1/4.
+    assert metrics["energy/positive"].item() == pytest.approx(-3.5)
+    assert metrics["energy/negative"].item() == pytest.approx(-2.25)
+    normalisers = [math.log(sum(math.exp(k * x) for k in (1, 2, 3))) for x in (1, 2)]
+    cross = (normalisers[0] - 1 + normalisers[1] - 6) / 2
+    assert metrics["loss/classification"].item() == pytest.approx(cross)
+    assert loss.item() == pytest.approx(2 * cross + 0.5 * (-3.5 + 2.25))
+    assert metrics["objective/accuracy"].item() == 0.5
+
+
 def test_trimming_leaves_out_the_highest_energies_and_shares_out_their_weight():
     energy = torch.tensor([1.0, 50.0, 3.0, 2.0])
     assert trimmed(torch.full((4,), 0.25), energy, 0.25).sum().item() == pytest.approx(2.0)
