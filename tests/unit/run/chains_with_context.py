@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
 import ebm_dist
+from ebm_dist.checkpoint.files import name_of, open_checkpoint
 
 QUIET: dict[str, Any] = {
     "runtime": {"backend": "inline"},
@@ -51,9 +51,17 @@ def killed(run_dir: Path, step: int) -> Path:
 
 def chains(run_dir: Path, step: int) -> dict[str, np.ndarray]:
     """The chains of a checkpoint, over all shards."""
-    folder = run_dir / "checkpoints" / f"step_{step:08d}"
-    parts = [load_numpy(path) for path in sorted(folder.glob("shard_*.safetensors"))]
+    opened = open_checkpoint(run_dir / "checkpoints" / name_of(step))
+    parts = [opened.arrays(name) for name in sorted(opened.names) if name.startswith("shard_")]
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def assert_same_chains(a: Path, b: Path, step: int) -> None:
+    """Two runs have the same chains in their checkpoints of `step`, with what they carry."""
+    left, right = chains(a, step), chains(b, step)
+    assert left.keys() == right.keys()
+    different = [name for name in left if not np.array_equal(left[name], right[name])]
+    assert not different, f"chains of {a.name} and {b.name} differ in {different}"
 
 
 def resumed_on_ray(base: dict[str, Any], folder: Path, step: int) -> tuple[Path, Path]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from chains_with_context import killed
-from safetensors.numpy import load_file as load_numpy
+from chains_with_context import chains, killed
 from safetensors.torch import load_file, save_file
 
 import ebm_dist
@@ -346,49 +344,25 @@ def test_pictures_show_the_classes_in_order_and_chains_are_what_was_asked(tmp_pa
     assert np.isfinite(result.metrics["fidelity/confident"])
 
 
-def shard_arrays(run_dir: Path, step: int) -> dict[str, np.ndarray]:
-    """The chains of a checkpoint, by slot over all shards."""
-    folder = run_dir / "checkpoints" / f"step_{step:08d}"
-    parts = [load_numpy(path) for path in sorted(folder.glob("shard_*.safetensors"))]
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
 def test_a_run_begins_from_another_with_its_labels_or_with_new_ones(tmp_path: Path) -> None:
     labelled = config(tmp_path, checkpoint={"every": 4, "keep": 5})
     ebm_dist.train(labelled, run_dir=tmp_path / "a")
     plain = config(tmp_path, buffer={"context": {}})
     ebm_dist.train(plain, run_dir=tmp_path / "plain")
 
-    def begun(base: dict[str, Any], source: str, run_dir: str, chains: bool) -> None:
-        keys = {"init_from": str(tmp_path / source), "init_chains": chains}
+    def begun(base: dict[str, Any], source: str, run_dir: str, with_chains: bool) -> None:
+        keys = {"init_from": str(tmp_path / source), "init_chains": with_chains}
         ebm_dist.train({**base, "run": {**base["run"], **keys}}, run_dir=tmp_path / run_dir)
 
-    begun(labelled, "a", "b", chains=True)
-    there, here = shard_arrays(tmp_path / "a", 4), shard_arrays(tmp_path / "b", 0)
+    begun(labelled, "a", "b", with_chains=True)
+    there, here = chains(tmp_path / "a", 4), chains(tmp_path / "b", 0)
     for name in ("position", "context/label"):
         assert np.array_equal(there[name], here[name])
-    begun(labelled, "plain", "c", chains=False)
-    assert np.bincount(shard_arrays(tmp_path / "c", 0)["context/label"]).min() >= 6  # of 64 / 10
-    begun(plain, "a", "d", chains=True)
+    begun(labelled, "plain", "c", with_chains=False)
+    assert np.bincount(chains(tmp_path / "c", 0)["context/label"]).min() >= 6  # of 64 / 10
+    begun(plain, "a", "d", with_chains=True)
     with pytest.raises(UserError, match=r"run\.init_chains: true, but the chains of .* no label"):
-        begun(labelled, "plain", "e", chains=True)
+        begun(labelled, "plain", "e", with_chains=True)
     further = {**labelled, "run": {**labelled["run"], "steps": 6}}
     with pytest.raises(UserError, match=r"buffer\.context\.label: the chains of the checkpoint"):
         ebm_dist.train(further, run_dir=tmp_path / "plain", resume="must")
-
-
-def test_a_resume_at_other_numbers_of_shards_keeps_every_label_with_its_chain(
-    tmp_path: Path,
-) -> None:
-    base = config(tmp_path, checkpoint={"every": 4, "keep": 5}, buffer={"reinit_prob": 0.0})
-    ebm_dist.train(base, run_dir=tmp_path / "a")
-    before = shard_arrays(tmp_path / "a", 4)
-    more = {**base, "run": {**base["run"], "steps": 8}}
-    for num in (1, 3):
-        other = {**more, "buffer": {**base["buffer"], "num_shards": num}}
-        shutil.rmtree(tmp_path / "b", ignore_errors=True)
-        shutil.copytree(tmp_path / "a", tmp_path / "b")
-        ebm_dist.train(other, run_dir=tmp_path / "b", resume="must")
-        after = shard_arrays(tmp_path / "b", 8)
-        labels = [dict(zip(x["chain_id"], x["context/label"])) for x in (before, after)]
-        assert labels[0] == labels[1]
