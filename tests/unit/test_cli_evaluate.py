@@ -153,6 +153,28 @@ def test_fidelity_puts_an_untrained_model_near_its_noise(tmp_path, export, monke
         assert image.size[0] == image.size[1] >= 480, "two samples and their neighbours in a row"
     assert metrics["fidelity/train"] < metrics["fidelity/gaussian"] < metrics["fidelity/noise"]
     assert metrics["fidelity/distance"] > 10 * metrics["fidelity/train"]
+    assert metrics["fidelity/precision"] < 0.1
+    assert metrics["fidelity/recall"] < 0.1
+    assert metrics["fidelity/nearest_train"] > 2
+    assert metrics["fidelity/class_share_min"] < 0.1 < metrics["fidelity/class_share_max"]
+    assert "fidelity/label_accuracy" not in metrics, "no class was asked for"
+
+
+def test_fidelity_of_a_conditional_model_says_whether_samples_are_of_the_class_asked(
+    tmp_path, monkeypatch
+):
+    """The model of digits that comes with the package, on fewer samples than its card."""
+    monkeypatch.setattr("ebm_dist.export.suites.NUM_DRAWN", 200)
+    metrics = measured(tmp_path, "digits", "fidelity")["metrics"]
+    assert metrics["fidelity/accuracy"] > 0.95
+    assert metrics["fidelity/label_accuracy"] > 0.9
+    # As often each, up to those that are called another.
+    assert metrics["fidelity/class_share_min"] > 0.05
+    assert metrics["fidelity/class_share_max"] < 0.15
+    assert metrics["fidelity/precision"] > 0.6
+    assert 0.1 < metrics["fidelity/recall"] < 0.9
+    assert 0.5 < metrics["fidelity/nearest_train"] < 1.5
+    assert metrics["fidelity/distance"] < metrics["fidelity/gaussian"]
 
 
 def test_landscape_of_a_bowl_far_from_the_data_raises_the_alarm(tmp_path, export):

@@ -139,6 +139,25 @@ def test_a_path_that_exists_is_no_name_and_an_unknown_name_lists_those_there_are
         open_export("digit")
 
 
+def test_new_digits_of_a_class_are_what_was_asked_by_a_classifier_of_another_kind() -> None:
+    """Its card says 99%, by the network of the run's own evaluations."""
+    from sklearn.svm import SVC
+
+    digits = ebm_dist.data.DataConfig(source="digits")
+    train, test = (ebm_dist.data.load_split(digits, split) for split in ("train", "test"))
+    assert train.label is not None
+    assert test.label is not None
+    judge = SVC(gamma="scale").fit(train.x.flatten(1), train.label)
+    assert judge.score(test.x.flatten(1), test.label) > 0.95
+    asked = torch.arange(200) % 10
+    x, _ = ebm_dist.sample("digits", 200, label=asked)
+    called = torch.from_numpy(judge.predict(x.flatten(1)))
+    assert (called == asked).double().mean() > 0.9
+    # Of each class, so that no class makes up for another.
+    of_class = (called == asked).double().reshape(20, 10).mean(0)
+    assert of_class.min() > 0.6, of_class
+
+
 def test_garments_of_a_class_are_drawn_from_noise_in_as_many_steps_as_levels() -> None:
     export = open_export("fashion-mnist-classes")
     stds = export.energy.noise_stds
