@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from ebm_dist.checkpoint import files as checkpoint
 from ebm_dist.cluster.shared_memory import ROOT
 from ebm_dist.config.run_config import load
 from ebm_dist.run.train import RunResult, _short_hash, train
@@ -34,6 +38,16 @@ TINY: dict[str, Any] = {
     "tracking": {"wandb": "off", "log_every": 1},
     "evaluation": {"every": None},
 }
+
+NUM_LEVELS = 3
+TEMPERED = (
+    f"energy={{name: mlp, num_levels: {NUM_LEVELS}, noise_stds: [0.1, 0.8]}}",
+    "sampler={name: simulated_tempering, kernel: {name: mala, step_size: 0.05}, data_std: 0.3, "
+    "num_steps: 4}",
+    "objective={name: contrastive_levels}",
+    "buffer.context={level: stratified, clock: true}",
+)
+"""Overrides of `TINY`: each chain carries a level, which rounds move, and the steps of its life."""
 
 
 def run(run_dir: Path, *overrides: str, **options: Any) -> RunResult:
@@ -124,3 +138,63 @@ def children(pid: int) -> set[int]:
         found |= new
         new = {child for child, parent in parents.items() if parent in new} - found
     return found - {pid}
+
+
+def chains(run_dir: Path) -> dict[str, np.ndarray]:
+    """The chains of its newest checkpoint, over all shards, in the order of their identities."""
+    found = checkpoint.latest(run_dir)
+    assert found is not None
+    parts = [found.arrays(name) for name in found.names if name.startswith("shard_")]
+    whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    order = np.argsort(whole["chain_id"])
+    return {key: values[order] for key, values in whole.items()}
+
+
+class Running:
+    """A run in a process of its own, whose parts can be killed."""
+
+    def __init__(self, run_dir: Path, *overrides: str) -> None:
+        self.dir = run_dir
+        self.process: subprocess.Popen[bytes] = start(run_dir, *overrides)
+        self.family: set[int] = set()
+
+    @property
+    def step(self) -> int:
+        return max((row["step"] for row in rows(self.dir)), default=0)
+
+    @property
+    def log(self) -> str:
+        path = self.dir / "run.log"
+        return path.read_text() if path.exists() else ""
+
+    def wait(self, condition, what: str, timeout: float = 240.0) -> None:
+        def check() -> bool:
+            if self.process.poll() is not None and not condition():
+                out = (self.dir.parent / f"{self.dir.name}.out").read_text()
+                raise AssertionError(f"ended while waiting for {what}:\n{out}\n{self.log}")
+            return bool(condition())
+
+        try:
+            wait_for(check, timeout, what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log}") from None
+
+    def kill(self, part: str) -> tuple[float, float]:
+        """SIGKILL `part`; returns the seconds until it was noticed and until it was replaced."""
+        self.family |= children(self.process.pid)
+        self.wait(lambda: part in pids(self.dir), part)
+        pid, said = pids(self.dir)[part], self.log.count(" died ")
+        os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        self.wait(
+            lambda: self.log.count(" died ") > said or "going back" in self.log[-2000:],
+            f"the death of {part}",
+        )
+        noticed = time.monotonic() - began
+        self.wait(lambda: pids(self.dir)[part] != pid, f"another {part}")
+        return noticed, time.monotonic() - began
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        self.process.wait()

@@ -4,71 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from graph_runs import assert_bitwise_equal, children, mapped, pids, rows, run, start, wait_for
+from graph_runs import Running, assert_bitwise_equal, children, mapped, rows, run
 
 pytestmark = pytest.mark.ray
 
 RAY = ("runtime.backend=ray", "workers.num_workers=2")
 CAPACITY = 96
-
-
-class Running:
-    """A run in a process of its own, whose parts can be killed."""
-
-    def __init__(self, run_dir: Path, *overrides: str) -> None:
-        self.dir = run_dir
-        self.process: subprocess.Popen[bytes] = start(run_dir, *overrides)
-        self.family: set[int] = set()
-
-    @property
-    def step(self) -> int:
-        return max((row["step"] for row in rows(self.dir)), default=0)
-
-    @property
-    def log(self) -> str:
-        path = self.dir / "run.log"
-        return path.read_text() if path.exists() else ""
-
-    def wait(self, condition, what: str, timeout: float = 240.0) -> None:
-        def check() -> bool:
-            if self.process.poll() is not None and not condition():
-                out = (self.dir.parent / f"{self.dir.name}.out").read_text()
-                raise AssertionError(f"ended while waiting for {what}:\n{out}\n{self.log}")
-            return bool(condition())
-
-        try:
-            wait_for(check, timeout, what)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.log}") from None
-
-    def kill(self, part: str) -> tuple[float, float]:
-        """SIGKILL `part`; returns the seconds until it was noticed and until it was replaced."""
-        self.family |= children(self.process.pid)
-        self.wait(lambda: part in pids(self.dir), part)
-        pid, said = pids(self.dir)[part], self.log.count(" died ")
-        os.kill(pid, signal.SIGKILL)
-        began = time.monotonic()
-        self.wait(
-            lambda: self.log.count(" died ") > said or "going back" in self.log[-2000:],
-            f"the death of {part}",
-        )
-        noticed = time.monotonic() - began
-        self.wait(lambda: pids(self.dir)[part] != pid, f"another {part}")
-        return noticed, time.monotonic() - began
-
-    def end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
