@@ -103,6 +103,7 @@ def test_async_survives_hundreds_of_deaths_with_every_chain_in_its_place(seed, t
         kill_worker=0.02,
         kill_shard=0.02,
         directory=tmp_path,
+        carries=True,
     )
     for _ in range(400):
         lags, _ = world.update(busy_ticks=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,10 @@ from ebm_dist.controller.rounds.scheduler import RoundScheduler
 from ebm_dist.controller.shards import Shards
 from ebm_dist.controller.workers.membership import WorkerPool
 from ebm_dist.core.types import EventSpec
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "buffer"))
+
+from shards import Numbered
 
 WEIGHTS: Ref[np.ndarray] = Ref()
 """A worker of the simulation looks at the version alone."""
@@ -66,6 +71,7 @@ class World:
         scattered: bool = True,
         tick_s: float = 0.0,
         lease_timeout_s: float = 120.0,
+        carries: bool = False,
         **flow: Any,
     ) -> None:
         """
@@ -74,6 +80,7 @@ class World:
             nodes: shards and workers are put on them in turn.
             tick_s: the clocks of shards and pool go on by so much a tick; the pool's own when 0.
             directory: shards map their chains there, each under its node's name.
+            carries: chains have a clock, and label, condition and pair of a datum.
         """
         self.config = FlowConfig(**({"stall_timeout_s": 30} | flow))
         self.max_lag = self.config.max_lag
@@ -88,6 +95,7 @@ class World:
         self.now = 0.0
         self.tick_s = tick_s
         self.lease_timeout_s = lease_timeout_s
+        self.carries = carries
         self.ticks_left = max_ticks
         self.backend = SimBackend(
             delay=lambda: int(self.rng.integers(1, max_delay + 1)),
@@ -159,6 +167,10 @@ class World:
             "num_grants": 6,
             "clock": lambda: self.now,
         }
+        if self.carries:
+            carried = {"context": Numbered.context}
+            options["config"] = BufferConfig(**(options["config"].model_dump() | carried))
+            options |= {"data": Numbered(), "fields": Numbered.fields}
         return ShardClient(
             self.backend.spawn(partial(Shard, **options), f"shard-{index}", ActorOptions(node=node))
         )
@@ -200,4 +212,20 @@ class World:
             counts = shard.handle.part.counts()
             assert counts.free + counts.leased + counts.ready == self.capacity // 2
             identities += shard.handle.part.identities().tolist()
+            if self.carries:
+                check_carried(shard.handle.part.snapshot().arrays)
         assert len(set(identities)) == len(identities)
+
+
+def check_carried(arrays: dict[str, np.ndarray]) -> None:
+    """What the chains of a snapshot carry is of one `Numbered` datum each, and their clocks agree
+    with their ages."""
+    label, clock, condition, pair = (
+        arrays[f"context/{name}"] for name in ("label", "clock", "condition", "pair")
+    )
+    datum = pair[:, 0]
+    assert np.array_equal(pair, np.repeat(datum[:, None], 3, 1))
+    assert np.array_equal(label, datum % 7)
+    assert np.array_equal(condition, np.stack([datum + 0.25, datum + 0.5], 1))
+    age = arrays["age"]  # in rounds, of which those that are repaired take fewer steps
+    assert ((NUM_STEPS // 4 * age <= clock) & (clock <= NUM_STEPS * age)).all()
