@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chains_with_context import QUIET, chains, changed, equal
+from chains_with_context import (
+    QUIET,
+    assert_same_chains,
+    chains,
+    changed,
+    equal,
+    resumed_on_ray,
+)
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -65,18 +72,19 @@ def test_sync_is_bitwise_with_conditions_whoever_moves_the_chains_and_after_a_re
 
 
 @pytest.mark.ray
-def test_on_ray_conditions_and_labels_train_bit_for_bit_as_in_one_process(tmp_path: Path) -> None:
+def test_conditions_and_labels_killed_and_resumed_on_ray_train_bit_for_bit_as_in_one_process(
+    tmp_path: Path,
+) -> None:
     """On one node workers read the conditions from rows of shared memory, labels with the lease."""
     base = config(
         tmp_path,
         energy={"num_classes": "data", "classes": "embedding"},
         buffer={"context": {"condition": "data", "label": "data"}},
     )
-    ebm_dist.train(base, run_dir=tmp_path / "inline")
-    ray = {**base, "runtime": {"backend": "ray", "address": "local"}}
     four = {**base["workers"], "num_workers": 4}
-    ebm_dist.train({**ray, "workers": four}, run_dir=tmp_path / "ray")
-    assert equal(tmp_path / "inline", tmp_path / "ray")
+    inline, resumed = resumed_on_ray({**base, "workers": four}, tmp_path, 2)
+    assert equal(inline, resumed)
+    assert_same_chains(inline, resumed, 4)
 
 
 def test_an_export_keeps_the_condition_of_each_chain_and_draws_given_them_or_others(

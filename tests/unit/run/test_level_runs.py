@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chains_with_context import QUIET, chains, changed, equal, resumed_on_ray
+from chains_with_context import (
+    QUIET,
+    assert_same_chains,
+    chains,
+    changed,
+    equal,
+    resumed_on_ray,
+)
 
 import ebm_dist
 from ebm_dist.core.errors import UserError
@@ -68,8 +75,7 @@ def test_moving_levels_killed_and_resumed_on_ray_train_bit_for_bit_as_in_one_pro
     four = {**base["workers"], "num_workers": 4}
     inline, resumed = resumed_on_ray({**base, "workers": four}, tmp_path, 2)
     assert equal(inline, resumed)
-    left, right = chains(inline, 4), chains(resumed, 4)
-    assert all(np.array_equal(left[key], right[key]) for key in ("position", "context/level"))
+    assert_same_chains(inline, resumed, 4)
 
 
 REFUSED: dict[str, dict[str, Any]] = {

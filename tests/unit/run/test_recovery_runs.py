@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chains_with_context import QUIET, chains, changed, equal
+from chains_with_context import (
+    QUIET,
+    assert_same_chains,
+    chains,
+    changed,
+    equal,
+    resumed_on_ray,
+)
 
 import ebm_dist
 from ebm_dist.core.errors import UserError
@@ -60,13 +67,15 @@ def test_sync_is_bitwise_with_noisy_pairs_whoever_moves_the_chains_and_after_a_r
 
 
 @pytest.mark.ray
-def test_on_ray_noisy_pairs_train_bit_for_bit_as_in_one_process(tmp_path: Path) -> None:
-    """On one node the noisy pairs are read from rows of shared memory."""
-    base = config(tmp_path)
-    ebm_dist.train(base, run_dir=tmp_path / "inline")
-    ray = {**base, "runtime": {"backend": "ray", "address": "local"}}
-    ebm_dist.train(ray, run_dir=tmp_path / "ray")
-    assert equal(tmp_path / "inline", tmp_path / "ray")
+def test_noisy_pairs_killed_and_resumed_on_ray_train_bit_for_bit_as_in_one_process(
+    tmp_path: Path,
+) -> None:
+    """On one node the noisy pairs are read from rows of shared memory, and half outlive a round."""
+    base = config(tmp_path, buffer={**CONFIG["buffer"], "reinit_prob": 0.5})
+    inline, resumed = resumed_on_ray(base, tmp_path, 2)
+    assert equal(inline, resumed)
+    assert_same_chains(inline, resumed, 4)
+    assert (chains(resumed, 4)["age"] > 1).any()
 
 
 def test_a_run_says_how_hot_its_tied_chains_are(tmp_path: Path) -> None:
