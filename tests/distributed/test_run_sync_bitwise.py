@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from graph_runs import assert_bitwise_equal, newest_step, run, start, wait_for, weights
+from graph_runs import (
+    TEMPERED,
+    assert_bitwise_equal,
+    newest_step,
+    run,
+    start,
+    wait_for,
+    weights,
+)
 
 from ebm_dist.samplers.compile import compiler
 
@@ -96,6 +104,14 @@ def test_four_ray_workers_killed_with_their_driver_and_resumed_are_bitwise_inlin
     tmp_path: Path,
 ) -> None:
     assert_resumed_equals_uninterrupted(tmp_path, "runtime.backend=ray", "workers.num_workers=4")
+
+
+@pytest.mark.ray
+def test_chains_at_moving_levels_killed_with_their_driver_and_resumed_are_bitwise_inline(
+    tmp_path: Path,
+) -> None:
+    ray = ("runtime.backend=ray", "workers.num_workers=2")
+    assert_resumed_equals_uninterrupted(tmp_path, *ray, both=TEMPERED)
 
 
 @pytest.mark.ray
