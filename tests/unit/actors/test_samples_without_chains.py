@@ -9,13 +9,14 @@ import pytest
 import torch
 from small_runs import SMALL, curve, run
 
-from ebm_dist import load_energy
+from ebm_dist import load_energy, train
 from ebm_dist.actors.worker import Worker
 from ebm_dist.cluster.backend import PartDied
 from ebm_dist.cluster.inline import InlineBackend
 from ebm_dist.controller.clients import WorkerClient
 from ebm_dist.core.types import ChainSample, EventSpec
 from ebm_dist.core.weights import FlatLayout
+from ebm_dist.data import DataConfig, load_split
 from ebm_dist.energies import FAMILY as ENERGIES
 from ebm_dist.export.writer import export_run
 from ebm_dist.report.html import render
@@ -168,3 +169,49 @@ def test_card_and_report_of_a_run_without_chains_name_nothing_that_did_not_run(
     card = (tmp_path / "chains" / "export" / "README.md").read_text()
     assert "- **buffer**" in card
     assert "all 256 chains are accounted for" in render(tmp_path / "chains")
+
+
+class Portraits(torch.nn.Module):
+    """E(x, label, level): each class is one picture, with the noise of the level."""
+
+    context = needs_context = frozenset({"label", "level"})
+    num_labels = 10
+    noise_stds = (0.05, 0.3, 1.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        train = load_split(DataConfig(source="digits"), "train")
+        assert train.label is not None
+        first = [int((train.label == label).nonzero()[0]) for label in range(10)]
+        self.pictures = torch.nn.Parameter(train.x[first].clone())
+
+    def forward(self, x: torch.Tensor, label: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        std = torch.tensor(self.noise_stds, dtype=x.dtype)[level]
+        return (x - self.pictures[label]).flatten(1).square().sum(1) / (2 * std.square())
+
+
+def test_what_is_drawn_is_measured_beside_the_class_that_was_asked_for(tmp_path: Path) -> None:
+    config = {
+        **FLAT,
+        "run": {"name": "portraits", "seed": 3, "steps": 1},
+        "data": {"source": "digits", "batch_size": 32, "prefetch": 0},
+        "energy": {"name": "mlp"},
+        "sampler": {"name": "predictor_corrector", "num_corrections": 3, "num_steps": 4},
+        "objective": {"name": "denoising_score_matching", "conditioning": "level"},
+        "learner": {"num_threads": 1, "lr": 1e-12},
+        "buffer": {},
+        "evaluation": {"every": 1, "num_samples": 200},
+    }
+    result = train(config, energy=Portraits(), run_dir=tmp_path / "r")
+    metrics = {
+        name.removeprefix("fidelity/"): value
+        for name, value in result.metrics.items()
+        if name.startswith("fidelity/")
+    }
+    assert metrics["accuracy"] > 0.95
+    assert metrics["label_accuracy"] > 0.95
+    assert 0.08 < metrics["class_share_min"] <= 0.1 <= metrics["class_share_max"] < 0.12
+    # One picture a class: every sample is near a real image, and few real images near a sample.
+    assert metrics["precision"] > 0.7
+    assert metrics["recall"] < 0.3
+    assert metrics["train"] < metrics["distance"]
