@@ -289,7 +289,7 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
     Raises:
         UserError: the energy, sampler or objective does not support these events; the objective
             needs labels that the data lacks or logits that the energy lacks; or the model has
-            nothing to train.
+            nothing to train, or no activations to recompute.
     """
     _check_storage(config, spec)
     _check_sizes(config, spec)
@@ -306,13 +306,21 @@ def check_event(config: RunConfig, spec: EventSpec) -> None:
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
     check_energy_context(config, spec, chain_energy)
+    if config.learner.recompute_activations and not any(
+        hasattr(part, "recompute") for part in module.modules()
+    ):  # only a network of the user gets here
+        raise UserError(
+            "learner.recompute_activations: true, but no module of the energy has an attribute "
+            "`recompute`; set it to false, or give it to the modules that can recompute"
+        )
     if objective.needs_labels and spec.num_classes is None:
         raise UserError(
             f"objective.name: {config.objective.name} reads labels, and {config.data.location} "  # type: ignore[attr-defined]
             "names no classes; set data.num_classes if it has labels, else use labelled data, or "
             "objective.name: contrastive"
         )
-    if objective.needs_labels and getattr(energy, "num_classes", None) is None:
+    reads_logits = objective.needs_labels and not hasattr(config.objective, "target")
+    if reads_logits and getattr(energy, "num_classes", None) is None:
         raise UserError(
             f"energy.num_classes: missing, but objective.name {config.objective.name} reads class "  # type: ignore[attr-defined]
             f"logits; set energy.num_classes: {spec.num_classes}"

@@ -51,6 +51,8 @@ class ModuleEnergySection(BoundSection):
         "params": {"radius": 2.0, "width": 0.5},
         "event_shape": (2,),
     }
+    # Not known before the module is made, which reading a config does not do. `check_event` looks.
+    recomputes_activations: ClassVar[bool] = True
 
     target: Target
     """MODULE:NAME of an nn.Module class, of a function that makes one, or of a class with a

@@ -30,7 +30,8 @@ class OwnObjective(Objective):
         """
         Args:
             own: the callable.
-            says: the object with the attributes `needs_labels` and `needs_generator`, if any.
+            says: the object with the attributes `needs_labels`, `needs_generator` and
+                `estimates_log_z`, if any.
         """
         super().__init__()
         self.own = own
@@ -38,6 +39,7 @@ class OwnObjective(Objective):
         self.needs_negatives = section.needs_negatives
         self.needs_labels = bool(getattr(says, "needs_labels", False))
         self.needs_generator = bool(getattr(says, "needs_generator", True))
+        self.estimates_log_z = bool(getattr(says, "estimates_log_z", False))
 
     def begin_update(self, step: int) -> None:
         super().begin_update(step)
@@ -89,7 +91,8 @@ class ModuleObjectiveSection(ObjectiveSection):
     target: Target
     """MODULE:NAME of a function `(energy, batch, negatives, generator) -> (loss, metrics)`, or of a
     class that makes such a callable from `params`; an nn.Module may have weights of its own. Its
-    attributes `needs_labels` (default false) and `needs_generator` (default true) are read."""
+    attributes `needs_labels` (default false), `needs_generator` (default true) and
+    `estimates_log_z` (default false: whether it returns the metric `likelihood/log_z`) are read."""
 
     params: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the class, or of every call of the function."""
