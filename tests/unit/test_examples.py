@@ -83,3 +83,20 @@ def test_the_first_program_runs_and_has_ten_lines(outside):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("% of the samples lie left")
+
+
+@pytest.mark.slow
+def test_the_first_program_as_it_is_written_finds_the_shares_of_the_clusters(outside):
+    done = subprocess.run(
+        [sys.executable, "first_program.py"],
+        cwd=outside,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    found = re.fullmatch(r"(\d+)% of the samples lie left", last)
+    assert found is not None, last
+    # 1000 draws of a fair 70% spread by 1.5%; the rest is for what 400 updates leave.
+    assert abs(int(found[1]) - 70) <= 8

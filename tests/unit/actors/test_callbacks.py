@@ -99,6 +99,40 @@ def test_a_request_to_stop_at_the_last_update_leaves_the_run_finished(tmp_path):
     assert result.export_dir is not None
 
 
+class Asks(Seen):
+    """Returns True from `on_evaluation` or `on_checkpoint`, at one update."""
+
+    def __init__(self, hook: str, at: int) -> None:
+        super().__init__()
+        self._asks = (hook.removeprefix("on_"), at)
+
+    def on_evaluation(self, step, metrics):
+        super().on_evaluation(step, metrics)
+        return self.calls[-1] == self._asks
+
+    def on_checkpoint(self, path):
+        super().on_checkpoint(path)
+        return self.calls[-1] == self._asks
+
+
+@pytest.mark.parametrize(("hook", "at"), [("on_evaluation", 10), ("on_checkpoint", 8)])
+def test_an_evaluation_or_a_checkpoint_may_stop_the_run_and_the_same_call_goes_on(
+    tmp_path, hook, at
+):
+    seen = Asks(hook, at)
+    options = ("checkpoint.every=8", "evaluation.every=10")
+    result, screen = small_runs.run(tmp_path / "run", *options, callbacks=[seen])
+    assert (result.finished, result.stopped_by) == (False, "Asks")
+    assert at <= result.step < 20  # both come back some updates later
+    assert f"stopped by callback Asks at update {result.step}" in screen
+    found = checkpoint.latest(tmp_path / "run")
+    assert found is not None
+    assert found.step == result.step
+    result, _ = small_runs.run(tmp_path / "run", *options, callbacks=[seen])
+    assert result.finished
+    assert seen.of("update") == list(range(1, 21))
+
+
 class Raising(Seen):
     def on_evaluation(self, step, metrics):
         raise ValueError("two\nlines")

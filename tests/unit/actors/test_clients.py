@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -114,3 +116,27 @@ def test_what_crosses_the_boundary_has_a_type(client: type[clients.Client], name
         hints = get_type_hints(getattr(owner, name))
         assert set(parameters(getattr(owner, name))) - {"self"} <= hints.keys()
         assert not [key for key, hint in hints.items() if "typing.Any" in str(hint)], owner
+
+
+PACKAGE = Path(clients.__file__).parents[1]
+
+
+def calls_by_name(path: Path) -> list[str]:
+    """The calls of a handle, or of Ray's actor, that name the remote method by a literal."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and {"call", "aside"}
+        & {part.attr for part in ast.walk(node.func) if isinstance(part, ast.Attribute)}
+        and any(isinstance(arg, ast.Constant) and isinstance(arg.value, str) for arg in node.args)
+    ]
+
+
+def test_a_remote_method_is_named_as_a_string_in_the_clients_alone() -> None:
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if calls_by_name(path)
+    }
+    assert found == {"controller/clients.py"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from ebm_dist.cli import main
 from ebm_dist.config.run_config import RunConfig, load
 from ebm_dist.core.errors import UserError
 from ebm_dist.data import DataConfig, given
+from ebm_dist.files.strict_yaml import write_yaml
 from ebm_dist.run.train import RunResult, train
 
 MINE = """
@@ -29,6 +32,17 @@ class Points:
         return len(self.x)
     def __getitem__(self, index):
         return self.x[index]
+class Labelled(Points):
+    classes = ("left", "right")
+    def __getitem__(self, index):
+        return self.x[index], int(self.x[index, 0] > 1)
+class Reads:
+    needs_labels = True
+    def __call__(self, energy, batch, negatives, generator):
+        loss = energy(batch.x).mean() - energy(negatives.x).mean()
+        agree = (batch.x[:, 0] > 1) == batch.label
+        seen = {"mean": batch.x.mean(), "right": batch.label.float().mean()}
+        return loss, {"agree": agree.float().mean(), **seen}
 """
 SMALL: dict[str, Any] = {
     "run": {"name": "own", "steps": 6},
@@ -112,3 +126,67 @@ def test_a_run_on_the_prepared_shards_is_of_the_same_events(
     assert result.finished
     export = str(tmp_path / "run" / "export")
     assert main(["evaluate", export, "--suite", "landscape"]) == 0
+
+
+LABELLED = {"source": "module", "target": "points_pkg:Labelled"}
+
+
+def test_the_labels_of_an_own_dataset_train_a_classifier(tmp_path: Path):
+    result = run(
+        config(
+            LABELLED | {"batch_size": 64},
+            run={"name": "own", "steps": 100},
+            energy={"name": "mlp", "widths": [8], "num_classes": "data"},
+            objective={"name": "joint"},
+            learner={"lr": 0.05},
+            evaluation={"every": None},
+        ),
+        tmp_path / "run",
+    )
+    assert result.metrics["objective/accuracy"] > 0.8  # half without the labels
+
+
+READS: dict[str, Any] = {
+    **SMALL,
+    "data": {**LABELLED, "batch_size": 16},
+    "objective": {"name": "module", "target": "points_pkg:Reads"},
+    "buffer": {"capacity": 64},
+    "workers": {"num_chains": 8},
+    "tracking": {"wandb": "off", "log_every": 1},
+    "evaluation": {"every": None},
+}
+
+
+def seen(run_dir: Path, name: str) -> list[float]:
+    """The values of an own metric, update by update."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row[f"user/{name}"] for row in rows if f"user/{name}" in row]
+
+
+def test_each_label_of_an_own_dataset_reaches_an_own_objective_with_its_event(tmp_path: Path):
+    run(load(READS), tmp_path / "run")
+    assert seen(tmp_path / "run", "agree") == [1.0] * 6
+    assert min(seen(tmp_path / "run", "right")) > 0
+    assert max(seen(tmp_path / "run", "right")) < 1
+
+
+@pytest.mark.ray
+def test_two_learner_ranks_read_an_own_labelled_dataset_as_one_does(tmp_path: Path):
+    run(load(READS), tmp_path / "one")
+    (tmp_path / "own.yaml").write_text(write_yaml(READS))
+    two = ("runtime.backend=ray", "runtime.start_timeout_s=400", "learner.num_ranks=2")
+    command = [sys.executable, "-m", "ebm_dist", "train", str(tmp_path / "own.yaml"), *two]
+    done = subprocess.run(
+        [*command, "--run-dir", str(tmp_path / "two")],
+        cwd=tmp_path / "path",
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "learner-1 runs as process" in (tmp_path / "two" / "run.log").read_text()
+    assert seen(tmp_path / "two", "agree") == [1.0] * 6
+    for name in ("mean", "right"):  # averages over the ranks, each of which reads half a batch
+        values = seen(tmp_path / "one", name)
+        assert len(set(values)) > 1
+        assert seen(tmp_path / "two", name) == pytest.approx(values, abs=1e-5)
