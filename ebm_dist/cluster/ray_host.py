@@ -10,6 +10,7 @@ import ray
 
 from ebm_dist.cluster.process import meeting_point, tune_process
 from ebm_dist.cluster.shared_memory import RunMemory
+from ebm_dist.core.errors import RunFailed
 from ebm_dist.core.plugins import import_plugins
 
 ASIDE = "aside"
@@ -17,7 +18,13 @@ ASIDE = "aside"
 
 
 class Host:
-    """Makes one part in this process, and forwards calls to it."""
+    """Makes one part in this process, and forwards calls to it.
+
+    Of an exception in a constructor, Ray keeps the text alone. The run would take a mistake of the
+    user for the death of a process and start the part again, so the first call raises it.
+    """
+
+    _mistake: ValueError | RunFailed | None = None
 
     def __init__(
         self,
@@ -28,22 +35,34 @@ class Host:
         plugins: tuple[str, ...] = (),
     ) -> None:
         tune_process(num_threads)
-        if plugins:
-            import_plugins(plugins)
         self._tune_thread()
         node = ray.get_runtime_context().get_node_id()
         # Every part holds the lock of the node's directory, even if it does not use the memory.
         self._memory = memory.hold(node, _object_store_bytes(node) if shared else 0)
-        self._part = make(shared=self._memory) if shared else make()
+        try:
+            import_plugins(plugins)  # without any too: installed packages register by entry points
+            self._part = make(shared=self._memory) if shared else make()
+        except (ValueError, RunFailed) as error:
+            self._mistake = error
 
     def _tune_thread(self) -> None:
         """Configure the main thread, before it makes the part."""
 
     def call(self, method: str, *args: Any) -> Any:
-        return getattr(self._part, method)(*args)
+        return getattr(self._made(), method)(*args)
+
+    def _made(self) -> object:
+        if self._mistake is not None:
+            raise self._mistake
+        return self._part
 
     def ready(self) -> tuple[int, str, str]:
-        """The id of the process, and the address and the id of its node."""
+        """The id of the process, and the address and the id of its node.
+
+        Raises:
+            ValueError, RunFailed: the part cannot be made.
+        """
+        self._made()
         node = ray.get_runtime_context().get_node_id()
         return os.getpid(), ray.util.get_node_ip_address(), node
 
@@ -74,7 +93,7 @@ class HostWithAside(Host):
         if not self._is_tuned:  # Ray always uses the same thread
             self._is_tuned = True
             self._tune_thread()
-        return getattr(self._part, method)(*args)
+        return getattr(self._made(), method)(*args)
 
 
 def _object_store_bytes(node: str) -> int:

@@ -22,6 +22,7 @@ from ebm_dist.config.sections import (
 )
 from ebm_dist.config.text import apply_override, validate, without_empty
 from ebm_dist.core.errors import UserError, one_line
+from ebm_dist.core.paths import config_path
 from ebm_dist.core.plugins import ModuleName, import_plugins
 from ebm_dist.core.section import Section
 from ebm_dist.core.types import ContextField, EventSpec
@@ -123,7 +124,11 @@ def _import_plugins_of(data: dict[str, Any]) -> None:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return  # the validation reports it
     directory = runtime.get("working_dir") if isinstance(runtime, Mapping) else None
-    import_plugins(names, directory=directory if isinstance(directory, str) else None)
+    try:
+        directory = config_path(directory) if isinstance(directory, str) else None
+    except ValueError:
+        return  # likewise
+    import_plugins(names, directory=directory)
 
 
 def dump(config: RunConfig) -> str:

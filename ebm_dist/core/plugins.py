@@ -146,7 +146,7 @@ def import_plugins(
     Raises:
         UserError: in one line, as in `load_target`.
     """
-    folders = [os.getcwd()] + ([os.path.expanduser(directory)] if directory else [])
+    folders = [os.getcwd()] + ([directory] if directory else [])
     sys.path += [path for path in map(os.path.abspath, folders) if path not in sys.path]
     for name in names:
         try:
