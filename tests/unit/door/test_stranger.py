@@ -78,15 +78,20 @@ def train(run_dir: str, *overrides: str) -> int:
     return cli.main(["train", "own.yaml", *overrides, "--run-dir", run_dir])
 
 
+def train_apart(run_dir: str, *overrides: str, code: int = 0) -> str:
+    """Train in a process of its own, which ends with `code`; what it shows."""
+    command = [sys.executable, "-m", "ebm_dist", "train", "own.yaml", "--run-dir", run_dir]
+    done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=250)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
 def killed(run_dir: str, at: int, kept: int, *overrides: str) -> str:
     """Train in a process of its own, which its own callback kills at update `at`, once the
     checkpoint of update `kept` is there."""
     params = f"{{at: {at}, kept: {run_dir}/checkpoints/step_{kept:08d}}}"
     die = f"callbacks=[{{target: 'their_pkg.hooks:Die', params: {params}}}]"
-    command = [sys.executable, "-m", "ebm_dist", "train", "own.yaml", "--run-dir", run_dir]
-    done = subprocess.run([*command, die, *overrides], capture_output=True, text=True, timeout=500)
-    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
-    return done.stdout
+    return train_apart(run_dir, die, *overrides, code=-signal.SIGKILL)
 
 
 def weights(run_dir: str) -> dict[str, torch.Tensor]:
@@ -110,15 +115,23 @@ def test_a_run_of_five_own_parts_is_killed_resumed_exported_and_read(
     shutil.copytree("begun", "run")
     assert train("run") == 0
     assert_same_weights("run", "whole")
-    shown = capsys.readouterr().out
+    assert_resumed_at_4(capsys.readouterr().out)
+    assert_can_be_read("run", capsys)
+
+
+def assert_resumed_at_4(shown: str) -> None:
     assert "resumed from step_00000004" in shown
     assert [line.split(":")[0] for line in shown.splitlines() if "saw" in line] == [
         f"saw {step}" for step in range(5, 10)
     ]
 
-    net = ebm_dist.load_energy("run", plugins=["their_pkg.nets"])
-    sample = ["sample", "run", "--num", "6", "--steps", "2", "--out", "x.npz"]
-    evaluate = ["evaluate", "run", "--suite", "ood", "--out", "ood.json"]
+
+def assert_can_be_read(run_dir: str, capsys: pytest.CaptureFixture) -> None:
+    """Load, sample, evaluate and report the export, each with the modules that it asks for."""
+    net = ebm_dist.load_energy(run_dir, plugins=["their_pkg.nets"])
+    drawn, measured = f"{run_dir}.npz", f"{run_dir}.json"
+    sample = ["sample", run_dir, "--num", "6", "--steps", "2", "--out", drawn]
+    evaluate = ["evaluate", run_dir, "--suite", "ood", "--out", measured]
     for command in (sample, evaluate):
         forget()
         capsys.readouterr()
@@ -131,27 +144,42 @@ def test_a_run_of_five_own_parts_is_killed_resumed_exported_and_read(
             assert f"their_pkg.{wanted}" not in sys.modules
             given.append(wanted)
         assert given[0] == "nets"
-    with np.load("x.npz") as drawn:
-        x, energy = (torch.from_numpy(drawn[name]) for name in ("x", "energy"))
+    with np.load(drawn) as arrays:
+        x, energy = (torch.from_numpy(arrays[name]) for name in ("x", "energy"))
     assert torch.allclose(net(x), energy, atol=1e-5)
-    assert json.loads((here / "ood.json").read_text())["metrics"]
+    assert json.loads(Path(measured).read_text())["metrics"]
     forget()
-    assert cli.main(["report", "run"]) == 0
-    assert "their_pkg.nets:Net" in (here / "run" / "report.html").read_text()
+    assert cli.main(["report", run_dir]) == 0
+    assert "their_pkg.nets:Net" in Path(run_dir, "report.html").read_text()
     assert not [name for name in sys.modules if name.startswith("their_pkg")]
+
+
+RAY = ("runtime.backend=ray", "runtime.start_timeout_s=400")
+
+
+@pytest.mark.ray
+def test_a_run_of_five_own_parts_that_knows_ray_alone_is_killed_resumed_exported_and_read(
+    here: Path, capsys: pytest.CaptureFixture
+):
+    assert "resumed" not in killed("ray_alone", 5, 4, *RAY)
+    assert_resumed_at_4(train_apart("ray_alone", *RAY))
+    log = (here / "ray_alone" / "run.log").read_text()
+    for part in ("worker-0", "worker-1", "learner-0"):
+        assert log.count(f"{part} runs as process") == 2
+    assert_same_weights("ray_alone", "whole")
+    assert_can_be_read("ray_alone", capsys)
 
 
 @pytest.mark.ray
 def test_on_ray_a_run_of_five_own_parts_is_resumed_killed_and_the_same_bit_for_bit(here: Path):
     shutil.copytree("begun", "on_ray")
-    shown = killed("on_ray", 7, 6, "runtime.backend=ray", "runtime.start_timeout_s=400")
-    assert "resumed from step_00000004" in shown
+    assert "resumed from step_00000004" in killed("on_ray", 7, 6, *RAY)
     assert train("on_ray") == 0
     assert_same_weights("on_ray", "whole")
 
 
 SCRIPT = """
-import asyncio, threading
+import asyncio, sys
 import yaml
 import ebm_dist
 from their_pkg.data import Ring
@@ -167,9 +195,12 @@ config = yaml.safe_load(open("own.yaml"))
 for part in ("source", "target", "params"):
     del config["data"][part]
 del config["energy"], config["callbacks"]
+backend = sys.argv[1]
+config["runtime"] = {"backend": backend, "start_timeout_s": 400}
 
-def train(run_dir):
+def train(name):
     seen = Seen()
+    run_dir = f"{backend}_{name}"
     result = ebm_dist.train(
         config, energy=lambda: Net(8), data=Ring(100), callbacks=[seen], run_dir=run_dir
     )
@@ -186,10 +217,14 @@ asyncio.run(coroutine())
 """
 
 
-def test_objects_given_from_python_train_the_same_weights_wherever_train_is_called(here: Path):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=500
-    )
+@pytest.mark.parametrize("backend", ["inline", pytest.param("ray", marks=pytest.mark.ray)])
+def test_objects_given_from_python_train_the_same_weights_wherever_train_is_called(
+    here: Path, backend: str
+):
+    command = [sys.executable, "-c", SCRIPT, backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    for run_dir in ("plain", "in_a_loop", "in_a_thread"):
-        assert_same_weights(run_dir, "whole")
+    for name in ("plain", "in_a_loop", "in_a_thread"):
+        assert_same_weights(f"{backend}_{name}", "whole")
+        log = (here / f"{backend}_{name}" / "run.log").read_text()
+        assert ("worker-1 runs as process" in log) == (backend == "ray")
