@@ -244,8 +244,9 @@ def test_each_class_of_a_gaussian_mixture_gets_its_own_mean(tmp_path: Path) -> N
     )
     found = result.open_export().energy.means.detach()
     truth = torch.stack([torch.stack([x for x, y in data if y == k]).mean(0) for k in range(3)])
-    # 1000 data and some 170 chains a class, averaged over the last updates.
-    assert (found - truth).abs().max() < 4 * (1 / 170) ** 0.5, found
+    # The optimum is the mean of the data of each class. Over seeds a coordinate strays from it by
+    # .01 to .02, the noise of the chains averaged over the last updates.
+    assert (found - truth).abs().max() < 4 * 0.02, found
 
 
 class Means(torch.nn.Module):
