@@ -16,7 +16,7 @@ from rich.console import Console
 
 import ebm_dist
 from ebm_dist.config.run_config import load
-from ebm_dist.report.health import Finding, examine
+from ebm_dist.report.health import Finding, examine, judged
 from ebm_dist.report.run_files import RunFiles
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "docs/gallery/draw"))
@@ -44,9 +44,14 @@ def findings_of(name: str, run_dir: Path) -> list[Finding]:
 
 def test_a_healthy_run_is_told_of_nothing_to_change(tmp_path: Path) -> None:
     findings = findings_of("healthy", tmp_path / "healthy")
-    judged = {finding.metric for finding in findings}
-    assert judged >= {"energy/gap", "sampler/acceptance", "chain/stagnant", "energy/positive"}
+    found = {finding.metric for finding in findings}
+    assert found >= {"energy/gap", "sampler/acceptance", "chain/stagnant", "energy/positive"}
     assert {finding.state for finding in findings} <= {"ok", "note"}
+    run = RunFiles(tmp_path / "healthy")
+    limits = judged(run.series, run.config)
+    assert limits.keys() >= {"chain/trace_rhat", "flow/lag_max", "fault/restarts"}
+    for name, (low, high) in limits.items():
+        assert all(low <= value <= high for _, value in run.series[name]), name
 
 
 @pytest.mark.slow
