@@ -70,6 +70,8 @@ def learner_of(config: Path, *more: str, ranks: int = 1) -> Iterator[Any]:
     from ebm_dist.data import describe
     from ebm_dist.run.train import bind
 
+    if config.stem == "digits_levels":  # a chain goes down each of the levels
+        more = ("sampler.num_steps=17", *more)
     bound = load(config, [*SMALL, "runtime.backend=ray", *more])
     bound = bind(bound, describe(bound.data))
     rank = LearnerRank(
