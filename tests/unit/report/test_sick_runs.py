@@ -61,8 +61,9 @@ def test_the_start_of_the_default_run_is_told_of_nothing_to_change(tmp_path: Pat
     ebm_dist.train(config, run_dir=tmp_path / "run", console=Console(file=io.StringIO()))
     run = RunFiles(tmp_path / "run")
     findings = {finding.metric: finding for finding in examine(run.series, run.config)}
-    # The samples of so few updates are no better than a Gaussian: the advice is to train longer.
+    # The samples of so few updates are no better than a Gaussian, and may miss a class.
     assert findings.pop("fidelity/distance").advice.startswith("train longer")
+    findings.pop("fidelity/class_ratio_K", None)
     assert findings.keys() >= {"energy/gap", "energy/positive", "flow/lag_max", "buffer/free"}
     assert {finding.state for finding in findings.values()} <= {"ok", "note"}, findings
 
