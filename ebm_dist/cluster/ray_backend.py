@@ -29,7 +29,6 @@ from ebm_dist.cluster.own_ray import OwnRay, RayDied, init_ray
 from ebm_dist.cluster.ray_starts import (
     RayHandle,
     Starts,
-    constructor_error,
     unreadable_argument,
     unsendable_argument,
 )
@@ -285,9 +284,6 @@ class RayBackend:
             raise
         except errors.RayError as error:
             self._check()
-            cause = constructor_error(error)
-            if isinstance(cause, (UserError, RunFailed, ValueError)):
-                raise cause from None
             if (line := unreadable_argument(error)) is not None:
                 raise UserError(line) from None
             raise self._gone(error) from None

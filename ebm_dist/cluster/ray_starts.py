@@ -98,12 +98,6 @@ class Starts:
         return None
 
 
-def constructor_error(error: Exception) -> BaseException | None:
-    """The exception of an actor's constructor, if Ray kept it."""
-    inner = getattr(error, "cause", None) or error.__cause__
-    return getattr(inner, "cause", None) or inner
-
-
 _UNREADABLE = re.compile(r"could not be computed:\s*\S*RaySystemError: System error: (.*)")
 
 

@@ -209,7 +209,7 @@ class Fidelity:
         reference["train"] = frechet_distance(of_unseen, moments)
         logits = _logits(net, test.x)
         guess = logits.argmax(dim=1)
-        reference |= {"confident_real": of_logits(logits)["confident"]}
+        reference["confident_real"] = of_logits(logits)["confident"]
         accuracy = float("nan")
         if test.label is not None:
             accuracy = float((guess == test.label).float().mean())

@@ -25,7 +25,9 @@ from ebm_dist.samplers.module import OwnKernel
 
 QUALITY = ("likelihood/", "fidelity/", "ood/", "robustness/", "audit/", "classifier/")
 """Prefixes of metrics that measure the model; the others measure the run."""
-REFERENCES = frozenset(f"fidelity/{name}" for name in ("accuracy", "noise", "gaussian", "train"))
+REFERENCES = frozenset(
+    f"fidelity/{name}" for name in ("accuracy", "confident_real", "gaussian", "noise", "train")
+)
 """Those that are no results of the model: what its figures are compared with, and the accuracy of
 the classifier that judges its samples."""
 CHAIN_HEALTH = (

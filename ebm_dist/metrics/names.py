@@ -215,7 +215,7 @@ METRICS: dict[str, Metric] = {
     "fidelity/confident": Metric(
         "share of samples that the feature classifier calls some class with probability .9 or more"
     ),
-    "fidelity/confident_real": Metric("the same share of held-out images"),
+    "fidelity/confident_real": Metric("fidelity/confident of held-out images"),
     CLASS_RATIO: Metric(
         "share of samples that are of class K over that of held-out images, or of the labels that "
         "were asked for; left out where fewer than 10 samples would be of the class",

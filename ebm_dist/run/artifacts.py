@@ -146,6 +146,7 @@ class Artifacts:
                     link_or_copy(file, part / file.name)
         self._send("model", step, folder, is_final=True)
 
+    @_harmless
     def _log_checkpoint(self, step: int) -> None:
         path = self._checkpoint(step)
         if not self._config.tracking.checkpoints or not path.is_dir():

@@ -269,3 +269,9 @@ def test_models_are_bounded_and_a_failure_of_theirs_ends_no_run(
     monkeypatch.setattr(artifacts_module, "export_run", refuse)
     assert logged(tmp_path / "run", untracked.config, {2: -1.0}) == [DATA, FINAL_AND_BEST]
     assert "an artifact was left out (the disk is full); the run goes on" in caplog.text
+    # A checkpoint that cannot be copied does not keep the model back.
+    monkeypatch.setattr(artifacts_module.checkpoint, "write_whole", refuse)
+    plain = untracked.config.model_dump(mode="json")
+    both = load(plain, ("tracking.checkpoints=true",))
+    shutil.rmtree(tmp_path / "run" / "artifacts")
+    assert logged(tmp_path / "run", both, {2: -1.0}) == [DATA, FINAL_AND_BEST]
