@@ -36,6 +36,24 @@ def test_of_workers_with_equal_load_the_one_beside_the_shard_is_chosen() -> None
     assert stolen.node == "a", "an idle worker elsewhere is sooner done than a busy one here"
 
 
+@pytest.mark.parametrize(("before", "after"), [("a", "b"), ("a", None), (None, "b")])
+def test_a_worker_that_was_replaced_is_sought_on_its_new_node(
+    before: str | None, after: str | None
+) -> None:
+    made = pool(before, "c")
+    member = made.first(before)
+    assert member is not None
+    made.renew(member, Worker(after))  # type: ignore[arg-type]
+    made.serve(member)
+    assert member.node == after
+    if before is not None:
+        first = made.first(before)
+        assert first is not None
+        assert first.node == "c", "the other has waited longest"
+    if after is not None:
+        assert made.first(after) is member
+
+
 def test_of_equals_the_one_that_waited_longest_is_chosen() -> None:
     made = pool(None, None, None)
     order = []
