@@ -8,8 +8,7 @@ to a half from faster convolutions (`winograd`), and otherwise between nothing a
 Compiled and eager steps agree to rounding, not bit for bit. So the result of a round depends on
 whether its block was ready, and there are two kinds of engine:
 
-- background: rounds run eagerly until the block is ready. Which round is the first compiled one
-  depends on the machine's load;
+- background: rounds run eagerly until the block is ready, which depends on the machine's load;
 - steady, for runs that promise the same bits for any number of workers: the choice depends on the
   config and the shape of the round alone. `auto` then means eager, and `compiled` compiles before
   the first round of each shape. A compiler that fails or is missing is an error there, since
@@ -20,6 +19,7 @@ whether its block was ready, and there are two kinds of engine:
 from __future__ import annotations
 
 import logging
+import statistics
 import threading
 import time
 from collections import deque
@@ -75,15 +75,15 @@ PAYBACK_S = 60.0
 choice."""
 
 LONG_PAYBACK_S = 240.0
-"""The same for long steps, which a compilation of 30 to 110 s on a busy machine makes faster by a
-quarter."""
+"""The same for long steps: 30 to 110 s of compilation on a busy machine, a quarter faster."""
 
 DIRECT_PAYBACK_S = 600.0
 """The same for long steps with convolutions that Winograd's algorithm does not compute here: they
 gain between nothing and a quarter. An eighth of 600 s is 75 s, about one compilation."""
 
 FIRST_LOOK_S = 10.0
-"""Seconds of eager steps at one shape after which what is left of a run is estimated."""
+"""Seconds of eager steps at one shape after which what is left of a run is estimated. They count
+from the first progress on: rounds before it wait for a learner that starts."""
 
 TRIAL_ROUNDS = 5
 """Rounds of each kind whose fastest times are compared: other processes can only add time."""
@@ -105,12 +105,16 @@ class _Entry:
     how: str = ""
     """End of the log line: how the block draws its noise."""
     eager_s: float = 0.0
-    """Total time of all eager rounds so far."""
+    """Total time of all eager rounds so far; from the run's first progress on, of those after."""
+    eager_rounds: int = 0
+    """Their number."""
     eager_rounds_s: deque[float] = field(default_factory=lambda: deque(maxlen=TRIAL_ROUNDS))
     """Times of the last eager rounds before the compilation."""
     block_rounds_s: list[float] = field(default_factory=list)
-    first_progress: float = 0.0
+    seen_progress: float | None = None
     """`Engine.progress` when this shape was first seen."""
+    first_progress: float | None = None
+    """The same after its first change."""
 
 
 class Engine:
@@ -192,7 +196,10 @@ class Engine:
             if len(entry.block_rounds_s) == TRIAL_ROUNDS:
                 self._decide(entry, num_steps)
             return
+        if entry.first_progress is None and self.progress != entry.seen_progress:
+            entry.first_progress, entry.eager_s, entry.eager_rounds = self.progress, 0.0, 0
         entry.eager_s += seconds
+        entry.eager_rounds += 1
         if entry.status != "eager":
             return
         entry.eager_rounds_s.append(seconds)
@@ -209,10 +216,12 @@ class Engine:
             why = ", since this processor gains little from compiled convolutions"
         if self.progress is None:
             return entry.eager_s >= payback_s
-        done = self.progress - entry.first_progress
-        if entry.eager_s < FIRST_LOOK_S or done <= 0:
+        first = entry.first_progress
+        if first is None or self.progress <= first or entry.eager_s < FIRST_LOOK_S:
             return False
-        left_s = entry.eager_s * (1 - self.progress) / done
+        rounds_left = entry.eager_rounds * (1 - self.progress) / (self.progress - first)
+        # The median: the first rounds of a process are slower than those that follow.
+        left_s = rounds_left * statistics.median(entry.eager_rounds_s)
         repays = left_s >= payback_s
         if repays or not self._declined:
             self._declined = True
@@ -287,7 +296,7 @@ class Engine:
             num_steps,
             torch.get_num_threads(),
         )
-        return self._entries.setdefault(key, _Entry(energy, first_progress=self.progress or 0.0))
+        return self._entries.setdefault(key, _Entry(energy, seen_progress=self.progress))
 
     def _compile(
         self,

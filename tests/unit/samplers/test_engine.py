@@ -381,6 +381,16 @@ class Auto:
                 10 * step_s, self.kernel, self.energy, self.state, 10, in_blocks=in_blocks
             )
 
+    def until(self, look_s: float, left_s: float, step_s: float, progress: float = 0.0) -> None:
+        """Rounds for `look_s` after the run's first progress, by which `left_s` of steps are left,
+        but for the last two."""
+        self.engine.progress = progress
+        self.rounds(1, step_s)
+        self.engine.progress = first = progress + 0.01
+        self.rounds(1, step_s)
+        self.engine.progress = first + (1 - first) * look_s / (look_s + left_s)
+        self.rounds(round(look_s / (10 * step_s)) - 3, step_s)
+
     @property
     def compiled(self) -> bool:
         return self.engine.block(self.kernel, self.energy, self.state, 10) is not None
@@ -417,10 +427,8 @@ def test_auto_wants_a_longer_run_for_convolutions_where_the_processor_has_no_win
     step_s, look_s = engine_module.SHORT_STEP_S * 2, engine_module.FIRST_LOOK_S
     for left_s, compiles in [(0.9 * payback_s, False), (1.1 * payback_s, True)]:
         auto = Auto(resnet, (1, 8, 8))
-        auto.engine.progress = 0.0
-        auto.rounds(1, step_s)
-        auto.engine.progress = look_s / (look_s + left_s)
-        auto.rounds(round(look_s / (10 * step_s)), step_s)
+        auto.until(look_s, left_s, step_s)
+        auto.rounds(3, step_s)
         assert auto.compiled == compiles
         (line,) = auto.said
         assert f"auto {'compiles' if compiles else 'stays eager'}, since about" in line
@@ -434,11 +442,7 @@ def test_auto_compiles_where_what_is_left_of_the_run_repays_it(graphs, payback):
     payback_s = getattr(engine_module, payback)
     for left_s, compiles in [(0.9 * payback_s, False), (1.1 * payback_s, True)]:
         auto = Auto()
-        auto.engine.progress = 0.25  # resumed there
-        auto.rounds(1, step_s)
-        look_s = engine_module.FIRST_LOOK_S
-        auto.engine.progress = 0.25 + 0.75 * look_s / (look_s + left_s)
-        auto.rounds(round(look_s / (10 * step_s)) - 2, step_s)
+        auto.until(engine_module.FIRST_LOOK_S, left_s, step_s, 0.25)  # resumed there
         assert auto.said == []
         auto.rounds(3, step_s)
         assert auto.compiled == compiles
@@ -448,6 +452,23 @@ def test_auto_compiles_where_what_is_left_of_the_run_repays_it(graphs, payback):
         assert f"repays itself in {payback_s:.0f} s" in line
         auto.rounds(9, step_s)
         assert len([line for line in auto.said if "since about" in line]) == 1
+
+
+def test_auto_does_not_count_rounds_before_the_first_update_nor_take_slow_first_ones_as_usual(
+    graphs,
+):
+    step_s, payback_s = engine_module.SHORT_STEP_S * 0.5, engine_module.PAYBACK_S
+    auto = Auto()
+    auto.engine.progress = 0.5  # resumed, and the learner takes a minute to start
+    auto.rounds(round(60 / (10 * step_s)), step_s)
+    auto.engine.progress = 0.51
+    auto.rounds(1, 500 * step_s)  # cold
+    look_s, left_s = engine_module.FIRST_LOOK_S, 2 * payback_s  # at the pace so far
+    auto.engine.progress = 0.51 + 0.49 * look_s / (look_s + left_s)
+    auto.rounds(round(0.25 * look_s / (10 * step_s)) + 1, step_s)  # with the cold one 10 s
+    assert not auto.compiled
+    (line,) = auto.said
+    assert "auto stays eager, since about 30 s of steps are left" in line
 
 
 def test_processes_compile_one_after_another_and_a_hung_one_holds_nobody_up_for_ever(
