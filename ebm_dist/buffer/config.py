@@ -62,8 +62,8 @@ class BufferConfig(Section):
     init: Literal["noise", "gaussian", "data", "condition"] = "noise"
     """Where a chain starts: the reference noise of the event (uniform on [-1, 1] for images,
     Gaussian for real vectors, fair coins for binary ones), Gaussian noise for images too, a data
-    point, or its own context.condition, a noisy_pair. With reinit_prob 1 `noise` is short-run
-    sampling and `data` is contrastive divergence."""
+    point (with the noise of its context.level), or its own context.condition, a noisy_pair. With
+    reinit_prob 1 `noise` is short-run sampling and `data` is contrastive divergence."""
 
     reinit_prob: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
     """Probability that a chain restarts from `init` at a checkout; 0 never restarts (PCD)."""
@@ -111,12 +111,13 @@ class BufferConfig(Section):
 def context_fields(
     config: ContextConfig,
     spec: EventSpec,
-    num_levels: int | None = None,
+    noise_stds: tuple[float, ...] | None = None,
     pair_noise: tuple[LevelNoise, LevelNoise] | None = None,
 ) -> tuple[ContextField, ...]:
     """The contexts of a run's chains.
 
     Args:
+        noise_stds: the noise of each level of the energy; None for an energy without.
         pair_noise: makes the pair of a datum, and the noisy pair of the pair; None where there are
             no noisy pairs.
 
@@ -132,12 +133,14 @@ def context_fields(
             )
         fields.append(ContextField("label", size=spec.num_classes))
     if config.level is not None:
-        if num_levels is None:
+        if not noise_stds:
             raise ValueError(
                 "buffer.context.level: the energy has no levels; set energy.num_levels, or leave "
                 "the key out"
             )
-        fields.append(ContextField("level", size=num_levels))
+        num = len(noise_stds)
+        noise = LevelNoise((1.0,) * num, noise_stds) if pair_noise is None else None
+        fields.append(ContextField("level", size=num, noise=noise))
     if config.clock:
         fields.append(ContextField("clock"))
     of_pair, of_noisy_pair = pair_noise or (None, None)

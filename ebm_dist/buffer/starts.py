@@ -61,7 +61,12 @@ class Starts:
         context = draw_context(self._config.context, self._fields, num, batch, seed)
         if self._config.init == "condition":
             return context["condition"], context
-        return self._position(num, batch, seeded(seed)), context
+        x = self._position(num, batch, seeded(seed))
+        noise = next((field.noise for field in self._fields if field.name == "level"), None)
+        if self._config.init == "data" and noise is not None:
+            rng = np.random.default_rng(derive_seed(seed, "noise of the level"))
+            x = _noised(x, context["level"], noise, rng)
+        return x, context
 
     def _position(self, num: int, batch: Batch | None, generator: torch.Generator) -> np.ndarray:
         if self._config.init in ("noise", "gaussian"):
@@ -110,7 +115,7 @@ def draw_context(
             value = given[field.name]
             assert value is not None, f"data without a {field.name}"
             drawn[field.name] = value.numpy().astype(field.dtype)
-        if field.noise is not None:
+        if field.noise is not None and field.name != "level":
             drawn[field.name] = _noised(drawn[field.name], drawn["level"], field.noise, rng)
     return drawn
 

@@ -76,7 +76,7 @@ class RunConfig(Section):
         context, noise, levels = self.buffer.context, self.objective.pair_noise, None
         if context.level:
             levels = noise[0].std if noise else trait(self.energy.bind(spec).build(), "noise_stds")
-        return context_fields(context, spec, len(levels) if levels else None, noise)
+        return context_fields(context, spec, levels, noise)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:

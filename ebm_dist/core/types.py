@@ -91,7 +91,8 @@ class ContextField:
     size: int | None = None
     """Number of classes or levels: entries are 0 .. size - 1."""
     noise: LevelNoise | None = None
-    """Makes the `pair` of a datum, or the `condition` of the pair."""
+    """Makes the `pair` of a datum, or the `condition` of the pair; of the `level`, the chain that
+    begins at a datum (`buffer.init: data`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ class Pool:
     def __init__(self, energy: Any, levels: bool) -> None:
         context = ContextConfig(level="stratified" if levels else None)
         config = BufferConfig(capacity=NUM, init_std=0.2, reinit_prob=0.0, context=context)
-        fields = context_fields(context, SPEC, len(NOISES))
+        fields = context_fields(context, SPEC, NOISES)
         self.shard = Shard(
             config, SPEC, index=0, capacity=NUM, max_lease=NUM, seed=3, fields=fields
         )

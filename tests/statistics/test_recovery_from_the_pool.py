@@ -78,7 +78,9 @@ def from_the_pool(by: str, energy: nn.Module) -> list[Negatives]:
         reinit_prob=1.0,
         context={"level": "stratified", "pair": "data", "condition": "noisy_pair"},  # type: ignore[arg-type]
     )
-    fields = context_fields(config.context, SPEC, 2, objective.pair_noise)
+    noise = objective.pair_noise
+    assert noise is not None
+    fields = context_fields(config.context, SPEC, noise[0].std, noise)
     shard = Shard(
         config, SPEC, index=0, capacity=NUM, max_lease=NUM, seed=3, data=Plane(), fields=fields
     )
