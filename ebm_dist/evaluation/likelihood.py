@@ -20,6 +20,9 @@ from ebm_dist.evaluation.bases import Base, base_law
 from ebm_dist.evaluation.exact import event_of
 from ebm_dist.samplers.kernel import Kernel
 
+LONGER = 50
+"""How much longer than at each b the chains run at the model, before they go back from there."""
+
 
 @dataclass(frozen=True, slots=True)
 class LogPartition:
@@ -84,6 +87,7 @@ def log_partition(
     kernel: Kernel[Any] | None = None,
     samples: Tensor | None = None,
     box: tuple[float, float] | None = None,
+    say: Callable[[str], None] = lambda text: None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> LogPartition:
     """Annealed importance sampling of log Z = log sum exp(-E/T), forward and reverse.
@@ -113,8 +117,9 @@ def log_partition(
         box: integrate over low <= x <= high in every coordinate, for chains that are clamped;
             `base` and `samples` must then be confined too. Chains move in
             u = logit((x - low) / (high - low)), which is unbounded.
-        on_step: called with the number of temperatures that are done and of all, in both
-            directions.
+        say: called with the name of each stage: the pilot, then the annealing in both directions.
+        on_step: called with the number of steps of the stage that are done and of all. Those of
+            the pilot are percents, estimated from the stages so far.
 
     Raises:
         ValueError: an argument does not fit the events.
@@ -147,23 +152,22 @@ def log_partition(
     if box is not None:
         path = BoxedPath(base, energy, temperature, spec, box=box)
     with samplers.frozen(energy):
-        schedule = _pilot(path, kernel, num_temperatures, num_steps, generator)
+        say("log Z: a pilot run chooses temperatures and step sizes")
+        schedule = _pilot(path, kernel, num_temperatures, num_steps, generator, on_step)
+        say("log Z by annealed importance sampling, forward and reverse")
         x = path.start(num_chains, generator)
-        total = 2 * (len(schedule.b) - 1)
-        log_w, x, acceptance = _anneal(
-            path, schedule, x, num_steps, generator, on_step=lambda done: on_step(done, total)
-        )
+        back = num_temperatures + LONGER
+
+        def after(first: int) -> Callable[[int], None]:
+            return lambda done: on_step(first + done, back + num_temperatures)
+
+        log_w, x, acceptance = _anneal(path, schedule, x, num_steps, generator, on_step=after(0))
+        count = after(num_temperatures)
         start, exact = _reverse_start(
-            path, schedule, log_w, x, num_chains, num_steps, generator, samples
+            path, schedule, log_w, x, num_chains, num_steps, generator, samples, count
         )
         log_v, _, _ = _anneal(
-            path,
-            schedule,
-            start,
-            num_steps,
-            generator,
-            reverse=True,
-            on_step=lambda done: on_step(total // 2 + done, total),
+            path, schedule, start, num_steps, generator, reverse=True, on_step=after(back)
         )
     log_z0 = float(base.log_z())
     up, up_se, up_ess = _log_mean(log_w)
@@ -195,6 +199,7 @@ def _pilot(
     num_temperatures: int,
     num_steps: int,
     generator: torch.Generator,
+    on_step: Callable[[int, int], None],
     num_chains: int = 64,
     max_stages: int = 400,
 ) -> _Schedule:
@@ -219,6 +224,8 @@ def _pilot(
             steps.append(math.log(getattr(kernel, name)))  # type: ignore[arg-type]
         return state.position
 
+    percent = 0
+    on_step(percent, 100)
     x = tune(x, 0.0, 20)
     while stages[-1] < 1 and len(stages) < max_stages:
         slope = path.slope(x)
@@ -227,6 +234,12 @@ def _pilot(
         x = x[_systematic(weight, num_chains, generator)]
         stages.append(b)
         x = tune(x, b, max(4, num_steps))
+        done = len(stages) - 1
+        if (now := int(100 * done / (done + _stages_left(stages)))) > percent:
+            percent = now
+            on_step(percent, 100)
+    if percent < 100:  # the stages ended before b = 1
+        on_step(100, 100)
     stages[-1] = 1.0
     position = np.linspace(0, len(stages) - 1, num_temperatures + 1)
     b = np.interp(position, np.arange(len(stages)), stages)
@@ -235,6 +248,17 @@ def _pilot(
         size = np.exp(np.interp(position, np.arange(len(stages)), steps))
         kernels = [replace(kernel, **{name: float(h)}) for h in size]  # type: ignore[type-var]
     return _Schedule([float(value) for value in b], kernels)
+
+
+def _stages_left(b: list[float]) -> float:
+    """How many values of b are to follow `b`, if the steps go on growing in proportion to b + a.
+
+    Steps are equal while the variance of the slope is the same, and grow in proportion to b where
+    a model is much narrower than its base; the constant a covers both.
+    """
+    step = b[-1] - b[-2]
+    growth = max(1e-9, (step - b[1]) / b[-2]) if b[-2] > 0 else 1e-9
+    return math.log1p(growth * (1 - b[-1]) / (step * (1 + growth))) / math.log1p(growth)
 
 
 def _anneal(
@@ -280,6 +304,7 @@ def _reverse_start(
     num_steps: int,
     generator: torch.Generator,
     samples: Tensor | None,
+    on_step: Callable[[int], None],
 ) -> tuple[Tensor, bool]:
     if samples is not None:
         if tuple(samples.shape[1:]) != path.event.shape or len(samples) < 2:
@@ -299,8 +324,10 @@ def _reverse_start(
     x = x[_systematic(log_weight.softmax(dim=0), num_chains, generator)]
     energy, kernel = path.at(1.0), schedule.kernels[-1]
     state = kernel.init(x, energy)
-    for _ in range(50 * num_steps):
-        state, _ = kernel.step(state, energy, generator)
+    for done in range(LONGER):
+        on_step(done)
+        for _ in range(num_steps):
+            state, _ = kernel.step(state, energy, generator)
     return state.position, False
 
 

@@ -176,7 +176,6 @@ def _density(export: Export, seed: int, device: torch.device, say: Say, on_step:
         metrics["likelihood/log_z"] = log_z
         notes.append("log Z is exact")
     else:
-        say("log Z by annealed importance sampling, forward and reverse")
         base = base_law(export.spec, train.x, box=box).to(device)
         found = log_partition(
             export.energy,
@@ -186,6 +185,7 @@ def _density(export: Export, seed: int, device: torch.device, say: Say, on_step:
             num_chains=NUM_AIS_CHAINS,
             base=base,
             box=box,
+            say=say,
             on_step=on_step,
         )
         log_z = found.combined

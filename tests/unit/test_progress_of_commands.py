@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -14,6 +15,7 @@ from ebm_dist.commands import progress
 from ebm_dist.core.types import EventSpec
 from ebm_dist.data import DataConfig, describe
 from ebm_dist.evaluation import Fidelity, log_partition, long_run_audit, ood_report
+from ebm_dist.evaluation.likelihood import _stages_left
 from ebm_dist.export import suites
 from ebm_dist.export.reader import open_export
 from ebm_dist.export.writer import write_export
@@ -46,6 +48,36 @@ def half_square(x: torch.Tensor) -> torch.Tensor:
     return x.square().sum(1) / 2
 
 
+@pytest.mark.parametrize("growth", [0.0, 0.2, 1.0])
+def test_the_pilot_knows_how_many_stages_are_left_of_equal_and_of_growing_steps(
+    growth: float,
+) -> None:
+    steps = [(1 + growth) ** k for k in range(30)]
+    b = [sum(steps[:k]) / sum(steps) for k in range(31)]
+    for done in range(2, 31):
+        assert _stages_left(b[: done + 1]) == pytest.approx(30 - done, abs=0.01)
+
+
+def test_the_pilot_counts_evenly_to_its_end_though_most_of_its_stages_are_at_small_b() -> None:
+    """A model a hundred times narrower than its base: half of the stages are below b = .01."""
+    stages: dict[str, list[tuple[int, int]]] = {}
+    log_partition(
+        lambda x: 1e4 * half_square(x),
+        EventSpec((20,), "real"),
+        generator=torch.Generator().manual_seed(0),
+        num_chains=4,
+        num_temperatures=5,
+        say=lambda text: stages.update({text: []}),
+        on_step=lambda done, total: stages[[*stages][-1]].append((done, total)),
+    )
+    pilot, _ = stages.values()
+    percents = [done for done, _ in pilot]
+    assert {total for _, total in pilot} == {100}
+    assert percents[0] == 0
+    assert percents[-1] == 100
+    assert max(after - before for before, after in pairwise(percents)) <= 20
+
+
 @pytest.mark.parametrize("of", ["log_partition", "ood_report", "long_run_audit"])
 def test_measurements_that_take_long_count_their_steps_from_few_to_all(of: str) -> None:
     steps: list[tuple[int, int]] = []
@@ -62,6 +94,7 @@ def test_measurements_that_take_long_count_their_steps_from_few_to_all(of: str) 
             generator=generator,
             num_chains=4,
             num_temperatures=5,
+            say=lambda text: steps.clear(),
             on_step=count,
         )
     elif of == "ood_report":
