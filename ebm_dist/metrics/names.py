@@ -121,7 +121,8 @@ METRICS: dict[str, Metric] = {
     ),
     "chain/rhat": _promised(
         "split R-hat of a round's energies over chains; near 1 where a round is many "
-        "autocorrelation times long"
+        "autocorrelation times long",
+        healthy=(-math.inf, 1.1),
     ),
     "chain/self_transition": _promised(
         "probability that a step does not move the chain", healthy=(-math.inf, 0.8)

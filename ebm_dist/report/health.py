@@ -21,6 +21,7 @@ STATES = ("bad", "warn", "note", "ok")
 
 OF_A_SAMPLER = frozenset(
     {
+        "chain/rhat",
         "chain/self_transition",
         "chain/stagnant",
         "chain/trace_rhat",
@@ -29,6 +30,10 @@ OF_A_SAMPLER = frozenset(
     }
 )
 """Metrics that are alarming only where chains are to sample the model's law."""
+
+LONG_ROUND = 20
+"""Autocorrelation times of a round from which on its R-hat is judged. The mean of half a round then
+has a tenth of the energy's variance, so chains that agree have an R-hat of about 1.05."""
 
 
 def examine(series: Series, config: Mapping[str, Any] | None = None) -> list[Finding]:
@@ -67,6 +72,7 @@ def judged(
         if (metric := describe(name)) is not None
         and metric.healthy is not None
         and not (generator and name in OF_A_SAMPLER)
+        and (name != "chain/rhat" or _agree_in_a_round(tails, config))
         and not (alone and metric.costs_time)
     }
     flow = config.get("flow")
@@ -74,6 +80,17 @@ def judged(
     if isinstance(max_lag, int) and "flow/lag_max" in series:
         limits["flow/lag_max"] = (-math.inf, float(max_lag))
     return limits
+
+
+def _agree_in_a_round(tails: Mapping[str, float], config: Mapping[str, Any]) -> bool:
+    """Whether healthy chains agree within a round: they have one law, and the time to visit it."""
+    sampler, buffer = config.get("sampler"), config.get("buffer")
+    num_steps = sampler.get("num_steps") if isinstance(sampler, Mapping) else None
+    context = buffer.get("context") if isinstance(buffer, Mapping) else None
+    if isinstance(context, Mapping) and any(context.values()):
+        return False
+    time = known(tails, "chain/autocorrelation")
+    return time is not None and isinstance(num_steps, int) and num_steps >= LONG_ROUND * time
 
 
 def _in_one_process(config: Mapping[str, Any]) -> bool:

@@ -86,8 +86,8 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Split R-hat",
             ("chain/rhat",),
-            about="Within a round. It comes to about 1 where a round is long beside the "
-            "autocorrelation time; a shorter round, restarts and labels raise it.",
+            about="Within a round. It comes to about 1 where a round is 20 autocorrelation times "
+            "long or more; a shorter round and labels raise it, which is no fault.",
         ),
         Panel(
             "Split R-hat over rounds",

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from ebm_dist import diagnostics
+from ebm_dist.metrics.names import METRICS
+from ebm_dist.report.health import LONG_ROUND
 
 
 def langevin_trace(alpha_h, num_records, num_chains, seed=0):
@@ -82,6 +84,16 @@ def test_self_transition_of_a_random_walk_on_a_gaussian(proposal_std):
 def test_split_rhat_of_mixed_chains_is_near_one():
     rhat = diagnostics.split_rhat(langevin_trace(1.0, 1000, 8))
     assert 0.999 < rhat < 1.005
+
+
+@pytest.mark.parametrize("time", [4, 19])
+def test_chains_that_agree_have_a_healthy_rhat_in_a_long_round_and_not_in_a_short_one(time):
+    healthy = METRICS["chain/rhat"].healthy
+    assert healthy is not None
+    # Half a round of n steps: 1 + (time / n) / (1 - time / n) is 1.05^2 in the long round.
+    trace = langevin_trace(2 / (1 + time), LONG_ROUND * time, 32)
+    assert float(diagnostics.split_rhat(trace)) < healthy[1]
+    assert float(diagnostics.split_rhat(trace[: len(trace) // 4])) > healthy[1]
 
 
 @pytest.mark.parametrize("shift", [0.5, 2.0])

@@ -16,8 +16,8 @@ from ebm_dist.report.figure import STRIP, TOP, Curve, Span, figure
 from ebm_dist.report.health import OF_A_SAMPLER, judged
 from ebm_dist.report.html import render, write_report
 
-GENERATOR = {"sampler": {"temperature": 1e-6}, "buffer": {"reinit_prob": 0.1}}
-SAMPLER = {"sampler": {"temperature": 1.0}, "buffer": {"reinit_prob": 0.1}}
+GENERATOR = {"sampler": {"temperature": 1e-6, "num_steps": 60}, "buffer": {"reinit_prob": 0.1}}
+SAMPLER = {"sampler": {"temperature": 1.0, "num_steps": 60}, "buffer": {"reinit_prob": 0.1}}
 
 
 def a_run(run_dir: Path, config: Mapping[str, Any], *values: Mapping[str, float]) -> Path:
@@ -75,6 +75,27 @@ def test_the_ranges_that_hold_for_a_sampler_alone_are_those_of_chains() -> None:
     lost = judged(series, SAMPLER).keys() - judged(series, GENERATOR).keys()
     assert lost == OF_A_SAMPLER
     assert all(METRICS[name].healthy is not None for name in OF_A_SAMPLER)
+
+
+@pytest.mark.parametrize(
+    ("time", "buffer", "is_judged"),
+    [
+        (3.0, {}, True),
+        (3.1, {}, False),  # chains have no time to agree
+        (math.nan, {}, False),
+        (3.0, {"context": {"label": "data", "clock": False}}, False),  # each class has a law
+        (3.0, {"context": {"label": None, "clock": False}}, True),
+        (3.0, {"reinit_prob": 1.0}, False),  # a short-run generator
+    ],
+)
+def test_a_rounds_rhat_is_judged_where_chains_have_one_law_and_the_time_to_visit_it(
+    time: float, buffer: Mapping[str, Any], is_judged: bool, tmp_path: Path
+) -> None:
+    config = {**SAMPLER, "buffer": {**SAMPLER["buffer"], **buffer}}
+    row = {"chain/autocorrelation": time, "chain/rhat": 1.3}
+    page = render(a_run(tmp_path / "run", config, row, row))
+    assert ("healthy: at most 1.1" in page) == is_judged
+    assert ("1.3 at update 10" in page) == is_judged
 
 
 def test_waiting_costs_time_and_is_never_marked_as_wrong() -> None:
