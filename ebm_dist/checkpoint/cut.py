@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Progress:
     it does not change after a kill, since the repeat must be identical."""
     lr_factor: float = 1.0
     """Product of the rollbacks' factors on the learning rate."""
+    alerts: dict[str, float] = field(default_factory=dict)
+    """When the last alert of each title was sent, in seconds since the Unix epoch."""
 
     def lease_of(self, number: int) -> int:
         """The id of lease `number` of this attempt. The id alone seeds the noise of the lease."""
@@ -54,6 +56,7 @@ class Progress:
             "epoch": self.epoch,
             "rollbacks": self.rollbacks,
             "lr_factor": self.lr_factor,
+            "alerts": dict(self.alerts),
         }
 
     def resume(self, step: int, meta: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
@@ -65,6 +68,8 @@ class Progress:
         newer = max(meta, manifest, key=lambda content: content.get("rollbacks", 0))
         self.rollbacks = newer.get("rollbacks", 0)
         self.lr_factor = newer.get("lr_factor", 1.0)
+        # In place, since the monitor holds it.
+        self.alerts.update(meta.get("alerts", {}) | manifest.get("alerts", {}) | self.alerts)
         self.next_lease = max(int(meta["next_lease"]), self.lease_of(0))
         self.updates = int(meta.get("updates", step))
         self.extra_steps = int(meta.get("extra_steps", 0))

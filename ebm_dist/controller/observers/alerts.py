@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -32,12 +33,15 @@ class Alerts:
         *,
         max_lag: int | None,
         nodes: Callable[[], Sequence[Node]],
+        sent_at: dict[str, float],
     ) -> None:
         """
         Args:
             send: sends an alert of an update, with title, text and level.
             max_lag: flow.max_lag of an `async` run, else None.
             nodes: the nodes of the cluster that live; empty if unknown.
+            sent_at: the time of the last alert of each title, also of earlier attempts; kept up to
+                date here.
         """
         self.rollbacks = 0
         """Rollbacks of which no alert is to be sent, as those before a resume."""
@@ -47,7 +51,7 @@ class Alerts:
         self._num_lagging = 0
         self._present: dict[str, Node] = {}
         self._look_at = 0.0
-        self._sent_at: dict[str, float] = {}
+        self._sent_at = sent_at
 
     def look(self, step: int, row: Mapping[str, float], alarm: str | None) -> None:
         """Send what a row of metrics is worth.
@@ -110,7 +114,7 @@ class Alerts:
             )
 
     def _alert(self, step: int, title: str, text: str, level: Level) -> None:
-        now = time.monotonic()
-        if now >= self._sent_at.get(title, -PAUSE_S) + PAUSE_S:
+        now = time.time()  # the clock of all attempts, which may also be set back
+        if not 0 <= now - self._sent_at.get(title, -math.inf) < PAUSE_S:
             self._sent_at[title] = now
             self._send(step, title, text, level)

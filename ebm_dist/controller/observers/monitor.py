@@ -65,7 +65,7 @@ class Monitor:
     ) -> None:
         """
         Args:
-            progress: shared with the controller, and only read.
+            progress: shared with the controller, and only read, `alerts` apart.
             window: filled by the controller, and closed here at each log row.
             timeout: seconds within which a part must answer.
             save_grid: writes chains as the image of a name and an update.
@@ -95,6 +95,7 @@ class Monitor:
             partial(parts.hub.send, HubClient.alert),
             max_lag=config.flow.max_lag if config.flow.mode == "async" else None,
             nodes=parts.backend.nodes,
+            sent_at=progress.alerts,
         )
 
     def reads_average(self, step: int) -> bool:

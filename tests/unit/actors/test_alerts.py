@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from ebm_dist.checkpoint.cut import Progress
 from ebm_dist.cluster.backend import Node
 from ebm_dist.controller.observers import alerts as module
 from ebm_dist.controller.observers.alerts import NUM_LAGGING, Alerts, Level
@@ -14,16 +15,26 @@ from ebm_dist.controller.observers.alerts import NUM_LAGGING, Alerts, Level
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    for of_the_time in ("monotonic", "time"):
+        monkeypatch.setattr(module.time, of_the_time, lambda: now[0])
     return now
 
 
 Sent = list[tuple[int, str, str, Level]]
 
 
-def made(*, max_lag: int | None = 8, nodes: Callable[[], list[Node]] = list) -> tuple[Alerts, Sent]:
+def made(
+    *,
+    max_lag: int | None = 8,
+    nodes: Callable[[], list[Node]] = list,
+    sent_at: dict[str, float] | None = None,
+) -> tuple[Alerts, Sent]:
     sent: Sent = []
-    return Alerts(lambda *alert: sent.append(alert), max_lag=max_lag, nodes=nodes), sent
+    sent_at = {} if sent_at is None else sent_at
+    alerts = Alerts(
+        lambda *alert: sent.append(alert), max_lag=max_lag, nodes=nodes, sent_at=sent_at
+    )
+    return alerts, sent
 
 
 def test_a_rollback_is_told_once_and_those_before_a_resume_are_not(clock: list[float]) -> None:
@@ -48,6 +59,33 @@ def test_chains_that_stay_stuck_are_told_once_an_hour(clock: list[float]) -> Non
     assert {(title, text) for _, title, text, _ in sent} == {
         ("Chains are stuck", "shard 0: 12 of 32 chains stand still; raise sampler.step_size.")
     }
+
+
+@pytest.mark.parametrize("newer", ["checkpoint", "manifest"])
+def test_a_resumed_run_tells_nothing_again_within_the_hour(newer: str, clock: list[float]) -> None:
+    first, resumed = Progress(), Progress()
+    meta = {**first.remembered(), "wall_s": 0.0, "next_lease": 0}
+    alerts, sent = made(sent_at=first.alerts)
+    alerts.look(10, {}, "12 of 32 chains stand still")
+    remembered = first.remembered()
+    resumed.resume(
+        0,
+        {**meta, **remembered} if newer == "checkpoint" else meta,
+        remembered if newer == "manifest" else {},
+    )
+    alerts, after = made(sent_at=resumed.alerts)
+    clock[0] += module.PAUSE_S - 1
+    alerts.look(20, {}, "12 of 32 chains stand still")
+    assert (len(sent), after) == (1, [])
+    clock[0] += 1
+    alerts.look(30, {}, "12 of 32 chains stand still")
+    assert [step for step, *_ in after] == [30]
+
+
+def test_a_clock_that_was_set_back_silences_no_alert(clock: list[float]) -> None:
+    alerts, sent = made(sent_at={"Chains are stuck": clock[0] + 1})
+    alerts.look(10, {}, "12 of 32 chains stand still")
+    assert len(sent) == 1
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,9 @@ def test_chains_confined_to_a_well_raise_an_alarm_that_names_the_shard(
     ((_, title, text, _),) = alerts
     assert title == "Chains are stuck"
     assert text.startswith("shard ")
+    run(tmp_path / "r", "run.steps=120", base=TWO_WELLS)
+    assert curve(tmp_path / "r", "chain/alarms")[120] >= 2
+    assert len(alerts) == 1  # the resumed run finds them stuck too, and tells it an hour later
 
 
 def test_a_short_run_generators_chains_keep_their_mode_and_that_is_said_once(
