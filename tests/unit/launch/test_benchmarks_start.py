@@ -93,11 +93,35 @@ def test_the_completions_of_a_run_are_measured_beside_a_regression(tmp_path: Pat
     files = ("--picture", tmp_path / "x.png", "--out", tmp_path / "x.json")
     measured("completion.py", "--export", tmp_path / "r", "--steps", "2", *files)
     rows = {row["what"]: row for row in rows_of(tmp_path / "x.json")}
-    assert rows.keys() == {"held-out digits", "regression", "energy"}
+    assert list(rows) == ["held-out digits", "regression", "energy", "shuffled"]
     assert rows["held-out digits"]["confident"] > 0.8
-    # Two steps from noise draw no digit.
+    assert rows["held-out digits"]["distance"] == 0
+    assert rows["regression"]["both"] == 0  # it has one answer
+    # Two steps from noise draw no digit, and read no condition.
     assert rows["energy"]["grey"] > rows["held-out digits"]["grey"]
+    assert rows["energy"]["distance"] > rows["regression"]["distance"]
+    assert abs(rows["energy"]["distance"] - rows["shuffled"]["distance"]) < 0.5
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_completions_of_the_energy_show_both_digits_where_a_regression_draws_their_mean(
+    tmp_path: Path,
+) -> None:
+    measured("completion.py", "--out", tmp_path / "x.json")
+    rows = {row["what"]: row for row in rows_of(tmp_path / "x.json")}
+    energy, mean, shuffled = rows["energy"], rows["regression"], rows["shuffled"]
+
+    def error(name: str, *of: dict[str, Any]) -> float:
+        return sum(row["error"][name] ** 2 for row in of) ** 0.5
+
+    assert energy["confident"] - mean["confident"] > 3 * error("confident", energy, mean)
+    assert mean["best"] - energy["best"] > 3 * error("best", energy, mean)
+    assert energy["both"] > 0.4
+    # The samples of another left part are no digits with this one: the energy reads its condition.
+    for name in ("likely", "both"):
+        assert energy[name] - shuffled[name] > 3 * error(name, energy, shuffled)
+    assert shuffled["best"] - energy["best"] > 3 * error("best", energy, shuffled)
 
 
 @pytest.fixture(scope="module")
