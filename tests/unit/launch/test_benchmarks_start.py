@@ -118,7 +118,7 @@ def test_samples_show_both_digits_of_a_left_part_of_which_a_regression_draws_the
     confident = energy["confident"] - mean["confident"]
     assert confident > 2 * error("confident", energy, mean)
     assert mean["both"] == 0
-    # Joined with another left part the samples are such digits less often: they depend on their own.
+    # Joined with another left part they are such digits less often: samples depend on their own.
     for name in ("confident", "likely", "both"):
         assert energy[name] - shuffled[name] > 2 * error(name, energy, shuffled)
     assert shuffled["best"] - energy["best"] > 3 * error("best", energy, shuffled)
