@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 import ebm_dist
+from ebm_dist.checkpoint.files import latest
 from ebm_dist.config.run_config import load
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
+from chains_in_loss import ARMS, BASE, FRESH  # noqa: E402
 from gpu_probe import write_images  # noqa: E402
 
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "common.py")
@@ -85,6 +87,28 @@ def test_chains_in_the_loss_are_timed_beside_those_of_the_pool(tmp_path: Path) -
     for name, row in rows.items():
         assert row["learner"] > 0
         assert (row["rounds"] > 0) == ("pool" in name)
+
+
+def test_negatives_that_stand_for_those_of_a_loss_are_200_steps_from_noise_by_its_weights(
+    tmp_path: Path,
+) -> None:
+    arm = {**BASE, **ARMS[FRESH], "energy": {"name": "mlp"}, "run": {"seed": 0, "steps": 3}}
+    arm["buffer"] = {**arm["buffer"], "context": {"clock": True}}
+    logged = {"tracking": {"wandb": "off", "log_every": 1}, "checkpoint": {"every": 3}}
+    ebm_dist.train({**arm, **logged}, run_dir=tmp_path / "r")
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").open()]
+    updates = [row for row in rows if "flow/lag_max" in row]
+    assert len(updates) == 3
+    for row in updates:
+        assert row["flow/lag_max"] == 0
+        assert row["flow/mcmc_steps_per_update"] == 64 * 200
+    last = latest(tmp_path / "r")
+    assert last is not None
+    shard = last.arrays("shard_0000")
+    # All 64 are those of the last update, and none goes on from the one before.
+    assert (shard["context/clock"] == 200).all()
+    assert (shard["age"] == 1).all()
+    assert (shard["generation"] == 3).all()
 
 
 def test_the_completions_of_a_run_are_measured_beside_a_regression(tmp_path: Path) -> None:
