@@ -31,7 +31,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from graph_runs import TINY, mapped, newest_step, pids, rows, start
+from chaos_contexts import Contexts
+from graph_runs import TINY, chains_of, mapped, newest_step, pids, rows, start
 from rich.console import Console
 from rich.table import Table
 
@@ -119,7 +120,14 @@ class Report:
 
 
 def soak(
-    run_dir: Path, *, seconds: float, period_s: float, seed: int, leg: int = 400, min_kills: int = 0
+    run_dir: Path,
+    *,
+    seconds: float,
+    period_s: float,
+    seed: int,
+    leg: int = 400,
+    min_kills: int = 0,
+    contexts: Contexts | None = None,
 ) -> Report:
     """Train in `run_dir` and kill a random part every `period_s` seconds on average.
 
@@ -127,12 +135,13 @@ def soak(
         seconds: from the first update on; then the last leg is finished in peace.
         leg: updates of a leg.
         min_kills: go on until there were so many, for at most four times as long.
+        contexts: what the chains carry, and what is checked of it in every checkpoint that is read.
     """
     rng, report = random.Random(seed), Report()
     mark = uuid.uuid4().hex
     os.environ[MARK] = mark
     try:
-        _soak(run_dir, seconds, period_s, leg, min_kills, rng, mark, report)
+        _soak(run_dir, seconds, period_s, leg, min_kills, rng, mark, report, contexts)
     finally:
         del os.environ[MARK]
         _end(mark)
@@ -148,11 +157,13 @@ def _soak(
     rng: random.Random,
     mark: str,
     report: Report,
+    contexts: Contexts | None,
 ) -> None:
+    options = OVERRIDES if contexts is None else (*OVERRIDES, *contexts.overrides)
     goal, began = leg, 0.0
     next_kill, checked = 0.0, -1
     before, num_start_kills = _newest_epoch(run_dir), 0
-    process = start(run_dir, *OVERRIDES, f"run.steps={goal}")
+    process = start(run_dir, *options, f"run.steps={goal}")
     report.legs = 1
     patience = time.time() + 300
     while True:
@@ -179,11 +190,11 @@ def _soak(
                 break
             goal += leg
             before, num_start_kills = _newest_epoch(run_dir), 0
-            process = start(run_dir, *OVERRIDES, f"run.steps={goal}", "--resume", "must")
+            process = start(run_dir, *options, f"run.steps={goal}", "--resume", "must")
             report.legs += 1
         if (step := newest_step(run_dir)) != checked:
             checked = step
-            _check_identities(run_dir, report)
+            _check_chains(run_dir, report, contexts)
         if next_kill and not over and now >= next_kill:
             starts = _newest_epoch(run_dir) == before
             part = None
@@ -197,7 +208,7 @@ def _soak(
     report.seconds = time.time() - began if began else 0.0
     process.wait()
     _check_rows(run_dir, report)
-    _check_identities(run_dir, report)
+    _check_chains(run_dir, report, contexts)
     _note_successors(run_dir, report)
     _check_leftovers(mark, run_dir, report)
 
@@ -244,19 +255,21 @@ def _marked(mark: str) -> set[int]:
     return found
 
 
-def _check_identities(run_dir: Path, report: Report) -> None:
+def _check_chains(run_dir: Path, report: Report, contexts: Contexts | None) -> None:
     try:
         found = checkpoint.latest(run_dir)
-        files = [name for name in found.names if name.startswith("shard_")] if found else []
-        ids = [i for name in files for i in found.arrays(name)["chain_id"].tolist()]  # type: ignore[union-attr]
+        chains = None if found is None else chains_of(found)
     except (UserError, OSError):  # pruned or replaced while it was read
         return
-    if found is None:
+    if found is None or chains is None:
         return
+    ids = chains["chain_id"].tolist()
     report.identity_checks += 1
-    if sorted(ids) != list(range(CAPACITY)):
+    if ids != list(range(CAPACITY)):
         lost, twice = set(range(CAPACITY)) - set(ids), [i for i, n in Counter(ids).items() if n > 1]
         report.faults.append(f"{found.path.name}: chains {sorted(lost)} lost, {twice} twice")
+    elif contexts is not None:
+        report.faults += [f"{found.path.name}: {fault}" for fault in contexts.faults(chains)]
 
 
 def _check_rows(run_dir: Path, report: Report) -> None:

@@ -144,6 +144,11 @@ def chains(run_dir: Path) -> dict[str, np.ndarray]:
     """The chains of its newest checkpoint, over all shards, in the order of their identities."""
     found = checkpoint.latest(run_dir)
     assert found is not None
+    return chains_of(found)
+
+
+def chains_of(found: checkpoint.CheckpointDir) -> dict[str, np.ndarray]:
+    """The chains of a checkpoint in the same order."""
     parts = [found.arrays(name) for name in found.names if name.startswith("shard_")]
     whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     order = np.argsort(whole["chain_id"])
