@@ -10,6 +10,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -88,9 +89,12 @@ def train(folder: Path, run: dict[str, Any], phase: dict[str, Any]) -> nn.Module
     return ebm_dist.load_energy(result.export_dir)
 
 
-def test_chains_of_all_levels_find_the_weights_that_denoising_left_wrong(tmp_path: Path) -> None:
-    denoised = train(tmp_path / "denoised", {"seed": 0, "steps": 800}, DENOISING)
-    begin = {"seed": 0, "steps": 500, "init_from": str(tmp_path / "denoised" / "export")}
+@pytest.mark.parametrize("seed", [0, 1])
+def test_chains_of_all_levels_find_the_weights_that_denoising_left_wrong(
+    seed: int, tmp_path: Path
+) -> None:
+    denoised = train(tmp_path / "denoised", {"seed": seed, "steps": 800}, DENOISING)
+    begin = {"seed": seed, "steps": 500, "init_from": str(tmp_path / "denoised" / "export")}
     found = share(train(tmp_path / "sharpened", begin, CHAINS))
     # The data's share is exact, so the error is that of the chains that the averaged weights have
     # seen. An average with decay d has the variance of a mean of (1 + d)/(1 - d) updates: 99, of
