@@ -32,7 +32,10 @@ def test_a_chain_that_begins_at_a_datum_has_the_noise_of_its_level() -> None:
     config = load(
         {
             "energy": {"name": "mlp", "num_levels": 3, "noise_stds": STDS},
-            "sampler": {"name": "simulated_tempering", "kernel": {"name": "mala", "step_size": 0.1}},
+            "sampler": {
+                "name": "simulated_tempering",
+                "kernel": {"name": "mala", "step_size": 0.1},
+            },
             "objective": {"name": "contrastive_levels"},
             "buffer": {"init": "data", "context": {"level": "stratified"}},
         }
