@@ -48,6 +48,7 @@ SHORT_RUN = [
     "checkpoint.every=3",
 ]
 SHORT_IMAGES = ["sampler.num_steps=2", "buffer.capacity=64"]
+SHORT_LEVELS = ["energy.num_levels=3", "learner.num_ranks=1"]
 OPTIONS = {"sample": ["--num", "4", "--steps", "2"]}
 """Put behind those that the page gives; the last one counts."""
 TRAINED = {"docs/extending.md"}
@@ -159,7 +160,9 @@ def run_command(words: list[str], block: Block) -> None:
                 load(Path(config), [w for w in plain_overrides(overrides) if re.match(r"\w.*=", w)])
                 return
             enough = "run.steps=5" if any("run.steps=" in w for w in overrides) else "run.steps=3"
-            rest = [*rest, *SHORT_IMAGES, *SHORT_RUN, enough]
+            descends = load(Path(config)).sampler.name == "predictor_corrector"  # type: ignore[attr-defined]
+            shorter = [*SHORT_IMAGES, *SHORT_LEVELS] if descends else SHORT_IMAGES
+            rest = [*rest, *shorter, *SHORT_RUN, enough]
         done = main([*rest, *OPTIONS.get(name, [])])
         assert done == 0, f"{' '.join(words)}: exit code {done}"
     elif program == "make":
