@@ -207,7 +207,7 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[[list[Te
     try:
         import torch._inductor as inductor
 
-        with one_at_a_time(), torch.no_grad():
+        def attempt() -> Any:
             compiled = inductor.standalone_compile(
                 graph,
                 list(inputs),
@@ -215,6 +215,15 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[[list[Te
                 options={"config_patches": patches},
             )
             compiled(*inputs)
+            return compiled
+
+        with one_at_a_time(), torch.no_grad():
+            try:
+                compiled = attempt()
+            except Exception as error:
+                if not _drop_torn_library(error):
+                    raise
+                compiled = attempt()
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CompilerFailed(f"the compiler failed: {line}") from error
@@ -224,3 +233,20 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[[list[Te
             return compiled(*tensors)
 
     return run
+
+
+def _drop_torn_library(error: BaseException | None) -> bool:
+    """Delete the library in torch's cache that `error` says cannot be loaded, if it is that.
+
+    torch links to the library's last name, so a process that is killed meanwhile leaves a part of
+    one, which torch would go on trying to load.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    while error is not None:
+        library = Path(error.path) if isinstance(error, ImportError) and error.path else None
+        if library is not None and library.is_relative_to(cache_dir()):
+            library.unlink(missing_ok=True)
+            return True
+        error = error.__cause__ or error.__context__
+    return False
