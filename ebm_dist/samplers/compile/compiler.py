@@ -238,8 +238,8 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[[list[Te
 def _drop_torn_library(error: BaseException | None) -> bool:
     """Delete the library in torch's cache that `error` says cannot be loaded, if it is that.
 
-    torch links to the library's last name, so a process that is killed meanwhile leaves a part of
-    one, which torch would go on trying to load.
+    torch links to the library's last name, so a process that is killed meanwhile leaves an empty
+    file, which torch would go on trying to load.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 

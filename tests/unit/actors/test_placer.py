@@ -352,7 +352,8 @@ def test_ray_packs_claims_as_this_test_does(monkeypatch: pytest.MonkeyPatch) -> 
     assert shares == Shares(1.0, 1.0, 2, 0.5)
     claims = [0.5, 1.0, 0.5, 0.5, 1.0, 1.0, 0.5]  # the ranks and large ones late
     machine = Machine("a", 8.0, 5)
-    ray.init(num_cpus=1, num_gpus=5, include_dashboard=False, logging_level=40)
+    # Local: other runs on this machine may have a cluster that it would join.
+    ray.init("local", num_cpus=1, num_gpus=5, include_dashboard=False, logging_level=40)
     try:
 
         @ray.remote(num_cpus=0)

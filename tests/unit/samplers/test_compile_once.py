@@ -41,18 +41,19 @@ print(json.dumps([sources, chain.position.tolist()]))
 """
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason=f"cannot compile: {compiler.missing()}")
+pytestmark = pytest.mark.skipif(
+    compiler.missing() is not None, reason=f"cannot compile: {compiler.missing()}"
+)
+
+
+def begin(cache: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", COMPILES]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
 def test_two_processes_that_begin_together_compile_nothing_twice(tmp_path: Path) -> None:
-    place = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", COMPILES],
-            env={**os.environ, **place},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    processes = [begin(tmp_path / "cache") for _ in range(2)]
     said = [process.communicate(timeout=500)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     (first, position), (second, same) = map(json.loads, said)
@@ -61,3 +62,19 @@ def test_two_processes_that_begin_together_compile_nothing_twice(tmp_path: Path)
     assert compiled
     assert sorted(set(compiled)) == sorted(compiled)
     assert position == same
+
+
+@pytest.mark.slow
+def test_a_library_that_a_killed_process_left_empty_is_made_again(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    (_, position) = json.loads(begin(cache).communicate(timeout=500)[0])
+    libraries = list(cache.glob("*/*.main.so"))
+    sizes = {path: path.stat().st_size for path in libraries}
+    assert sizes
+    for path in libraries:
+        os.truncate(path, 0)
+    again = begin(cache)
+    (_, same) = json.loads(again.communicate(timeout=500)[0])
+    assert again.returncode == 0
+    assert same == position
+    assert {path: path.stat().st_size for path in libraries} == sizes
