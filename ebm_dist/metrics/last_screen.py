@@ -18,7 +18,7 @@ from ebm_dist.metrics.hub import HubInfo
 from ebm_dist.metrics.progress import clock, number
 
 QUALITY = ("energy/gap", "fidelity/distance", "throughput/mcmc_steps_per_s")
-"""Metrics of the last screen."""
+"""Metrics of the last screen; MCMC steps are left out where there were none."""
 
 
 class Laps:
@@ -86,7 +86,10 @@ def final_screen(
     rows.add_row("export", shown(export) if export else "none yet")
     if laps:
         rows.add_row("time", str(laps))
-    if quality := {name: metrics[name] for name in QUALITY if metrics and name in metrics}:
+    quality = {name: metrics[name] for name in QUALITY if metrics and name in metrics}
+    if not quality.get("throughput/mcmc_steps_per_s", 1.0):
+        del quality["throughput/mcmc_steps_per_s"]
+    if quality:
         rows.add_row("", Text("   ".join(f"{k} {number(v)}" for k, v in quality.items())))
     state = "interrupted" if interrupted else "done"
     if stopped_by:
@@ -160,7 +163,7 @@ def _wandb_line(info: HubInfo | None) -> str:
         line = line.replace(
             f"; sync later with `{info['sync']}`", "; the last command below sends it"
         )
-    return _near(line)
+    return _near(line.removeprefix("W&B: "))  # its row is called so
 
 
 def _near(text: str) -> str:

@@ -208,8 +208,8 @@ class TerminalView:
         facts = [("compiling on", f"{num} worker{'s'[: num != 1]}")] if num else []
         if "energy/gap" in metrics:
             facts.append(("energy gap", number(metrics["energy/gap"])))
-        if "throughput/mcmc_steps_per_s" in metrics:
-            facts.append(("MCMC steps/s", number(metrics["throughput/mcmc_steps_per_s"])))
+        if speed := metrics.get("throughput/mcmc_steps_per_s"):  # 0 in a run without chains
+            facts.append(("MCMC steps/s", number(speed)))
         if "throughput/updates_per_s" in metrics:
             facts.append(("updates/s", number(metrics["throughput/updates_per_s"])))
         if "flow/lag_mean" in metrics:

@@ -74,6 +74,14 @@ def test_the_view_shows_update_gap_rate_lag_waiting_and_time_left(moved: Clock) 
         assert part in text, text
 
 
+def test_the_view_of_a_run_without_chains_shows_no_steps_of_them(moved: Clock) -> None:
+    console = terminal()
+    view = TerminalView(100, "digits", console)
+    view.update(1, METRICS | {"throughput/mcmc_steps_per_s": 0.0}, "")
+    console.print(view.render())
+    assert "MCMC" not in console.export_text()
+
+
 def test_the_view_says_so_as_long_as_workers_compile_their_steps(moved: Clock) -> None:
     view = TerminalView(100, "digits", terminal())
     for num, shown in ((2, "compiling on 2 workers"), (1, "compiling on 1 worker,"), (0, "")):
@@ -235,9 +243,10 @@ def test_the_last_screen_says_where_everything_is(
         "done at update 3,000 after 4:11",
         "runs/my digits/samples/step_00003000.png",
         "runs/my digits/metrics.jsonl",
-        "W&B: offline; the last command below sends it",
+        " offline; the last command below sends it",
     ):
         assert part in text, text
+    assert "W&B: " not in text
 
 
 def test_the_last_screen_says_what_the_time_went_into(
