@@ -200,6 +200,7 @@ def test_no_test_module_imports_ray_when_it_is_collected():
 
 PROMISED = {
     "ebm_dist": ["load_energy", "train"],
+    "ebm_dist.config": ["RunConfig", "dump", "load", "schema"],
     "ebm_dist.energies": ["make"],
     "ebm_dist.objectives": ["make"],
     "ebm_dist.samplers": ["make", "run_chain", "Engine"],
